@@ -1,0 +1,127 @@
+"""Loads a Hugging Face folder leaf by leaf: each leaf says which tensors it is made of."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+from jaxserve.checkpoint.safetensors import Shards
+from jaxserve.errors import CheckpointError
+from jaxserve.models.family import Family
+from sharding.tree import Weight, is_weight
+
+ENUMERATED = {"layer", "experts"}
+"""Axes along which a checkpoint stores tensors of their own; every other axis is inside one."""
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """`config.json` of a checkpoint.
+
+    Raises:
+        CheckpointError: it is not there, or no JSON object.
+    """
+    path = folder / "config.json"
+    if not path.exists():
+        raise CheckpointError(f"{folder} has no config.json; is it the folder of a Hugging Face model?")
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, not {type(config).__name__}")
+    return config
+
+
+def model_config(family: Family, hf: Mapping[str, Any]) -> Any:
+    """The family's own config.
+
+    Raises:
+        CheckpointError: a key that the family needs is missing or out of range.
+    """
+    try:
+        return family.config(hf)
+    except KeyError as error:
+        raise CheckpointError(f"config.json of {hf.get('model_type')!r} lacks {error}") from None
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"config.json of {hf.get('model_type')!r}: {error}") from None
+
+
+def load_params(
+    folder: Path,
+    family: Family,
+    cfg: Any,
+    dtype: Any,
+    *,
+    place: Callable[[np.ndarray], jax.Array] = jax.device_put,
+    progress: bool = True,
+) -> Any:
+    """The family's tree of weights, in `dtype`.
+
+    One leaf at a time is on its way: host memory stays within the tree plus one leaf (and on CPU
+    within the tree, since its buffers are handed over rather than copied).
+
+    Raises:
+        CheckpointError: a tensor is missing, misshapen or not finite.
+    """
+    shards = Shards(folder)
+    declared = family.declare_params(cfg)
+    dtype = np.dtype(dtype)
+    total = sum(
+        int(np.prod(w.shape(cfg.sizes))) for w in jax.tree.leaves(declared, is_leaf=is_weight)
+    )
+    columns = (TextColumn("loading {task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, transient=True, disable=not progress) as bar:
+        task = bar.add_task(folder.name, total=total * dtype.itemsize)
+
+        def load(w: Weight) -> jax.Array:
+            out = place(_fill(w, shards, cfg, dtype))
+            bar.advance(task, out.nbytes)
+            return out
+
+        return jax.tree.map(load, declared, is_leaf=is_weight)
+
+
+def _fill(w: Weight, shards: Shards, cfg: Any, dtype: np.dtype) -> np.ndarray:
+    """The leaf's array: every tensor of its name read into its slice."""
+    out = aligned_empty(w.shape(cfg.sizes), dtype)
+    if "{layer}" not in w.name and w.layers:
+        raise CheckpointError(f"{w.name!r} stacks layers but does not name them")
+    outer = [axis for axis in w.axes if axis in ENUMERATED and f"{{{_PLACEHOLDER[axis]}}}" in w.name]
+    if w.axes[: len(outer)] != tuple(outer):
+        raise CheckpointError(f"{w.name!r}: enumerated axes must come first in {w.axes}")
+    for index in itertools.product(*(range(n) for n in out.shape[: len(outer)])):
+        numbers = {_PLACEHOLDER[axis]: i for axis, i in zip(outer, index, strict=True)}
+        if "layer" in numbers:
+            numbers["layer"] = w.layers[numbers["layer"]]
+        name = w.name.format(**numbers)
+        if w.read is None:
+            shards.read(name, out[index])
+        else:
+            out[index] = _checked(w.read(shards.get, name, cfg), out[index].shape, name)
+    return out
+
+
+_PLACEHOLDER = {"layer": "layer", "experts": "expert"}
+
+
+def _checked(x: np.ndarray, shape: tuple[int, ...], name: str) -> np.ndarray:
+    if x.shape != shape:
+        raise CheckpointError(f"{name} has shape {list(x.shape)}, but config.json asks for {list(shape)}")
+    return x
+
+
+def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Memory that the CPU backend takes over without copying it: it starts at a multiple of 64."""
+    nbytes = int(np.prod(shape)) * dtype.itemsize
+    raw = np.empty(nbytes + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + nbytes].view(dtype).reshape(shape)

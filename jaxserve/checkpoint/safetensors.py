@@ -1,0 +1,137 @@
+"""Reads tensors out of safetensors shards, straight into the buffers that will hold them.
+
+Own reader: the package reads neither float8 without torch nor into memory that already exists, and
+a memory map counts twice against the host memory that loading may take.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from jaxserve.errors import CheckpointError
+
+DTYPES: dict[str, Any] = {
+    "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2,
+    "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_,
+}  # fmt: skip
+_CHUNK = 1 << 22  # elements converted at a time, so that a cast needs no second tensor
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """Where one tensor lies."""
+
+    path: Path
+    dtype: Any
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+
+class Shards:
+    """All tensors of a folder, by name.
+
+    Raises:
+        CheckpointError: no shard, a missing one, or one shorter than its header promises.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.tensors: dict[str, Tensor] = {}
+        for path in _paths(folder):
+            self.tensors.update(_header(path))
+
+    def read(self, name: str, out: np.ndarray) -> None:
+        """Fills `out` with a tensor, cast to its type.
+
+        Raises:
+            CheckpointError: no such tensor, another number of elements, NaN or infinity in it.
+        """
+        t = self._find(name)
+        count = int(np.prod(t.shape))
+        if count != out.size:
+            raise CheckpointError(
+                f"{name} in {t.path.name} has shape {list(t.shape)}, but config.json asks for {list(out.shape)}"
+            )
+        flat = out.reshape(-1)
+        with t.path.open("rb") as file:
+            file.seek(t.start)
+            for i in range(0, count, _CHUNK):
+                part = flat[i : i + _CHUNK]
+                raw = part if t.dtype == out.dtype else np.empty(part.size, t.dtype)
+                file.readinto(memoryview(raw.view(np.uint8)))
+                if not _finite(raw):
+                    raise CheckpointError(f"{name} in {t.path.name} holds NaN or infinity; it cannot be served")
+                if raw is not part:
+                    part[...] = raw.astype(out.dtype)
+
+    def get(self, name: str) -> np.ndarray:
+        """A tensor in its own type and shape."""
+        t = self._find(name)
+        out = np.empty(t.shape, t.dtype)
+        self.read(name, out)
+        return out
+
+    def _find(self, name: str) -> Tensor:
+        if name not in self.tensors:
+            raise CheckpointError(
+                f"{self.folder} has no tensor {name!r}; the checkpoint does not fit its config.json"
+            )
+        return self.tensors[name]
+
+
+def _paths(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        if missing := [name for name in names if not (folder / name).exists()]:
+            raise CheckpointError(f"{folder} lacks {len(missing)} of {len(names)} shards: {', '.join(missing[:4])}")
+        return [folder / name for name in names]
+    if paths := sorted(folder.glob("*.safetensors")):
+        return paths
+    raise CheckpointError(f"{folder} has no *.safetensors file; convert other formats to safetensors first")
+
+
+def _header(path: Path) -> dict[str, Tensor]:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
+        if length > size - 8:
+            raise CheckpointError(f"{path} is truncated or no safetensors file: {size} bytes; download it again")
+        try:
+            entries = json.loads(file.read(length))
+        except ValueError as error:
+            raise CheckpointError(f"{path} has a damaged header: {error}; download it again") from None
+    entries.pop("__metadata__", None)
+    return {name: _tensor(path, name, entry, 8 + length, size) for name, entry in entries.items()}
+
+
+def _tensor(path: Path, name: str, entry: dict[str, Any], base: int, size: int) -> Tensor:
+    if entry["dtype"] not in DTYPES:
+        raise CheckpointError(f"{name} in {path.name} has type {entry['dtype']}; known: {', '.join(DTYPES)}")
+    begin, end = entry["data_offsets"]
+    if base + end > size:
+        raise CheckpointError(
+            f"{path} is truncated: {name} ends at byte {base + end} of {size}; download it again"
+        )
+    return Tensor(path, np.dtype(DTYPES[entry["dtype"]]), tuple(entry["shape"]), base + begin, end - begin)
+
+
+_EXPONENT = {"float32": (np.uint32, 0x7F800000), "bfloat16": (np.uint16, 0x7F80), "float16": (np.uint16, 0x7C00)}
+
+
+def _finite(x: np.ndarray) -> bool:
+    """Whether a flat array of floats has neither NaN nor infinity, by its exponent bits."""
+    if x.dtype.name not in _EXPONENT:
+        return True
+    bits, mask = _EXPONENT[x.dtype.name]
+    return not np.any((x.view(bits) & bits(mask)) == mask)

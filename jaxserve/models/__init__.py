@@ -1,0 +1,1 @@
+"""Model families: each is pure functions over a tree of weights."""

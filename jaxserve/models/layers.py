@@ -1,0 +1,162 @@
+"""The parts that decoders share: attention, gated MLP, mixture of experts, a run over layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jaxserve.models.ops import Ops
+from jaxserve.models.rope import rotate
+from kernels_pallas.op import StackedWeight, Weight, as_array
+from moe.experts import Experts
+from moe.router import Router, route
+from sharding.tree import part, pytree, weight
+
+
+@pytree
+class Attention:
+    """Grouped-query attention, in the names that Llama's descendants store."""
+
+    wq: Weight = weight("heads head_dim embed", "q_proj.weight")
+    wk: Weight = weight("kv_heads head_dim embed", "k_proj.weight")
+    wv: Weight = weight("kv_heads head_dim embed", "v_proj.weight")
+    wo: Weight = weight("embed heads head_dim", "o_proj.weight")
+    bq: Weight | None = weight("heads head_dim", "q_proj.bias", when="qkv_bias")
+    bk: Weight | None = weight("kv_heads head_dim", "k_proj.bias", when="qkv_bias")
+    bv: Weight | None = weight("kv_heads head_dim", "v_proj.bias", when="qkv_bias")
+    bo: Weight | None = weight("embed", "o_proj.bias", when="o_bias")
+    q_norm: Weight | None = weight("head_dim", "q_norm.weight", init="ones", when="qk_norm")
+    k_norm: Weight | None = weight("head_dim", "k_norm.weight", init="ones", when="qk_norm")
+    sinks: Weight | None = weight("heads", "sinks", when="sinks")
+
+
+def attention(
+    cfg: Any,
+    ops: Ops,
+    rope: tuple[Array, Array],
+    p: Attention,
+    x: Array,  # [B, T, D], normed
+    kv: Any,
+    i: Array | int,
+    *,
+    scale: float,
+    window: Array | int = 0,
+) -> tuple[Array, Any]:
+    """Attention's contribution to the residual stream, and the cache with this step's keys."""
+    q, k, v = ops.linear(x, p.wq, p.wk, p.wv)
+    q, k, v = add_bias(q, p.bq), add_bias(k, p.bk), add_bias(v, p.bv)
+    if p.q_norm is not None:
+        q = ops.rms_norm(q, p.q_norm, eps=cfg.norm_eps, offset=cfg.norm_offset)
+        k = ops.rms_norm(k, p.k_norm, eps=cfg.norm_eps, offset=cfg.norm_offset)
+    q, k = rotate(q, rope), rotate(k, rope)
+    o, kv = ops.attend(q, k, v, kv, i, scale=scale, window=window, sinks=p.sinks)
+    return add_bias(ops.linear(o, p.wo, num_in=2), p.bo), kv
+
+
+def add_bias(x: Array, b: Weight | None) -> Array:
+    return x if b is None else x + as_array(b).astype(x.dtype)
+
+
+@pytree
+class Mlp:
+    w_gate: Weight = weight("mlp embed", "gate_proj.weight")
+    w_up: Weight = weight("mlp embed", "up_proj.weight")
+    w_down: Weight = weight("embed mlp", "down_proj.weight")
+    b_gate: Weight | None = weight("mlp", "gate_proj.bias", when="mlp_bias")
+    b_up: Weight | None = weight("mlp", "up_proj.bias", when="mlp_bias")
+    b_down: Weight | None = weight("embed", "down_proj.bias", when="mlp_bias")
+
+
+def mlp(ops: Ops, p: Mlp, x: Array, activation: str) -> Array:  # [B, T, D] -> [B, T, D]
+    if p.b_gate is None:
+        return ops.linear(ops.gated_linear(x, p.w_gate, p.w_up, activation=activation), p.w_down)
+    gate, up = ops.linear(x, p.w_gate, p.w_up)
+    hidden = jax.nn.silu(add_bias(gate, p.b_gate)) * add_bias(up, p.b_up)
+    return add_bias(ops.linear(hidden, p.w_down), p.b_down)
+
+
+@pytree
+class Moe:
+    """Routed experts: the names of Qwen and DeepSeek."""
+
+    router: Weight = weight("experts embed", "gate.weight")
+    experts: Experts = part(Experts, "experts.")
+
+
+def moe(ops: Ops, router: Router, p: Any, x: Array, activation: str) -> Array:
+    """Routed experts over x [B, T, D]; `p` may carry `router_bias` and `correction`."""
+    flat = x.reshape(-1, x.shape[-1])
+    scores = ops.linear(flat.astype(jnp.float32), p.router)
+    scores = add_bias(scores, getattr(p, "router_bias", None))
+    ids, weights = route(router, scores, getattr(p, "correction", None))
+    return ops.experts(flat, ids, weights, p.experts, activation=activation).reshape(x.shape)
+
+
+Layer = Callable[[Any, Array, Any, Array | int], tuple[Array, Any]]
+
+
+def run_layers(layer: Layer, stacks: Sequence[Any], x: Array, kv: Any) -> tuple[Array, Any]:
+    """Runs `layer(p, x, kv, i)` over every layer of every stack; i counts from the first stack on.
+
+    A stack of many is a scan, stacks of one are unrolled. With a cache, weights stay in their
+    stack (`StackedWeight`) and the cache is carried, so neither is copied. Without one (training)
+    the scan slices them, so that gradients are stacked rather than summed over whole stacks.
+    """
+    first = 0
+    for stack in stacks:
+        n = jax.tree.leaves(stack)[0].shape[0]
+        if n == 1:
+            x, kv = layer(_at(stack, 0), x, kv, first)
+        elif kv is None:
+            x = _scan_slices(layer, stack, x, first)
+        else:
+            x, kv = _scan_indices(layer, stack, x, kv, first, n)
+        first += n
+    return x, kv
+
+
+def _scan_slices(layer: Layer, stack: Any, x: Array, first: int) -> Array:
+    def body(carry, p):
+        x, i = carry
+        return (layer(p, x, None, i)[0], i + 1), None
+
+    return lax.scan(jax.checkpoint(body), (x, jnp.int32(first)), stack)[0][0]
+
+
+def _scan_indices(layer: Layer, stack: Any, x: Array, kv: Any, first: int, n: int) -> tuple[Array, Any]:
+    def body(carry, i):
+        x, kv = carry
+        return layer(_at(stack, i), x, kv, first + i), None
+
+    return lax.scan(body, (x, kv), jnp.arange(n, dtype=jnp.int32))[0]
+
+
+def _at(stack: Any, i: Array | int) -> Any:
+    """Layer i of a stack: vectors are sliced out, which is cheap; the rest stays where it is."""
+
+    def take(w: Array) -> Weight:
+        return StackedWeight(w, i) if w.ndim > 2 else lax.dynamic_index_in_dim(w, i, keepdims=False)
+
+    return jax.tree.map(take, stack)
+
+
+def per_layer(values: Sequence[int | float], i: Array | int) -> Array | int | float:
+    """A setting of layer i: a constant where all layers agree, so that kernels can specialise."""
+    if len(set(values)) == 1:
+        return values[0]
+    return values[i] if isinstance(i, int) else jnp.asarray(values)[i]
+
+
+def runs(kinds: Sequence[Any]) -> list[tuple[Any, range]]:
+    """Maximal runs of equal kinds: each becomes one stack."""
+    out: list[tuple[Any, range]] = []
+    for i, kind in enumerate(kinds):
+        if out and out[-1][0] == kind:
+            out[-1] = (kind, range(out[-1][1].start, i + 1))
+        else:
+            out.append((kind, range(i, i + 1)))
+    return out

@@ -1,0 +1,71 @@
+"""How a step computes: the operations that a model is written in.
+
+A model says *what* is computed. `Ops` says *how*: with the plain references (training, parity,
+absent hardware), with kernels over a paged cache (serving), or on a mesh. It is an argument, so
+that nothing is looked up in a global and the same model lowers for a platform that is not there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+import kernels_pallas.linear
+import kernels_pallas.rms_norm
+import moe.experts
+
+
+class Attend(Protocol):
+    """Attention over this step's keys and whatever the cache holds."""
+
+    def __call__(
+        self,
+        q: Array,  # [B, T, N, H]
+        k: Array,  # [B, T, K, H]
+        v: Array | None,  # [B, T, K, Hv]; None: the first `value_dim` lanes of k (latent attention)
+        kv: Any,
+        layer: Array | int,
+        *,
+        scale: float,
+        window: Array | int = 0,  # keys at least this far back are hidden; 0 hides none
+        sinks: Any = None,  # [N], a logit per head that joins the softmax and carries no value
+        soft_cap: float = 0.0,
+        value_dim: int | None = None,
+    ) -> tuple[Array, Any]:  # [B, T, N, Hv] and the cache, with k and v in it
+        ...
+
+
+def embed(table: Array, tokens: Array, *, dtype: Any) -> Array:
+    """Rows of table [V, D] for tokens [B, T], in the type that activations have.
+
+    16-bit tables are gathered as integers: XLA:CPU of jax 0.10 widens a whole bfloat16 table
+    before it takes a row of it.
+    """
+    if table.dtype.itemsize == 2:
+        bits = lax.bitcast_convert_type(table, jnp.uint16)
+        return lax.bitcast_convert_type(bits[tokens], table.dtype).astype(dtype)
+    return table[tokens].astype(dtype)
+
+
+@dataclass(frozen=True)
+class Ops:
+    """Implementations of every operation; the fields' signatures are those of the references.
+
+    Attributes:
+        attend: see `Attend`.
+        dtype: element type of activations.
+    """
+
+    attend: Attend
+    dtype: Any
+    linear: Callable[..., Any] = kernels_pallas.linear.linear
+    gated_linear: Callable[..., Array] = kernels_pallas.linear.gated_linear
+    rms_norm: Callable[..., Array] = kernels_pallas.rms_norm.rms_norm
+    experts: Callable[..., Array] = moe.experts.experts
+
+    def embed(self, table: Array, tokens: Array) -> Array:
+        return embed(table, tokens, dtype=self.dtype)

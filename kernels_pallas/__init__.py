@@ -1,0 +1,1 @@
+"""Kernels, each beside the reference that it must equal."""

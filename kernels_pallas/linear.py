@@ -1,0 +1,65 @@
+"""Products with weights stored as checkpoints store them: outputs first, inputs last."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from kernels_pallas.op import Weight, as_array
+
+
+def linear(x: Array, *weights: Weight, num_in: int = 1) -> Array | tuple[Array, ...]:
+    """x @ w.T for each weight, accumulated in float32 and returned in x's type.
+
+    Args:
+        x: [..., *in]; its last `num_in` axes are contracted.
+        weights: [*out, *in] each, of one element type. On a narrower type than x's, x is rounded
+            to it first, as the hardware's own matrix units do.
+
+    Returns:
+        [..., *out] for each weight, in a tuple if there are several.
+    """
+    outs = tuple(_product(x, as_array(w), num_in) for w in weights)
+    return outs if len(outs) > 1 else outs[0]
+
+
+def _product(x: Array, w: Array, num_in: int) -> Array:
+    lead, out = x.shape[: x.ndim - num_in], w.shape[: w.ndim - num_in]
+    k = math.prod(x.shape[x.ndim - num_in :])
+    rows, cols = x.reshape(-1, k), w.reshape(-1, k)
+    y = lax.dot_general(
+        rows.astype(cols.dtype), cols, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+    )
+    return y.astype(x.dtype).reshape(*lead, *out)
+
+
+def _swiglu_oai(gate: Array, up: Array) -> Array:
+    """The clamped SwiGLU of gpt-oss: alpha 1.702, limit 7, and one added to the linear half."""
+    gate, up = jnp.minimum(gate, 7.0), jnp.clip(up, -7.0, 7.0)
+    return (up + 1) * gate * jax.nn.sigmoid(1.702 * gate)
+
+
+GATES: dict[str, Callable[[Array, Array], Array]] = {
+    "silu": lambda gate, up: jax.nn.silu(gate) * up,
+    "gelu_tanh": lambda gate, up: jax.nn.gelu(gate, approximate=True) * up,
+    "swiglu_oai": _swiglu_oai,
+}
+"""How a gated MLP joins its two halves."""
+
+
+def gated_linear(x: Array, w_gate: Weight, w_up: Weight, *, activation: str) -> Array:
+    """GATES[activation](x @ w_gate.T, x @ w_up.T): the first half of a gated MLP.
+
+    Args:
+        x: [..., D].
+        w_gate, w_up: [F, D].
+
+    Returns:
+        [..., F] in x's type; the gate is computed in float32.
+    """
+    gate, up = linear(x, w_gate, w_up)
+    return GATES[activation](gate.astype(jnp.float32), up.astype(jnp.float32)).astype(x.dtype)

@@ -1,0 +1,93 @@
+"""The experts' gated MLPs, each over just the tokens that chose it."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from kernels_pallas.linear import GATES
+from kernels_pallas.op import StackedWeight, Weight, expert_of
+from sharding.tree import pytree, weight
+
+BLOCK_ROWS = 16
+"""Rows of one product. `lax.ragged_dot` is dense off TPU: it does E times the work."""
+
+
+@pytree
+class Experts:
+    """Weights of E gated MLPs; biases in gpt-oss only."""
+
+    w_gate: Weight = weight("experts expert_mlp embed", "{expert}.gate_proj.weight")
+    w_up: Weight = weight("experts expert_mlp embed", "{expert}.up_proj.weight")
+    w_down: Weight = weight("experts embed expert_mlp", "{expert}.down_proj.weight")
+    b_gate: Weight | None = None
+    b_up: Weight | None = None
+    b_down: Weight | None = None
+
+
+def experts(x: Array, ids: Array, weights: Array, p: Experts, *, activation: str) -> Array:
+    """Sum over a token's experts of weight * down(gate(x) * up(x)).
+
+    Tokens are sorted by expert and cut into blocks of `BLOCK_ROWS` rows of one expert, so work
+    grows with the tokens and not with the number of experts.
+
+    Args:
+        x: [T, D].
+        ids, weights: [T, A]; an id outside [0, E) contributes nothing.
+        activation: a key of `kernels_pallas.linear.GATES`.
+
+    Returns:
+        [T, D] in x's type, accumulated in float32.
+    """
+    T, A = ids.shape
+    E = p.w_gate.shape[0]
+    row, expert_of_block = _blocks(ids.reshape(-1), E)  # [num_blocks, BLOCK_ROWS], [num_blocks]
+
+    def block(_, inputs):
+        rows, e = inputs
+        one = jax.tree.map(lambda w: expert_of(w, e), p, is_leaf=_is_stacked)
+        h = x.at[rows // A].get(mode="fill", fill_value=0)
+        return None, _mlp(h, one, activation)
+
+    y = lax.scan(block, None, (row, expert_of_block))[1]  # [num_blocks, BLOCK_ROWS, D]
+    flat = jnp.zeros((T * A, x.shape[1]), jnp.float32).at[row].set(y, mode="drop")
+    return (flat.reshape(T, A, -1) * weights[..., None]).sum(1).astype(x.dtype)
+
+
+def _is_stacked(w: object) -> bool:
+    return isinstance(w, StackedWeight)
+
+
+def _blocks(ids: Array, num_experts: int) -> tuple[Array, Array]:
+    """Rows of `ids` (flattened tokens x choices) by block, and each block's expert.
+
+    Every expert's rows start at a fresh block; slots past an expert's last row hold len(ids),
+    which gathers as zeros and scatters nowhere.
+    """
+    n = ids.shape[0]
+    ids = jnp.where((ids >= 0) & (ids < num_experts), ids, num_experts)
+    order = jnp.argsort(ids, stable=True)
+    count = jnp.bincount(ids, length=num_experts + 1)[:num_experts]
+    blocks = -(-count // BLOCK_ROWS)
+    first_block = jnp.cumsum(blocks) - blocks
+    first_row = jnp.cumsum(count) - count
+    num_blocks = -(-n // BLOCK_ROWS) + min(num_experts, n)
+    b = jnp.arange(num_blocks)
+    expert = jnp.clip(jnp.searchsorted(jnp.cumsum(blocks), b, side="right"), 0, num_experts - 1)
+    within = (b - first_block[expert])[:, None] * BLOCK_ROWS + jnp.arange(BLOCK_ROWS)
+    rows = jnp.where(
+        (within >= 0) & (within < count[expert][:, None]),
+        order[jnp.clip(first_row[expert][:, None] + within, 0, n - 1)],
+        n,
+    )
+    return rows, expert
+
+
+def _mlp(h: Array, p: Experts, activation: str) -> Array:  # [rows, D] -> [rows, D] float32
+    def product(a: Array, w: Array, b: Array | None) -> Array:
+        y = jnp.einsum("td,fd->tf", a.astype(w.dtype), w, preferred_element_type=jnp.float32)
+        return y if b is None else y + b.astype(jnp.float32)
+
+    hidden = GATES[activation](product(h, p.w_gate, p.b_gate), product(h, p.w_up, p.b_up))
+    return product(hidden, p.w_down, p.b_down)

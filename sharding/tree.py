@@ -1,0 +1,139 @@
+"""A weight is declared once: its axes, its name in a checkpoint and its first value.
+
+Shape, placement, initialisation and loading all read that one line::
+
+    @pytree
+    class Mlp:
+        w_up: Array = weight("mlp embed", "up_proj.weight")
+
+    declare(Mlp, cfg, "model.layers.{layer}.mlp.")      # a tree of Weight
+    abstract(tree, sizes, jnp.bfloat16)                  # a tree of ShapeDtypeStruct
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar, dataclass_transform
+
+import jax
+import numpy as np
+
+C = TypeVar("C", bound=type)
+
+
+@dataclass(frozen=True)
+class Weight:
+    """What is known of one leaf before it has a value.
+
+    Attributes:
+        axes: a name for each dimension, outermost first.
+        name: its tensor in a Hugging Face checkpoint; `{layer}` and `{expert}` are filled in for
+            the axes "layer" and "experts". Empty: not stored there.
+        init: "normal", "ones" or "zeros".
+        read: makes one tensor (of the axes that `name` does not enumerate) out of the checkpoint
+            where its layout is not ours: `read(get, name, cfg)` with `get(name) -> np.ndarray`.
+        layers: numbers of the layers that the leaf stacks along its "layer" axis.
+    """
+
+    axes: tuple[str, ...]
+    name: str = ""
+    init: str = "normal"
+    read: Callable[..., np.ndarray] | None = None
+    layers: range = range(0)
+
+    def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """The leaf's shape, given the size of every axis but "layer"."""
+        return tuple(len(self.layers) if axis == "layer" else sizes[axis] for axis in self.axes)
+
+
+@dataclass(frozen=True)
+class _Declared:
+    weight: Weight
+    when: str | None
+
+
+@dataclass(frozen=True)
+class _Part:
+    cls: type
+    prefix: str
+    when: str | None
+
+
+def weight(
+    axes: str,
+    name: str = "",
+    *,
+    init: str = "normal",
+    when: str | None = None,
+    read: Callable[..., np.ndarray] | None = None,
+) -> Any:
+    """Declares a leaf; with `when`, it is None unless that attribute of the config is true."""
+    spec = _Declared(Weight(tuple(axes.split()), name, init, read), when)
+    return dataclasses.field(metadata={"weight": spec})
+
+
+def part(cls: type, prefix: str = "", *, when: str | None = None) -> Any:
+    """Declares a sub-tree whose checkpoint names start with `prefix`."""
+    return dataclasses.field(metadata={"part": _Part(cls, prefix, when)})
+
+
+@dataclass_transform(field_specifiers=(weight, part))
+def pytree(cls: C) -> C:
+    """A frozen dataclass that crosses `jax.jit`."""
+    return jax.tree_util.register_dataclass(dataclass(frozen=True)(cls))  # type: ignore[return-value]
+
+
+def declare(cls: type, cfg: Any, prefix: str = "", *, layers: range | None = None) -> Any:
+    """A tree of `Weight` for `cls`; undeclared fields become None and are the caller's to fill.
+
+    Args:
+        layers: the tree is a stack of these layers, so every leaf gains a leading "layer" axis.
+    """
+
+    def leaf(d: _Declared) -> Weight | None:
+        if d.when is not None and not getattr(cfg, d.when):
+            return None
+        axes = d.weight.axes if layers is None else ("layer", *d.weight.axes)
+        name = prefix + d.weight.name if d.weight.name else ""
+        return dataclasses.replace(d.weight, axes=axes, name=name, layers=layers or range(0))
+
+    def sub(p: _Part) -> Any:
+        if p.when is not None and not getattr(cfg, p.when):
+            return None
+        return declare(p.cls, cfg, prefix + p.prefix, layers=layers)
+
+    def field(f: dataclasses.Field) -> Any:
+        if "weight" in f.metadata:
+            return leaf(f.metadata["weight"])
+        return sub(f.metadata["part"]) if "part" in f.metadata else None
+
+    return cls(**{f.name: field(f) for f in dataclasses.fields(cls)})
+
+
+def is_weight(x: Any) -> bool:
+    return isinstance(x, Weight)
+
+
+def abstract(tree: Any, sizes: Mapping[str, int], dtype: Any) -> Any:
+    """The tree with each `Weight` as a `jax.ShapeDtypeStruct`."""
+    return jax.tree.map(
+        lambda w: jax.ShapeDtypeStruct(w.shape(sizes), dtype), tree, is_leaf=is_weight
+    )
+
+
+def initialise(tree: Any, sizes: Mapping[str, int], dtype: Any, seed: int = 0) -> Any:
+    """Random values for a declared tree, drawn on the host leaf by leaf.
+
+    "normal" is scaled down by the square root of the last axis, along which weights contract.
+    """
+    rng = np.random.default_rng(seed)
+
+    def draw(w: Weight) -> jax.Array:
+        shape = w.shape(sizes)
+        if w.init != "normal":
+            return jax.device_put(np.full(shape, float(w.init == "ones"), dtype))
+        return jax.device_put((rng.standard_normal(shape, np.float32) / shape[-1] ** 0.5).astype(dtype))
+
+    return jax.tree.map(draw, tree, is_leaf=is_weight)
