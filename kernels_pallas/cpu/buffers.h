@@ -1,0 +1,47 @@
+// What the handlers share at the border with XLA: dtypes, stacked weights, scalars.
+#pragma once
+
+#include <cstdint>
+
+#include "simd.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace jaxserve {
+
+namespace ffi = xla::ffi;
+using Scalar = ffi::Buffer<ffi::S32, 0>;
+using Ints = ffi::Buffer<ffi::S32>;
+using Floats = ffi::Buffer<ffi::F32>;
+using FloatsOut = ffi::Result<ffi::Buffer<ffi::F32>>;
+
+inline int64_t value(Scalar s) { return s.typed_data()[0]; }
+
+// Calls fn(T*) with the element type of an array: float, or bf16 (which may be stored as uint16).
+template <class Fn>
+ffi::Error visit(ffi::AnyBuffer array, const Fn& fn) {
+  switch (array.element_type()) {
+    case ffi::F32:
+      return fn(static_cast<float*>(array.untyped_data()));
+    case ffi::BF16:
+    case ffi::U16:
+      return fn(static_cast<bf16*>(array.untyped_data()));
+    default:
+      return ffi::Error::InvalidArgument("expected float32, bfloat16, or uint16 bits of bfloat16");
+  }
+}
+
+// The last `rank` axes of an array that may be stacked over layers; `offset` is in elements.
+struct Slice {
+  ffi::AnyBuffer::Dimensions dims;
+  int64_t offset;
+};
+
+inline Slice slice(ffi::AnyBuffer array, Scalar layer, size_t rank) {
+  auto dims = array.dimensions();
+  if (dims.size() <= rank) return {dims, 0};
+  const int64_t count = int64_t(array.element_count());
+  const int64_t each = dims[0] > 0 ? count / dims[0] : 0;
+  return {{dims.begin() + (dims.size() - rank), rank}, value(layer) * each};
+}
+
+}  // namespace jaxserve

@@ -1,0 +1,139 @@
+// Matrix product of two operands that are both contiguous along the summed axis: x [rows, K]
+// against weights [cols, K] as Hugging Face stores them.
+//
+// Every output is summed in one fixed shape, whatever tile computes it: K is cut into blocks of
+// kDepth registers; within a block lane l sums elements l, l + lanes, ...; lanes fold by a fixed
+// tree; blocks add up in order. Hence a row's result never depends on its neighbours.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <utility>
+
+#include "simd.h"
+
+namespace jaxserve {
+
+constexpr int kTileRows = kManyRegisters ? 4 : 2;  // of x
+constexpr int kTileCols = kManyRegisters ? 6 : 4;  // of weights: 4 x 6 sums + 6 + 1 registers
+constexpr int64_t kDepth = 64;  // registers per block: a tile of weights (24 KiB) stays in L1
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Rows of x in the order the tile reads them: for each tile of kTileRows rows, for each register
+// along K, that register of every row. Zero-padded to whole registers. A view: owns nothing.
+template <class T>
+struct Packed {
+  T* data;
+  int64_t num_rows;
+  int64_t steps;  // registers per row
+
+  static int64_t steps_of(int64_t k) { return ceil_div(k, Vec<T>::kSize); }
+  static int64_t count(int64_t num_rows, int64_t k) {
+    return num_rows * steps_of(k) * Vec<T>::kSize;
+  }
+
+  int64_t height(int64_t row) const {  // rows in the tile that holds `row`
+    return std::min<int64_t>(kTileRows, num_rows - row / kTileRows * kTileRows);
+  }
+  T* at(int64_t row, int64_t step) const {
+    int64_t first = row / kTileRows * kTileRows;
+    return data + (first * steps + step * height(row) + row - first) * Vec<T>::kSize;
+  }
+
+  // Writes elements [begin, begin + n) of a row; begin must be a multiple of the register size.
+  template <class From>
+  void put(int64_t row, int64_t begin, const From* from, int64_t n) const {
+    constexpr int64_t kSize = Vec<T>::kSize;
+    const int64_t stride = height(row) * kSize;
+    T* to = at(row, begin / kSize);
+    for (; n >= kSize; n -= kSize, from += kSize, to += stride) convert(to, from, kSize);
+    if (n <= 0) return;
+    std::memset(to, 0, kSize * sizeof(T));
+    convert(to, from, n);
+  }
+};
+
+// out[r * kTileCols + c] = x[r] . w[c] over `steps` whole registers and `tail` more elements.
+template <class T, int R, int C>
+void dot_tile(const T* x, const T* w, int64_t w_stride, int64_t steps, int64_t tail, float* out) {
+  using Reg = typename Vec<T>::Reg;
+  constexpr int64_t kSize = Vec<T>::kSize;
+  F sum[R][C] = {};
+  auto step = [&](const Reg (&weights)[C]) {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      Reg row = load<Reg>(x + r * kSize);
+#pragma GCC unroll 8
+      for (int c = 0; c < C; ++c) sum[r][c] = Vec<T>::dot(sum[r][c], row, weights[c]);
+    }
+    x += R * kSize;
+  };
+  Reg weights[C];
+  for (int64_t s = 0; s < steps; ++s, w += kSize) {
+#pragma GCC unroll 8
+    for (int c = 0; c < C; ++c) weights[c] = load<Reg>(w + c * w_stride);
+    step(weights);
+  }
+  if (tail > 0) {
+    for (int c = 0; c < C; ++c) {
+      weights[c] = load_partial<Reg>(w + c * w_stride, tail * int64_t(sizeof(T)));
+    }
+    step(weights);
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+    for (int c = 0; c < C; c += 4) {
+      F four[4] = {};
+      for (int i = 0; i < std::min(4, C - c); ++i) four[i] = sum[r][c + i];
+      sum_lanes(four, out + r * kTileCols + c);
+    }
+  }
+}
+
+template <class T>
+using DotTile = void (*)(const T*, const T*, int64_t, int64_t, int64_t, float*);
+
+template <class T, int C, int... R>
+constexpr std::array<DotTile<T>, sizeof...(R)> dot_tiles(std::integer_sequence<int, R...>) {
+  return {&dot_tile<T, R + 1, C>...};
+}
+
+// The kernel for a tile of `rows` rows, full width or one column.
+template <class T>
+DotTile<T> dot_tile_for(int64_t rows, bool full) {
+  using Rows = std::make_integer_sequence<int, kTileRows>;
+  static constexpr auto kFull = dot_tiles<T, kTileCols>(Rows{});
+  static constexpr auto kOne = dot_tiles<T, 1>(Rows{});
+  return (full ? kFull : kOne)[rows - 1];
+}
+
+// out[r][c] = x[begin + r] . w[c] for rows [begin, end) of x, begin a multiple of kTileRows.
+// Weights are the outer loop: each tile of them is read from memory once and serves all rows.
+template <class T>
+void dot_block(const Packed<T>& x, int64_t begin, int64_t end, const T* w, int64_t k, int64_t cols,
+               float* out, int64_t out_stride) {
+  constexpr int64_t kSize = Vec<T>::kSize;
+  alignas(64) float tile[kTileRows * kTileCols + 4];  // sum_lanes writes four at a time
+  for (int64_t s = 0; s < x.steps; s += kDepth) {
+    const int64_t block_k = std::min(kDepth * kSize, k - s * kSize);
+    for (int64_t c = 0, width; c < cols; c += width) {
+      const bool full = cols - c >= kTileCols;
+      width = full ? kTileCols : 1;
+      for (int64_t r = begin, rows; r < end; r += rows) {
+        rows = x.height(r);
+        dot_tile_for<T>(rows, full)(x.at(r, s), w + c * k + s * kSize, k, block_k / kSize,
+                                    block_k % kSize, tile);
+        for (int64_t i = 0; i < rows; ++i) {
+          float* to = out + (r - begin + i) * out_stride + c;
+          for (int64_t j = 0; j < width; ++j) {
+            to[j] = (s == 0 ? 0.0f : to[j]) + tile[i * kTileCols + j];
+          }
+        }
+      }
+    }
+  }
+}
+
+}  // namespace jaxserve

@@ -1,0 +1,152 @@
+// Linear layers that share one x, and the gated pair of a feed-forward layer.
+
+#include <vector>
+
+#include "activation.h"
+#include "buffers.h"
+#include "pack.h"
+#include "scratch.h"
+
+namespace jaxserve {
+namespace {
+
+// Columns of one weight that one chunk computes for some rows.
+template <class T>
+struct Piece {
+  const T* weight;  // its first row
+  const T* up;      // the paired row of w_up, or null
+  float* out;       // row 0, first column of the piece
+  int64_t out_stride;
+  int64_t num_cols;
+};
+
+template <class T>
+void cut(std::vector<Piece<T>>* pieces, const T* weight, const T* up, int64_t k, float* out,
+         int64_t num_cols, int64_t width) {
+  for (int64_t c = 0; c < num_cols; c += width) {
+    pieces->push_back({weight + c * k, up ? up + c * k : nullptr, out + c, num_cols,
+                       std::min(width, num_cols - c)});
+  }
+}
+
+// The up product of a chunk, then gate = act(gate) * up. Chunks are narrow: the scratch is small.
+template <class T>
+void apply_gate(const Packed<T>& x, int64_t begin, int64_t end, const Piece<T>& piece, int64_t k,
+                Activation activation, float* gate) {
+  thread_local Scratch scratch;
+  const int64_t rows = end - begin;
+  scratch.reset(Scratch::bytes<float>(rows * piece.num_cols));
+  float* up = scratch.take<float>(rows * piece.num_cols);
+  dot_block(x, begin, end, piece.up, k, piece.num_cols, up, piece.num_cols);
+  for (int64_t i = 0; i < rows; ++i) {
+    gate_in_place(activation, gate + i * piece.out_stride, up + i * piece.num_cols,
+                  piece.num_cols);
+  }
+}
+
+// All pieces for the packed rows, which are rows [first, ...) of the outputs.
+template <class T>
+void multiply(const Packed<T>& x, int64_t first, const std::vector<Piece<T>>& pieces, int64_t k,
+              Activation activation) {
+  const int64_t slabs = ceil_div(x.num_rows, kRowsPerChunk);
+  Pool::shared().run(int64_t(pieces.size()) * slabs, [&](int64_t chunk) {
+    const Piece<T>& piece = pieces[chunk / slabs];
+    const int64_t begin = chunk % slabs * kRowsPerChunk;
+    const int64_t end = std::min(x.num_rows, begin + kRowsPerChunk);
+    float* out = piece.out + (first + begin) * piece.out_stride;
+    dot_block(x, begin, end, piece.weight, k, piece.num_cols, out, piece.out_stride);
+    if (piece.up) apply_gate(x, begin, end, piece, k, activation, out);
+  });
+}
+
+template <class T, class X>
+void multiply_all(const X* x, int64_t num_rows, int64_t k, const std::vector<Piece<T>>& pieces,
+                  Activation activation = Activation::kSilu) {
+  thread_local Scratch scratch;
+  for (int64_t first = 0; first < num_rows; first += kRowsPerPass) {
+    const int64_t rows = std::min(kRowsPerPass, num_rows - first);
+    const int64_t count = Packed<T>::count(rows, k);
+    scratch.reset(Scratch::bytes<T>(count));
+    Packed<T> packed{scratch.take<T>(count), rows, Packed<T>::steps_of(k)};
+    pack_rows(packed, k, [&](int64_t i) { return x + (first + i) * k; });
+    multiply(packed, first, pieces, k, activation);
+  }
+}
+
+void zero_padding(float* out, int64_t num_rows, int64_t all_rows, int64_t cols) {
+  std::memset(out + num_rows * cols, 0, (all_rows - num_rows) * cols * sizeof(float));
+}
+
+ffi::Error bad_shapes() {
+  return ffi::Error::InvalidArgument("weights must be [N, K] or [L, N, K], all of one dtype");
+}
+
+ffi::Error linear(ffi::AnyBuffer x, Scalar num_rows, Scalar layer, ffi::RemainingArgs weights,
+                  ffi::RemainingRets outs) {
+  const int64_t all_rows = x.dimensions()[0], k = x.dimensions()[1];
+  const int64_t rows = std::clamp<int64_t>(value(num_rows), 0, all_rows);
+  auto first = weights.get<ffi::AnyBuffer>(0);
+  if (first.has_error()) return first.error();
+  return visit(*first, [&](auto* typed) {
+    using T = std::remove_pointer_t<decltype(typed)>;
+    std::vector<Piece<T>> pieces;
+    int64_t all_cols = 0;
+    for (size_t i = 0; i < weights.size(); ++i) {
+      all_cols += slice(*weights.get<ffi::AnyBuffer>(i), layer, 2).dims[0];
+    }
+    for (size_t i = 0; i < weights.size(); ++i) {
+      auto weight = *weights.get<ffi::AnyBuffer>(i);
+      auto out = *outs.get<ffi::Buffer<ffi::F32>>(i);
+      auto [dims, offset] = slice(weight, layer, 2);
+      if (dims[1] != k || ffi::ByteWidth(weight.element_type()) != sizeof(T)) return bad_shapes();
+      zero_padding(out->typed_data(), rows, all_rows, dims[0]);
+      cut<T>(&pieces, static_cast<T*>(weight.untyped_data()) + offset, nullptr, k,
+             out->typed_data(), dims[0], chunk_cols(all_cols));
+    }
+    return visit(x, [&](auto* from) {
+      multiply_all<T>(from, rows, k, pieces);
+      return ffi::Error::Success();
+    });
+  });
+}
+
+ffi::Error gated_linear(ffi::AnyBuffer x, Scalar num_rows, Scalar layer, ffi::AnyBuffer w_gate,
+                        ffi::AnyBuffer w_up, FloatsOut out, std::string_view activation) {
+  const int64_t all_rows = x.dimensions()[0], k = x.dimensions()[1];
+  const int64_t rows = std::clamp<int64_t>(value(num_rows), 0, all_rows);
+  auto [dims, offset] = slice(w_gate, layer, 2);
+  if (dims[1] != k || w_gate.element_type() != w_up.element_type()) return bad_shapes();
+  zero_padding(out->typed_data(), rows, all_rows, dims[0]);
+  return visit(w_gate, [&, cols = dims[0], offset = offset](auto* gate) {
+    using T = std::remove_pointer_t<decltype(gate)>;
+    std::vector<Piece<T>> pieces;
+    cut<T>(&pieces, gate + offset, static_cast<T*>(w_up.untyped_data()) + offset, k,
+           out->typed_data(), cols, chunk_cols(cols));
+    return visit(x, [&](auto* from) {
+      multiply_all<T>(from, rows, k, pieces, activation_of(activation));
+      return ffi::Error::Success();
+    });
+  });
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxserve_linear, linear,
+                              ffi::Ffi::Bind()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<Scalar>()
+                                  .Arg<Scalar>()
+                                  .RemainingArgs()
+                                  .RemainingRets());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxserve_gated_linear, gated_linear,
+                              ffi::Ffi::Bind()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<Scalar>()
+                                  .Arg<Scalar>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Attr<std::string_view>("activation"));
+
+}  // namespace jaxserve

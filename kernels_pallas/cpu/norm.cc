@@ -1,0 +1,60 @@
+// RMSNorm over the last axis.
+
+#include "buffers.h"
+#include "pack.h"
+
+namespace jaxserve {
+namespace {
+
+float sum_of_squares(const float* x, int64_t n) {
+  F sum{};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) sum += load<F>(x + i) * load<F>(x + i);
+  if (i < n) {
+    F rest = load_partial<F>(x + i, (n - i) * int64_t(sizeof(float)));
+    sum += rest * rest;
+  }
+  return sum_lanes(sum);
+}
+
+template <class T>
+void normalize(const float* x, const T* scale, float* y, int64_t n, float eps, float offset) {
+  const float inverse = 1.0f / std::sqrt(sum_of_squares(x, n) / float(n) + eps);
+  for (int64_t i = 0; i < n; ++i) y[i] = x[i] * inverse * (offset + to_float(scale[i]));
+}
+
+ffi::Error rms_norm(Floats x, ffi::AnyBuffer scale, Scalar num_rows, Scalar layer, FloatsOut out,
+                    float eps, float offset) {
+  constexpr int64_t kElementsPerChunk = 32 * 1024;
+  const int64_t all_rows = x.dimensions()[0], n = x.dimensions()[1];
+  const int64_t rows = std::clamp<int64_t>(value(num_rows), 0, all_rows);
+  const int64_t per_chunk = std::max<int64_t>(1, kElementsPerChunk / std::max<int64_t>(1, n));
+  auto [dims, start] = slice(scale, layer, 1);
+  if (dims[0] != n) return ffi::Error::InvalidArgument("scale must be [D] or [L, D]");
+  const float* from = x.typed_data();
+  float* to = out->typed_data();
+  std::memset(to + rows * n, 0, (all_rows - rows) * n * sizeof(float));
+  return visit(scale, [&, start = start](auto* weight) {
+    Pool::shared().run(ceil_div(rows, per_chunk), [&](int64_t chunk) {
+      const int64_t end = std::min(rows, (chunk + 1) * per_chunk);
+      for (int64_t i = chunk * per_chunk; i < end; ++i) {
+        normalize(from + i * n, weight + start, to + i * n, n, eps, offset);
+      }
+    });
+    return ffi::Error::Success();
+  });
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxserve_rms_norm, rms_norm,
+                              ffi::Ffi::Bind()
+                                  .Arg<Floats>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<Scalar>()
+                                  .Arg<Scalar>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Attr<float>("eps")
+                                  .Attr<float>("offset"));
+
+}  // namespace jaxserve

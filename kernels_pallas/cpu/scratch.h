@@ -1,0 +1,45 @@
+// Working memory that survives from one call to the next, so that no call pays page faults.
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+
+namespace jaxserve {
+
+// An arena of one thread for the length of one call: take() hands out 64-byte aligned arrays.
+class Scratch {
+ public:
+  // Reserves for everything that will be taken; earlier pointers become invalid.
+  void reset(int64_t bytes) {
+    used_ = 0;
+    if (bytes <= size_) return;
+    data_.reset();  // free before allocating, or the peak is the sum of both
+    data_.reset(static_cast<char*>(std::aligned_alloc(64, round_up(bytes))));
+    size_ = round_up(bytes);
+  }
+
+  template <class T>
+  T* take(int64_t count) {
+    char* start = data_.get() + used_;
+    used_ += bytes<T>(count);
+    return reinterpret_cast<T*>(start);
+  }
+
+  template <class T>
+  static int64_t bytes(int64_t count) {
+    return round_up(count * int64_t(sizeof(T)));
+  }
+
+ private:
+  struct Free {
+    void operator()(char* p) const { std::free(p); }
+  };
+  static int64_t round_up(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
+  std::unique_ptr<char, Free> data_;
+  int64_t size_ = 0;
+  int64_t used_ = 0;
+};
+
+}  // namespace jaxserve

@@ -1,0 +1,206 @@
+// One SIMD register of floats and the few operations the kernels are made of.
+//
+// Registers are GCC/Clang vector extensions, so every kernel compiles for any CPU; intrinsics
+// appear only where AVX-512 has an instruction the compiler does not find by itself.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+namespace jaxserve {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+// AVX-512 and NEON have 32 registers; everyone else has 16, so tiles are smaller there.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr bool kManyRegisters = true;
+#else
+constexpr bool kManyRegisters = false;
+#endif
+
+using F = float __attribute__((vector_size(4 * kLanes)));
+using I = int32_t __attribute__((vector_size(4 * kLanes)));
+using U = uint32_t __attribute__((vector_size(4 * kLanes)));
+
+struct bf16 {
+  uint16_t bits;
+};
+
+inline F splat(float x) { return F{} + x; }
+
+template <class To, class From>
+inline To bitcast(From x) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &x, sizeof(to));
+  return to;
+}
+
+template <class Reg>
+inline Reg load(const void* p) {
+  Reg r;
+  std::memcpy(&r, p, sizeof(r));
+  return r;
+}
+
+template <class Reg>
+inline void store(void* p, Reg r) {
+  std::memcpy(p, &r, sizeof(r));
+}
+
+// The first `bytes` bytes at p, zeros after them: never reads past the end of an array.
+template <class Reg>
+inline Reg load_partial(const void* p, int64_t bytes) {
+#if defined(__AVX512BW__)
+  return bitcast<Reg>(_mm512_maskz_loadu_epi8(~0ull >> (64 - bytes), p));
+#else
+  Reg r{};
+  std::memcpy(&r, p, bytes);
+  return r;
+#endif
+}
+
+inline float to_float(float x) { return x; }
+inline float to_float(bf16 x) { return bitcast<float>(uint32_t(x.bits) << 16); }
+
+// Round to nearest even; a NaN keeps its sign and becomes quiet.
+inline bf16 to_bf16(float x) {
+  uint32_t u = bitcast<uint32_t>(x);
+  if ((u & 0x7fffffff) > 0x7f800000) return {uint16_t((u >> 16) | 0x40)};
+  return {uint16_t((u + 0x7fff + ((u >> 16) & 1)) >> 16)};
+}
+
+inline void convert(float* to, const float* from, int64_t n) {
+  std::memcpy(to, from, n * sizeof(float));
+}
+inline void convert(bf16* to, const bf16* from, int64_t n) {
+  std::memcpy(to, from, n * sizeof(bf16));
+}
+inline void convert(float* to, const bf16* from, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) to[i] = to_float(from[i]);
+}
+inline void convert(bf16* to, const float* from, int64_t n) {
+  int64_t i = 0;
+#if defined(__AVX512BF16__)
+  for (; i + 16 <= n; i += 16) {
+    store(to + i, bitcast<__m256i>(_mm512_cvtneps_pbh(_mm512_loadu_ps(from + i))));
+  }
+  if (i < n) {
+    auto keep = __mmask16((1u << (n - i)) - 1);
+    auto half = _mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(keep, from + i));
+    _mm256_mask_storeu_epi16(to + i, keep, bitcast<__m256i>(half));
+  }
+#else
+  for (; i < n; ++i) to[i] = to_bf16(from[i]);
+#endif
+}
+
+// A register full of T, as the dot products see it: bf16 travels in pairs, one pair per lane.
+template <class T>
+struct Vec;
+
+template <>
+struct Vec<float> {
+  using Reg = F;
+  static constexpr int kPerLane = 1;
+  static constexpr int kSize = kLanes;
+  static F dot(F sum, F a, F b) { return sum + a * b; }
+  static F broadcast(const float* p) { return splat(*p); }
+};
+
+template <>
+struct Vec<bf16> {
+  using Reg = U;
+  static constexpr int kPerLane = 2;
+  static constexpr int kSize = 2 * kLanes;
+  static U broadcast(const bf16* p) { return U{} + bitcast<uint32_t>(load<uint32_t>(p)); }
+  static F dot(F sum, U a, U b) {
+#if defined(__AVX512BF16__)
+    return _mm512_dpbf16_ps(sum, bitcast<__m512bh>(a), bitcast<__m512bh>(b));
+#else
+    sum += bitcast<F>(a << 16) * bitcast<F>(b << 16);
+    return sum + bitcast<F>(a & 0xffff0000u) * bitcast<F>(b & 0xffff0000u);
+#endif
+  }
+};
+
+inline F maximum(F a, F b) {
+#if defined(__AVX512F__)
+  return _mm512_max_ps(a, b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+// out[i] = the sum of the lanes of v[i], always by the same tree.
+inline void sum_lanes(const F v[4], float out[4]) {
+#if defined(__AVX512F__)
+  __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(v[0], v[1]), _mm512_unpackhi_ps(v[0], v[1]));
+  __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(v[2], v[3]), _mm512_unpackhi_ps(v[2], v[3]));
+  __m512 q = bitcast<__m512>(
+      _mm512_add_ps(bitcast<__m512>(_mm512_unpacklo_pd(bitcast<__m512d>(ab), bitcast<__m512d>(cd))),
+                    bitcast<__m512>(_mm512_unpackhi_pd(bitcast<__m512d>(ab), bitcast<__m512d>(cd)))));
+  __m256 h = _mm256_add_ps(_mm512_castps512_ps256(q),
+                           bitcast<__m256>(_mm512_extractf64x4_pd(bitcast<__m512d>(q), 1)));
+  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1)));
+#else
+  for (int i = 0; i < 4; ++i) {
+    F lanes = v[i];
+    for (int width = kLanes / 2; width > 0; width /= 2) {
+      for (int lane = 0; lane < width; ++lane) lanes[lane] += lanes[lane + width];
+    }
+    out[i] = lanes[0];
+  }
+#endif
+}
+
+inline float sum_lanes(F v) {
+  const F padded[4] = {v, F{}, F{}, F{}};
+  float out[4];
+  sum_lanes(padded, out);
+  return out[0];
+}
+
+inline float max_lanes(F v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps(v);
+#else
+  float most = v[0];
+  for (int lane = 1; lane < kLanes; ++lane) most = v[lane] > most ? v[lane] : most;
+  return most;
+#endif
+}
+
+// e^x to about one unit in the last place; exactly 1 at 0 and exactly 0 below e^-87.
+inline F exp(F x) {
+  constexpr float kLowest = -87.0f, kHighest = 88.0f;
+  const F round = splat(12582912.0f);  // adding 1.5 * 2^23 leaves round(x) in the low bits
+  F inside = x < kLowest ? splat(kLowest) : x > kHighest ? splat(kHighest) : x;
+  F shifted = inside * 1.44269504f + round;
+  F whole = shifted - round;
+  F r = inside - whole * 0.693359375f + whole * 2.12194440e-4f;
+  F p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  F power = bitcast<F>(bitcast<U>(p) + (bitcast<U>(shifted) << 23));
+  return x < kLowest ? F{} : power;
+}
+
+inline F tanh(F x) { return 1.0f - 2.0f / (exp(2.0f * x) + 1.0f); }
+
+}  // namespace jaxserve

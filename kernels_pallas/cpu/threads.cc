@@ -1,0 +1,108 @@
+#include "threads.h"
+
+#include <chrono>
+#include <cstdlib>
+#include <thread>
+
+#if defined(__linux__)
+#include <sched.h>
+#endif
+
+namespace jaxserve {
+namespace {
+
+// Long enough to bridge the small XLA ops between two of our handlers, short enough to be cheap.
+constexpr auto kSpin = std::chrono::microseconds(50);
+
+inline void pause() {
+#if defined(__x86_64__) || defined(__i386__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+int default_num_threads() {
+#if defined(__linux__)
+  cpu_set_t mine;
+  if (sched_getaffinity(0, sizeof(mine), &mine) == 0) return CPU_COUNT(&mine);
+#endif
+  return int(std::thread::hardware_concurrency());
+}
+
+int wanted_num_threads() {
+  const char* text = std::getenv("JAXSERVE_NUM_THREADS");
+  int n = text ? std::atoi(text) : 0;
+  return n > 0 ? n : default_num_threads();
+}
+
+}  // namespace
+
+Pool& Pool::shared() {
+  static Pool* pool = new Pool(wanted_num_threads());  // never destroyed: helpers outlive main
+  return *pool;
+}
+
+Pool::Pool(int num_threads) : num_helpers_(num_threads > 1 ? num_threads - 1 : 0) {
+  for (int i = 0; i < num_helpers_; ++i) std::thread([this] { help(); }).detach();
+}
+
+void Pool::run(int64_t n, Call call, const void* fn) {
+  if (n <= 1 || num_helpers_ == 0 || busy_.exchange(true)) {
+    for (int64_t i = 0; i < n; ++i) call(fn, i);
+    return;
+  }
+  call_.store(call, std::memory_order_relaxed);
+  fn_.store(fn, std::memory_order_relaxed);
+  num_chunks_.store(n, std::memory_order_relaxed);
+  unfinished_.store(n, std::memory_order_relaxed);
+  ticket_.store(((ticket_.load() >> 32) + 1) << 32 | uint64_t(n));
+  if (num_sleeping_.load() > 0) {
+    { std::lock_guard<std::mutex> lock(mutex_); }  // a helper between its check and its sleep
+    wake_.notify_all();
+  }
+  drain();
+  for (int spins = 0; unfinished_.load(std::memory_order_acquire) != 0; ++spins) {
+    if (spins < 2000) {
+      pause();
+    } else {
+      std::this_thread::yield();
+    }
+  }
+  busy_.store(false);
+}
+
+void Pool::drain() {
+  uint64_t ticket = ticket_.load();
+  while (uint32_t unclaimed = uint32_t(ticket)) {
+    if (!ticket_.compare_exchange_weak(ticket, ticket - 1)) continue;
+    // We hold a chunk, so the job cannot end and these fields cannot change.
+    int64_t chunk = num_chunks_.load(std::memory_order_relaxed) - unclaimed;
+    call_.load(std::memory_order_relaxed)(fn_.load(std::memory_order_relaxed), chunk);
+    unfinished_.fetch_sub(1, std::memory_order_release);
+    ticket = ticket_.load();
+  }
+}
+
+void Pool::help() {
+  for (;;) {
+    wait_for_work();
+    drain();
+  }
+}
+
+void Pool::wait_for_work() {
+  auto give_up = std::chrono::steady_clock::now() + kSpin;
+  do {
+    for (int i = 0; i < 64; ++i) {
+      if (has_work()) return;
+      pause();
+    }
+  } while (std::chrono::steady_clock::now() < give_up);
+  std::unique_lock<std::mutex> lock(mutex_);
+  num_sleeping_.fetch_add(1);
+  wake_.wait(lock, [this] { return has_work(); });
+  num_sleeping_.fetch_sub(1);
+}
+
+}  // namespace jaxserve
