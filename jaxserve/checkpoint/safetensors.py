@@ -53,11 +53,11 @@ class Shards:
         """Fills `out` with a tensor, cast to its type.
 
         Raises:
-            CheckpointError: no such tensor, another number of elements, NaN or infinity in it.
+            CheckpointError: no such tensor, one of another shape, NaN or infinity in it.
         """
         t = self._find(name)
-        count = int(np.prod(t.shape))
-        if count != out.size:
+        count = out.size
+        if not _splits(t.shape, out.shape):
             raise CheckpointError(
                 f"{name} in {t.path.name} has shape {list(t.shape)}, but config.json asks for {list(out.shape)}"
             )
@@ -124,6 +124,18 @@ def _tensor(path: Path, name: str, entry: dict[str, Any], base: int, size: int) 
             f"{path} is truncated: {name} ends at byte {base + end} of {size}; download it again"
         )
     return Tensor(path, np.dtype(DTYPES[entry["dtype"]]), tuple(entry["shape"]), base + begin, end - begin)
+
+
+def _splits(stored: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+    """Whether `wanted` is `stored` with axes split, as [N * H, D] is into [N, H, D]."""
+    for size in stored:
+        product, used = 1, 0
+        while used < len(wanted) and product < size:
+            product, used = product * wanted[used], used + 1
+        if product != size:
+            return False
+        wanted = wanted[max(used, 1) :] if size == 1 else wanted[used:]
+    return int(np.prod(wanted)) == 1
 
 
 _EXPONENT = {"float32": (np.uint32, 0x7F800000), "bfloat16": (np.uint16, 0x7F80), "float16": (np.uint16, 0x7C00)}

@@ -1,0 +1,1 @@
+"""Keys and values: pages on the device, and who owns them."""

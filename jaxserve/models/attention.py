@@ -1,0 +1,55 @@
+"""Attention without a cache: whole documents, packed into rows, for training and for scoring."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxserve.models.ops import Attend
+from kernels_pallas.op import as_array
+
+
+def packed(segments: Array, positions: Array) -> Attend:
+    """Causal attention inside each document of a row.
+
+    Args:
+        segments: [B, T], which document a token is of; equal numbers attend to one another.
+        positions: [B, T], the token's place in its document.
+    """
+    q_pos, k_pos = positions[:, :, None], positions[:, None, :]
+    same = (segments[:, :, None] == segments[:, None, :]) & (k_pos <= q_pos)
+
+    def attend(
+        q: Array,
+        k: Array,
+        v: Array | None,
+        kv: None,
+        layer: Array | int,
+        *,
+        scale: float,
+        window: Array | int = 0,
+        sinks: Any = None,
+        soft_cap: float = 0.0,
+        value_dim: int | None = None,
+    ) -> tuple[Array, None]:
+        B, T, N, H = q.shape
+        K = k.shape[2]
+        v = k[..., :value_dim] if v is None else v
+        s = jnp.einsum(
+            "btkgh,bskh->bkgts", q.reshape(B, T, K, N // K, H), k, preferred_element_type=jnp.float32
+        )
+        s = s * scale
+        if soft_cap:
+            s = soft_cap * jnp.tanh(s / soft_cap)
+        seen = same & ((window == 0) | (q_pos - k_pos < window))
+        s = jnp.where(seen[:, None, None], s, -1e30)
+        if sinks is not None:
+            sink = as_array(sinks).astype(s.dtype).reshape(1, K, N // K, 1, 1)
+            s = jnp.concatenate([s, jnp.broadcast_to(sink, (*s.shape[:-1], 1))], -1)
+        p = jax.nn.softmax(s)[..., :T]
+        return jnp.einsum("bkgts,bskh->btkgh", p.astype(v.dtype), v).reshape(B, T, N, -1), None
+
+    return attend

@@ -1,0 +1,214 @@
+"""The reference: plain JAX, exact, and with work that follows the real lengths.
+
+Rows that decode are attended together, a block of pages at a time. Rows with a chunk of prompt are
+attended one after the other, so that no array is ever tokens x keys.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from kernels_pallas.op import Weight, as_array
+
+_KEYS = 128  # keys attended at a time
+_QUERIES = 128  # prompt tokens attended at a time
+_HIDDEN = -1e30  # finite: a row that sees nothing must not become NaN
+
+
+class Ragged(NamedTuple):
+    """Which tokens of a step belong to whom. All int32.
+
+    Sequence r owns tokens row_starts[r] to row_starts[r + 1] of the step, and they are the last
+    ones of its kv_lens[r]. Entries from num_seqs on are padding.
+    """
+
+    row_starts: Array  # [R + 1]
+    kv_lens: Array  # [R], with this step's tokens
+    tables: Array  # [R, M], pages of each sequence in order
+    num_seqs: Array  # []
+
+
+class _Softmax(NamedTuple):
+    """A softmax in progress over blocks of keys."""
+
+    top: Array  # [..., ] largest logit yet
+    total: Array  # [..., ] sum of exponentials relative to it
+    value: Array  # [..., Hv] their weighted values
+
+    def add(self, logits: Array, values: Array, spec: str) -> _Softmax:
+        top = jnp.maximum(self.top, logits.max(-1))
+        shrink, p = jnp.exp(self.top - top), jnp.exp(logits - top[..., None])
+        value = self.value * shrink[..., None] + jnp.einsum(spec, p, values)
+        return _Softmax(top, self.total * shrink + p.sum(-1), value)
+
+    def finish(self) -> tuple[Array, Array]:
+        total = jnp.maximum(self.total, 1e-30)
+        return self.value / total[..., None], self.top + jnp.log(total)
+
+
+def paged_attention(
+    q: Array,  # [T, N, H]
+    k: Array,  # [T, K, H]
+    v: Array | None,  # [T, K, Hv]; None: the first `value_dim` lanes of k
+    k_pages: Array,  # [L, P, K, Z, H]; uint16 holds bfloat16 bits
+    v_pages: Array | None,  # [L, P, K, Z, Hv]
+    layer: Array | int,
+    batch: Ragged,
+    *,
+    scale: float,
+    window: Array | int = 0,
+    sinks: Weight | None = None,  # [N]
+    soft_cap: float = 0.0,
+    value_dim: int | None = None,
+) -> tuple[Array, Array, Array, Array | None]:
+    """Writes k and v to their pages, then attends causally.
+
+    Args:
+        window: keys at least this far back are hidden; 0 hides none.
+        sinks: a logit per head that joins the softmax and carries no value.
+        soft_cap: logits become cap * tanh(logits / cap); 0 leaves them.
+
+    Returns:
+        o [T, N, Hv] and lse [T, N], both float32, k_pages and v_pages. `(o, lse)` of disjoint sets
+        of keys merge exactly. Rows of padding are unspecified.
+    """
+    T, N, H = q.shape
+    K, Z = k_pages.shape[2:4]
+    row, position = locate(batch, T)
+    k_pages, v_pages = write(k_pages, v_pages, k, v, layer, batch, row, position)
+    heads = q.astype(jnp.float32).reshape(T, K, N // K, H) * scale
+    keys = partial(_keys, k_pages, v_pages, layer, value_dim)
+    logits = partial(_mask, window=window, soft_cap=soft_cap)
+    if sinks is None:
+        sink = jnp.full((K, N // K), _HIDDEN)
+    else:
+        sink = as_array(sinks).astype(jnp.float32).reshape(K, N // K)
+    values = k_pages.shape[-1] if value_dim is None and v is None else value_dim or v.shape[-1]
+    start = partial(_start, sink, 0.0 if sinks is None else 1.0, values)
+    o, lse = _decode_rows(heads, batch, Z, keys, logits, start)
+    o, lse = jnp.take(o, row, axis=0), jnp.take(lse, row, axis=0)  # per sequence -> per token
+    o, lse = _prompt_rows(heads, batch, Z, keys, logits, start, o, lse)
+    return o.reshape(T, N, -1), lse.reshape(T, N), k_pages, v_pages
+
+
+def locate(batch: Ragged, num_tokens: int) -> tuple[Array, Array]:
+    """The sequence of each token [T], and its position there (negative: padding)."""
+    t = jnp.arange(num_tokens, dtype=jnp.int32)
+    row = jnp.searchsorted(batch.row_starts[1:], t, side="right").astype(jnp.int32)
+    real = row < batch.num_seqs
+    row = jnp.minimum(row, batch.kv_lens.shape[0] - 1)
+    position = batch.kv_lens[row] - (batch.row_starts[row + 1] - t)
+    return row, jnp.where(real, position, -1)
+
+
+def write(k_pages, v_pages, k, v, layer, batch: Ragged, row: Array, position: Array):
+    """The caches with this step's keys and values in their slots; padding goes nowhere."""
+    P, Z = k_pages.shape[1], k_pages.shape[3]
+    page = jnp.where(position >= 0, batch.tables[row, jnp.maximum(position, 0) // Z], P)
+    where = (layer, page, slice(None), position % Z)
+    k_pages = k_pages.at[where].set(to_stored(k, k_pages.dtype), mode="drop")
+    if v_pages is not None:
+        v_pages = v_pages.at[where].set(to_stored(v, v_pages.dtype), mode="drop")
+    return k_pages, v_pages
+
+
+def to_stored(x: Array, dtype) -> Array:
+    """x as the cache keeps it: uint16 stands for bfloat16, which jax 0.10 scatters slowly on CPU."""
+    if dtype == jnp.uint16:
+        return lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint16)
+    return x.astype(dtype)
+
+
+def from_stored(x: Array) -> Array:
+    if x.dtype == jnp.uint16:
+        x = lax.bitcast_convert_type(x, jnp.bfloat16)
+    return x.astype(jnp.float32)
+
+
+def _keys(k_pages, v_pages, layer, value_dim, pages: Array) -> tuple[Array, Array]:
+    """Keys and values [..., pages, K, Z, H] of the given pages [..., pages]."""
+    k = from_stored(k_pages[layer, pages])
+    return k, k[..., :value_dim] if v_pages is None else from_stored(v_pages[layer, pages])
+
+
+def _mask(logits: Array, query: Array, key: Array, *, window: Array | int, soft_cap: float) -> Array:
+    if soft_cap:
+        logits = soft_cap * jnp.tanh(logits / soft_cap)
+    seen = (key <= query) & ((window == 0) | (query - key < window))
+    return jnp.where(seen, logits, _HIDDEN)
+
+
+def _start(sink: Array, total: float, value_dim: int, *lead: int) -> _Softmax:
+    shape = (*lead, *sink.shape)
+    return _Softmax(
+        jnp.broadcast_to(sink, shape), jnp.full(shape, total), jnp.zeros((*shape, value_dim))
+    )
+
+
+def _decode_rows(heads: Array, batch: Ragged, Z: int, keys, logits, start) -> tuple[Array, Array]:
+    """Attention of each sequence's first token of the step: [R, K, G, Hv] and [R, K, G]."""
+    tables, n = _whole_blocks(batch.tables, Z)
+    R, first = tables.shape[0], batch.row_starts[:-1]
+    length = batch.row_starts[1:] - first
+    q = jnp.take(heads, first, axis=0, mode="clip")
+    position = jnp.where(length == 1, batch.kv_lens - 1, -1)  # others see nothing here
+    position = jnp.where(jnp.arange(R) < batch.num_seqs, position, -1)
+
+    def block(j, state: _Softmax) -> _Softmax:
+        k, v = keys(lax.dynamic_slice_in_dim(tables, j * n, n, 1))
+        s = jnp.einsum("rkgh,rnkzh->rkgnz", q, k)
+        at = (j * n + jnp.arange(n))[:, None] * Z + jnp.arange(Z)
+        s = logits(s, position[:, None, None, None, None], at)
+        return state.add(s.reshape(*s.shape[:3], -1), _merge(v), "rkgs,rksh->rkgh")
+
+    blocks = jnp.max(position, initial=-1) // (n * Z) + 1
+    return lax.fori_loop(0, blocks, block, start(R)).finish()
+
+
+def _merge(v: Array) -> Array:  # [R, n, K, Z, H] -> [R, K, n * Z, H]
+    return jnp.moveaxis(v, 2, 1).reshape(v.shape[0], v.shape[2], -1, v.shape[-1])
+
+
+def _prompt_rows(heads: Array, batch: Ragged, Z: int, keys, logits, start, o: Array, lse: Array):
+    """Puts the attention of every sequence with several tokens into o and lse."""
+    T, size = heads.shape[0], min(_QUERIES, heads.shape[0])
+    tables, n = _whole_blocks(batch.tables, Z)
+
+    def attend(r: Array, first: Array, end: Array) -> tuple[Array, Array, Array]:
+        at = jnp.minimum(first, T - size) + jnp.arange(size)  # a slice may not leave the array
+        q = lax.dynamic_slice_in_dim(heads, at[0], size)
+        position = batch.kv_lens[r] - (batch.row_starts[r + 1] - at)
+
+        def block(j, state: _Softmax) -> _Softmax:
+            k, v = keys(lax.dynamic_slice(tables, (r, j * n), (1, n))[0])
+            s = jnp.einsum("tkgh,nkzh->tkgnz", q, k)
+            key = (j * n + jnp.arange(n))[:, None] * Z + jnp.arange(Z)
+            s = logits(s, position[:, None, None, None, None], key)
+            return state.add(s.reshape(*s.shape[:3], -1), _merge(v[None])[0], "tkgs,ksh->tkgh")
+
+        last = batch.kv_lens[r] - (batch.row_starts[r + 1] - jnp.minimum(first + size, end)) - 1
+        out = lax.fori_loop(0, last // (n * Z) + 1, block, start(size)).finish()
+        return *out, jnp.where((at >= first) & (at < end), at, T)
+
+    def sequence(r, carry):
+        first, end = batch.row_starts[r], batch.row_starts[r + 1]
+
+        def chunk(c, carry):
+            o, lse = carry
+            o_part, lse_part, at = attend(r, first + c * size, end)
+            return o.at[at].set(o_part, mode="drop"), lse.at[at].set(lse_part, mode="drop")
+
+        chunks = jnp.where(end - first > 1, -(-(end - first) // size), 0)
+        return lax.fori_loop(0, chunks, chunk, carry)
+
+    return lax.fori_loop(0, batch.num_seqs, sequence, (o, lse))
+
+
+def _whole_blocks(tables: Array, Z: int) -> tuple[Array, int]:
+    """Tables padded to whole blocks of pages, and pages per block."""
+    n = max(1, min(_KEYS // Z, tables.shape[1]))
+    return jnp.pad(tables, ((0, 0), (0, -tables.shape[1] % n))), n
