@@ -445,19 +445,23 @@ def family_config(model_type: str, dtype: str = "float32", **overrides: Any) -> 
 # ---- values -------------------------------------------------------------------------------
 
 _MOMENTS: list[tuple[str, float, float]] = [  # the first pattern that matches: mean, deviation
-    (r"[qk]_norm.*gemma", 0.7, 0.2),  # gemma scales by one plus the weight
+    (r"[qk]_norm.*gemma", 0.5, 0.2),  # gemma scales by one plus the weight
     (r"post_feedforward_layernorm.*gemma", 8.0, 0.2),
     (r"norm\.weight.*gemma", 0.0, 0.2),
+    (r"[qk]_norm\.weight", 1.5, 0.2),
     (r"norm\.weight", 1.0, 0.2),
     (r"sinks", 0.0, 1.0),
     (r"bias", 0.0, 0.1),
 ]
-"""Everything else is normal with variance 1 / fan-in, times a gain for the output head.
 
-The embedding is small beside what the layers add, so the next token depends on the context and
-greedy text does not fall at once into repeating one token.
-"""
-_HEAD_GAIN = 2.5
+_GAINS: list[tuple[str, float]] = [  # everything else has deviation gain / sqrt(fan-in)
+    (r"lm_head|embed_tokens", 2.5),
+    (r"o_proj|down_proj|w2", 3.0),
+    (r"[qk]_(b_)?proj|kv_b_proj", 2.0),
+]
+"""Layers add more than the embedding holds, even when it doubles as the head, and attention is
+sharp: the next token depends on the context, and greedy text does not fall at once into repeating
+one token."""
 
 
 def _moments(c: Config, name: str, shape: tuple[int, ...]) -> tuple[float, float]:
@@ -465,8 +469,8 @@ def _moments(c: Config, name: str, shape: tuple[int, ...]) -> tuple[float, float
         if re.search(pattern, f"{name} {c['model_type']}"):
             return mean, deviation
     fan_in = shape[-2] if len(shape) == 3 else shape[-1]  # gpt_oss stores [expert, in, out]
-    is_head = name.startswith(("lm_head", "model.embed_tokens"))
-    return 0.0, (_HEAD_GAIN if is_head else 1.0) / fan_in**0.5
+    gain = next((gain for pattern, gain in _GAINS if re.search(pattern, name)), 1.0)
+    return 0.0, gain / fan_in**0.5
 
 
 def _values(c: Config, name: str, shape: tuple[int, ...], seed: int, dtype: str) -> np.ndarray:
