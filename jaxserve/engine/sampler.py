@@ -1,0 +1,212 @@
+"""From logits to tokens, on the device.
+
+Everything a request may ask for is in one program: parts that no row of the batch needs are
+skipped at run time by `lax.cond`, so the number of programs does not grow with features.
+
+A row's random number depends on its own seed and the position of the token, never on its batch:
+the same text comes out alone, batched, preempted or forked.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jaxserve.request import MAX_LOGPROBS
+
+MAX_BIAS = 512
+"""Most entries of one request's `logit_bias`."""
+
+_LOW = -1e30
+
+
+class SampleInputs(NamedTuple):
+    """One row per sequence [R]; arrays that a feature needs are zeros where nobody uses it."""
+
+    slots: Array  # int32, row of `history`; the last row of it is for padding
+    lengths: Array  # int32, tokens before the one to draw
+    prompt_lens: Array  # int32
+    top_k: Array  # int32, 0: all
+    seeds: Array  # uint32 [R, 2]
+    temperature: Array  # float32, 0: greedy
+    top_p: Array
+    min_p: Array
+    repetition: Array
+    presence: Array
+    frequency: Array
+    bias_ids: Array  # int32 [R, MAX_BIAS]
+    bias: Array  # float32 [R, MAX_BIAS]
+    mask: Array  # uint32 [R, ceil(V / 32)], permitted tokens
+    use_penalties: Array  # bool [], as are the following
+    use_bias: Array
+    use_mask: Array
+    use_logprobs: Array
+
+
+class Sampled(NamedTuple):
+    tokens: Array  # int32 [R]; -1: the logits were not finite
+    logprob: Array  # float32 [R]
+    rank: Array  # int32 [R], 1 is the most likely
+    top_ids: Array  # int32 [R, MAX_LOGPROBS]
+    top_logprobs: Array  # float32 [R, MAX_LOGPROBS]
+
+
+def sample(logits: Array, history: Array, x: SampleInputs) -> tuple[Sampled, Array]:
+    """Draws a token per row of logits [R, V] and appends it to history [S, max_len].
+
+    Log-probabilities are the model's own, before penalties, bias, mask and temperature.
+    """
+    logits = logits.astype(jnp.float32)
+    scores = lax.cond(x.use_penalties, _penalise, lambda s, h, x: s, logits, history, x)
+    scores = lax.cond(x.use_bias, _add_bias, lambda s, x: s, scores, x)
+    scores = lax.cond(x.use_mask, _apply_mask, lambda s, x: s, scores, x)
+    greedy = _argmax(scores)
+    drawn = lax.cond(jnp.any(x.temperature > 0), _draw, lambda s, x: greedy, scores, x)
+    tokens = jnp.where(x.temperature > 0, drawn, greedy)
+    # a NaN makes the maximum NaN, infinity makes it infinite, and a mask that forbids all is finite
+    tokens = jnp.where(jnp.isfinite(jnp.max(logits, -1)), tokens, -1)
+    reported = lax.cond(x.use_logprobs, logprobs_of, _no_logprobs, logits, tokens)
+    history = history.at[x.slots, x.lengths].set(tokens, mode="drop")
+    return Sampled(tokens, *reported), history
+
+
+def _argmax(x: Array) -> Array:
+    """The first largest entry. Two plain reductions: XLA:CPU's own argmax is ten times slower."""
+    top = jnp.max(x, -1, keepdims=True)
+    ids = jnp.arange(x.shape[-1], dtype=jnp.int32)
+    return jnp.min(jnp.where(x == top, ids, x.shape[-1] - 1), -1)
+
+
+# ---- what changes the scores -----------------------------------------------------------------
+
+
+def _penalise(scores: Array, history: Array, x: SampleInputs) -> Array:
+    """OpenAI's presence and frequency penalties over the output, CTRL's repetition over all."""
+    tokens = history[x.slots]  # [R, max_len]
+    place = jnp.arange(tokens.shape[1])
+    rows = jnp.arange(scores.shape[0])[:, None]
+
+    def count(seen: Array) -> Array:
+        ids = jnp.where(seen, tokens, scores.shape[1])
+        return jnp.zeros_like(scores).at[rows, ids].add(1.0, mode="drop")
+
+    known = place < x.lengths[:, None]
+    output = count(known & (place >= x.prompt_lens[:, None]))
+    repeated = (count(known) > 0) & (x.repetition[:, None] != 1.0)
+    divided = jnp.where(scores > 0, scores / x.repetition[:, None], scores * x.repetition[:, None])
+    scores = jnp.where(repeated, divided, scores)
+    return scores - output * x.frequency[:, None] - (output > 0) * x.presence[:, None]
+
+
+def _add_bias(scores: Array, x: SampleInputs) -> Array:
+    return scores.at[jnp.arange(scores.shape[0])[:, None], x.bias_ids].add(x.bias, mode="drop")
+
+
+def _apply_mask(scores: Array, x: SampleInputs) -> Array:
+    ids = jnp.arange(scores.shape[1])
+    allowed = (x.mask[:, ids // 32] >> (ids % 32).astype(jnp.uint32)) & 1
+    return jnp.where(allowed == 1, scores, _LOW)
+
+
+# ---- drawing ---------------------------------------------------------------------------------
+
+
+def _draw(scores: Array, x: SampleInputs) -> Array:
+    """Temperature, then min-p, top-k and top-p as vLLM orders them, then one draw per row."""
+    scores = scores / jnp.where(x.temperature > 0, x.temperature, 1.0)[:, None]
+    p = jnp.exp(scores - jnp.max(scores, -1, keepdims=True))  # relative to the most likely
+    p = jnp.where(p >= x.min_p[:, None], p, 0.0)
+    p = lax.cond(jnp.any(x.top_k > 0), _keep_top_k, lambda p, k: p, p, x.top_k)
+    p = lax.cond(jnp.any(x.top_p < 1), _keep_top_p, lambda p, t: p, p, x.top_p)
+    return _inverse_cdf(p, _uniform(x.seeds, x.lengths))
+
+
+def _keep_top_k(p: Array, k: Array) -> Array:
+    """Keeps the k largest of each row (ties with the last stay, as in vLLM)."""
+    k = jnp.where(k > 0, k, p.shape[-1])
+    return _above(p, lambda kept: jnp.sum(kept, -1) >= k)
+
+
+def _keep_top_p(p: Array, top_p: Array) -> Array:
+    """Keeps the fewest largest whose share reaches top_p."""
+    need = top_p * jnp.sum(p, -1)
+    return jnp.where(
+        (top_p < 1)[:, None], _above(p, lambda kept: jnp.sum(jnp.where(kept, p, 0), -1) >= need), p
+    )
+
+
+def _above(p: Array, enough) -> Array:
+    """p where it reaches the highest threshold that still keeps enough, elsewhere 0.
+
+    Positive floats order as their bits do, so a bisection over 31 bits is exact; no sort.
+    """
+    bits = lax.bitcast_convert_type(p, jnp.int32)
+
+    def halve(_, bounds):
+        low, high = bounds  # keeping bits >= low is enough, bits >= high is not
+        middle = low + (high - low) // 2
+        ok = enough(bits >= middle[:, None])
+        return jnp.where(ok, middle, low), jnp.where(ok, high, middle)
+
+    rows = p.shape[:-1]
+    top = jnp.full(rows, 0x7F800000, jnp.int32)
+    low, _ = lax.fori_loop(0, 31, halve, (jnp.zeros(rows, jnp.int32), top))
+    return jnp.where(bits >= low[:, None], p, 0.0)
+
+
+def _uniform(seeds: Array, positions: Array) -> Array:
+    """A number in [0, 1) for each row, of its seed and position alone."""
+
+    def one(seed: Array, position: Array) -> Array:
+        return jax.random.uniform(jax.random.fold_in(jax.random.wrap_key_data(seed), position))
+
+    return jax.vmap(one)(seeds, positions)
+
+
+def _inverse_cdf(p: Array, u: Array) -> Array:
+    """The token at which the running sum of p passes u times its total.
+
+    In two levels, so that no running sum is longer than the square root of the vocabulary.
+    """
+    R, V = p.shape
+    width = 1 << (V - 1).bit_length() // 2
+    blocks = jnp.pad(p, ((0, 0), (0, -V % width))).reshape(R, -1, width)
+    ends = jnp.cumsum(blocks.sum(-1), -1)
+    target = u * ends[:, -1]
+    block = jnp.sum(ends <= target[:, None], -1)
+    block = jnp.minimum(block, jnp.max(jnp.where(blocks.sum(-1) > 0, jnp.arange(blocks.shape[1]), 0), -1))
+    inside = jnp.take_along_axis(blocks, block[:, None, None], 1)[:, 0]
+    before = jnp.take_along_axis(ends, block[:, None], 1)[:, 0] - inside.sum(-1)
+    token = jnp.sum(before[:, None] + jnp.cumsum(inside, -1) <= target[:, None], -1)
+    last = jnp.max(jnp.where(inside > 0, jnp.arange(width), 0), -1)  # rounding must not leave it
+    return (block * width + jnp.minimum(token, last)).astype(jnp.int32)
+
+
+# ---- what is reported ------------------------------------------------------------------------
+
+
+def logprobs_of(logits: Array, tokens: Array) -> tuple[Array, Array, Array, Array]:
+    """Log-probability and rank of the given tokens [R], and the most likely ones."""
+    total = jax.nn.logsumexp(logits, -1)
+    chosen = jnp.take_along_axis(logits, jnp.maximum(tokens, 0)[:, None], -1)
+    top, ids = lax.top_k(logits, min(MAX_LOGPROBS, logits.shape[-1]))
+    pad = ((0, 0), (0, MAX_LOGPROBS - top.shape[-1]))
+    return (
+        chosen[:, 0] - total,
+        jnp.sum(logits > chosen, -1, dtype=jnp.int32) + 1,
+        jnp.pad(ids, pad),
+        jnp.pad(top - total[:, None], pad, constant_values=-jnp.inf),
+    )
+
+
+def _no_logprobs(logits: Array, tokens: Array) -> tuple[Array, Array, Array, Array]:
+    R = logits.shape[0]
+    return (
+        jnp.zeros(R, jnp.float32),
+        jnp.zeros(R, jnp.int32),
+        jnp.zeros((R, MAX_LOGPROBS), jnp.int32),
+        jnp.zeros((R, MAX_LOGPROBS), jnp.float32),
+    )

@@ -1,0 +1,241 @@
+"""Decides, before each step, which tokens of which sequences it computes.
+
+There is no prefill phase and no decode phase: a sequence has tokens that are known and tokens that
+are computed, and a step moves the second number towards the first. Sequences that lack one token
+(they decode) ride first, so that no prompt ever stalls them; prompts fill what is left of the token
+budget, in chunks.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence as Seq
+from dataclasses import dataclass, field
+
+from jaxserve.cache.page_manager import PageManager, chain
+from jaxserve.engine.sequence import Sequence
+
+Limit = Callable[[Sequence, int], int]
+"""How many of these tokens may run now: the one question that features answer."""
+
+
+@dataclass(slots=True)
+class Row:
+    """Tokens [start, start + count) of a sequence."""
+
+    seq: Sequence
+    start: int
+    count: int
+    samples: bool  # the row ends at the last known token, so the next one is drawn
+
+
+@dataclass(slots=True)
+class Step:
+    """What one launch computes; page copies come first."""
+
+    rows: list[Row] = field(default_factory=list)
+    copies: list[tuple[int, int]] = field(default_factory=list)
+    num_tokens: int = 0
+
+
+def wait_for_token(seq: Sequence, count: int) -> int:
+    """A grammar must read a token before it can say what may follow; a preempted sequence, too,
+    since its row on the device is gone."""
+    blocked = seq.in_flight and (seq.matcher is not None or seq.slot < 0)
+    return 0 if blocked else count
+
+
+def stop_before_fork(seq: Sequence, count: int) -> int:
+    """A prompt that several completions share is computed up to its last token, then forked."""
+    if not seq.siblings or seq.prompt_len == 1:
+        return count
+    return min(count, seq.prompt_len - 1 - seq.computed) or count
+
+
+class Scheduler:
+    """Queues, pages and slots. Plain Python over integers."""
+
+    def __init__(
+        self,
+        pages: PageManager,
+        max_num_seqs: int,
+        limits: Seq[Limit] = (wait_for_token, stop_before_fork),
+        *,
+        prefix_caching: bool = True,
+    ):
+        self.pages = pages
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self.num_preemptions = 0
+        self.prefix_queries = 0
+        self.prefix_hits = 0
+        self._limits = limits
+        self._prefix_caching = prefix_caching
+        self._slots = list(range(max_num_seqs - 1, -1, -1))
+
+    # ---- the three calls of the engine ------------------------------------------------
+
+    def add(self, seq: Sequence) -> None:
+        self.waiting.append(seq)
+
+    def schedule(self, budget: int, max_rows: int | None = None) -> Step:
+        """The next step, of at most `budget` tokens and `max_rows` sequences."""
+        step = Step()
+        room = len(self.running) + len(self._slots) if max_rows is None else max_rows
+        for decoding in (True, False):
+            for seq in list(self.running):
+                preempted = seq.slot < 0
+                if not preempted and (seq.length - seq.computed == 1) == decoding and len(step.rows) < room:
+                    self._extend(seq, step, budget)
+        while self.waiting and self._slots and len(step.rows) < room and step.num_tokens < budget:
+            if not self._admit(self.waiting[0], step, budget):
+                break
+        return step
+
+    def finish(self, seq: Sequence) -> None:
+        """Takes a sequence out, wherever it is. Its pages stay matchable."""
+        seq.finished = True
+        if seq.slot >= 0:
+            self.running.remove(seq)
+            self._leave(seq)
+        elif seq in self.waiting:
+            self.waiting.remove(seq)
+
+    # ---- one sequence -----------------------------------------------------------------
+
+    def _wanted(self, seq: Sequence, step: Step, budget: int) -> int:
+        count = min(seq.length - seq.computed, budget - step.num_tokens)
+        if seq.length >= seq.max_len and seq.computed >= seq.max_len - 1:
+            return 0  # every token it may have is read or on its way
+        for limit in self._limits:
+            count = min(count, limit(seq, count))
+        return count
+
+    def _extend(self, seq: Sequence, step: Step, budget: int) -> None:
+        """Adds a running sequence's next tokens, preempting later arrivals for their pages."""
+        count = self._wanted(seq, step, budget)
+        if count <= 0:
+            return
+        while not self._reserve(seq, count, step):
+            victim = self._victim(step)
+            self._preempt(victim)
+            if victim is seq:
+                return
+        self._append(seq, count, step)
+
+    def _victim(self, step: Step) -> Sequence:
+        """The last to arrive of those that are not in this step."""
+        in_step = {id(row.seq) for row in step.rows}
+        return next(seq for seq in reversed(self.running) if id(seq) not in in_step)
+
+    def _admit(self, seq: Sequence, step: Step, budget: int) -> bool:
+        """Starts a waiting sequence, behind whatever of its prompt is cached."""
+        hits = self._match(seq)
+        seq.computed = len(hits) * self.pages.page_size
+        count = self._wanted(seq, step, budget)
+        need = self._pages_for(seq.computed + count) - len(hits)
+        if count <= 0 or need > self.pages.num_free - self.pages.num_cached_free(hits):
+            seq.computed = 0
+            return False
+        self.waiting.popleft()
+        self.pages.share(hits)
+        seq.pages, seq.published = hits, len(hits)
+        seq.slot = self._slots.pop()
+        self.running.append(seq)
+        if self._prefix_caching and seq.uses_cache:
+            self.prefix_queries += len(seq.tokens)
+            self.prefix_hits += seq.computed
+        if seq.num_output == 0:
+            seq.generation.num_cached_tokens = seq.computed
+        self._reserve(seq, count, step)
+        self._append(seq, count, step)
+        return True
+
+    def _match(self, seq: Sequence) -> list[int]:
+        """Cached pages of the prompt's beginning; its last token is always computed."""
+        if not (self._prefix_caching and seq.uses_cache):
+            return []
+        self._extend_keys(seq, (len(seq.tokens) - 1) // self.pages.page_size)
+        return self.pages.match(seq.keys[: (len(seq.tokens) - 1) // self.pages.page_size])
+
+    def _extend_keys(self, seq: Sequence, count: int) -> None:
+        size = self.pages.page_size
+        for i in range(len(seq.keys), count):
+            parent = seq.keys[i - 1] if i else seq.root
+            seq.keys.append(chain(parent, seq.tokens[i * size : (i + 1) * size]))
+
+    def _pages_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.pages.page_size)
+
+    def _reserve(self, seq: Sequence, count: int, step: Step) -> bool:
+        """Pages of its own for the next `count` tokens; False if there are not enough."""
+        first = seq.computed // self.pages.page_size
+        shared = first < len(seq.pages) and self.pages.is_shared(seq.pages[first])
+        need = self._pages_for(seq.computed + count) - len(seq.pages)
+        if need + shared > self.pages.num_free:
+            return False
+        if shared:
+            self._copy_on_write(seq, first, step)
+        if need > 0:
+            seq.pages += self.pages.allocate(need)
+        return True
+
+    def _copy_on_write(self, seq: Sequence, index: int, step: Step) -> None:
+        old, (new,) = seq.pages[index], self.pages.allocate(1)
+        step.copies.append((old, new))
+        self.pages.release([old])
+        seq.pages[index] = new
+
+    def _append(self, seq: Sequence, count: int, step: Step) -> None:
+        samples = seq.computed + count == seq.length and seq.samples
+        step.rows.append(Row(seq, seq.computed, count, samples))
+        step.num_tokens += count
+        seq.computed += count
+        seq.in_flight += samples
+        self.publish(seq)
+        if seq.siblings and seq.computed >= seq.prompt_len - 1:
+            self._fork_siblings(seq)
+
+    def publish(self, seq: Sequence) -> None:
+        """Enters full pages of known tokens into the index.
+
+        That may happen before their step has run: whoever matches them runs in that step or later,
+        and a step writes keys before it reads any.
+        """
+        full = min(seq.computed, len(seq.tokens)) // self.pages.page_size
+        if not self._prefix_caching or full <= seq.published:
+            return
+        self._extend_keys(seq, full)
+        for i in range(seq.published, full):
+            self.pages.publish(seq.pages[i], seq.keys[i])
+        seq.published = full
+
+    # ---- fork and preempt ---------------------------------------------------------------
+
+    def _fork_siblings(self, seq: Sequence) -> None:
+        siblings, seq.siblings = seq.siblings, []
+        for sibling in reversed(siblings):
+            if self._slots and seq.computed == seq.prompt_len - 1:
+                self.fork(seq, sibling)
+            else:
+                self.waiting.appendleft(sibling)  # the prefix index serves it later
+
+    def fork(self, seq: Sequence, child: Sequence) -> None:
+        """Starts `child` where `seq` is, on the same pages; whoever writes first copies."""
+        self.pages.share(seq.pages)
+        child.pages, child.computed = list(seq.pages), seq.computed
+        child.keys, child.published = list(seq.keys), seq.published
+        child.slot = self._slots.pop()
+        self.running.append(child)
+
+    def _preempt(self, seq: Sequence) -> None:
+        """Back to the head of the queue; what is cached of it will be matched again."""
+        self.num_preemptions += 1
+        self.running.remove(seq)
+        self._leave(seq)
+        self.waiting.appendleft(seq)
+
+    def _leave(self, seq: Sequence) -> None:
+        self.pages.release(seq.pages)
+        self._slots.append(seq.slot)
+        seq.pages, seq.slot, seq.computed, seq.published = [], -1, 0, 0

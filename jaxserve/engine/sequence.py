@@ -1,0 +1,67 @@
+"""One decoding row: its tokens, its pages, and how far it has been computed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from jaxserve.engine.generation import Generation
+from jaxserve.request import SamplingParams
+
+
+@dataclass(eq=False)
+class Sequence:
+    """Mutable; owned by the scheduler.
+
+    Attributes:
+        tokens: prompt and output, as far as the host has read it.
+        prompt_len: how many of them the user sent.
+        generation: where its output goes.
+        index: which of the request's completions it is.
+        seed: of its own random numbers, together with the position of each token.
+        computed: tokens whose keys are in pages, or will be once all launched steps have run.
+        in_flight: tokens sampled by launched steps that the host has not read.
+        pages: in order; `published` of them are in the prefix index, `keys` being their keys.
+        slot: its row in the device's per-sequence state; -1 while it waits.
+        pooling: "last" or "mean" for an embedding, which samples nothing.
+    """
+
+    tokens: list[int]
+    prompt_len: int
+    params: SamplingParams
+    generation: Generation
+    root: bytes
+    index: int = 0
+    seed: tuple[int, int] = (0, 0)
+    max_len: int = 0
+    computed: int = 0
+    in_flight: int = 0
+    pages: list[int] = field(default_factory=list)
+    keys: list[bytes] = field(default_factory=list)
+    published: int = 0
+    slot: int = -1
+    finished: bool = False
+    pooling: str | None = None
+    siblings: list[Sequence] = field(default_factory=list)  # fork from this one after its prompt
+    matcher: Any = None
+    text: Any = None
+    cumulative_logprob: float = 0.0
+    pooled: Any = None
+
+    @property
+    def length(self) -> int:
+        """Tokens read or on their way."""
+        return len(self.tokens) + self.in_flight
+
+    @property
+    def num_output(self) -> int:
+        return len(self.tokens) - self.prompt_len
+
+    @property
+    def samples(self) -> bool:
+        return self.pooling is None
+
+    @property
+    def uses_cache(self) -> bool:
+        """Whether it may skip a prompt that is cached: not if every token's own row is asked for."""
+        return self.params.prompt_logprobs is None and self.pooling != "mean"
