@@ -17,9 +17,9 @@ from jax import Array
 
 from kernels_pallas.cpu import build
 
-__all__ = ["available", "gated_linear", "linear", "rms_norm"]
+__all__ = ["available", "gated_linear", "linear", "paged_attention", "rms_norm"]
 
-_TARGETS = ("linear", "gated_linear", "rms_norm")
+_TARGETS = ("linear", "gated_linear", "rms_norm", "paged_attention", "latent_attention")
 
 
 @functools.cache
@@ -79,6 +79,48 @@ def rms_norm(
     x = x.astype(jnp.float32)
     rows, index = _rows(num_rows, x), _int(layer)
     return call(x, scale, rows, index, eps=np.float32(eps), offset=np.float32(offset))
+
+
+def paged_attention(
+    q: Array,  # [T, N, H]
+    k: Array,  # [T, K, H]
+    v: Array | None,  # [T, K, Hv]; None: a value is the first `value_dim` lanes of its key
+    k_pages: Array,  # [L, P, K, Z, H] or [P, K, Z, H]
+    v_pages: Array | None,  # as k_pages with Hv
+    layer: Array | int | None,
+    row_starts: Array,  # [R + 1] int32: sequence r asks in rows row_starts[r] .. row_starts[r + 1]
+    kv_lens: Array,  # [R] int32: context lengths, this step's tokens included
+    tables: Array,  # [R, M] int32: pages of each sequence
+    num_seqs: Array | int,  # sequences from here on are padding
+    *,
+    scale: float,
+    window: Array | int = 0,
+    soft_cap: float = 0.0,
+    sinks: Array | None = None,  # [N] or [L, N]
+    value_dim: int | None = None,
+) -> tuple[Array, Array, Array, Array | None]:  # [T, N, Hv] f32, [T, N] f32, k_pages, v_pages
+    """Stores k and v in the pages, then attends causally; the pages are updated in place.
+
+    The stores of all tokens come first, so sequences that share a page written in this very step
+    see it. Keys are visible within `window` positions (0: all). `soft_cap` c bounds a score s to
+    c tanh(s / c). A sink is one more logit per head that joins the denominator, and the lse.
+    Pages may be float32, bfloat16, or uint16 bits of bfloat16; donate them, or they are copied.
+    """
+    T, N, _ = q.shape
+    value_dim = value_dim or (v if v is not None else q).shape[-1]
+    sinks = jnp.zeros(0, jnp.float32) if sinks is None else sinks.astype(jnp.float32)
+    pages = (k_pages,) if v is None else (k_pages, v_pages)
+    rows = (x.astype(jnp.float32) for x in (q, k, v) if x is not None)
+    operands = (*rows, *pages, _int(layer), row_starts, kv_lens, tables)
+    first = len(operands) - len(pages) - 4
+    call = _call(
+        "paged_attention" if v is not None else "latent_attention",
+        (_floats(T, N, value_dim), _floats(T, N), *pages),
+        input_output_aliases={first + i: 2 + i for i in range(len(pages))},
+    )
+    attributes = {"scale": np.float32(scale), "soft_cap": np.float32(soft_cap)}
+    out, lse, *pages = call(*operands, _int(num_seqs), _int(window), sinks, **attributes)
+    return out, lse, pages[0], pages[1] if v is not None else None
 
 
 def _call(target: str, outs, **options):

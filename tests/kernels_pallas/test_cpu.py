@@ -127,3 +127,166 @@ def test_rms_norm(dtype, width):
     assert_close(got[:290], want[:290], 1e-6)
     assert not np.asarray(got[290:]).any()
     np.testing.assert_array_equal(run(x[:1], 1), got[:1])
+
+
+class Paged:
+    """A random batch: `lens` are (new tokens, context length) per sequence."""
+
+    def __init__(self, lens, heads, kv_heads, width, value, dtype, *, page=16, latent=False, pad=3):
+        rng = np.random.default_rng(0)
+        self.lens, self.dtype, self.value = lens, dtype, value
+        pages = [-(-length // page) for _, length in lens]
+        ids = rng.permutation(sum(pages) + 2)
+        self.tables = np.full((len(lens) + 2, max([*pages, 1])), -1, np.int32)
+        for r, count in enumerate(pages):
+            self.tables[r, :count] = ids[sum(pages[:r]) :][:count]
+        new = [n for n, _ in lens]
+        self.row_starts = np.concatenate([np.cumsum([0, *new]), [sum(new)] * 2]).astype(np.int32)
+        self.kv_lens = np.array([length for _, length in lens] + [0, 0], np.int32)
+        tokens = sum(new) + pad
+        self.q = normal(1, tokens, heads, width)
+        self.k = normal(2, tokens, kv_heads, width)
+        self.v = None if latent else normal(3, tokens, kv_heads, value)
+        shape = (2, len(ids), kv_heads, page)
+        self.k_pages = stored(normal(4, *shape, width), dtype)
+        self.v_pages = (None, None) if latent else stored(normal(5, *shape, value), dtype)
+
+    def run(self, **options):
+        run = jax.jit(cpu.paged_attention, static_argnames=("scale", "soft_cap", "value_dim"))
+        return run(self.q, self.k, self.v, self.k_pages[0], self.v_pages[0], 1, self.row_starts,
+                   self.kv_lens, self.tables, len(self.lens), scale=self.q.shape[-1] ** -0.5,
+                   value_dim=self.value, **options)  # fmt: skip
+
+    def written(self):
+        """The pages after the step: the reference for the stores."""
+        stores = [(self.k_pages[1].copy(), self.k)]
+        if self.v is not None:
+            stores.append((self.v_pages[1].copy(), self.v))
+        for pages, x in stores:
+            for r, (new, length) in enumerate(self.lens):
+                for i in range(new):
+                    page, slot = divmod(length - new + i, pages.shape[3])
+                    row = rounded_like(x[self.row_starts[r] + i], self.dtype)
+                    pages[1, self.tables[r, page], :, slot] = row
+        return [pages for pages, _ in stores]
+
+    def expected(self, window=0, soft_cap=0.0, sinks=None):
+        written = self.written()
+        group = self.q.shape[1] // self.k.shape[1]
+        out = np.zeros((*self.q.shape[:2], self.value))
+        lse = np.zeros(self.q.shape[:2])
+        for r, (new, length) in enumerate(self.lens):
+            k, v = (p[1, self.tables[r]].swapaxes(1, 2) for p in (written[0], written[-1]))
+            k, v = (x.reshape(-1, *x.shape[2:])[:length].repeat(group, 1) for x in (k, v))
+            q = rounded_like(self.q[self.row_starts[r] :][:new], self.dtype)
+            s = np.einsum("tnh,snh->tns", q, k) * self.q.shape[-1] ** -0.5
+            s = soft_cap * np.tanh(s / soft_cap) if soft_cap else s
+            distance = (length - new + np.arange(new))[:, None] - np.arange(length)
+            seen = (distance >= 0) & (distance < (window or length + 1))
+            s = np.where(seen[:, None], s, -np.inf)
+            if sinks is not None:
+                s = np.concatenate([s, np.broadcast_to(sinks[:, None], (new, len(sinks), 1))], -1)
+            total = np.log(np.exp(s).sum(-1))
+            weights = np.exp(s - total[..., None])[..., :length]
+            rows = slice(self.row_starts[r], self.row_starts[r] + new)
+            lse[rows] = total
+            out[rows] = np.einsum("tns,snh->tnh", weights, v[..., : self.value])
+        return out, lse
+
+
+MIXED = [(1, 1), (0, 0), (1, 200), (70, 70), (33, 133), (0, 40), (1, 64), (5, 69)]
+HEADS = [(4, 4, 64, 64), (8, 2, 80, 48), (6, 1, 128, 128), (16, 1, 576, 512), (2, 2, 31, 17)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+def test_paged_attention(dtype, heads):
+    batch = Paged(MIXED, *heads, dtype, latent=heads[2] == 576)
+    out, lse, *pages = batch.run()
+    want, want_lse = batch.expected()
+    tolerance = 1e-5 if dtype == "float32" else 1e-2  # probabilities are rounded to bfloat16
+    assert_close(out, want, tolerance)
+    assert_close(lse, want_lse, 1e-5)
+    for got, want in zip(pages, batch.written(), strict=False):
+        np.testing.assert_array_equal(rounded_bits(got), want)
+
+
+def rounded_bits(pages):
+    if pages.dtype == jnp.uint16:
+        pages = jax.lax.bitcast_convert_type(pages, jnp.bfloat16)
+    return np.asarray(pages.astype(jnp.float32), np.float64)
+
+
+@pytest.mark.parametrize("page", [1, 8, 48, 256])
+def test_paged_attention_any_page_size(page):
+    batch = Paged(MIXED, 4, 2, 64, 64, "float32", page=page)
+    assert_close(batch.run()[0], batch.expected()[0], 1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "uint16"])
+@pytest.mark.parametrize("window", [0, 1, 16, 100])
+@pytest.mark.parametrize("soft_cap", [0.0, 1.5])
+@pytest.mark.parametrize("sinks", [False, True])
+def test_paged_attention_options(dtype, window, soft_cap, sinks):
+    batch = Paged(MIXED, 8, 2, 64, 64, dtype)
+    logits = normal(7, 2, 8) if sinks else None
+    out, lse, _, _ = batch.run(window=window, soft_cap=soft_cap, sinks=logits)
+    want, want_lse = batch.expected(window, soft_cap, logits[1] if sinks else None)
+    assert_close(out, want, 1e-5 if dtype == "float32" else 1e-2)
+    assert_close(lse, want_lse, 2e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "uint16"])
+@pytest.mark.parametrize("window", [0, 20])
+@pytest.mark.parametrize("heads", [(8, 2, 64, 64), (3, 3, 80, 80), (70, 1, 96, 64)], ids=str)
+def test_paged_attention_does_not_depend_on_chunking(dtype, window, heads):
+    """One prompt of 150 tokens at once, in chunks, and token by token: the same bits."""
+    length = 150
+    whole = Paged([(length, length)], *heads, dtype, latent=heads[2] == 96, pad=0)
+    want, want_lse, *want_pages = whole.run(window=window)
+    for size in (1, 7, 64, 100):
+        got = []
+        for begin in range(0, length, size):
+            end = min(length, begin + size)
+            part = Paged([(length, length)], *heads, dtype, latent=heads[2] == 96, pad=0)
+            part.q, part.k = whole.q[begin:end], whole.k[begin:end]
+            part.v = None if whole.v is None else whole.v[begin:end]
+            part.k_pages, part.v_pages = (whole.k_pages, whole.v_pages) if begin == 0 else pages
+            part.row_starts = np.array([0, end - begin, end - begin, end - begin], np.int32)
+            part.kv_lens = np.array([end, 0, 0], np.int32)
+            out, lse, k_pages, v_pages = part.run(window=window)
+            pages = ((k_pages, None), (v_pages, None))
+            got.append((out, lse))
+        np.testing.assert_array_equal(np.concatenate([out for out, _ in got]), want)
+        np.testing.assert_array_equal(np.concatenate([lse for _, lse in got]), want_lse)
+        np.testing.assert_array_equal(k_pages, want_pages[0])
+
+
+def test_paged_attention_shares_pages_written_in_this_step():
+    """Two sequences with one table: the second asks about tokens the first one stores."""
+    batch = Paged([(32, 32), (1, 33)], 4, 2, 64, 64, "float32")
+    alone = Paged([(32, 32), (1, 33)], 4, 2, 64, 64, "float32")
+    batch.tables[1, :2] = batch.tables[0, :2]
+    alone.tables[1, :2] = batch.tables[0, :2]
+    alone.row_starts = np.array([0, 33, 33, 33, 33], np.int32)
+    alone.kv_lens = np.array([33, 0, 0, 0], np.int32)
+    alone.tables[0] = batch.tables[1]
+    np.testing.assert_array_equal(batch.run()[0][:33], alone.run()[0][:33])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_paged_attention_updates_donated_pages_in_place(dtype):
+    batch = Paged([(1, 40)], 4, 2, 64, 64, dtype)
+
+    def layer(pages, i):
+        _, _, k, v = cpu.paged_attention(batch.q, batch.k, batch.v, *pages, i, batch.row_starts,
+                                         batch.kv_lens, batch.tables, 1, scale=0.125)  # fmt: skip
+        return (k, v), None
+
+    step = jax.jit(lambda pages: jax.lax.scan(layer, pages, jnp.arange(2))[0], donate_argnums=0)
+    pages = tuple(jnp.array(p) for p in (batch.k_pages[0], batch.v_pages[0]))
+    before = [p.unsafe_buffer_pointer() for p in pages]
+    memory = step.lower(pages).compile().memory_analysis()
+    assert memory is None or memory.temp_size_in_bytes < pages[0].nbytes // 2
+    after = step(pages)
+    assert [p.unsafe_buffer_pointer() for p in after] == before

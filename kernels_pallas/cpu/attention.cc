@@ -1,0 +1,309 @@
+// Causal attention over a paged KV cache that first receives this step's keys and values.
+
+#include <vector>
+
+#include "buffers.h"
+#include "pages.h"
+#include "scratch.h"
+#include "softmax.h"
+#include "threads.h"
+
+namespace jaxserve {
+namespace {
+
+// Enough rows (query tokens times the heads that share a kv head) to pay for packing a block of
+// keys, few enough that scores, keys, values and sums stay in L2.
+constexpr int64_t kRowsPerTask = 11 * kOuterRows;
+
+struct Batch {
+  const int32_t* row_starts;  // [R + 1]
+  const int32_t* kv_lens;     // [R]
+  const int32_t* tables;      // [R, M]
+  int64_t table_width;
+  int64_t num_seqs;
+
+  int64_t num_queries(int64_t seq) const { return row_starts[seq + 1] - row_starts[seq]; }
+  int64_t first_position(int64_t seq) const { return kv_lens[seq] - num_queries(seq); }
+  const int32_t* table(int64_t seq) const { return tables + seq * table_width; }
+};
+
+// A row of a task: query token `row / group` of the sequence, head `row % group` of the kv head.
+struct Task {
+  int64_t seq, kv_head, begin, end;
+};
+
+template <class T>
+struct Attention {
+  Batch batch;
+  Pages<T> keys, values;  // values may be keys themselves: then a value is the head of its key
+  const float* q;         // [T, N, H]
+  float* out;             // [T, N, Hv]
+  float* lse;             // [T, N]
+  const float* sinks;     // [N] or null
+  int64_t num_heads, value_dim, window;
+  Scores scores;
+
+  int64_t group() const { return num_heads / keys.num_heads; }
+  int64_t padded_values() const { return (value_dim + kLanes - 1) / kLanes * kLanes; }
+};
+
+// Working memory of one task. Rows of q, scores and so on are contiguous.
+template <class T>
+struct Work {
+  T *q, *keys, *values, *weights;
+  float *scores, *sums, *shrink;
+  Row* rows;
+
+  Work(Scratch& scratch, const Attention<T>& job, int64_t num_rows) {
+    constexpr int64_t kWord = Vec<T>::kPerLane;
+    const int64_t q_count = num_rows * words_of<T>(job.keys.width) * kWord;
+    const int64_t key_count = words_of<T>(job.keys.width) * kBlockKeys * kWord;
+    const int64_t value_count = kBlockKeys * job.padded_values();
+    const int64_t score_count = num_rows * kBlockKeys, sum_count = num_rows * job.padded_values();
+    scratch.reset(Scratch::bytes<T>(q_count) + Scratch::bytes<T>(key_count) +
+                  Scratch::bytes<T>(value_count) + Scratch::bytes<T>(score_count) +
+                  Scratch::bytes<float>(score_count) + Scratch::bytes<float>(sum_count) +
+                  Scratch::bytes<float>(num_rows) + Scratch::bytes<Row>(num_rows));
+    q = scratch.take<T>(q_count);
+    keys = scratch.take<T>(key_count);
+    values = scratch.take<T>(value_count);
+    weights = scratch.take<T>(score_count);
+    scores = scratch.take<float>(score_count);
+    sums = scratch.take<float>(sum_count);
+    shrink = scratch.take<float>(num_rows);
+    rows = scratch.take<Row>(num_rows);
+    std::memset(q, 0, q_count * sizeof(T));
+    std::memset(sums, 0, sum_count * sizeof(float));
+    std::fill(rows, rows + num_rows, Row{});
+  }
+};
+
+// Index of a task's row in the [T, N] grid of all query heads.
+template <class T>
+int64_t query_of(const Attention<T>& job, const Task& task, int64_t row) {
+  const int64_t token = job.batch.row_starts[task.seq] + row / job.group();
+  return token * job.num_heads + task.kv_head * job.group() + row % job.group();
+}
+
+template <class T>
+void load_queries(const Attention<T>& job, const Task& task, T* to) {
+  const int64_t width = job.keys.width;
+  const int64_t stride = words_of<T>(width) * Vec<T>::kPerLane;
+  for (int64_t row = task.begin; row < task.end; ++row, to += stride) {
+    convert(to, job.q + query_of(job, task, row) * width, width);
+  }
+}
+
+// Adds the keys at positions [first, first + count) to every row of the task.
+template <class T>
+void attend_block(const Attention<T>& job, const Task& task, const Work<T>& work, int64_t first,
+                  int64_t count) {
+  const int32_t* table = job.batch.table(task.seq);
+  const int64_t num_rows = task.end - task.begin, start = job.batch.first_position(task.seq);
+  const int64_t words = words_of<T>(job.keys.width), padded = job.padded_values();
+  const int64_t whole = std::min(kBlockKeys, (count + kLanes - 1) / kLanes * kLanes);
+  const Block<T> keys(job.keys, table, task.kv_head, first, count);
+  pack_keys(keys, count, job.keys.width, work.keys);
+  outer_product<T>(work.q, words * Vec<T>::kPerLane, num_rows, work.keys,
+                   kBlockKeys * Vec<T>::kPerLane, words, work.scores, kBlockKeys, whole, nullptr);
+  for (int64_t i = 0; i < num_rows; ++i) {
+    const int64_t position = start + (task.begin + i) / job.group();
+    const int64_t begin = job.window > 0 ? position - job.window + 1 - first : 0;
+    float* scores = work.scores + i * kBlockKeys;
+    work.shrink[i] = work.rows[i].add(scores, begin, std::min(count, position + 1 - first),
+                                      job.scores);
+    convert(work.weights + i * kBlockKeys, scores, kBlockKeys);
+  }
+  const Block<T> values(job.values, table, task.kv_head, first, count);
+  pack_values(values, count, job.value_dim, padded, work.values);
+  outer_product<T>(work.weights, kBlockKeys, num_rows, work.values, padded * Vec<T>::kPerLane,
+                   words_of<T>(count), work.sums, padded, padded, work.shrink);
+}
+
+template <class T>
+void finish(const Attention<T>& job, const Task& task, const Work<T>& work) {
+  const int64_t padded = job.padded_values();
+  for (int64_t i = 0; i < task.end - task.begin; ++i) {
+    const int64_t query = query_of(job, task, task.begin + i);
+    Row row = work.rows[i];
+    float shrink = 1.0f;
+    if (job.sinks) shrink = row.add_sink(job.sinks[query % job.num_heads]);
+    const float factor = row.sum > 0 ? shrink / row.sum : 0.0f;
+    const float* sums = work.sums + i * padded;
+    float* out = job.out + query * job.value_dim;
+    for (int64_t j = 0; j < job.value_dim; ++j) out[j] = sums[j] * factor;
+    job.lse[query] = row.log_sum();
+  }
+}
+
+template <class T>
+void attend(const Attention<T>& job, const Task& task) {
+  thread_local Scratch scratch;
+  const Work<T> work(scratch, job, task.end - task.begin);
+  load_queries(job, task, work.q);
+  const int64_t start = job.batch.first_position(task.seq);
+  const int64_t oldest = start + task.begin / job.group();
+  const int64_t end = start + (task.end - 1) / job.group() + 1;  // past the last visible key
+  const int64_t seen = job.window > 0 ? std::max<int64_t>(0, oldest - job.window + 1) : 0;
+  for (int64_t first = seen / kBlockKeys * kBlockKeys; first < end; first += kBlockKeys) {
+    attend_block(job, task, work, first, std::min(kBlockKeys, end - first));
+  }
+  finish(job, task, work);
+}
+
+// Late queries see the most keys: they go first, so that the last chunk claimed is a small one.
+std::vector<Task> cut(const Batch& batch, int64_t num_kv_heads, int64_t group) {
+  std::vector<Task> tasks;
+  for (int64_t seq = 0; seq < batch.num_seqs; ++seq) {
+    for (int64_t end = batch.num_queries(seq) * group; end > 0;) {
+      const int64_t begin = (end - 1) / kRowsPerTask * kRowsPerTask;
+      for (int64_t head = 0; head < num_kv_heads; ++head) tasks.push_back({seq, head, begin, end});
+      end = begin;
+    }
+  }
+  return tasks;
+}
+
+// Stores x [T, K, width], the rows of this step's tokens, at the tokens' positions.
+template <class T>
+void write(const Pages<T>& pages, const Batch& batch, const float* x) {
+  constexpr int64_t kTokensPerChunk = 32;
+  for (int64_t seq = 0; seq < batch.num_seqs; ++seq) {
+    const int64_t count = batch.num_queries(seq);
+    Pool::shared().run((count + kTokensPerChunk - 1) / kTokensPerChunk, [&](int64_t chunk) {
+      const int64_t end = std::min(count, (chunk + 1) * kTokensPerChunk);
+      for (int64_t i = chunk * kTokensPerChunk; i < end; ++i) {
+        const float* from = x + (batch.row_starts[seq] + i) * pages.num_heads * pages.width;
+        for (int64_t head = 0; head < pages.num_heads; ++head, from += pages.width) {
+          T* to = pages.find(batch.table(seq), head, batch.first_position(seq) + i);
+          if (to) convert(to, from, pages.width);
+        }
+      }
+    });
+  }
+}
+
+template <class T>
+void run(const Attention<T>& job, int64_t num_tokens) {
+  const Batch& batch = job.batch;
+  const int64_t used = batch.num_seqs > 0 ? batch.row_starts[batch.num_seqs] : 0;
+  const int64_t unused = (num_tokens - used) * job.num_heads;
+  std::memset(job.out + used * job.num_heads * job.value_dim, 0,
+              unused * job.value_dim * sizeof(float));
+  std::memset(job.lse + used * job.num_heads, 0, unused * sizeof(float));
+  const std::vector<Task> tasks = cut(batch, job.keys.num_heads, job.group());
+  Pool::shared().run(int64_t(tasks.size()), [&](int64_t i) { attend(job, tasks[i]); });
+}
+
+// The operands every form of attention has.
+struct Operands {
+  Floats q, k;
+  Scalar layer;
+  Ints row_starts, kv_lens, tables;
+  Scalar num_seqs, window;
+  Floats sinks;
+  FloatsOut out, lse;
+  ffi::AnyBuffer k_pages;
+  float scale, soft_cap;
+};
+
+template <class T>
+Pages<T> pages_of(ffi::AnyBuffer array, Scalar layer) {
+  auto [dims, offset] = slice(array, layer, 4);
+  return {static_cast<T*>(array.untyped_data()) + offset, dims[0], dims[1], dims[2], dims[3]};
+}
+
+template <class T>
+Attention<T> attention_of(Operands in) {
+  Attention<T> job;
+  const int64_t num_seqs = int64_t(in.kv_lens.element_count());
+  job.batch = {in.row_starts.typed_data(), in.kv_lens.typed_data(), in.tables.typed_data(),
+               in.tables.dimensions()[1], std::clamp<int64_t>(value(in.num_seqs), 0, num_seqs)};
+  job.keys = job.values = pages_of<T>(in.k_pages, in.layer);
+  job.q = in.q.typed_data();
+  job.out = in.out->typed_data();
+  job.lse = in.lse->typed_data();
+  job.num_heads = in.q.dimensions()[1];
+  job.value_dim = in.out->dimensions()[2];
+  job.window = value(in.window);
+  job.scores = {in.scale, in.soft_cap};
+  const bool stacked = in.sinks.dimensions().size() == 2;
+  const int64_t first = stacked ? value(in.layer) * job.num_heads : 0;
+  job.sinks = in.sinks.element_count() > 0 ? in.sinks.typed_data() + first : nullptr;
+  return job;
+}
+
+ffi::Error paged_attention(Floats q, Floats k, Floats v, ffi::AnyBuffer, ffi::AnyBuffer,
+                           Scalar layer, Ints row_starts, Ints kv_lens, Ints tables,
+                           Scalar num_seqs, Scalar window, Floats sinks, FloatsOut out,
+                           FloatsOut lse, ffi::Result<ffi::AnyBuffer> k_pages,
+                           ffi::Result<ffi::AnyBuffer> v_pages, float scale, float soft_cap) {
+  return visit(*k_pages, [&](auto* typed) {
+    using T = std::remove_pointer_t<decltype(typed)>;
+    auto job = attention_of<T>({q, k, layer, row_starts, kv_lens, tables, num_seqs, window, sinks,
+                                out, lse, *k_pages, scale, soft_cap});
+    job.values = pages_of<T>(*v_pages, layer);
+    write(job.keys, job.batch, k.typed_data());
+    write(job.values, job.batch, v.typed_data());
+    run(job, q.dimensions()[0]);
+    return ffi::Error::Success();
+  });
+}
+
+// Multi-head latent attention: one kv head, and a value is the first value_dim lanes of its key.
+ffi::Error latent_attention(Floats q, Floats k, ffi::AnyBuffer, Scalar layer, Ints row_starts,
+                            Ints kv_lens, Ints tables, Scalar num_seqs, Scalar window, Floats sinks,
+                            FloatsOut out, FloatsOut lse, ffi::Result<ffi::AnyBuffer> k_pages,
+                            float scale, float soft_cap) {
+  return visit(*k_pages, [&](auto* typed) {
+    using T = std::remove_pointer_t<decltype(typed)>;
+    auto job = attention_of<T>({q, k, layer, row_starts, kv_lens, tables, num_seqs, window, sinks,
+                                out, lse, *k_pages, scale, soft_cap});
+    write(job.keys, job.batch, k.typed_data());
+    run(job, q.dimensions()[0]);
+    return ffi::Error::Success();
+  });
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxserve_paged_attention, paged_attention,
+                              ffi::Ffi::Bind()
+                                  .Arg<Floats>()          // q
+                                  .Arg<Floats>()          // k
+                                  .Arg<Floats>()          // v
+                                  .Arg<ffi::AnyBuffer>()  // k_pages, aliased to a result
+                                  .Arg<ffi::AnyBuffer>()  // v_pages, aliased to a result
+                                  .Arg<Scalar>()          // layer
+                                  .Arg<Ints>()            // row_starts
+                                  .Arg<Ints>()            // kv_lens
+                                  .Arg<Ints>()            // tables
+                                  .Arg<Scalar>()          // num_seqs
+                                  .Arg<Scalar>()          // window
+                                  .Arg<Floats>()          // sinks
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Attr<float>("scale")
+                                  .Attr<float>("soft_cap"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxserve_latent_attention, latent_attention,
+                              ffi::Ffi::Bind()
+                                  .Arg<Floats>()          // q
+                                  .Arg<Floats>()          // k
+                                  .Arg<ffi::AnyBuffer>()  // k_pages, aliased to a result
+                                  .Arg<Scalar>()          // layer
+                                  .Arg<Ints>()            // row_starts
+                                  .Arg<Ints>()            // kv_lens
+                                  .Arg<Ints>()            // tables
+                                  .Arg<Scalar>()          // num_seqs
+                                  .Arg<Scalar>()          // window
+                                  .Arg<Floats>()          // sinks
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Attr<float>("scale")
+                                  .Attr<float>("soft_cap"));
+
+}  // namespace jaxserve
