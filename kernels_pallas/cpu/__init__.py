@@ -17,9 +17,16 @@ from jax import Array
 
 from kernels_pallas.cpu import build
 
-__all__ = ["available", "gated_linear", "linear", "paged_attention", "rms_norm"]
+__all__ = ["available", "experts", "gated_linear", "linear", "paged_attention", "rms_norm"]
 
-_TARGETS = ("linear", "gated_linear", "rms_norm", "paged_attention", "latent_attention")
+_TARGETS = (
+    "experts",
+    "gated_linear",
+    "latent_attention",
+    "linear",
+    "paged_attention",
+    "rms_norm",
+)
 
 
 @functools.cache
@@ -121,6 +128,25 @@ def paged_attention(
     attributes = {"scale": np.float32(scale), "soft_cap": np.float32(soft_cap)}
     out, lse, *pages = call(*operands, _int(num_seqs), _int(window), sinks, **attributes)
     return out, lse, pages[0], pages[1] if v is not None else None
+
+
+def experts(
+    x: Array,  # [T, D]
+    ids: Array,  # [T, A] int32; an id outside [0, E) contributes nothing
+    weights: Array,  # [T, A]
+    w_gate: Array,  # [E, F, D] or [L, E, F, D]
+    w_up: Array,  # as w_gate
+    w_down: Array,  # [E, D, F] or [L, E, D, F]
+    *,
+    layer: Array | int | None = None,
+    num_rows: Array | int | None = None,
+    activation: str = "silu",
+) -> Array:  # [T, D] float32
+    """Each row through its A experts' gated feed-forward layers, weighted and summed in order."""
+    _check_activation(activation)
+    call = _call("experts", _floats(*x.shape))
+    weights, rows, index = weights.astype(jnp.float32), _rows(num_rows, x), _int(layer)
+    return call(x, ids, weights, rows, index, w_gate, w_up, w_down, activation=activation)
 
 
 def _call(target: str, outs, **options):

@@ -245,17 +245,16 @@ def test_paged_attention_does_not_depend_on_chunking(dtype, window, heads):
     whole = Paged([(length, length)], *heads, dtype, latent=heads[2] == 96, pad=0)
     want, want_lse, *want_pages = whole.run(window=window)
     for size in (1, 7, 64, 100):
-        got = []
+        got, k_pages, v_pages = [], whole.k_pages[0], whole.v_pages[0]
         for begin in range(0, length, size):
             end = min(length, begin + size)
             part = Paged([(length, length)], *heads, dtype, latent=heads[2] == 96, pad=0)
             part.q, part.k = whole.q[begin:end], whole.k[begin:end]
             part.v = None if whole.v is None else whole.v[begin:end]
-            part.k_pages, part.v_pages = (whole.k_pages, whole.v_pages) if begin == 0 else pages
+            part.k_pages, part.v_pages = (k_pages, None), (v_pages, None)
             part.row_starts = np.array([0, end - begin, end - begin, end - begin], np.int32)
             part.kv_lens = np.array([end, 0, 0], np.int32)
             out, lse, k_pages, v_pages = part.run(window=window)
-            pages = ((k_pages, None), (v_pages, None))
             got.append((out, lse))
         np.testing.assert_array_equal(np.concatenate([out for out, _ in got]), want)
         np.testing.assert_array_equal(np.concatenate([lse for _, lse in got]), want_lse)
@@ -290,3 +289,39 @@ def test_paged_attention_updates_donated_pages_in_place(dtype):
     assert memory is None or memory.temp_size_in_bytes < pages[0].nbytes // 2
     after = step(pages)
     assert [p.unsafe_buffer_pointer() for p in after] == before
+
+
+def expert_case(dtype, rows, active, num_experts=5, mlp=70, embed=100):
+    rng = np.random.default_rng(rows)
+    ids = rng.integers(0, num_experts, (rows, active)).astype(np.int32)
+    ids[rows // 2, 0] = -1
+    weights = rng.uniform(size=ids.shape).astype(np.float32)
+    shapes = [(num_experts, mlp, embed)] * 2 + [(num_experts, embed, mlp)]
+    w = [stored(normal(s, 2, *shape, scale=0.3), dtype) for s, shape in enumerate(shapes)]
+    return normal(9, rows, embed), ids, weights, w
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 6, 140, 1100])
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_experts(dtype, rows, activation):
+    x, ids, weights, w = expert_case(dtype, rows + 2, 3)
+    run = jax.jit(cpu.experts, static_argnames="activation")
+    got = run(x, ids, weights, *(s for s, _ in w), layer=1, num_rows=rows, activation=activation)
+    gate, up, down = (exact[1] for _, exact in w)
+    wide = rounded_like(x, dtype)
+    want = np.zeros(x.shape)
+    for t, a in np.ndindex(rows, 3):
+        if (e := ids[t, a]) >= 0:
+            hidden = activate(activation, gate[e] @ wide[t]) * (up[e] @ wide[t])
+            want[t] += weights[t, a] * (down[e] @ rounded_like(hidden.astype(np.float32), dtype))
+    assert_close(got, want, 1e-5 if dtype == "float32" else 2e-3)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "uint16"])
+def test_experts_rows_do_not_depend_on_their_neighbours(dtype):
+    x, ids, weights, w = expert_case(dtype, 70, 3)
+    run = jax.jit(lambda *rows: cpu.experts(*rows, *(s for s, _ in w), layer=0))
+    want = np.asarray(run(x, ids, weights))
+    for rows in range(1, 71):
+        np.testing.assert_array_equal(run(x[-rows:], ids[-rows:], weights[-rows:]), want[-rows:])

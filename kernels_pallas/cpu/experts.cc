@@ -1,0 +1,195 @@
+// The feed-forward layer of a mixture of experts: every expert multiplies only its own tokens.
+
+#include <vector>
+
+#include "activation.h"
+#include "buffers.h"
+#include "pack.h"
+#include "scratch.h"
+
+namespace jaxserve {
+namespace {
+
+// Tokens' slots (token * A + a) sorted by expert: expert e owns order[starts[e] .. starts[e + 1]).
+struct Grouping {
+  std::vector<int64_t> starts, order;
+  std::vector<int64_t> rank;  // of each slot in `order`; -1: the slot names no expert
+
+  Grouping(const int32_t* ids, int64_t num_slots, int64_t num_experts)
+      : starts(num_experts + 1), rank(num_slots, -1) {
+    auto valid = [&](int64_t slot) { return ids[slot] >= 0 && ids[slot] < num_experts; };
+    for (int64_t slot = 0; slot < num_slots; ++slot) {
+      if (valid(slot)) ++starts[ids[slot] + 1];
+    }
+    for (int64_t e = 0; e < num_experts; ++e) starts[e + 1] += starts[e];
+    order.resize(starts[num_experts]);
+    std::vector<int64_t> next = starts;
+    for (int64_t slot = 0; slot < num_slots; ++slot) {
+      if (!valid(slot)) continue;
+      rank[slot] = next[ids[slot]]++;
+      order[rank[slot]] = slot;
+    }
+  }
+  int64_t size(int64_t expert) const { return starts[expert + 1] - starts[expert]; }
+};
+
+// Some of one expert's rows times some columns of its weights.
+struct Chunk {
+  int64_t expert, begin, end, first_col, num_cols;
+};
+
+std::vector<Chunk> cut(const Grouping& groups, int64_t cols, int64_t width) {
+  std::vector<Chunk> chunks;
+  for (int64_t e = 0; e + 1 < int64_t(groups.starts.size()); ++e) {
+    for (int64_t c = 0; c < cols; c += width) {
+      for (int64_t r = 0; r < groups.size(e); r += kRowsPerChunk) {
+        chunks.push_back({e, r, std::min(groups.size(e), r + kRowsPerChunk), c,
+                          std::min(width, cols - c)});
+      }
+    }
+  }
+  return chunks;
+}
+
+template <class T>
+struct Experts {
+  const T *w_gate, *w_up, *w_down;  // [E, F, D], [E, F, D], [E, D, F]
+  int64_t num_experts, mlp, embed, num_active;
+  Activation activation;
+};
+
+// The rows of all experts, one after the other; each expert's rows are packed by themselves.
+template <class T>
+struct PackedGroups {
+  T* data;
+  int64_t k;
+
+  Packed<T> of(const Grouping& groups, int64_t expert) const {
+    return {data + Packed<T>::count(groups.starts[expert], k), groups.size(expert),
+            Packed<T>::steps_of(k)};
+  }
+};
+
+// hidden = act(x @ w_gate.T) * (x @ w_up.T)
+template <class T>
+void expand(const Experts<T>& moe, const Grouping& groups, const PackedGroups<T>& x,
+            const PackedGroups<T>& hidden) {
+  // A whole number of tiles and of registers, so that no two chunks write one register.
+  constexpr int64_t kWidth = 96;
+  static_assert(kWidth % kTileCols == 0 && kWidth % Vec<T>::kSize == 0);
+  const auto chunks = cut(groups, moe.mlp, kWidth);
+  Pool::shared().run(int64_t(chunks.size()), [&](int64_t i) {
+    thread_local float gate[kRowsPerChunk * kWidth], up[kRowsPerChunk * kWidth];
+    const auto [e, begin, end, first, cols] = chunks[i];
+    const int64_t weight = (e * moe.mlp + first) * moe.embed;
+    const Packed<T> rows = x.of(groups, e), out = hidden.of(groups, e);
+    dot_block(rows, begin, end, moe.w_gate + weight, moe.embed, cols, gate, kWidth);
+    dot_block(rows, begin, end, moe.w_up + weight, moe.embed, cols, up, kWidth);
+    for (int64_t r = 0; r < end - begin; ++r) {
+      gate_in_place(moe.activation, gate + r * kWidth, up + r * kWidth, cols);
+      out.put(begin + r, first, gate + r * kWidth, cols);
+    }
+  });
+}
+
+// y[rank] = hidden[rank] @ w_down.T
+template <class T>
+void contract(const Experts<T>& moe, const Grouping& groups, const PackedGroups<T>& hidden,
+              float* y) {
+  const auto chunks = cut(groups, moe.embed, 16 * kTileCols);
+  Pool::shared().run(int64_t(chunks.size()), [&](int64_t i) {
+    const auto [e, begin, end, first, cols] = chunks[i];
+    dot_block(hidden.of(groups, e), begin, end, moe.w_down + (e * moe.embed + first) * moe.mlp,
+              moe.mlp, cols, y + (groups.starts[e] + begin) * moe.embed + first, moe.embed);
+  });
+}
+
+// out[token] = the weighted sum over its slots, always in the order of the slots.
+void combine(const Grouping& groups, const float* weights, int64_t num_active, const float* y,
+             int64_t num_rows, int64_t embed, float* out) {
+  constexpr int64_t kElementsPerChunk = 16 * 1024;
+  const int64_t rows = std::max<int64_t>(1, kElementsPerChunk / embed);
+  Pool::shared().run(ceil_div(num_rows, rows), [&](int64_t chunk) {
+    for (int64_t t = chunk * rows; t < std::min(num_rows, (chunk + 1) * rows); ++t) {
+      float* to = out + t * embed;
+      std::memset(to, 0, embed * sizeof(float));
+      for (int64_t slot = t * num_active; slot < (t + 1) * num_active; ++slot) {
+        if (groups.rank[slot] < 0) continue;
+        const float* from = y + groups.rank[slot] * embed;
+        for (int64_t j = 0; j < embed; ++j) to[j] += weights[slot] * from[j];
+      }
+    }
+  });
+}
+
+template <class T, class X>
+void forward(const Experts<T>& moe, const X* x, const int32_t* ids, const float* weights,
+             int64_t num_rows, float* out) {
+  thread_local Scratch scratch;
+  const Grouping groups(ids, num_rows * moe.num_active, moe.num_experts);
+  const int64_t slots = int64_t(groups.order.size());
+  const int64_t x_count = Packed<T>::count(slots, moe.embed);
+  const int64_t hidden_count = Packed<T>::count(slots, moe.mlp);
+  scratch.reset(Scratch::bytes<T>(x_count) + Scratch::bytes<T>(hidden_count) +
+                Scratch::bytes<float>(slots * moe.embed));
+  const PackedGroups<T> rows{scratch.take<T>(x_count), moe.embed};
+  const PackedGroups<T> hidden{scratch.take<T>(hidden_count), moe.mlp};
+  float* y = scratch.take<float>(slots * moe.embed);
+  Pool::shared().run(moe.num_experts, [&](int64_t e) {
+    const Packed<T> to = rows.of(groups, e);
+    for (int64_t i = 0; i < to.num_rows; ++i) {
+      const int64_t token = groups.order[groups.starts[e] + i] / moe.num_active;
+      to.put(i, 0, x + token * moe.embed, moe.embed);
+    }
+  });
+  expand(moe, groups, rows, hidden);
+  contract(moe, groups, hidden, y);
+  combine(groups, weights, moe.num_active, y, num_rows, moe.embed, out);
+}
+
+ffi::Error experts(ffi::AnyBuffer x, Ints ids, Floats weights, Scalar num_rows, Scalar layer,
+                   ffi::AnyBuffer w_gate, ffi::AnyBuffer w_up, ffi::AnyBuffer w_down, FloatsOut out,
+                   std::string_view activation) {
+  const int64_t all_rows = x.dimensions()[0], embed = x.dimensions()[1];
+  const int64_t rows = std::clamp<int64_t>(value(num_rows), 0, all_rows);
+  const int64_t active = ids.dimensions()[1];
+  const auto up = slice(w_gate, layer, 3), down = slice(w_down, layer, 3);
+  float* y = out->typed_data();
+  std::memset(y + rows * embed, 0, (all_rows - rows) * embed * sizeof(float));
+  return visit(w_gate, [&](auto* gate) {
+    using T = std::remove_pointer_t<decltype(gate)>;
+    const Experts<T> moe{gate + up.offset,
+                         static_cast<T*>(w_up.untyped_data()) + up.offset,
+                         static_cast<T*>(w_down.untyped_data()) + down.offset,
+                         up.dims[0],
+                         up.dims[1],
+                         embed,
+                         active,
+                         activation_of(activation)};
+    return visit(x, [&](auto* from) {
+      for (int64_t first = 0; first < rows; first += kRowsPerPass) {
+        forward(moe, from + first * embed, ids.typed_data() + first * active,
+                weights.typed_data() + first * active, std::min(kRowsPerPass, rows - first),
+                y + first * embed);
+      }
+      return ffi::Error::Success();
+    });
+  });
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxserve_experts, experts,
+                              ffi::Ffi::Bind()
+                                  .Arg<ffi::AnyBuffer>()  // x
+                                  .Arg<Ints>()            // ids
+                                  .Arg<Floats>()          // weights
+                                  .Arg<Scalar>()          // num_rows
+                                  .Arg<Scalar>()          // layer
+                                  .Arg<ffi::AnyBuffer>()  // w_gate
+                                  .Arg<ffi::AnyBuffer>()  // w_up
+                                  .Arg<ffi::AnyBuffer>()  // w_down
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Attr<std::string_view>("activation"));
+
+}  // namespace jaxserve
