@@ -239,3 +239,4 @@ class Scheduler:
         self.pages.release(seq.pages)
         self._slots.append(seq.slot)
         seq.pages, seq.slot, seq.computed, seq.published = [], -1, 0, 0
+        seq.stay += 1

@@ -22,7 +22,8 @@ class Sequence:
         computed: tokens whose keys are in pages, or will be once all launched steps have run.
         in_flight: tokens sampled by launched steps that the host has not read.
         pages: in order; `published` of them are in the prefix index, `keys` being their keys.
-        slot: its row in the device's per-sequence state; -1 while it waits.
+        slot: its row in the device's per-sequence state; -1 while it waits. `stay` counts moves.
+        stop_ids: tokens that end it.
         pooling: "last" or "mean" for an embedding, which samples nothing.
     """
 
@@ -40,6 +41,8 @@ class Sequence:
     keys: list[bytes] = field(default_factory=list)
     published: int = 0
     slot: int = -1
+    stay: int = 0
+    stop_ids: frozenset[int] = frozenset()
     finished: bool = False
     pooling: str | None = None
     siblings: list[Sequence] = field(default_factory=list)  # fork from this one after its prompt

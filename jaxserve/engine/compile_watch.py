@@ -1,0 +1,64 @@
+"""Compilation: kept between processes, counted, and, after warm-up, forbidden on request."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+
+import jax
+
+from jaxserve.errors import CompileForbiddenError
+
+_COMPILED = "/jax/core/compile/backend_compile_duration"
+_HIT = "/jax/compilation_cache/cache_hits"
+
+
+def cache_dir() -> Path:
+    """Where compiled programs are kept: $JAXSERVE_CACHE_DIR, or ~/.cache/jaxserve."""
+    return Path(os.environ.get("JAXSERVE_CACHE_DIR", "~/.cache/jaxserve")).expanduser()
+
+
+def keep_programs() -> None:
+    """Turns the persistent compile cache on, unless the user has set one up.
+
+    jax keys it by program, jaxlib version, flags and device; a second start compiles nothing.
+    """
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+class CompileWatch:
+    """Counts compilations of this process, and those that the cache spared."""
+
+    def __init__(self) -> None:
+        self.compiled = 0
+        self.loaded = 0
+        self._forbidden = False
+        self._mine = threading.local()
+        jax.monitoring.register_event_duration_secs_listener(self._on_duration)
+        jax.monitoring.register_event_listener(self._on_event)
+
+    def forbid(self, forbidden: bool = True) -> None:
+        """From now on any compilation in this process raises CompileForbiddenError where it happens."""
+        self._forbidden = forbidden
+
+    def _on_event(self, event: str, **_: object) -> None:
+        if event == _HIT:
+            self.loaded += 1
+
+    def _on_duration(self, event: str, _seconds: float, **_: object) -> None:
+        if event != _COMPILED:
+            return
+        self.compiled += 1
+        if self._forbidden:
+            raise CompileForbiddenError(
+                "a program was compiled after warm-up: an array shape or type that no bucket covers, "
+                "or an eager jax operation on the serving path"
+            )
+
+
+watch = CompileWatch()
+"""One for the process: jax's listeners cannot be taken off one by one."""

@@ -1,0 +1,289 @@
+"""The device side of the engine: compiled steps, the page pool and per-sequence state.
+
+A step is two programs: `forward`, one per bucket of tokens, and `sample`, one per bucket of
+sequences. Everything is launched without waiting; results are read a step later.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from jaxserve.cache import kv_cache
+from jaxserve.cache.kv_cache import KVCache
+from jaxserve.engine.batch import SlotTable, StepInputs, needs_history, pack_sampling, pack_tokens
+from jaxserve.engine.sampler import MAX_BIAS, Sampled, SampleInputs, logprobs_of, sample
+from jaxserve.engine.scheduler import Step
+from jaxserve.engine.serving_ops import head_ops, serving_ops
+from jaxserve.errors import EngineError
+from jaxserve.models.family import Family
+from jaxserve.plan import Plan
+from kernels_pallas.paged_attention import Ragged
+
+log = logging.getLogger(__name__)
+
+_COPIES = 64  # pages copied per launch
+_SCORED = 64  # prompt tokens whose logits exist at a time
+FIRST_BUCKET = 64
+"""Tokens of the program that is compiled first and serves until the others exist."""
+
+
+@dataclass
+class Launched:
+    """A step on its way; arrays may not have been computed yet."""
+
+    step: Step
+    sampled: Sampled
+    hidden: Array  # [T, D]
+    scores: tuple[Array, Array, Array, Array]  # of prompt tokens, as `logprobs_of`
+    time: float
+
+
+class Runner:
+    """Owns the device arrays. One thread launches; another may be compiling."""
+
+    def __init__(self, plan: Plan, family: Family, cfg: Any, params: Any, device: Any):
+        self.plan, self.family, self.cfg, self.device = plan, family, cfg, device
+        self.params = params
+        self.table = SlotTable(plan, cfg.vocab)
+        self._programs: dict[tuple[str, int], Callable[..., Any]] = {}
+        self._stop = threading.Event()
+        self._compiler: threading.Thread | None = None
+        self._failure: BaseException | None = None
+        self._unused: dict[int, dict[str, Any]] = {}
+        self.allocate()
+
+    # ---- device state -----------------------------------------------------------------
+
+    def allocate(self) -> None:
+        """An empty cache and history."""
+        plan = self.plan
+        self.kv: KVCache | None = kv_cache.allocate(
+            self.cfg.num_layers, plan.num_pages, plan.page_size, self.cfg.kv_shape, plan.kv_dtype, self.device
+        )
+        self.history: Array | None = jnp.zeros(
+            (plan.max_num_seqs, plan.max_model_len + 1), jnp.int32, device=self.device
+        )
+
+    def free(self) -> None:
+        """Gives the cache's memory back."""
+        for leaf in jax.tree.leaves((self.kv, self.history)):
+            leaf.delete()
+        self.kv = self.history = None
+
+    # ---- programs ---------------------------------------------------------------------
+
+    def warm_up(self, *, background: bool, on_program: Callable[[str, float], None]) -> None:
+        """Compiles what the first token needs, then the rest, behind it if `background`."""
+        buckets = self.plan.token_buckets
+        first = min(buckets, key=lambda t: abs(t - FIRST_BUCKET))
+        order = [first, *(t for t in buckets if t != first)]
+        urgent = [("forward", first), ("sample", self.plan.rows(first))]
+        rest = [("seed_history", 0), ("copy_pages", 0)]
+        for t in order[1:]:
+            rest += [("forward", t), ("sample", self.plan.rows(t))]
+        for kind, size in urgent:
+            self._compile(kind, size, on_program)
+        if background:
+            self._compiler = threading.Thread(
+                target=self._compile_all, args=(rest, on_program), name="jaxserve-compile", daemon=True
+            )
+            self._compiler.start()
+        else:
+            self._compile_all(rest, on_program)
+            self.wait_until_warm()
+
+    def _compile_all(self, programs: list[tuple[str, int]], on_program: Callable[[str, float], None]) -> None:
+        try:
+            for kind, size in programs:
+                if self._stop.is_set():
+                    return
+                self._compile(kind, size, on_program)
+        except BaseException as error:  # reported to whoever waits, or runs the next step
+            self._failure = error
+
+    def wait_until_warm(self) -> None:
+        """Returns when every program exists.
+
+        Raises:
+            EngineError: one of them could not be compiled.
+        """
+        if self._compiler is not None:
+            self._compiler.join()
+        self._check()
+
+    def _check(self) -> None:
+        if self._failure is not None:
+            raise EngineError(f"a step could not be compiled: {self._failure}") from self._failure
+
+    @property
+    def num_programs(self) -> int:
+        return len(self._programs)
+
+    @property
+    def is_warm(self) -> bool:
+        return self._compiler is None or not self._compiler.is_alive()
+
+    @property
+    def max_tokens(self) -> int:
+        """The largest step that can run now."""
+        ready = [t for kind, t in list(self._programs) if kind == "forward"]
+        return max(t for t in ready if ("sample", self.plan.rows(t)) in self._programs)
+
+    def _compile(self, kind: str, size: int, on_program: Callable[[str, float], None]) -> None:
+        if (kind, size) in self._programs:
+            return
+        started = time.monotonic()
+        function, donated, arguments = getattr(self, f"_{kind}_program")(size)
+        with jax.default_device(self.device):
+            compiled = jax.jit(function, donate_argnums=donated).lower(*arguments).compile()
+        self._programs[kind, size] = compiled
+        on_program(f"{kind} {size}".removesuffix(" 0"), time.monotonic() - started)
+
+    def _forward_program(self, T: int):
+        R = self.plan.rows(T)
+        ints = partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
+        ragged = Ragged(ints((R + 1,)), ints((R,)), ints((R, self.plan.pages_per_seq)), ints(()))
+        inputs = StepInputs(
+            ints((1, T)), ints((1, T)), ints((T,)), ints((R,)), ints((T,)), ints(()), ragged
+        )
+        arguments = (*_abstract((self.params, self.kv, self.history)), inputs)
+        return partial(forward_step, self.plan, self.family, self.cfg), (1,), arguments
+
+    def _sample_program(self, R: int):
+        logits = jax.ShapeDtypeStruct((R, self.cfg.vocab), self.plan.activation_dtype)
+        inputs = pack_sampling(Step(), R, self.table, self._unused_arrays(R))
+        return sample, (1,), (logits, _abstract(self.history), _abstract(inputs))
+
+    def _seed_history_program(self, _: int):
+        row = jax.ShapeDtypeStruct((self.plan.max_model_len + 1,), jnp.int32)
+        slot = jax.ShapeDtypeStruct((), jnp.int32)
+        return lambda h, slot, row: h.at[slot].set(row), (0,), (_abstract(self.history), slot, row)
+
+    def _copy_pages_program(self, _: int):
+        pages = jax.ShapeDtypeStruct((_COPIES,), jnp.int32)
+        return kv_cache.copy_pages, (0,), (_abstract(self.kv), pages, pages)
+
+    def _unused_arrays(self, R: int) -> dict[str, Any]:
+        if R not in self._unused:
+            zeros = partial(jax.device_put, device=self.device)
+            self._unused[R] = {
+                "bias_ids": zeros(np.zeros((R, MAX_BIAS), np.int32)),
+                "bias": zeros(np.zeros((R, MAX_BIAS), np.float32)),
+                "mask": zeros(np.zeros((R, -(-self.cfg.vocab // 32)), np.uint32)),
+            }
+        return self._unused[R]
+
+    # ---- steps ------------------------------------------------------------------------
+
+    def launch(self, step: Step) -> Launched:
+        """Starts a step behind those already started."""
+        self._check()
+        for row in step.rows:
+            if self.table.enter(row) and needs_history(row.seq):
+                self._seed(row.seq)
+        if step.copies:
+            self._copy(step.copies)
+        T = self._bucket(step)
+        R = self.plan.rows(T)
+        inputs = pack_tokens(step, T, R, self.table)
+        logits, self.kv, hidden, scores = self._programs["forward", T](
+            self.params, self.kv, self.history, inputs
+        )
+        drawing = pack_sampling(step, R, self.table, self._unused_arrays(R))
+        sampled, self.history = self._programs["sample", R](logits, self.history, drawing)
+        return Launched(step, sampled, hidden, scores, time.monotonic())
+
+    def _bucket(self, step: Step) -> int:
+        """The smallest program that exists and holds the step."""
+        n, r = step.num_tokens, len(step.rows)
+        sizes = [
+            t
+            for t in self.plan.token_buckets
+            if t >= n
+            and self.plan.rows(t) >= r
+            and ("forward", t) in self._programs
+            and ("sample", self.plan.rows(t)) in self._programs
+        ]
+        return sizes[0]
+
+    def _seed(self, seq: Any) -> None:
+        self._wait_for("seed_history")
+        row = np.zeros(self.plan.max_model_len + 1, np.int32)
+        row[: len(seq.tokens)] = seq.tokens
+        self.history = self._programs["seed_history", 0](self.history, np.int32(seq.slot), row)
+
+    def _copy(self, copies: list[tuple[int, int]]) -> None:
+        self._wait_for("copy_pages")
+        for i in range(0, len(copies), _COPIES):
+            pairs = np.full((2, _COPIES), self.plan.num_pages, np.int32)  # out of range: not copied
+            part = copies[i : i + _COPIES]
+            pairs[:, : len(part)] = np.asarray(part, np.int32).T
+            self.kv = self._programs["copy_pages", 0](self.kv, pairs[0], pairs[1])
+
+    def _wait_for(self, kind: str) -> None:
+        while (kind, 0) not in self._programs:
+            self._check()
+            time.sleep(0.01)
+
+    def close(self) -> None:
+        """Ends background compilation and gives the memory back."""
+        self._stop.set()
+        if self._compiler is not None:
+            self._compiler.join()
+        if self.kv is not None:
+            self.free()
+        self._programs.clear()
+        self._unused.clear()
+        self.params = None
+
+
+def forward_step(
+    plan: Plan, family: Family, cfg: Any, params: Any, kv: KVCache, history: Array, x: StepInputs
+) -> tuple[Array, KVCache, Array, tuple[Array, Array, Array, Array]]:
+    """One step's forward pass.
+
+    Returns:
+        Logits [R, V] after each sequence's last token, the cache, hidden states [T, D] and, if
+        asked for, log-probabilities of the targets, as `logprobs_of`.
+    """
+    drawn = history[x.slots, x.positions[0]][None]
+    tokens = jnp.where(x.tokens < 0, drawn, x.tokens)
+    hidden, kv = family.forward(cfg, params, tokens, x.positions, serving_ops(plan, x.ragged), kv)
+    hidden = hidden[0]
+    head = head_ops(plan, x.ragged.num_seqs)
+    logits = family.logits(cfg, params, hidden[x.last][None], head)[0]
+    scores = _score(lambda h: family.logits(cfg, params, h[None], head_ops(plan, jnp.int32(_SCORED)))[0], hidden, x)
+    return logits, kv, hidden, scores
+
+
+def _score(head: Callable[[Array], Array], hidden: Array, x: StepInputs) -> tuple[Array, Array, Array, Array]:
+    """Log-probabilities of `targets` for the first `num_scored` tokens, a block at a time."""
+    T = hidden.shape[0]
+    size = min(_SCORED, T)
+    blank = jax.eval_shape(logprobs_of, jax.ShapeDtypeStruct((T, 32), jnp.float32), x.targets)
+    start = tuple(jnp.zeros(leaf.shape, leaf.dtype) for leaf in blank)
+
+    def block(i: Array, out: tuple[Array, ...]) -> tuple[Array, ...]:
+        at = jnp.minimum(i * size, T - size)
+        rows = head(lax.dynamic_slice_in_dim(hidden, at, size)).astype(jnp.float32)
+        found = logprobs_of(rows, lax.dynamic_slice_in_dim(x.targets, at, size))
+        return tuple(
+            lax.dynamic_update_slice_in_dim(o, f, at, 0) for o, f in zip(out, found, strict=True)
+        )
+
+    return lax.fori_loop(0, -(-x.num_scored // size), block, start)
+
+
+def _abstract(tree: Any) -> Any:
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(np.shape(a), a.dtype), tree)

@@ -1,0 +1,197 @@
+"""What was decided: everything an engine derives once from what was asked, the model and the device."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import kernels_pallas.cpu
+from jaxserve.cache.kv_cache import page_bytes, storage_dtype
+from jaxserve.config import EngineConfig
+from jaxserve.errors import ConfigError
+
+_GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sizes of a running engine; hashable, printed at start-up.
+
+    Attributes:
+        dtype: of weights.
+        activation_dtype: of hidden states. On CPU float32, which its vector units are quicker at.
+        kv_dtype: in which pages are stored.
+        token_buckets: tokens per step that have a program, ascending.
+        kernels: "native" or "reference".
+        unrolled: every layer is a stack of its own, because slicing a stack copies.
+    """
+
+    platform: str
+    dtype: Any
+    activation_dtype: Any
+    kv_dtype: Any
+    max_model_len: int
+    max_num_seqs: int
+    token_buckets: tuple[int, ...]
+    page_size: int
+    num_pages: int
+    kernels: str
+    unrolled: bool
+    decode_steps: int
+    weight_bytes: int
+    kv_bytes: int
+
+    @property
+    def max_num_batched_tokens(self) -> int:
+        return self.token_buckets[-1]
+
+    @property
+    def pages_per_seq(self) -> int:
+        return -(-self.max_model_len // self.page_size)
+
+    def rows(self, num_tokens: int) -> int:
+        """Sequences of the program for a bucket of tokens."""
+        return min(num_tokens, self.max_num_seqs)
+
+    @property
+    def row_buckets(self) -> tuple[int, ...]:
+        return tuple(sorted({self.rows(t) for t in self.token_buckets}))
+
+    @property
+    def num_programs(self) -> int:
+        """Programs compiled in an engine's life: steps, samplers, page copy, history, decode loops."""
+        return len(self.token_buckets) + len(self.row_buckets) * (2 if self.decode_steps > 1 else 1) + 2
+
+    def describe(self) -> str:
+        return (
+            f"{self.platform} {jnp.dtype(self.dtype).name} ({self.kernels} kernels), "
+            f"weights {_size(self.weight_bytes)}, cache {_size(self.kv_bytes)} = "
+            f"{self.num_pages} pages x {self.page_size} tokens, context {self.max_model_len}, "
+            f"up to {self.max_num_seqs} sequences and {self.max_num_batched_tokens} tokens a step, "
+            f"{self.num_programs} programs"
+        )
+
+
+def resolve(config: EngineConfig, hf: Mapping[str, Any], cfg: Any, num_params: int, device: Any) -> Plan:
+    """Decides everything.
+
+    Args:
+        hf: `config.json`.
+        cfg: the family's config.
+        num_params: elements of the weights, which are not loaded yet.
+
+    Raises:
+        ConfigError: the model and one sequence do not fit; the message names what would.
+    """
+    platform = device.platform
+    kernels = _kernels(config, platform)
+    dtype = _dtype(config, hf, platform, kernels)
+    kv_dtype = storage_dtype(dtype, platform)
+    page_size = config.page_size or (32 if platform == "cpu" else 64)
+    max_seqs = config.max_num_seqs or (64 if platform == "cpu" else 256)
+    batched = config.max_num_batched_tokens or (512 if platform == "cpu" else 2048)
+    weight_bytes = num_params * jnp.dtype(dtype).itemsize
+    per_page = page_bytes(cfg.num_layers, page_size, cfg.kv_shape, kv_dtype)
+    max_len, num_pages = _cache(config, cfg.max_len, page_size, per_page, max_seqs, weight_bytes, device)
+    return Plan(
+        platform=platform,
+        dtype=dtype,
+        activation_dtype=jnp.dtype(jnp.float32) if platform == "cpu" else dtype,
+        kv_dtype=kv_dtype,
+        max_model_len=max_len,
+        max_num_seqs=max_seqs,
+        token_buckets=_buckets(max(batched, max_seqs)),
+        page_size=page_size,
+        num_pages=num_pages,
+        kernels=kernels,
+        unrolled=platform == "cpu" and kernels == "reference",
+        decode_steps=config.decode_steps,
+        weight_bytes=weight_bytes,
+        kv_bytes=num_pages * per_page,
+    )
+
+
+def _kernels(config: EngineConfig, platform: str) -> str:
+    native = platform == "cpu" and kernels_pallas.cpu.available()
+    if config.kernels == "native" and not native:
+        raise ConfigError(
+            f"kernels='native' needs a CPU device and a C++ compiler; here the device is {platform}. "
+            "Use kernels='auto'"
+        )
+    return "reference" if config.kernels == "reference" or not native else "native"
+
+
+def _dtype(config: EngineConfig, hf: Mapping[str, Any], platform: str, kernels: str) -> Any:
+    """The asked type; "auto": the checkpoint's, except where the device is bad at it."""
+    if config.dtype != "auto":
+        return jnp.dtype(config.dtype)
+    own = str(hf.get("dtype") or hf.get("torch_dtype") or "float32").removeprefix("torch.")
+    if platform == "cpu" and kernels == "reference":
+        return jnp.dtype(jnp.float32)  # XLA:CPU widens 16-bit weights on each use
+    return jnp.dtype(jnp.bfloat16) if own in ("bfloat16", "float16") else jnp.dtype(jnp.float32)
+
+
+def _buckets(largest: int) -> tuple[int, ...]:
+    """Powers of two from 8 on, and the largest itself."""
+    sizes = [8]
+    while sizes[-1] * 2 < largest:
+        sizes.append(sizes[-1] * 2)
+    return (*(s for s in sizes if s < largest), largest)
+
+
+def _cache(
+    config: EngineConfig, model_len: int, page_size: int, per_page: int, max_seqs: int, weights: int, device: Any
+) -> tuple[int, int]:
+    """Context length and number of pages."""
+    asked = config.max_model_len or model_len
+    if asked > model_len:
+        raise ConfigError(
+            f"max_model_len={asked} is beyond the {model_len} positions that the model knows; lower it"
+        )
+    if config.num_pages is not None:
+        pages = config.num_pages
+    else:
+        total = memory_limit(device)
+        room = int(config.memory_utilization * total) - weights
+        if device.platform == "cpu":  # shared with everything else: no more than is of use
+            room = min(room, max(_GIB, 2 * per_page * -(-min(asked, 8192) // page_size)))
+        pages = min(room // per_page, max_seqs * -(-asked // page_size))
+        if pages < 1:
+            raise ConfigError(
+                f"weights take {_size(weights)} and memory_utilization={config.memory_utilization} of "
+                f"{_size(total)} leaves no page of {_size(per_page)}; raise memory_utilization, choose a "
+                "narrower dtype or a smaller model"
+            )
+    fits = pages * page_size
+    if config.max_model_len is not None and asked > fits:
+        raise ConfigError(
+            f"max_model_len={asked} needs {-(-asked // page_size)} pages of {page_size} tokens, but "
+            f"there is room for {pages}; the nearest setting that works is max_model_len={fits}"
+        )
+    return min(asked, fits), pages
+
+
+def memory_limit(device: Any) -> int:
+    """Bytes that the device can give: its own limit, or on CPU what is available now."""
+    stats = device.memory_stats() if device.platform != "cpu" else None
+    if stats and "bytes_limit" in stats:
+        return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        lines = dict(line.split(":") for line in meminfo.read_text().splitlines())
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / _GIB:.2f} GiB" if nbytes >= _GIB else f"{nbytes / (1 << 20):.1f} MiB"
+
+
+def default_device() -> Any:
+    return jax.devices()[0]
