@@ -49,13 +49,19 @@ class EngineConfig:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        page_ok = self.page_size is None or (self.page_size >= 8 and self.page_size & (self.page_size - 1) == 0)
+        page_ok = self.page_size is None or (
+            self.page_size >= 8 and self.page_size & (self.page_size - 1) == 0
+        )
         checks: list[tuple[str, bool, str]] = [
             ("dtype", self.dtype in DTYPES, f"one of {', '.join(DTYPES)}"),
             ("memory_utilization", 0 < self.memory_utilization <= 1, "in (0, 1]"),
             ("page_size", page_ok, "a power of two, at least 8"),
             ("decode_steps", 1 <= self.decode_steps <= 64, "between 1 and 64"),
-            ("kernels", self.kernels in ("auto", "native", "reference"), "auto, native or reference"),
+            (
+                "kernels",
+                self.kernels in ("auto", "native", "reference"),
+                "auto, native or reference",
+            ),
             ("load_format", self.load_format in ("auto", "dummy"), "auto or dummy"),
         ]
         for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "num_pages"):

@@ -66,7 +66,11 @@ class Plan:
     @property
     def num_programs(self) -> int:
         """Programs compiled in an engine's life: steps, samplers, page copy, history, decode loops."""
-        return len(self.token_buckets) + len(self.row_buckets) * (2 if self.decode_steps > 1 else 1) + 2
+        return (
+            len(self.token_buckets)
+            + len(self.row_buckets) * (2 if self.decode_steps > 1 else 1)
+            + 2
+        )
 
     def describe(self) -> str:
         return (
@@ -78,7 +82,9 @@ class Plan:
         )
 
 
-def resolve(config: EngineConfig, hf: Mapping[str, Any], cfg: Any, num_params: int, device: Any) -> Plan:
+def resolve(
+    config: EngineConfig, hf: Mapping[str, Any], cfg: Any, num_params: int, device: Any
+) -> Plan:
     """Decides everything.
 
     Args:
@@ -98,7 +104,9 @@ def resolve(config: EngineConfig, hf: Mapping[str, Any], cfg: Any, num_params: i
     batched = config.max_num_batched_tokens or (512 if platform == "cpu" else 2048)
     weight_bytes = num_params * jnp.dtype(dtype).itemsize
     per_page = page_bytes(cfg.num_layers, page_size, cfg.kv_shape, kv_dtype)
-    max_len, num_pages = _cache(config, cfg.max_len, page_size, per_page, max_seqs, weight_bytes, device)
+    max_len, num_pages = _cache(
+        config, cfg.max_len, page_size, per_page, max_seqs, weight_bytes, device
+    )
     return Plan(
         platform=platform,
         dtype=dtype,
@@ -146,7 +154,13 @@ def _buckets(largest: int) -> tuple[int, ...]:
 
 
 def _cache(
-    config: EngineConfig, model_len: int, page_size: int, per_page: int, max_seqs: int, weights: int, device: Any
+    config: EngineConfig,
+    model_len: int,
+    page_size: int,
+    per_page: int,
+    max_seqs: int,
+    weights: int,
+    device: Any,
 ) -> tuple[int, int]:
     """Context length and number of pages."""
     asked = config.max_model_len or model_len

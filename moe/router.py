@@ -35,6 +35,12 @@ class Router:
     top_groups: int = 1
     group_score: Literal["max", "top2"] = "max"
 
+    def __post_init__(self):
+        if self.num_experts % self.num_groups or self.top_groups > self.num_groups:
+            raise ValueError(f"{self}: groups must be equal, and no more chosen than there are")
+        if not 0 < self.top_k <= self.num_experts // self.num_groups * self.top_groups:
+            raise ValueError(f"{self}: top_k must be within the experts of the chosen groups")
+
 
 def route(router: Router, logits: Array, bias: Array | None = None) -> tuple[Array, Array]:
     """Expert ids [T, A] int32 and weights [T, A] float32 for router logits [T, E].

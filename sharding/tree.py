@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar, dataclass_transform
 
 import jax
@@ -34,6 +35,7 @@ class Weight:
         init: "normal", "ones" or "zeros".
         read: makes one tensor (of the axes that `name` does not enumerate) out of the checkpoint
             where its layout is not ours: `read(get, name, cfg)` with `get(name) -> np.ndarray`.
+        dtype: its element type, where the tree's would be too narrow.
         layers: numbers of the layers that the leaf stacks along its "layer" axis.
     """
 
@@ -41,6 +43,7 @@ class Weight:
     name: str = ""
     init: str = "normal"
     read: Callable[..., np.ndarray] | None = None
+    dtype: str | None = None
     layers: range = range(0)
 
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
@@ -68,9 +71,10 @@ def weight(
     init: str = "normal",
     when: str | None = None,
     read: Callable[..., np.ndarray] | None = None,
+    dtype: str | None = None,
 ) -> Any:
     """Declares a leaf; with `when`, it is None unless that attribute of the config is true."""
-    spec = _Declared(Weight(tuple(axes.split()), name, init, read), when)
+    spec = _Declared(Weight(tuple(axes.split()), name, init, read, dtype), when)
     return dataclasses.field(metadata={"weight": spec})
 
 
@@ -116,10 +120,25 @@ def is_weight(x: Any) -> bool:
     return isinstance(x, Weight)
 
 
+def unstack(tree: Any) -> Any:
+    """A declared tree whose `stacks` all hold one layer: they are unrolled instead of scanned."""
+
+    def one_layer(stack: Any, i: int) -> Any:
+        leaf = partial(dataclasses.replace, layers=range(i, i + 1))
+        return jax.tree.map(leaf, stack, is_leaf=is_weight)
+
+    layers = [
+        one_layer(stack, i)
+        for stack in tree.stacks
+        for i in jax.tree.leaves(stack, is_leaf=is_weight)[0].layers
+    ]
+    return dataclasses.replace(tree, stacks=tuple(layers))
+
+
 def abstract(tree: Any, sizes: Mapping[str, int], dtype: Any) -> Any:
     """The tree with each `Weight` as a `jax.ShapeDtypeStruct`."""
     return jax.tree.map(
-        lambda w: jax.ShapeDtypeStruct(w.shape(sizes), dtype), tree, is_leaf=is_weight
+        lambda w: jax.ShapeDtypeStruct(w.shape(sizes), w.dtype or dtype), tree, is_leaf=is_weight
     )
 
 
@@ -132,8 +151,10 @@ def initialise(tree: Any, sizes: Mapping[str, int], dtype: Any, seed: int = 0) -
 
     def draw(w: Weight) -> jax.Array:
         shape = w.shape(sizes)
-        if w.init != "normal":
-            return jax.device_put(np.full(shape, float(w.init == "ones"), dtype))
-        return jax.device_put((rng.standard_normal(shape, np.float32) / shape[-1] ** 0.5).astype(dtype))
+        if w.init == "normal":
+            value = rng.standard_normal(shape, np.float32) / shape[-1] ** 0.5
+        else:
+            value = np.full(shape, float(w.init == "ones"))
+        return jax.device_put(value.astype(w.dtype or dtype))
 
     return jax.tree.map(draw, tree, is_leaf=is_weight)

@@ -15,7 +15,9 @@ from kernels_pallas.paged_attention import Ragged, paged_attention
 def paged(batch: Ragged, kernel: Callable[..., Any] = paged_attention) -> Attend:
     """Attends the step's tokens [1, T] to the pages that `batch` gives their sequences."""
 
-    def attend(q: Array, k: Array, v: Array | None, kv: KVCache, layer: Array | int, **options: Any):
+    def attend(
+        q: Array, k: Array, v: Array | None, kv: KVCache, layer: Array | int, **options: Any
+    ):
         first = None if v is None else v[0]
         o, _, k_pages, v_pages = kernel(q[0], k[0], first, kv.k, kv.v, layer, batch, **options)
         return o.astype(q.dtype)[None], KVCache(k_pages, v_pages)

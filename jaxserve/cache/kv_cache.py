@@ -38,7 +38,12 @@ def page_bytes(num_layers: int, page_size: int, kv_shape: tuple[int, int, int], 
 
 
 def allocate(
-    num_layers: int, num_pages: int, page_size: int, kv_shape: tuple[int, int, int], dtype: Any, device: Any
+    num_layers: int,
+    num_pages: int,
+    page_size: int,
+    kv_shape: tuple[int, int, int],
+    dtype: Any,
+    device: Any,
 ) -> KVCache:
     """An empty pool on `device`."""
     heads, key, value = kv_shape

@@ -15,10 +15,10 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 from jaxserve.checkpoint.safetensors import Shards
 from jaxserve.errors import CheckpointError
 from jaxserve.models.family import Family
-from sharding.tree import Weight, is_weight
+from sharding.tree import Weight, abstract, is_weight, unstack
 
-ENUMERATED = {"layer", "experts"}
-"""Axes along which a checkpoint stores tensors of their own; every other axis is inside one."""
+_PLACEHOLDER = {"layer": "layer", "experts": "expert"}
+"""Axes along which a checkpoint stores tensors of their own -> how a name says their number."""
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -29,7 +29,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / "config.json"
     if not path.exists():
-        raise CheckpointError(f"{folder} has no config.json; is it the folder of a Hugging Face model?")
+        raise CheckpointError(
+            f"{folder} has no config.json; is it the folder of a Hugging Face model?"
+        )
     try:
         config = json.loads(path.read_text())
     except ValueError as error:
@@ -61,10 +63,11 @@ def load_params(
     cfg: Any,
     dtype: Any,
     *,
+    unrolled: bool = False,
     place: Callable[[np.ndarray], jax.Array] = jax.device_put,
     progress: bool = True,
 ) -> Any:
-    """The family's tree of weights, in `dtype`.
+    """The family's tree of weights, in `dtype`; with `unrolled`, every layer is its own stack.
 
     One leaf at a time is on its way: host memory stays within the tree plus one leaf (and on CPU
     within the tree, since its buffers are handed over rather than copied).
@@ -74,16 +77,21 @@ def load_params(
     """
     shards = Shards(folder)
     declared = family.declare_params(cfg)
+    declared = unstack(declared) if unrolled else declared
     dtype = np.dtype(dtype)
-    total = sum(
-        int(np.prod(w.shape(cfg.sizes))) for w in jax.tree.leaves(declared, is_leaf=is_weight)
+    shapes = jax.tree.leaves(abstract(declared, cfg.sizes, dtype))
+    total = sum(shape.size * shape.dtype.itemsize for shape in shapes)
+    columns = (
+        TextColumn("loading {task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
     )
-    columns = (TextColumn("loading {task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, transient=True, disable=not progress) as bar:
-        task = bar.add_task(folder.name, total=total * dtype.itemsize)
+        task = bar.add_task(folder.name, total=total)
 
         def load(w: Weight) -> jax.Array:
-            out = place(_fill(w, shards, cfg, dtype))
+            out = place(_fill(w, shards, cfg, np.dtype(w.dtype or dtype)))
             bar.advance(task, out.nbytes)
             return out
 
@@ -95,7 +103,7 @@ def _fill(w: Weight, shards: Shards, cfg: Any, dtype: np.dtype) -> np.ndarray:
     out = aligned_empty(w.shape(cfg.sizes), dtype)
     if "{layer}" not in w.name and w.layers:
         raise CheckpointError(f"{w.name!r} stacks layers but does not name them")
-    outer = [axis for axis in w.axes if axis in ENUMERATED and f"{{{_PLACEHOLDER[axis]}}}" in w.name]
+    outer = [axis for axis in w.axes if f"{{{_PLACEHOLDER.get(axis)}}}" in w.name]
     if w.axes[: len(outer)] != tuple(outer):
         raise CheckpointError(f"{w.name!r}: enumerated axes must come first in {w.axes}")
     for index in itertools.product(*(range(n) for n in out.shape[: len(outer)])):
@@ -106,16 +114,23 @@ def _fill(w: Weight, shards: Shards, cfg: Any, dtype: np.dtype) -> np.ndarray:
         if w.read is None:
             shards.read(name, out[index])
         else:
-            out[index] = _checked(w.read(shards.get, name, cfg), out[index].shape, name)
+            out[index] = _read(w.read, shards, name, cfg, out[index].shape)
     return out
 
 
-_PLACEHOLDER = {"layer": "layer", "experts": "expert"}
-
-
-def _checked(x: np.ndarray, shape: tuple[int, ...], name: str) -> np.ndarray:
+def _read(
+    read: Callable[..., np.ndarray], shards: Shards, name: str, cfg: Any, shape: tuple[int, ...]
+) -> np.ndarray:
+    try:
+        x = read(shards.get, name, cfg)
+    except CheckpointError:
+        raise
+    except ValueError as error:  # the hook's own reshape
+        raise CheckpointError(f"{name} does not fit config.json: {error}") from None
     if x.shape != shape:
-        raise CheckpointError(f"{name} has shape {list(x.shape)}, but config.json asks for {list(shape)}")
+        raise CheckpointError(
+            f"{name} has shape {list(x.shape)}, but config.json asks for {list(shape)}"
+        )
     return x
 
 

@@ -129,7 +129,10 @@ def pack_sampling(step: Step, R: int, table: SlotTable, unused: dict[str, Any]) 
     masked = [r for r, row in enumerate(rows) if row.samples and _is_masked(row)]
     arrays = dict(unused)
     if bias:
-        arrays["bias_ids"], arrays["bias"] = _rows(table.bias_ids, index, R), _rows(table.bias, index, R)
+        arrays["bias_ids"], arrays["bias"] = (
+            _rows(table.bias_ids, index, R),
+            _rows(table.bias, index, R),
+        )
     if masked:
         arrays["mask"] = _masks(rows, masked, R, table.vocab)
     return SampleInputs(
@@ -173,7 +176,9 @@ def _masks(rows: list[Row], masked: list[int], R: int, vocab: int) -> np.ndarray
 def check_sampling(params: Any, vocab: int) -> None:
     """Raises RequestError for what the arrays above cannot carry."""
     if len(params.logit_bias) > MAX_BIAS:
-        raise RequestError(f"logit_bias has {len(params.logit_bias)} entries; at most {MAX_BIAS}", "logit_bias")
+        raise RequestError(
+            f"logit_bias has {len(params.logit_bias)} entries; at most {MAX_BIAS}", "logit_bias"
+        )
     for name, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
         if bad := [i for i in ids if not 0 <= i < vocab]:
             raise RequestError(f"{name} names token {bad[0]}; the vocabulary has {vocab}", name)

@@ -10,7 +10,13 @@ import asyncio
 import queue
 from collections.abc import AsyncIterator, Callable, Iterator
 
-from jaxserve.request import CompletionOutput, RequestMetrics, RequestOutput, TokenLogprobs
+from jaxserve.request import (
+    CompletionOutput,
+    EmbeddingOutput,
+    RequestMetrics,
+    RequestOutput,
+    TokenLogprobs,
+)
 
 
 class Generation:
@@ -22,6 +28,7 @@ class Generation:
         prompt_logprobs: filled before the first delta is handed over, if asked for.
         num_cached_tokens: prompt tokens that the prefix cache supplied; known with the first delta.
         metrics: clock readings, updated by the engine.
+        embedding: the result of a request that pools instead of sampling.
     """
 
     def __init__(
@@ -39,6 +46,7 @@ class Generation:
         self.prompt_logprobs: list[TokenLogprobs | None] | None = None
         self.num_cached_tokens = 0
         self.metrics = metrics
+        self.embedding: EmbeddingOutput | None = None
         self._abort = abort
         self._unfinished = n
         self._n = n

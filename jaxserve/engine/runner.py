@@ -22,7 +22,7 @@ from jax import Array, lax
 from jaxserve.cache import kv_cache
 from jaxserve.cache.kv_cache import KVCache
 from jaxserve.engine.batch import SlotTable, StepInputs, needs_history, pack_sampling, pack_tokens
-from jaxserve.engine.sampler import MAX_BIAS, Sampled, SampleInputs, logprobs_of, sample
+from jaxserve.engine.sampler import MAX_BIAS, Sampled, logprobs_of, sample
 from jaxserve.engine.scheduler import Step
 from jaxserve.engine.serving_ops import head_ops, serving_ops
 from jaxserve.errors import EngineError
@@ -69,7 +69,12 @@ class Runner:
         """An empty cache and history."""
         plan = self.plan
         self.kv: KVCache | None = kv_cache.allocate(
-            self.cfg.num_layers, plan.num_pages, plan.page_size, self.cfg.kv_shape, plan.kv_dtype, self.device
+            self.cfg.num_layers,
+            plan.num_pages,
+            plan.page_size,
+            self.cfg.kv_shape,
+            plan.kv_dtype,
+            self.device,
         )
         self.history: Array | None = jnp.zeros(
             (plan.max_num_seqs, plan.max_model_len + 1), jnp.int32, device=self.device
@@ -96,14 +101,19 @@ class Runner:
             self._compile(kind, size, on_program)
         if background:
             self._compiler = threading.Thread(
-                target=self._compile_all, args=(rest, on_program), name="jaxserve-compile", daemon=True
+                target=self._compile_all,
+                args=(rest, on_program),
+                name="jaxserve-compile",
+                daemon=True,
             )
             self._compiler.start()
         else:
             self._compile_all(rest, on_program)
             self.wait_until_warm()
 
-    def _compile_all(self, programs: list[tuple[str, int]], on_program: Callable[[str, float], None]) -> None:
+    def _compile_all(
+        self, programs: list[tuple[str, int]], on_program: Callable[[str, float], None]
+    ) -> None:
         try:
             for kind, size in programs:
                 if self._stop.is_set():
@@ -263,11 +273,17 @@ def forward_step(
     hidden = hidden[0]
     head = head_ops(plan, x.ragged.num_seqs)
     logits = family.logits(cfg, params, hidden[x.last][None], head)[0]
-    scores = _score(lambda h: family.logits(cfg, params, h[None], head_ops(plan, jnp.int32(_SCORED)))[0], hidden, x)
+    scores = _score(
+        lambda h: family.logits(cfg, params, h[None], head_ops(plan, jnp.int32(_SCORED)))[0],
+        hidden,
+        x,
+    )
     return logits, kv, hidden, scores
 
 
-def _score(head: Callable[[Array], Array], hidden: Array, x: StepInputs) -> tuple[Array, Array, Array, Array]:
+def _score(
+    head: Callable[[Array], Array], hidden: Array, x: StepInputs
+) -> tuple[Array, Array, Array, Array]:
     """Log-probabilities of `targets` for the first `num_scored` tokens, a block at a time."""
     T = hidden.shape[0]
     size = min(_SCORED, T)

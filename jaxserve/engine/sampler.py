@@ -177,7 +177,9 @@ def _inverse_cdf(p: Array, u: Array) -> Array:
     ends = jnp.cumsum(blocks.sum(-1), -1)
     target = u * ends[:, -1]
     block = jnp.sum(ends <= target[:, None], -1)
-    block = jnp.minimum(block, jnp.max(jnp.where(blocks.sum(-1) > 0, jnp.arange(blocks.shape[1]), 0), -1))
+    block = jnp.minimum(
+        block, jnp.max(jnp.where(blocks.sum(-1) > 0, jnp.arange(blocks.shape[1]), 0), -1)
+    )
     inside = jnp.take_along_axis(blocks, block[:, None, None], 1)[:, 0]
     before = jnp.take_along_axis(ends, block[:, None], 1)[:, 0] - inside.sum(-1)
     token = jnp.sum(before[:, None] + jnp.cumsum(inside, -1) <= target[:, None], -1)

@@ -9,7 +9,8 @@ budget, in chunks.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence as Seq
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
 from jaxserve.cache.page_manager import PageManager, chain
@@ -85,7 +86,11 @@ class Scheduler:
         for decoding in (True, False):
             for seq in list(self.running):
                 preempted = seq.slot < 0
-                if not preempted and (seq.length - seq.computed == 1) == decoding and len(step.rows) < room:
+                if (
+                    not preempted
+                    and (seq.length - seq.computed == 1) == decoding
+                    and len(step.rows) < room
+                ):
                     self._extend(seq, step, budget)
         while self.waiting and self._slots and len(step.rows) < room and step.num_tokens < budget:
             if not self._admit(self.waiting[0], step, budget):

@@ -39,7 +39,10 @@ def packed(segments: Array, positions: Array) -> Attend:
         K = k.shape[2]
         v = k[..., :value_dim] if v is None else v
         s = jnp.einsum(
-            "btkgh,bskh->bkgts", q.reshape(B, T, K, N // K, H), k, preferred_element_type=jnp.float32
+            "btkgh,bskh->bkgts",
+            q.reshape(B, T, K, N // K, H),
+            k,
+            preferred_element_type=jnp.float32,
         )
         s = s * scale
         if soft_cap:

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 from jax import Array
 
-from jaxserve.models.layers import Attention, Mlp, Moe, attention, mlp, moe, per_layer, run_layers, runs
+from jaxserve.models.layers import (
+    Attention,
+    Mlp,
+    Moe,
+    attention,
+    mlp,
+    moe,
+    per_layer,
+    run_layers,
+    runs,
+)
 from jaxserve.models.ops import Ops
-from jaxserve.models.rope import Rope
+from jaxserve.models.rope import Rope, Table
 from kernels_pallas.op import Weight
 from moe.router import Router
 from sharding.tree import declare, part, pytree, weight
@@ -44,10 +54,17 @@ class Config:
     qk_norm: bool = False
     sinks: bool = False
     norm_offset: float = 0.0
-    activation: str = "silu"
+    activation: str = "silu"  # a key of kernels_pallas.linear.GATES
     moe_layers: tuple[bool, ...] = ()
     router: Router | None = None
     expert_mlp: int = 0
+
+    def __post_init__(self):
+        if self.heads % self.kv_heads:
+            raise ValueError(
+                f"num_attention_heads {self.heads} is no multiple of "
+                f"num_key_value_heads {self.kv_heads}"
+            )
 
     @property
     def num_layers(self) -> int:
@@ -96,17 +113,36 @@ class Params:
     lm_head: Array | None = weight("vocab embed", "lm_head.weight", when="untied")  # None: tied
 
 
-def declare_params(cfg: Config, moe_layer: type = MoeLayer) -> Params:
+def declare_params(cfg: Config, dense_layer: type = Layer, moe_layer: type = MoeLayer) -> Params:
     """The tree of `Weight` that a checkpoint of this config fills."""
-    kinds = [moe_layer if i < len(cfg.moe_layers) and cfg.moe_layers[i] else Layer for i in range(cfg.num_layers)]
-    stacks = tuple(declare(cls, cfg, "model.layers.{layer}.", layers=layers) for cls, layers in runs(kinds))
+    sparse = cfg.moe_layers or (False,) * cfg.num_layers
+    kinds = [moe_layer if is_moe else dense_layer for is_moe in sparse]
+    stacks = tuple(
+        declare(cls, cfg, "model.layers.{layer}.", layers=layers) for cls, layers in runs(kinds)
+    )
     return replace(declare(Params, cfg), stacks=stacks)
 
 
-def layer(cfg: Config, ops: Ops, rope: tuple[Array, Array], p: Any, x: Array, kv: Any, i: Array | int):
+def grouped(
+    cfg: Config, ops: Ops, rope: Table, p: Attention, x: Array, kv: Any, i: Array | int
+) -> tuple[Array, Any]:
+    """Grouped-query attention with the usual scale and the layer's window."""
+    window = per_layer(cfg.windows, i)
+    return attention(cfg, ops, rope, p, x, kv, i, scale=cfg.head_dim**-0.5, window=window)
+
+
+def layer(
+    cfg: Config,
+    ops: Ops,
+    attend: Callable[..., tuple[Array, Any]],
+    rope: Table,
+    p: Any,
+    x: Array,
+    kv: Any,
+    i: Array | int,
+) -> tuple[Array, Any]:
     h = ops.rms_norm(x, p.attn_norm, eps=cfg.norm_eps)
-    scale = cfg.head_dim**-0.5
-    o, kv = attention(cfg, ops, rope, p.attn, h, kv, i, scale=scale, window=per_layer(cfg.windows, i))
+    o, kv = attend(cfg, ops, rope, p.attn, h, kv, i)
     x = x + o
     h = ops.rms_norm(x, p.mlp_norm, eps=cfg.norm_eps)
     if isinstance(p.mlp, Mlp):
@@ -114,11 +150,24 @@ def layer(cfg: Config, ops: Ops, rope: tuple[Array, Array], p: Any, x: Array, kv
     return x + moe(ops, cfg.router, p.mlp, h, cfg.activation), kv
 
 
-def forward(cfg: Config, params: Params, tokens: Array, positions: Array, ops: Ops, kv: Any = None):
-    """Hidden states [B, T, D] for tokens [B, T] at positions [B, T], and the cache with their keys."""
+def forward(
+    cfg: Config,
+    params: Params,
+    tokens: Array,  # [B, T]
+    positions: Array,  # [B, T]
+    ops: Ops,
+    kv: Any = None,
+    *,
+    attend: Callable[..., tuple[Array, Any]] = grouped,
+) -> tuple[Array, Any]:
+    """Hidden states [B, T, D], and the cache with the keys of these tokens.
+
+    Args:
+        attend: the family's attention, called with config, ops, RoPE, weights, x, cache and layer.
+    """
     rope = cfg.rope.tables(positions)
     x = ops.embed(params.embed, tokens)
-    x, kv = run_layers(partial(layer, cfg, ops, rope), params.stacks, x, kv)
+    x, kv = run_layers(partial(layer, cfg, ops, attend, rope), params.stacks, x, kv)
     return ops.rms_norm(x, params.final_norm, eps=cfg.norm_eps), kv
 
 

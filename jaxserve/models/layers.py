@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxserve.models.ops import Ops
-from jaxserve.models.rope import rotate
+from jaxserve.models.rope import Table, rotate
+from kernels_pallas.linear import GATES
 from kernels_pallas.op import StackedWeight, Weight, as_array
 from moe.experts import Experts
 from moe.router import Router, route
@@ -37,7 +38,7 @@ class Attention:
 def attention(
     cfg: Any,
     ops: Ops,
-    rope: tuple[Array, Array],
+    rope: Table,
     p: Attention,
     x: Array,  # [B, T, D], normed
     kv: Any,
@@ -74,8 +75,8 @@ class Mlp:
 def mlp(ops: Ops, p: Mlp, x: Array, activation: str) -> Array:  # [B, T, D] -> [B, T, D]
     if p.b_gate is None:
         return ops.linear(ops.gated_linear(x, p.w_gate, p.w_up, activation=activation), p.w_down)
-    gate, up = ops.linear(x, p.w_gate, p.w_up)
-    hidden = jax.nn.silu(add_bias(gate, p.b_gate)) * add_bias(up, p.b_up)
+    gate, up = ops.linear(x.astype(jnp.float32), p.w_gate, p.w_up)
+    hidden = GATES[activation](add_bias(gate, p.b_gate), add_bias(up, p.b_up)).astype(x.dtype)
     return add_bias(ops.linear(hidden, p.w_down), p.b_down)
 
 
@@ -88,12 +89,14 @@ class Moe:
 
 
 def moe(ops: Ops, router: Router, p: Any, x: Array, activation: str) -> Array:
-    """Routed experts over x [B, T, D]; `p` may carry `router_bias` and `correction`."""
+    """Routed experts over x [B, T, D]; `p` may carry `router_bias`, `correction` and `shared`."""
     flat = x.reshape(-1, x.shape[-1])
     scores = ops.linear(flat.astype(jnp.float32), p.router)
     scores = add_bias(scores, getattr(p, "router_bias", None))
     ids, weights = route(router, scores, getattr(p, "correction", None))
-    return ops.experts(flat, ids, weights, p.experts, activation=activation).reshape(x.shape)
+    y = ops.experts(flat, ids, weights, p.experts, activation=activation).reshape(x.shape)
+    shared = getattr(p, "shared", None)  # a dense MLP that every token visits
+    return y if shared is None else y + mlp(ops, shared, x, activation)
 
 
 Layer = Callable[[Any, Array, Any, Array | int], tuple[Array, Any]]
@@ -127,7 +130,9 @@ def _scan_slices(layer: Layer, stack: Any, x: Array, first: int) -> Array:
     return lax.scan(jax.checkpoint(body), (x, jnp.int32(first)), stack)[0][0]
 
 
-def _scan_indices(layer: Layer, stack: Any, x: Array, kv: Any, first: int, n: int) -> tuple[Array, Any]:
+def _scan_indices(
+    layer: Layer, stack: Any, x: Array, kv: Any, first: int, n: int
+) -> tuple[Array, Any]:
     def body(carry, i):
         x, kv = carry
         return layer(_at(stack, i), x, kv, first + i), None

@@ -5,24 +5,27 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from jaxserve.errors import CheckpointError
 from jaxserve.models import rope
 from jaxserve.models.decoder import Config, declare_params, forward, logits
+from jaxserve.models.settings import ACTIVATIONS, choice, refuse_quantised
 
 __all__ = ["config", "declare_params", "forward", "logits"]
 
 
-def config(hf: Mapping[str, Any], **more: Any) -> Config:
-    """Reads `config.json`. Llama's descendants call this too, and say what differs in `more`."""
+def config(hf: Mapping[str, Any], kind: type[Config] = Config, **more: Any) -> Any:
+    """Reads `config.json`. Other families call this too, and say in `more` where they differ."""
+    refuse_quantised(hf)
     heads = hf["num_attention_heads"]
     head_dim = hf.get("head_dim") or hf["hidden_size"] // heads
-    return Config(**{
+    return kind(**{
         "vocab": hf["vocab_size"],
         "embed": hf["hidden_size"],
         "mlp": hf["intermediate_size"],
         "heads": heads,
         "kv_heads": hf.get("num_key_value_heads") or heads,
         "head_dim": head_dim,
-        "rope": rope.from_hf(hf, head_dim),
+        "rope": more.get("rope") or rope.from_hf(hf, head_dim),
         "norm_eps": hf["rms_norm_eps"],
         "windows": (0,) * hf["num_hidden_layers"],
         "max_len": hf["max_position_embeddings"],
@@ -30,14 +33,26 @@ def config(hf: Mapping[str, Any], **more: Any) -> Config:
         "qkv_bias": hf.get("attention_bias", False),
         "o_bias": hf.get("attention_bias", False),
         "mlp_bias": hf.get("mlp_bias", False),
+        "activation": more.get("activation") or choice(hf, "hidden_act", ACTIVATIONS, "silu"),
     } | more)  # fmt: skip
 
 
-def windows(hf: Mapping[str, Any]) -> tuple[int, ...]:
-    """How far back each layer sees, by `layer_types` or by the older `max_window_layers`."""
+def windows(hf: Mapping[str, Any], full_every: int | None = None) -> tuple[int, ...]:
+    """How far back each layer sees, by `layer_types` or by the older spellings.
+
+    Args:
+        full_every: without `layer_types`, every so many layers one sees everything.
+    """
     n, window = hf["num_hidden_layers"], hf.get("sliding_window") or 0
     if kinds := hf.get("layer_types"):
-        return tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
+        if len(kinds) != n:
+            raise CheckpointError(
+                f"layer_types lists {len(kinds)} layers; num_hidden_layers is {n}"
+            )
+        reach = {"sliding_attention": window, "full_attention": 0}
+        return tuple(choice({"layer_types": kind}, "layer_types", reach, None) for kind in kinds)
+    if full_every:
+        return tuple(window if (i + 1) % full_every else 0 for i in range(n))
     if not hf.get("use_sliding_window", True):
         return (0,) * n
     return tuple(window if i >= hf.get("max_window_layers", 0) else 0 for i in range(n))

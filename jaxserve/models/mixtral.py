@@ -43,8 +43,10 @@ declare_params = partial(decoder.declare_params, moe_layer=Layer)
 
 def config(hf: Mapping[str, Any]) -> Config:
     return llama.config(
-        hf,
+        {"rope_theta": 1_000_000.0, **hf},
         windows=llama.windows(hf),
+        qkv_bias=False,
+        o_bias=False,
         moe_layers=(True,) * hf["num_hidden_layers"],
         router=Router(hf["num_local_experts"], hf["num_experts_per_tok"]),
         expert_mlp=hf["intermediate_size"],

@@ -13,4 +13,6 @@ __all__ = ["config", "declare_params", "forward", "logits"]
 
 def config(hf: Mapping[str, Any]) -> Config:
     sliding = hf if hf.get("use_sliding_window") else {**hf, "sliding_window": 0}
-    return llama.config(hf, windows=llama.windows(sliding), qkv_bias=True, o_bias=False)
+    return llama.config(
+        hf, windows=llama.windows(sliding), qkv_bias=True, o_bias=False, mlp_bias=False
+    )

@@ -14,6 +14,5 @@ __all__ = ["config", "declare_params", "forward", "logits"]
 def config(hf: Mapping[str, Any], **more: Any) -> Config:
     sliding = hf if hf.get("use_sliding_window") else {**hf, "sliding_window": 0}
     head_dim = hf.get("head_dim") or 128
-    return llama.config(
-        {**hf, "head_dim": head_dim}, windows=llama.windows(sliding), qk_norm=True, **more
-    )
+    settings = {"windows": llama.windows(sliding), "mlp_bias": False, "qk_norm": True, **more}
+    return llama.config({**hf, "head_dim": head_dim}, **settings)

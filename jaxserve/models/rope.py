@@ -13,6 +13,9 @@ from jax import Array
 
 from jaxserve.errors import CheckpointError
 
+Table = tuple[Array, Array]
+"""Cosine and sine of each position's angles: [B, T, 1, pairs] each."""
+
 
 @dataclass(frozen=True)
 class Rope:
@@ -28,13 +31,14 @@ class Rope:
     magnitude: float = 1.0
     score_scale: float = 1.0
 
-    def tables(self, positions: Array) -> tuple[Array, Array]:  # [B, T] -> 2 x [B, T, 1, pairs]
+    def tables(self, positions: Array) -> Table:  # [B, T] -> 2 x [B, T, 1, pairs]
         """Cosine and sine for each position, with an axis for heads."""
-        angle = positions[..., None, None].astype(jnp.float32) * jnp.asarray(self.inv_freq, jnp.float32)
+        speed = jnp.asarray(self.inv_freq, jnp.float32)
+        angle = positions[..., None, None].astype(jnp.float32) * speed
         return jnp.cos(angle) * self.magnitude, jnp.sin(angle) * self.magnitude
 
 
-def rotate(x: Array, table: tuple[Array, Array], *, interleaved: bool = False) -> Array:
+def rotate(x: Array, table: Table, *, interleaved: bool = False) -> Array:
     """Rotates x [B, T, N, H]; lanes beyond the table's pairs pass unchanged.
 
     Args:
@@ -65,6 +69,10 @@ def from_hf(hf: Mapping[str, Any], head_dim: int, layer_type: str | None = None)
     kind = p.get("rope_type", p.get("type", "default"))
     if kind not in _KINDS:
         raise CheckpointError(f"rope_type {kind!r} is not supported; known: {', '.join(_KINDS)}")
+    if layer_type is None and any(isinstance(value, Mapping) for value in p.values()):
+        raise CheckpointError(
+            f"rope_parameters {p} differ by layer type, which this family has not"
+        )
     dim = int(head_dim * p.get("partial_rotary_factor", 1.0))
     freq = float(p["rope_theta"]) ** -(np.arange(0, dim, 2, dtype=np.float64) / dim)
     return _KINDS[kind](freq, p, hf)
@@ -74,8 +82,8 @@ def _parameters(hf: Mapping[str, Any], layer_type: str | None) -> dict[str, Any]
     p = hf.get("rope_parameters") or {}
     if layer_type is not None and isinstance(p.get(layer_type), Mapping):
         p = p[layer_type]
-    old = {"rope_theta": hf.get("rope_theta", 10_000.0)}
-    if "partial_rotary_factor" in hf:
+    old = {"rope_theta": hf.get("rope_theta") or 10_000.0}
+    if hf.get("partial_rotary_factor"):
         old["partial_rotary_factor"] = hf["partial_rotary_factor"]
     return {**old, **(hf.get("rope_scaling") or {}), **p}
 

@@ -135,7 +135,9 @@ def _keys(k_pages, v_pages, layer, value_dim, pages: Array) -> tuple[Array, Arra
     return k, k[..., :value_dim] if v_pages is None else from_stored(v_pages[layer, pages])
 
 
-def _mask(logits: Array, query: Array, key: Array, *, window: Array | int, soft_cap: float) -> Array:
+def _mask(
+    logits: Array, query: Array, key: Array, *, window: Array | int, soft_cap: float
+) -> Array:
     if soft_cap:
         logits = soft_cap * jnp.tanh(logits / soft_cap)
     seen = (key <= query) & ((window == 0) | (query - key < window))

@@ -1,0 +1,254 @@
+"""The engine: schedule, launch, and read the step before.
+
+Step N + 1 is launched before step N is read: its input tokens are on the device already, so the
+host's work hides behind the device's. What is only known on reading (a stop token) costs one wasted
+row, whose result is dropped.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter, deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from jaxserve.cache.page_manager import PageManager
+from jaxserve.engine.compile_watch import watch
+from jaxserve.engine.output import TokenText, advance, token_logprobs
+from jaxserve.engine.runner import Launched, Runner
+from jaxserve.engine.scheduler import Row, Scheduler
+from jaxserve.engine.sequence import Sequence
+from jaxserve.errors import EngineError
+from jaxserve.request import CompletionOutput, EmbeddingOutput
+
+log = logging.getLogger(__name__)
+
+_IN_FLIGHT = 2  # steps launched and not read
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """A snapshot; token counts are since start-up."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_pages: int = 0
+    num_free_pages: int = 0
+    prefix_cache_queries: int = 0
+    prefix_cache_hits: int = 0
+    num_preemptions: int = 0
+    num_steps: int = 0
+    num_compiled_programs: int = 0
+    compiles_after_warmup: int = 0
+    prompt_tokens_total: int = 0
+    generation_tokens_total: int = 0
+    host_seconds_total: float = 0.0
+    requests_total: dict[str, int] = field(default_factory=dict)
+
+
+class Engine:
+    """Serves sequences to their generations. Not thread-safe: one thread calls everything."""
+
+    def __init__(self, runner: Runner, *, prefix_caching: bool = True, token_text: TokenText = str):
+        plan = runner.plan
+        self.runner = runner
+        self.pages = PageManager(plan.num_pages, plan.page_size)
+        self.scheduler = Scheduler(self.pages, plan.max_num_seqs, prefix_caching=prefix_caching)
+        self._token_text = token_text
+        self._in_flight: deque[Launched] = deque()
+        self._requests: dict[str, list[Sequence]] = {}
+        self._warm_compiles: int | None = None
+        self._steps = self._prompt_tokens = self._output_tokens = 0
+        self._host_seconds = 0.0
+        self._finished: Counter[str] = Counter()
+
+    # ---- requests -----------------------------------------------------------------------
+
+    def add(self, sequences: list[Sequence]) -> None:
+        """Queues the sequences of one request. They share its prompt: the first one computes it."""
+        head = sequences[0]
+        self._requests[head.generation.request_id] = list(sequences)
+        head.siblings = sequences[1:]
+        self._prompt_tokens += head.prompt_len
+        self.scheduler.add(head)
+
+    def abort(self, request_id: str) -> None:
+        """Ends a request at once; unknown ids are ignored, since it may just have finished."""
+        for seq in list(self._requests.get(request_id, ())):
+            self._end(seq, CompletionOutput(seq.index, finish_reason="abort"))
+
+    def fail(self, error: BaseException, sequences: Iterable[Sequence] | None = None) -> None:
+        """Ends requests with an error; all of them, if none are named."""
+        for seq in list(sequences or [s for group in self._requests.values() for s in group]):
+            self._end(seq, error)
+
+    def _end(self, seq: Sequence, last: CompletionOutput | BaseException) -> None:
+        if seq.finished:
+            return
+        self.scheduler.finish(seq)
+        group = self._requests[seq.generation.request_id]
+        group.remove(seq)
+        if not group:
+            del self._requests[seq.generation.request_id]
+        reason = last.finish_reason if isinstance(last, CompletionOutput) else "error"
+        self._finished[reason or "stop"] += 1
+        seq.generation.put(last)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._requests or self._in_flight)
+
+    # ---- steps --------------------------------------------------------------------------
+
+    def step(self) -> None:
+        """Launches the next step and reads the one before it.
+
+        Raises:
+            Exception: whatever the device raised; every request has been failed with it.
+        """
+        started = time.perf_counter()
+        try:
+            launched = self._launch()
+            self._host_seconds += time.perf_counter() - started
+            if self._in_flight and (not launched or len(self._in_flight) >= _IN_FLIGHT):
+                self._read(self._in_flight.popleft())
+        except Exception as error:
+            self._recover(error)
+            raise
+
+    def _launch(self) -> bool:
+        budget = self.runner.max_tokens
+        step = self.scheduler.schedule(budget, self.runner.plan.rows(budget))
+        if not step.rows:
+            if not self._in_flight and self._requests:
+                stuck = [s for group in self._requests.values() for s in group]
+                self.fail(
+                    EngineError("no pages are left for this request; raise num_pages"), stuck[:1]
+                )
+            return False
+        now = time.monotonic()
+        for row in step.rows:
+            metrics = row.seq.generation.metrics
+            metrics.first_scheduled_time = metrics.first_scheduled_time or now
+        self._in_flight.append(self.runner.launch(step))
+        self._steps += 1
+        return True
+
+    def _read(self, launched: Launched) -> None:
+        """Waits for a step and hands its tokens out."""
+        rows = launched.step.rows
+        sampled = launched.sampled
+        tokens = np.asarray(sampled.tokens).tolist()
+        started = time.perf_counter()
+        alternatives = None
+        if any(row.seq.params.logprobs is not None for row in rows):
+            alternatives = [np.asarray(a) for a in sampled[1:]]
+        if any(row.seq.params.prompt_logprobs is not None for row in rows):
+            self._read_prompt_logprobs(launched)
+        if any(row.seq.pooling for row in rows):
+            self._read_hidden(launched)
+        for r, row in enumerate(rows):
+            if row.samples:
+                self._token(row.seq, tokens[r], r, alternatives)
+        self._host_seconds += time.perf_counter() - started
+
+    def _token(
+        self, seq: Sequence, token: int, r: int, alternatives: list[np.ndarray] | None
+    ) -> None:
+        seq.in_flight -= 1
+        if seq.finished:
+            return  # it ended while this step was on its way
+        logprob = None
+        if alternatives is not None and seq.params.logprobs is not None:
+            values = (a[r] for a in alternatives)
+            logprob = token_logprobs(token, *values, seq.params.logprobs, self._token_text)
+        try:
+            delta = advance(seq, token, logprob)
+        except EngineError as error:
+            self._end(seq, error)
+            return
+        self._output_tokens += 1
+        self.scheduler.publish(seq)
+        if delta.finished:
+            self._end(seq, delta)
+        else:
+            seq.generation.put(delta)
+
+    def _read_prompt_logprobs(self, launched: Launched) -> None:
+        scores = [np.asarray(s) for s in launched.scores]
+        at = 0
+        for row in launched.step.rows:
+            seq, n = row.seq, row.seq.params.prompt_logprobs
+            if n is not None and not seq.finished and row.start < seq.prompt_len - 1:
+                found = seq.generation.prompt_logprobs or [None]
+                last = min(row.start + row.count, seq.prompt_len - 1)
+                for i in range(len(found) - 1, last):  # a preempted prompt is scored once
+                    values = (s[at + i - row.start] for s in scores)
+                    found.append(token_logprobs(seq.tokens[i + 1], *values, n, self._token_text))
+                seq.generation.prompt_logprobs = found
+            elif n is not None and seq.prompt_len == 1:
+                seq.generation.prompt_logprobs = [None]
+            at += row.count
+
+    def _read_hidden(self, launched: Launched) -> None:
+        hidden = np.asarray(launched.hidden, np.float32)
+        at = 0
+        for row in launched.step.rows:
+            seq = row.seq
+            if seq.pooling and not seq.finished:
+                self._pool(row, hidden[at : at + row.count])
+            at += row.count
+
+    def _pool(self, row: Row, hidden: np.ndarray) -> None:
+        """Adds a chunk's hidden states to an embedding, and hands it out once it is whole."""
+        seq = row.seq
+        if seq.pooling == "mean":
+            total = hidden.sum(0, dtype=np.float64)
+            seq.pooled = total if row.start == 0 else seq.pooled + total
+        else:
+            seq.pooled = hidden[-1]
+        if row.start + row.count == seq.prompt_len:
+            vector = seq.pooled / (seq.prompt_len if seq.pooling == "mean" else 1)
+            seq.generation.embedding = EmbeddingOutput(vector.tolist(), seq.tokens)
+            self._end(seq, CompletionOutput(0, finish_reason="stop"))
+
+    def _recover(self, error: BaseException) -> None:
+        """After a failed step nothing on the device can be trusted: start afresh, but start."""
+        log.error("step failed; all %d requests end with it", len(self._requests), exc_info=error)
+        self._in_flight.clear()
+        self.fail(EngineError(f"the step failed: {error}"))
+        self.pages.forget()
+        if self.runner.kv is not None:
+            self.runner.allocate()
+
+    # ---- state --------------------------------------------------------------------------
+
+    def mark_warm(self) -> None:
+        """From now on, compilations count as `compiles_after_warmup`."""
+        self._warm_compiles = watch.compiled
+
+    def reset_prefix_cache(self) -> None:
+        self.pages.forget()
+
+    def stats(self) -> EngineStats:
+        s = self.scheduler
+        after = 0 if self._warm_compiles is None else watch.compiled - self._warm_compiles
+        return EngineStats(
+            num_running=len(s.running),
+            num_waiting=len(s.waiting),
+            num_pages=self.pages.num_pages,
+            num_free_pages=self.pages.num_free,
+            prefix_cache_queries=s.prefix_queries,
+            prefix_cache_hits=s.prefix_hits,
+            num_preemptions=s.num_preemptions,
+            num_steps=self._steps,
+            num_compiled_programs=self.runner.num_programs,
+            compiles_after_warmup=after,
+            prompt_tokens_total=self._prompt_tokens,
+            generation_tokens_total=self._output_tokens,
+            host_seconds_total=self._host_seconds,
+            requests_total=dict(self._finished),
+        )

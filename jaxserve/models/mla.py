@@ -1,0 +1,196 @@
+"""Multi-head latent attention (DeepSeek-V2, 2024), and the decoder that V2 and V3 share around it.
+
+Keys and values of all heads are linear in one latent row per token, which is all that the cache
+keeps. Queries are taken to the latent space (q @ W_UK), attention runs there with a single KV head
+whose values are the first lanes of its keys, and each head's output is taken back (o @ W_UV).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jaxserve.models import decoder, llama, rope
+from jaxserve.models.decoder import logits
+from jaxserve.models.layers import Mlp, add_bias
+from jaxserve.models.ops import Ops
+from jaxserve.models.rope import Table, rotate
+from jaxserve.models.settings import choice
+from kernels_pallas.op import Weight, as_array
+from moe.experts import Experts
+from moe.router import Router
+from sharding.tree import part, pytree, weight
+
+__all__ = ["Config", "config", "declare_params", "forward", "logits"]
+
+LATENT_EPS = 1e-6
+"""Of the norms inside attention, whatever `rms_norm_eps` says: no checkpoint can set it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(decoder.Config):
+    """A decoder whose `head_dim` is nope_dim + rope_dim.
+
+    Attributes:
+        q_lora: rank of the queries' own latent; 0 projects them in one step.
+        kv_lora: rank R of the latent that the cache keeps.
+        nope_dim, rope_dim, v_dim: lanes of a head's query without and with rotation, of its value.
+        shared_mlp: width of the MLP that every token visits beside its experts.
+        interleaved: rotated pairs are neighbours.
+        correction: the router has a bias for the choice alone.
+    """
+
+    q_lora: int
+    kv_lora: int
+    nope_dim: int
+    rope_dim: int
+    v_dim: int
+    shared_mlp: int
+    interleaved: bool = True
+    correction: bool = False
+
+    @property
+    def full_q(self) -> bool:
+        return not self.q_lora
+
+    @property
+    def q_lora_bias(self) -> bool:
+        return bool(self.q_lora) and self.qkv_bias
+
+    @property
+    def sizes(self) -> Mapping[str, int]:
+        return {
+            **super().sizes, "q_lora": self.q_lora, "kv_lora": self.kv_lora,
+            "kv_row": self.kv_lora + self.rope_dim, "nope_dim": self.nope_dim,
+            "v_dim": self.v_dim, "shared_mlp": self.shared_mlp,
+        }  # fmt: skip
+
+    @property
+    def kv_shape(self) -> tuple[int, int, int]:
+        """One KV head; values are lanes of its keys."""
+        return 1, self.kv_lora + self.rope_dim, 0
+
+
+def _keys(get: Callable[[str], np.ndarray], name: str, cfg: Config) -> np.ndarray:
+    return _kv_b(get, name, cfg)[:, : cfg.nope_dim]
+
+
+def _values(get: Callable[[str], np.ndarray], name: str, cfg: Config) -> np.ndarray:
+    return _kv_b(get, name, cfg)[:, cfg.nope_dim :]
+
+
+def _kv_b(get: Callable[[str], np.ndarray], name: str, cfg: Config) -> np.ndarray:
+    return get(name).reshape(cfg.heads, cfg.nope_dim + cfg.v_dim, cfg.kv_lora)
+
+
+@pytree
+class Attention:
+    wq: Weight | None = weight("heads head_dim embed", "q_proj.weight", when="full_q")
+    wq_a: Weight | None = weight("q_lora embed", "q_a_proj.weight", when="q_lora")
+    bq_a: Weight | None = weight("q_lora", "q_a_proj.bias", when="q_lora_bias")
+    q_norm: Weight | None = weight("q_lora", "q_a_layernorm.weight", init="ones", when="q_lora")
+    wq_b: Weight | None = weight("heads head_dim q_lora", "q_b_proj.weight", when="q_lora")
+    wkv_a: Weight = weight("kv_row embed", "kv_a_proj_with_mqa.weight")
+    bkv_a: Weight | None = weight("kv_row", "kv_a_proj_with_mqa.bias", when="qkv_bias")
+    kv_norm: Weight = weight("kv_lora", "kv_a_layernorm.weight", init="ones")
+    w_uk: Weight = weight("heads nope_dim kv_lora", "kv_b_proj.weight", read=_keys)
+    w_uv: Weight = weight("heads v_dim kv_lora", "kv_b_proj.weight", read=_values)
+    wo: Weight = weight("embed heads v_dim", "o_proj.weight")
+    bo: Weight | None = weight("embed", "o_proj.bias", when="o_bias")
+
+
+@pytree
+class SharedMlp(Mlp):
+    w_gate: Weight = weight("shared_mlp embed", "gate_proj.weight")
+    w_up: Weight = weight("shared_mlp embed", "up_proj.weight")
+    w_down: Weight = weight("embed shared_mlp", "down_proj.weight")
+    b_gate: Weight | None = weight("shared_mlp", "gate_proj.bias", when="mlp_bias")
+    b_up: Weight | None = weight("shared_mlp", "up_proj.bias", when="mlp_bias")
+
+
+@pytree
+class Moe:
+    router: Weight = weight("experts embed", "gate.weight")
+    correction: Weight | None = weight(
+        "experts", "gate.e_score_correction_bias", dtype="float32", init="zeros", when="correction"
+    )
+    experts: Experts = part(Experts, "experts.")
+    shared: SharedMlp | None = part(SharedMlp, "shared_experts.", when="shared_mlp")
+
+
+@pytree
+class Layer:
+    attn_norm: Weight = weight("embed", "input_layernorm.weight", init="ones")
+    attn: Attention = part(Attention, "self_attn.")
+    mlp_norm: Weight = weight("embed", "post_attention_layernorm.weight", init="ones")
+    mlp: Mlp = part(Mlp, "mlp.")
+
+
+@pytree
+class MoeLayer:
+    attn_norm: Weight = weight("embed", "input_layernorm.weight", init="ones")
+    attn: Attention = part(Attention, "self_attn.")
+    mlp_norm: Weight = weight("embed", "post_attention_layernorm.weight", init="ones")
+    mlp: Moe = part(Moe, "mlp.")
+
+
+def config(hf: Mapping[str, Any], router: Router, **more: Any) -> Config:
+    """What V2 and V3 spell alike; `moe_layer_freq` is refused where it would mean something."""
+    choice(hf, "moe_layer_freq", {1: 1, None: 1}, 1)
+    nope, rotated, n = hf["qk_nope_head_dim"], hf["qk_rope_head_dim"], hf["num_hidden_layers"]
+    return llama.config(
+        {**hf, "head_dim": nope + rotated},
+        Config,
+        kv_heads=1,
+        rope=rope.from_hf(hf, rotated),
+        q_lora=hf.get("q_lora_rank") or 0,
+        kv_lora=hf["kv_lora_rank"],
+        nope_dim=nope,
+        rope_dim=rotated,
+        v_dim=hf["v_head_dim"],
+        router=router,
+        expert_mlp=hf["moe_intermediate_size"],
+        shared_mlp=hf["moe_intermediate_size"] * (hf.get("n_shared_experts") or 0),
+        moe_layers=tuple(i >= hf["first_k_dense_replace"] for i in range(n)),
+        **more,
+    )
+
+
+def attention(
+    cfg: Config, ops: Ops, table: Table, p: Attention, x: Array, kv: Any, i: Array | int
+) -> tuple[Array, Any]:
+    """Attention's contribution to the residual stream for x [B, T, D], in the absorbed form."""
+    turn = partial(rotate, table=table, interleaved=cfg.interleaved)
+    q, q_rope = jnp.split(_queries(cfg, ops, p, x), [cfg.nope_dim], -1)
+    latent, k_rope = jnp.split(add_bias(ops.linear(x, p.wkv_a), p.bkv_a), [cfg.kv_lora], -1)
+    latent = ops.rms_norm(latent, p.kv_norm, eps=LATENT_EPS)
+    q = jnp.concatenate([_per_head("btnh,nhr->btnr", q, p.w_uk), turn(q_rope)], -1)
+    k = jnp.concatenate([latent[:, :, None], turn(k_rope[:, :, None])], -1)
+    scale = cfg.head_dim**-0.5 * cfg.rope.score_scale
+    o, kv = ops.attend(q, k, None, kv, i, scale=scale, value_dim=cfg.kv_lora)
+    o = _per_head("btnr,nhr->btnh", o, p.w_uv)
+    return add_bias(ops.linear(o, p.wo, num_in=2), p.bo), kv
+
+
+def _queries(cfg: Config, ops: Ops, p: Attention, x: Array) -> Array:  # [B, T, N, H]
+    if p.wq is not None:
+        return ops.linear(x, p.wq)
+    latent = add_bias(ops.linear(x, p.wq_a), p.bq_a)
+    return ops.linear(ops.rms_norm(latent, p.q_norm, eps=LATENT_EPS), p.wq_b)
+
+
+def _per_head(spec: str, x: Array, w: Weight) -> Array:
+    w = as_array(w)
+    return jnp.einsum(spec, x.astype(w.dtype), w, preferred_element_type=jnp.float32).astype(
+        x.dtype
+    )
+
+
+declare_params = partial(decoder.declare_params, dense_layer=Layer, moe_layer=MoeLayer)
+forward = partial(decoder.forward, attend=attention)
