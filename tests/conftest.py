@@ -1,8 +1,10 @@
 """How tests run: on CPU, with strict dtypes, and with compiled programs kept between runs.
 
-One CPU device is the default: XLA divides its threads among virtual devices, so eight of them would
-slow every test down for the sake of the few that need a mesh. Those are marked `mesh`, and each runs
-in a process of its own. `JAX_NUM_CPU_DEVICES=8 pytest -m mesh` runs them all in one.
+One CPU device is the default: XLA divides its threads among virtual devices, so eight of them
+would slow every test down for the sake of the few that need a mesh. Those are marked `mesh`, and
+each runs in a process of its own. `JAX_NUM_CPU_DEVICES=8 pytest -m mesh` runs them all in one.
+
+Ranks are promoted: a norm's scale [D] times activations [B, T, D] is the models' plain notation.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -24,6 +27,29 @@ _DEFAULTS = {
 }
 for name, value in _DEFAULTS.items():  # before JAX is imported; a caller's own settings win
     os.environ.setdefault(name, value)
+
+
+_START = time.monotonic()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    text = "start no test marked slow later than this many seconds into the run; 0 runs none"
+    parser.addoption("--slow", type=float, default=float("inf"), metavar="SECONDS", help=text)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Slow tests come last, and not at all where there is no time for them."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+    if config.getoption("--slow") == 0:
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = items[: len(items) - len(slow)]
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    over = time.monotonic() - _START > item.config.getoption("--slow")
+    if over and item.get_closest_marker("slow"):
+        pytest.skip("slow, and its time is over: --slow")
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -1,0 +1,64 @@
+# Everything runs in an environment of its own, one for each Python: .venv-3.11 beside .venv-3.12.
+# PYTHON chooses the interpreter, VENV the place. PARITY= leaves out the comparison with torch.
+
+PYTHON  ?= python3
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+VENV    ?= .venv-$(VERSION)
+PARITY  ?= ,parity
+SLOW    ?= 0
+BIN     := $(VENV)/bin
+PIP     := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+
+export JAX_PLATFORMS ?= cpu
+
+.PHONY: demo setup test test-all lint format format-check types imports bench clean
+.DEFAULT_GOAL := test
+
+demo: $(VENV)/.core  ## Writes a tiny model, generates with it, serves it, asks the server
+	$(BIN)/python examples/demo.py
+
+test: $(VENV)/.dev  ## SLOW=600 starts slow tests too, until ten minutes have passed
+	$(BIN)/python -m pytest -q -m "not gpu and not tpu" --slow $(SLOW) $(ARGS)
+
+test-all:
+	@$(MAKE) --no-print-directory test SLOW=inf
+
+setup: $(VENV)/.dev
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix-only --quiet .
+	$(BIN)/ruff format .
+
+format-check: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.dev
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+imports: $(VENV)/.dev
+	$(BIN)/python -m pytest -q tests/test_imports.py
+
+bench: $(VENV)/.core
+	$(BIN)/python benchmarks/offline.py $(ARGS)
+
+clean:  ## Environments of other Pythons stay
+	rm -rf $(VENV) .jaxserve-cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
+
+# An environment is made once, and filled again only when pyproject.toml changes.
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "jaxserve needs Python 3.11 or newer, and $(PYTHON) is $(VERSION): make PYTHON=..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.core: pyproject.toml | $(BIN)/python
+	$(PIP) --editable .
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml | $(BIN)/python
+	$(PIP) --editable '.[dev$(PARITY)]'
+	@touch $@ $(VENV)/.core
