@@ -54,9 +54,19 @@ struct Packed {
   }
 };
 
-// out[r * kTileCols + c] = x[r] . w[c] over `steps` whole registers and `tail` more elements.
+// A tile's weights, and the rows of weights to bring into L2 meanwhile for a tile to come.
+template <class T>
+struct Weights {
+  const T* data;
+  int64_t stride;
+  int64_t steps, tail;  // whole registers along K, and elements after them
+  const T* ahead;
+  int64_t num_ahead;
+};
+
+// out[r * kTileCols + c] = x[r] . w[c]
 template <class T, int R, int C>
-void dot_tile(const T* x, const T* w, int64_t w_stride, int64_t steps, int64_t tail, float* out) {
+void dot_tile(const T* x, const Weights<T>& w, float* out) {
   using Reg = typename Vec<T>::Reg;
   constexpr int64_t kSize = Vec<T>::kSize;
   F sum[R][C] = {};
@@ -70,14 +80,17 @@ void dot_tile(const T* x, const T* w, int64_t w_stride, int64_t steps, int64_t t
     x += R * kSize;
   };
   Reg weights[C];
-  for (int64_t s = 0; s < steps; ++s, w += kSize) {
+  const T* from = w.data;
+  const T* ahead = w.ahead;
+  for (int64_t s = 0; s < w.steps; ++s, from += kSize, ahead += kSize) {
 #pragma GCC unroll 8
-    for (int c = 0; c < C; ++c) weights[c] = load<Reg>(w + c * w_stride);
+    for (int c = 0; c < C; ++c) weights[c] = load<Reg>(from + c * w.stride);
+    for (int64_t c = 0; c < w.num_ahead; ++c) __builtin_prefetch(ahead + c * w.stride, 0, 2);
     step(weights);
   }
-  if (tail > 0) {
+  if (w.tail > 0) {
     for (int c = 0; c < C; ++c) {
-      weights[c] = load_partial<Reg>(w + c * w_stride, tail * int64_t(sizeof(T)));
+      weights[c] = load_partial<Reg>(from + c * w.stride, w.tail * int64_t(sizeof(T)));
     }
     step(weights);
   }
@@ -93,7 +106,7 @@ void dot_tile(const T* x, const T* w, int64_t w_stride, int64_t steps, int64_t t
 }
 
 template <class T>
-using DotTile = void (*)(const T*, const T*, int64_t, int64_t, int64_t, float*);
+using DotTile = void (*)(const T*, const Weights<T>&, float*);
 
 template <class T, int C, int... R>
 constexpr std::array<DotTile<T>, sizeof...(R)> dot_tiles(std::integer_sequence<int, R...>) {
@@ -110,25 +123,32 @@ DotTile<T> dot_tile_for(int64_t rows, bool full) {
 }
 
 // out[r][c] = x[begin + r] . w[c] for rows [begin, end) of x, begin a multiple of kTileRows.
-// Weights are the outer loop: each tile of them is read from memory once and serves all rows.
+// Weights are the outer loop: each tile of them is read from memory once and serves all rows,
+// and while it does, every tile of rows prefetches its share of the next tile of weights.
 template <class T>
 void dot_block(const Packed<T>& x, int64_t begin, int64_t end, const T* w, int64_t k, int64_t cols,
                float* out, int64_t out_stride) {
   constexpr int64_t kSize = Vec<T>::kSize;
   alignas(64) float tile[kTileRows * kTileCols + 4];  // sum_lanes writes four at a time
+  const int64_t num_tiles = ceil_div(end - begin, kTileRows);
   for (int64_t s = 0; s < x.steps; s += kDepth) {
     const int64_t block_k = std::min(kDepth * kSize, k - s * kSize);
     for (int64_t c = 0, width; c < cols; c += width) {
       const bool full = cols - c >= kTileCols;
       width = full ? kTileCols : 1;
-      for (int64_t r = begin, rows; r < end; r += rows) {
-        rows = x.height(r);
-        dot_tile_for<T>(rows, full)(x.at(r, s), w + c * k + s * kSize, k, block_k / kSize,
-                                    block_k % kSize, tile);
-        for (int64_t i = 0; i < rows; ++i) {
-          float* to = out + (r - begin + i) * out_stride + c;
+      const T* from = w + c * k + s * kSize;
+      for (int64_t i = 0; i < num_tiles; ++i) {
+        const int64_t row = begin + i * kTileRows, rows = x.height(row);
+        const int64_t ahead = width * i / num_tiles, ahead_end = width * (i + 1) / num_tiles;
+        dot_tile_for<T>(rows, full)(
+            x.at(row, s),
+            {from, k, block_k / kSize, block_k % kSize, from + (width + ahead) * k,
+             ahead_end - ahead},
+            tile);
+        float* to = out + i * kTileRows * out_stride + c;
+        for (int64_t r = 0; r < rows; ++r, to += out_stride) {
           for (int64_t j = 0; j < width; ++j) {
-            to[j] = (s == 0 ? 0.0f : to[j]) + tile[i * kTileCols + j];
+            to[j] = (s == 0 ? 0.0f : to[j]) + tile[r * kTileCols + j];
           }
         }
       }
