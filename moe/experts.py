@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from kernels_pallas.linear import GATES
-from kernels_pallas.op import StackedWeight, Weight, expert_of
+from kernels_pallas.op import StackedWeight, Weight, as_array, expert_of
 from sharding.tree import pytree, weight
 
 BLOCK_ROWS = 16
@@ -85,9 +85,10 @@ def _blocks(ids: Array, num_experts: int) -> tuple[Array, Array]:
 
 
 def _mlp(h: Array, p: Experts, activation: str) -> Array:  # [rows, D] -> [rows, D] float32
-    def product(a: Array, w: Array, b: Array | None) -> Array:
+    def product(a: Array, w: Weight, b: Weight | None) -> Array:
+        w = as_array(w)
         y = jnp.einsum("td,fd->tf", a.astype(w.dtype), w, preferred_element_type=jnp.float32)
-        return y if b is None else y + b.astype(jnp.float32)
+        return y if b is None else y + as_array(b).astype(jnp.float32)
 
     hidden = GATES[activation](product(h, p.w_gate, p.b_gate), product(h, p.w_up, p.b_up))
     return product(hidden, p.w_down, p.b_down)

@@ -20,7 +20,8 @@ from jaxserve.errors import CheckpointError
 DTYPES: dict[str, Any] = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
     "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2,
-    "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_,
+    "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8,
+    "BOOL": np.bool_,
 }  # fmt: skip
 _CHUNK = 1 << 22  # elements converted at a time, so that a cast needs no second tensor
 
@@ -59,7 +60,8 @@ class Shards:
         count = out.size
         if not _splits(t.shape, out.shape):
             raise CheckpointError(
-                f"{name} in {t.path.name} has shape {list(t.shape)}, but config.json asks for {list(out.shape)}"
+                f"{name} in {t.path.name} has shape {list(t.shape)}, "
+                f"but config.json asks for {list(out.shape)}"
             )
         flat = out.reshape(-1)
         with t.path.open("rb") as file:
@@ -67,9 +69,11 @@ class Shards:
             for i in range(0, count, _CHUNK):
                 part = flat[i : i + _CHUNK]
                 raw = part if t.dtype == out.dtype else np.empty(part.size, t.dtype)
-                file.readinto(memoryview(raw.view(np.uint8)))
+                file.readinto(raw.view(np.uint8).data)
                 if not _finite(raw):
-                    raise CheckpointError(f"{name} in {t.path.name} holds NaN or infinity; it cannot be served")
+                    raise CheckpointError(
+                        f"{name} in {t.path.name} holds NaN or infinity; it cannot be served"
+                    )
                 if raw is not part:
                     part[...] = raw.astype(out.dtype)
 
@@ -93,11 +97,15 @@ def _paths(folder: Path) -> list[Path]:
     if index.exists():
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
         if missing := [name for name in names if not (folder / name).exists()]:
-            raise CheckpointError(f"{folder} lacks {len(missing)} of {len(names)} shards: {', '.join(missing[:4])}")
+            raise CheckpointError(
+                f"{folder} lacks {len(missing)} of {len(names)} shards: {', '.join(missing[:4])}"
+            )
         return [folder / name for name in names]
     if paths := sorted(folder.glob("*.safetensors")):
         return paths
-    raise CheckpointError(f"{folder} has no *.safetensors file; convert other formats to safetensors first")
+    raise CheckpointError(
+        f"{folder} has no *.safetensors file; convert other formats to safetensors first"
+    )
 
 
 def _header(path: Path) -> dict[str, Tensor]:
@@ -106,24 +114,32 @@ def _header(path: Path) -> dict[str, Tensor]:
         prefix = file.read(8)
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
         if length > size - 8:
-            raise CheckpointError(f"{path} is truncated or no safetensors file: {size} bytes; download it again")
+            raise CheckpointError(
+                f"{path} is truncated or no safetensors file: {size} bytes; download it again"
+            )
         try:
             entries = json.loads(file.read(length))
         except ValueError as error:
-            raise CheckpointError(f"{path} has a damaged header: {error}; download it again") from None
+            raise CheckpointError(
+                f"{path} has a damaged header: {error}; download it again"
+            ) from None
     entries.pop("__metadata__", None)
     return {name: _tensor(path, name, entry, 8 + length, size) for name, entry in entries.items()}
 
 
 def _tensor(path: Path, name: str, entry: dict[str, Any], base: int, size: int) -> Tensor:
     if entry["dtype"] not in DTYPES:
-        raise CheckpointError(f"{name} in {path.name} has type {entry['dtype']}; known: {', '.join(DTYPES)}")
+        raise CheckpointError(
+            f"{name} in {path.name} has type {entry['dtype']}; known: {', '.join(DTYPES)}"
+        )
     begin, end = entry["data_offsets"]
     if base + end > size:
         raise CheckpointError(
             f"{path} is truncated: {name} ends at byte {base + end} of {size}; download it again"
         )
-    return Tensor(path, np.dtype(DTYPES[entry["dtype"]]), tuple(entry["shape"]), base + begin, end - begin)
+    return Tensor(
+        path, np.dtype(DTYPES[entry["dtype"]]), tuple(entry["shape"]), base + begin, end - begin
+    )
 
 
 def _splits(stored: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
@@ -138,7 +154,11 @@ def _splits(stored: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
     return int(np.prod(wanted)) == 1
 
 
-_EXPONENT = {"float32": (np.uint32, 0x7F800000), "bfloat16": (np.uint16, 0x7F80), "float16": (np.uint16, 0x7C00)}
+_EXPONENT = {
+    "float32": (np.uint32, 0x7F800000),
+    "bfloat16": (np.uint16, 0x7F80),
+    "float16": (np.uint16, 0x7C00),
+}
 
 
 def _finite(x: np.ndarray) -> bool:

@@ -147,6 +147,7 @@ def layer(
     h = ops.rms_norm(x, p.mlp_norm, eps=cfg.norm_eps)
     if isinstance(p.mlp, Mlp):
         return x + mlp(ops, p.mlp, h, cfg.activation), kv
+    assert cfg.router is not None
     return x + moe(ops, cfg.router, p.mlp, h, cfg.activation), kv
 
 

@@ -54,9 +54,13 @@ class GptOssExperts(Experts):
     w_gate: Weight = weight("experts expert_mlp embed", _FIRST, read=partial(_matrix, rows=_GATE))
     w_up: Weight = weight("experts expert_mlp embed", _FIRST, read=partial(_matrix, rows=_UP))
     w_down: Weight = weight("experts embed expert_mlp", _SECOND, read=partial(_matrix, rows=_ALL))
-    b_gate: Weight = weight("experts expert_mlp", f"{_FIRST}_bias", read=partial(_bias, rows=_GATE))
-    b_up: Weight = weight("experts expert_mlp", f"{_FIRST}_bias", read=partial(_bias, rows=_UP))
-    b_down: Weight = weight("experts embed", f"{_SECOND}_bias")
+    b_gate: Weight | None = weight(
+        "experts expert_mlp", f"{_FIRST}_bias", read=partial(_bias, rows=_GATE)
+    )
+    b_up: Weight | None = weight(
+        "experts expert_mlp", f"{_FIRST}_bias", read=partial(_bias, rows=_UP)
+    )
+    b_down: Weight | None = weight("experts embed", f"{_SECOND}_bias")
 
 
 @pytree

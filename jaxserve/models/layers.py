@@ -149,7 +149,7 @@ def _at(stack: Any, i: Array | int) -> Any:
     return jax.tree.map(take, stack)
 
 
-def per_layer(values: Sequence[int | float], i: Array | int) -> Array | int | float:
+def per_layer(values: Sequence[int], i: Array | int) -> Array | int:
     """A setting of layer i: a constant where all layers agree, so that kernels can specialise."""
     if len(set(values)) == 1:
         return values[0]
