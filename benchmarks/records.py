@@ -1,0 +1,68 @@
+"""What a measurement is written down with: numbers, machine, versions and commit."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def peak_rss_mib() -> float:
+    """Most memory this process ever held resident."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def machine() -> dict[str, Any]:
+    """Device and commit, and how busy the machine was: a load above the threads used is noise."""
+    return {
+        "device": f"{_cpu_model()}, {os.cpu_count()} cores",
+        "commit": _commit(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "load_average": os.getloadavg()[0],
+        "python": platform.python_version(),
+    }
+
+
+def record(name: str, workload: str, samples: Sequence[float], unit: str, **more: Any) -> dict:
+    """One measurement: the median and every sample behind it."""
+    return {
+        "name": name,
+        "workload": workload,
+        "median": round(statistics.median(samples), 4),
+        "samples": [round(sample, 4) for sample in samples],
+        "unit": unit,
+        **more,
+        **machine(),
+    }
+
+
+def write(line: dict, path: Path | None = None) -> None:
+    """Prints a record as one JSON line, or appends it to a file."""
+    if path is None:
+        print(json.dumps(line), flush=True)
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as f:
+        f.write(json.dumps(line) + "\n")
+
+
+def _cpu_model() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor()
+
+
+def _commit() -> str:
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return found.stdout.strip() or "unknown"
