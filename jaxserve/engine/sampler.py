@@ -98,7 +98,8 @@ def _penalise(scores: Array, history: Array, x: SampleInputs) -> Array:
     repeated = (count(known) > 0) & (x.repetition[:, None] != 1.0)
     divided = jnp.where(scores > 0, scores / x.repetition[:, None], scores * x.repetition[:, None])
     scores = jnp.where(repeated, divided, scores)
-    return scores - output * x.frequency[:, None] - (output > 0) * x.presence[:, None]
+    presence = jnp.where(output > 0, x.presence[:, None], 0.0)
+    return scores - output * x.frequency[:, None] - presence
 
 
 def _add_bias(scores: Array, x: SampleInputs) -> Array:
