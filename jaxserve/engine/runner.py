@@ -298,7 +298,9 @@ def _score(
             lax.dynamic_update_slice_in_dim(o, f, at, 0) for o, f in zip(out, found, strict=True)
         )
 
-    return lax.fori_loop(0, -(-x.num_scored // size), block, start)
+    blocks = -(-x.num_scored // size)
+    # the condition keeps XLA from hoisting a body that does not depend on i out of an empty loop
+    return lax.cond(blocks > 0, lambda: lax.fori_loop(0, blocks, block, start), lambda: start)
 
 
 def _abstract(tree: Any) -> Any:
