@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -147,6 +148,36 @@ def _at(stack: Any, i: Array | int) -> Any:
         return StackedWeight(w, i) if w.ndim > 2 else lax.dynamic_index_in_dim(w, i, keepdims=False)
 
     return jax.tree.map(take, stack)
+
+
+def restack(params: Any, sizes: Sequence[int]) -> Any:
+    """The same weights with their layers in stacks of these sizes; copies every layer.
+
+    Stacks of many are scanned and compile once; stacks of one are unrolled.
+
+    Raises:
+        ValueError: the sizes do not add up, or a stack would join layers of different kinds.
+    """
+    layers = [layer for stack in params.stacks for layer in _split(stack)]
+    if sum(sizes) != len(layers) or min(sizes) < 1:
+        raise ValueError(
+            f"sizes {tuple(sizes)} must be positive and add up to {len(layers)} layers"
+        )
+    stacks, first = [], 0
+    for size in sizes:
+        group = layers[first : first + size]
+        if len({jax.tree.structure(layer) for layer in group}) > 1:
+            raise ValueError(
+                f"layers {first} to {first + size - 1} differ, so they cannot be stacked"
+            )
+        stacks.append(jax.tree.map(lambda *w: jnp.concatenate(w), *group))
+        first += size
+    return dataclasses.replace(params, stacks=tuple(stacks))
+
+
+def _split(stack: Any) -> list[Any]:
+    n = jax.tree.leaves(stack)[0].shape[0]
+    return [jax.tree.map(lambda w, i=i: w[i : i + 1], stack) for i in range(n)]
 
 
 def per_layer(values: Sequence[int], i: Array | int) -> Array | int:
