@@ -53,10 +53,11 @@ class Comparison:
     def _load(self, name: str) -> Contestant | None:
         try:
             contestant = Contestant(name, self.args.model, self.args.cores)
+            seconds = contestant.settle()
         except Failed as failure:
             _note(failure)
             return None
-        _note(f"{name}: {contestant.versions}")
+        _note(f"{name}: {contestant.versions}, settled in {seconds:.1f} s")
         return contestant
 
     def run(self, name: str) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from benchmarks.records import ROOT
 from benchmarks.workloads import MAX_LEN, Workload
 
-PEERS = ("jaxserve", "transformers", "vllm", "openvino", "llama_cpp")
+PEERS = ("jaxserve", "transformers", "vllm", "openvino")
 DTYPES = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
 
 
@@ -67,6 +67,10 @@ class Contestant:
         if lengths != workload.lengths:
             raise Failed(f"{self.name} on {workload.name}: outputs of {lengths} tokens")
         return answer
+
+    def settle(self) -> float:
+        """Lets it finish what it prepares behind its first answers; the seconds that took."""
+        return self._ask({"op": "settle"})["wall_s"]
 
     def close(self) -> None:
         if self._process.poll() is None:

@@ -1,6 +1,7 @@
 """jaxserve alone, through `LLM.generate`: `python -m benchmarks.offline MODEL`.
 
-One JSON line per workload, then the time to the first token of this process and its peak memory.
+One JSON line for the time from loading to the first token, one until nothing is left to compile,
+one per workload, and one for the peak memory.
 The same driver runs in `compare.py`; here it runs in this process, where a profiler can see it.
 """
 
@@ -19,13 +20,16 @@ from benchmarks.peers.protocol import Generate, Settings
 from benchmarks.records import peak_rss_mib, record, write
 
 
-def first_token(settings: Settings, vocab_size: int) -> tuple[Generate, float]:
-    """The loaded model, and the seconds from here to its first token."""
+def start(settings: Settings, vocab_size: int) -> tuple[Generate, dict[str, float]]:
+    """The loaded model, with the seconds from here to its first token and to its last program."""
     begin = time.perf_counter()
-    generate = driver.load(settings)
+    loaded = driver.load(settings)
     workload = workloads.build("ttft_32", vocab_size)
-    generate(workload.prompts, workload.lengths)
-    return generate, time.perf_counter() - begin
+    loaded.generate(workload.prompts, workload.lengths)
+    first = time.perf_counter() - begin
+    loaded.settle()
+    seconds = {"load_to_first_token": first, "load_to_warm": time.perf_counter() - begin}
+    return loaded.generate, seconds
 
 
 def measure(generate: Generate, name: str, vocab_size: int, rounds: int) -> tuple[list[float], str]:
@@ -57,8 +61,9 @@ def main() -> None:
     def report(workload: str, samples: list[float], unit: str) -> None:
         write(record(f"jaxserve-{args.dtype}", workload, samples, unit, **about))
 
-    generate, seconds = first_token(settings, size)
-    report("load_to_first_token", [seconds], "s")
+    generate, seconds = start(settings, size)
+    for name, took in seconds.items():
+        report(name, [took], "s")
     for name in args.workloads:
         report(name, *measure(generate, name, size, args.rounds))
     report("peak_rss", [peak_rss_mib()], "MiB")

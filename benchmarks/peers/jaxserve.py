@@ -1,9 +1,9 @@
 """jaxserve itself, with its defaults but for the context length."""
 
-from benchmarks.peers.protocol import Generate, Settings, serve
+from benchmarks.peers.protocol import Loaded, Settings, serve
 
 
-def load(settings: Settings) -> Generate:
+def load(settings: Settings) -> Loaded:
     """Threads are the cores that this process may run on, which is all XLA asks for."""
     from jaxserve import LLM, SamplingParams
 
@@ -15,7 +15,7 @@ def load(settings: Settings) -> Generate:
         done = llm.generate(requests, params)
         return [list(request.outputs[0].token_ids) for request in done]
 
-    return generate
+    return Loaded(generate, llm.wait_until_warm)
 
 
 if __name__ == "__main__":

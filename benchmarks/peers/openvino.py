@@ -8,13 +8,13 @@ import numpy as np
 import openvino
 import openvino_genai
 
-from benchmarks.peers.protocol import Generate, Settings, serve
+from benchmarks.peers.protocol import Loaded, Settings, serve
 
-CACHE_GIB = 4
+CACHE_GIB = 2
 PRECISION = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 
 
-def load(settings: Settings) -> Generate:
+def load(settings: Settings) -> Loaded:
     scheduler = openvino_genai.SchedulerConfig()
     scheduler.cache_size = CACHE_GIB
     scheduler.enable_prefix_caching = True
@@ -30,7 +30,7 @@ def load(settings: Settings) -> Generate:
         done = pipeline.generate(ids, [_greedy(n) for n in lengths])
         return [list(request.m_generation_ids[0]) for request in done]
 
-    return generate
+    return Loaded(generate)
 
 
 def _greedy(length: int) -> openvino_genai.GenerationConfig:

@@ -1,7 +1,7 @@
 """A driver's side of a comparison: JSON lines in, JSON lines out, one request at a time.
 
 Standard library only, for it runs in every peer's own environment. A driver is one function,
-`load(settings) -> generate`; `serve` does the rest.
+`load(settings) -> Loaded`; `serve` does the rest.
 """
 
 from __future__ import annotations
@@ -22,6 +22,18 @@ Generate = Callable[[list[list[int]], list[int]], list[list[int]]]
 
 
 @dataclass(frozen=True)
+class Loaded:
+    """A contestant ready for its first request.
+
+    Attributes:
+        settle: waits for whatever is still being prepared behind the first answers.
+    """
+
+    generate: Generate
+    settle: Callable[[], None] = lambda: None
+
+
+@dataclass(frozen=True)
 class Settings:
     """How a contestant is set up; the same for all of them."""
 
@@ -31,8 +43,8 @@ class Settings:
     max_len: int
 
 
-def serve(load: Callable[[Settings], Generate], packages: Sequence[str]) -> None:
-    """Answers `load`, then any number of `run`, until the input ends."""
+def serve(load: Callable[[Settings], Loaded], packages: Sequence[str]) -> None:
+    """Answers `load`, then any number of `run` and `settle`, until the input ends."""
     answers, state = _claim_stdout(), {}
     for line in sys.stdin:
         try:
@@ -45,15 +57,18 @@ def serve(load: Callable[[Settings], Generate], packages: Sequence[str]) -> None
 
 def _answer(
     request: dict[str, Any],
-    load: Callable[[Settings], Generate],
+    load: Callable[[Settings], Loaded],
     packages: Sequence[str],
-    state: dict[str, Generate],
+    state: dict[str, Loaded],
 ) -> dict[str, Any]:
     if request["op"] == "load":
-        state["generate"] = load(Settings(**request["settings"]))
+        state["loaded"] = load(Settings(**request["settings"]))
         return {"versions": {package: version(package) for package in packages}}
     wall, cpu = time.perf_counter(), time.process_time()
-    outputs = state["generate"](request["prompts"], request["lengths"])
+    if request["op"] == "settle":
+        state["loaded"].settle()
+        return {"wall_s": time.perf_counter() - wall}
+    outputs = state["loaded"].generate(request["prompts"], request["lengths"])
     seconds = {"wall_s": time.perf_counter() - wall, "cpu_s": time.process_time() - cpu}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return {**seconds, "peak_rss_mib": peak, "outputs": outputs}

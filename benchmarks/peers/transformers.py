@@ -3,12 +3,12 @@
 import torch
 from transformers import AutoModelForCausalLM
 
-from benchmarks.peers.protocol import Generate, Settings, serve
+from benchmarks.peers.protocol import Loaded, Settings, serve
 
 BATCH = 16
 
 
-def load(settings: Settings) -> Generate:
+def load(settings: Settings) -> Loaded:
     torch.set_num_threads(settings.threads)
     dtype = getattr(torch, settings.dtype)
     model = AutoModelForCausalLM.from_pretrained(settings.model, dtype=dtype).eval()
@@ -20,7 +20,7 @@ def load(settings: Settings) -> Generate:
             outputs += _batch(model, prompts[i : i + BATCH], lengths[i : i + BATCH])
         return outputs
 
-    return generate
+    return Loaded(generate)
 
 
 @torch.inference_mode()

@@ -14,7 +14,7 @@ from benchmarks.workloads import build
 FAKE = """
 import sys, time
 sys.path.insert(0, {root!r})
-from benchmarks.peers.protocol import serve
+from benchmarks.peers.protocol import Loaded, serve
 def load(settings):
     print("a library's own words")  # must not reach the protocol
     if {peer!r} == "broken":
@@ -26,7 +26,7 @@ def load(settings):
             f.write({peer!r} + "\\n")
         short = {peer!r} == "short"
         return [[prompt[0]] * (n - short) for prompt, n in zip(prompts, lengths)]
-    return generate
+    return Loaded(generate)
 serve(load, [])
 """
 
