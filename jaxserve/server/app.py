@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Sequence
 from typing import Any
 
 from starlette.applications import Starlette
@@ -14,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route as StarletteRoute
 
+from jaxserve.errors import ConfigError
 from jaxserve.server import (
     anthropic,
     chat,
@@ -109,7 +109,12 @@ def create_app(
         limits: what one client may ask for.
         tool_call_parser: name of the parser for tool calls; by the model's type if None.
         reasoning_parser: name of the parser for reasoning; by the model's type if None.
+
+    Raises:
+        ConfigError: the model has no tokenizer, or a setting cannot work.
     """
+    if llm.tokenizer is None:
+        raise ConfigError("a server needs the model's tokenizer; load it without tokenizer=False")
     limits = limits or Limits()
     names = _names(served_model_name) or (llm.model_name,)
     server = Server(
@@ -130,7 +135,6 @@ def create_app(
         ],
         middleware=[Middleware(KeyCheck, keys=keys)] if keys else [],
         exception_handlers={HTTPException: _failed, Exception: _failed},
-        lifespan=_lifespan,
     )
     app.state.server = server
     return app
@@ -138,12 +142,6 @@ def create_app(
 
 def _names(given: str | Sequence[str] | None) -> tuple[str, ...]:
     return (given,) if isinstance(given, str) else tuple(given or ())
-
-
-@asynccontextmanager
-async def _lifespan(app: Starlette) -> AsyncIterator[None]:
-    yield
-    app.state.server.close()
 
 
 async def _failed(request: Request, error: Exception) -> Response:

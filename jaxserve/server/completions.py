@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import aclosing
+from dataclasses import replace
 
+from msgspec import UNSET
 from starlette.responses import Response
 
 from jaxserve.errors import RequestError
@@ -14,9 +16,9 @@ from jaxserve.server.logprobs import completion_logprobs, prompt_logprobs
 from jaxserve.server.openai import Completion, CompletionChoice, CompletionRequest
 from jaxserve.server.pieces import Answer, Piece, new_id
 from jaxserve.server.prompt import text_prompts
-from jaxserve.server.state import Exchange
+from jaxserve.server.state import Exchange, Server
 from jaxserve.server.stream import DONE, EventStream, Frames, frame
-from jaxserve.server.turn import Turn, begin
+from jaxserve.server.turn import Prompt, Turn, begin
 from jaxserve.server.wire import json_response
 
 
@@ -26,16 +28,24 @@ async def completions(exchange: Exchange, body: CompletionRequest) -> Response:
     model = server.check_model(body.model)
     params = _params(body)
 
-    def prepare():
+    def prepare() -> list[Prompt]:
         prompts = text_prompts(server, body.prompt, body.add_special_tokens)
         server.check_choices(len(prompts), params.n)
-        return prompts
+        if body.max_tokens is not UNSET:
+            return prompts
+        return [replace(p, max_tokens=_default_max_tokens(server, p, body)) for p in prompts]
 
     turn = await begin(exchange, prepare, params)
     form = _Form(body, turn, exchange.server.llm.tokenizer, model, params.n)
     if body.stream:
         return EventStream(form.frames(), lambda error: frame(as_api_error(error).body("")))
     return json_response(await form.whole())
+
+
+def _default_max_tokens(server: Server, prompt: Prompt, body: CompletionRequest) -> int:
+    """OpenAI's 16, more if a minimum asks for it, less where the context ends."""
+    room = server.llm.max_model_len - len(prompt.token_ids)
+    return min(room, max(16, body.min_tokens or 0))
 
 
 def _params(body: CompletionRequest) -> SamplingParams:
@@ -48,7 +58,7 @@ def _params(body: CompletionRequest) -> SamplingParams:
     scoring = body.max_tokens == 0 and body.echo
     echoed = body.logprobs if body.echo else None
     return body.sampling_params(
-        max_tokens=1 if scoring else body.max_tokens,
+        max_tokens=1 if scoring else None if body.max_tokens is UNSET else body.max_tokens,
         logprobs=body.logprobs,
         prompt_logprobs=echoed if body.prompt_logprobs is None else body.prompt_logprobs,
     )

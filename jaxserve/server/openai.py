@@ -58,7 +58,7 @@ class CompletionRequest(SamplingBody, kw_only=True):
 
     prompt: str | list[str | TokenId | list[TokenId]]
     model: str | None = None
-    max_tokens: Count | None = 16
+    max_tokens: Count | UnsetType | None = UNSET  # OpenAI's default: 16; null: the context
     echo: bool | None = None
     logprobs: Alternatives | None = None
     prompt_logprobs: Alternatives | None = None

@@ -10,7 +10,6 @@ from jaxserve.server.openai import (
     Alternatives,
     Effort,
     JsonObject,
-    PromptTokensDetails,
     TokenLogprob,
     ToolName,
 )
@@ -251,6 +250,13 @@ class IncompleteDetails(Struct, kw_only=True):
     reason: Literal["max_output_tokens"]
 
 
+class InputTokensDetails(Struct, kw_only=True):
+    """How many prompt tokens the prefix cache supplied; writing to it is not charged."""
+
+    cached_tokens: int = 0
+    cache_write_tokens: int = 0
+
+
 class OutputTokensDetails(Struct, kw_only=True):
     """How many tokens were thought rather than said."""
 
@@ -263,7 +269,7 @@ class ResponsesUsage(Struct, kw_only=True):
     input_tokens: int
     output_tokens: int
     total_tokens: int
-    input_tokens_details: PromptTokensDetails
+    input_tokens_details: InputTokensDetails
     output_tokens_details: OutputTokensDetails
 
 

@@ -22,6 +22,7 @@ from jaxserve.server.openai_responses import (
     IncompleteDetails,
     InputItem,
     InputMessage,
+    InputTokensDetails,
     JsonObjectFormat,
     JsonSchemaFormat,
     MessageItem,
@@ -245,11 +246,12 @@ class _Form:
 
     def _usage(self) -> ResponsesUsage:
         usage = self._turn.usage()
+        cached = usage.prompt_tokens_details.cached_tokens
         return ResponsesUsage(
             input_tokens=usage.prompt_tokens,
             output_tokens=usage.completion_tokens,
             total_tokens=usage.total_tokens,
-            input_tokens_details=usage.prompt_tokens_details,
+            input_tokens_details=InputTokensDetails(cached_tokens=cached),
             output_tokens_details=OutputTokensDetails(reasoning_tokens=self._turn.reasoning_tokens),
         )
 

@@ -22,6 +22,12 @@ _ERRORS = {
     "503": "The server is shutting down.",
 }
 
+_EVENT = {
+    "type": "object",
+    "properties": {"event": {"type": "string"}, "data": {"type": "string"}},
+    "required": ["data"],
+}
+
 
 @lru_cache(maxsize=8)
 def openapi(endpoints: tuple[Endpoint, ...]) -> bytes:
@@ -76,7 +82,7 @@ def _answers(endpoint: Endpoint, ref_of: dict[Any, Any]) -> dict[str, Any]:
         return {"text/plain": {"schema": {"type": "string"}}}
     content: dict[str, Any] = {"application/json": {"schema": ref_of[endpoint.answer]}}
     if endpoint.streams:
-        content["text/event-stream"] = {"schema": {"type": "string"}}
+        content["text/event-stream"] = {"schema": _EVENT}
     return content
 
 

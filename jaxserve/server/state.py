@@ -58,7 +58,7 @@ class Server:
     tool_call_parser: str | None = None
     reasoning_parser: str | None = None
     workers: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(4, "submit"))
-    compilers: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2, "grammar"))
+    compilers: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(4, "grammar"))
 
     def check_model(self, name: str | None) -> str:
         """The model's name as answers print it; 404 for one that is not served."""
@@ -81,11 +81,6 @@ class Server:
                 f"{self.limits.max_choices} are allowed in one request; send several requests",
                 param="n",
             )
-
-    def close(self) -> None:
-        """Lets the threads go."""
-        for pool in (self.workers, self.compilers):
-            pool.shutdown(wait=False, cancel_futures=True)
 
 
 @dataclass(frozen=True)

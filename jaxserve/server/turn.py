@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from jaxserve.engine.generation import Generation
@@ -20,10 +20,11 @@ from jaxserve.server.state import Exchange
 
 @dataclass(frozen=True)
 class Prompt:
-    """What the engine is to continue."""
+    """What the engine is to continue; `max_tokens` overrides the request's."""
 
     token_ids: list[int]
     text: str | None = None
+    max_tokens: int | None = None
 
 
 class Turn:
@@ -160,7 +161,10 @@ def _submit(llm: Any, prompts: list[Prompt], params: SamplingParams) -> list[Gen
     generations: list[Generation] = []
     try:
         for prompt in prompts:
-            generations.append(llm.submit(prompt.token_ids, params, prompt=prompt.text))
+            own = params
+            if prompt.max_tokens is not None:
+                own = replace(params, max_tokens=prompt.max_tokens)
+            generations.append(llm.submit(prompt.token_ids, own, prompt=prompt.text))
     except BaseException:
         for generation in generations:
             generation.abort()

@@ -13,8 +13,6 @@ from starlette.responses import Response
 
 from jaxserve.errors import RequestError
 
-T = TypeVar("T", bound=Struct)
-
 INT32_MAX = 2**31 - 1
 Count = Annotated[int, Meta(ge=0, le=INT32_MAX)]
 """A whole number that fits the device's integers."""
@@ -30,6 +28,9 @@ class Body(Struct, kw_only=True, forbid_unknown_fields=True):
     """
 
     refused: ClassVar[Mapping[str, str]] = {}
+
+
+T = TypeVar("T", bound=Body)
 
 
 def decode(data: bytes, kind: type[T], tidy: Callable[[Any], Any] | None = None) -> T:
@@ -51,13 +52,12 @@ def decode(data: bytes, kind: type[T], tidy: Callable[[Any], Any] | None = None)
         raise RequestError(f"the body is not valid JSON: {error}") from None
     except RecursionError:
         raise RequestError("the body nests too deeply; send flatter JSON") from None
-    if isinstance(body, Body):
-        _refuse(body)
+    _refuse(body)
     return body
 
 
 @lru_cache(maxsize=64)
-def _decoder(kind: type[T]) -> msgspec.json.Decoder[T]:
+def _decoder(kind: type[Any]) -> msgspec.json.Decoder[Any]:
     return msgspec.json.Decoder(kind)
 
 

@@ -23,6 +23,7 @@ from jaxserve.errors import EngineError, RequestError
 from jaxserve.request import (
     CompletionOutput,
     EmbeddingOutput,
+    FinishReason,
     Logprob,
     RequestMetrics,
     SamplingParams,
@@ -94,7 +95,7 @@ class _Sequence:
     index: int
     token_ids: list[int]
     text: str  # what will have been said when the last token is out
-    finish_reason: str
+    finish_reason: FinishReason
     stop_reason: str | None
     done: int = 0
     shown: int = 0
@@ -213,7 +214,8 @@ class FakeLLM:
     ) -> _Sequence:
         text = self._text(params, index, prompt)
         ids = self.tokenizer.encode(text, add_special_tokens=False)
-        finish, reason = "stop", None
+        finish: FinishReason = "stop"
+        reason = None
         cut, stop = min(
             ((at, s) for s in params.stop if (at := text.find(s)) >= 0), default=(len(text), None)
         )
