@@ -21,7 +21,7 @@ from jaxserve.engine.output import TokenText, advance, token_logprobs
 from jaxserve.engine.runner import Launched, Runner
 from jaxserve.engine.scheduler import Row, Scheduler
 from jaxserve.engine.sequence import Sequence
-from jaxserve.errors import EngineError
+from jaxserve.errors import EngineError, RequestError
 from jaxserve.request import CompletionOutput, EmbeddingOutput
 
 log = logging.getLogger(__name__)
@@ -70,7 +70,11 @@ class Engine:
     def add(self, sequences: list[Sequence]) -> None:
         """Queues the sequences of one request. They share its prompt: the first one computes it."""
         head = sequences[0]
-        self._requests[head.generation.request_id] = list(sequences)
+        name = head.generation.request_id
+        if name in self._requests:
+            head.generation.put(RequestError(f"{name} is already being served", "request_id"))
+            return
+        self._requests[name] = list(sequences)
         head.siblings = sequences[1:]
         self._prompt_tokens += head.prompt_len
         self.scheduler.add(head)
@@ -163,12 +167,12 @@ class Engine:
             return  # it ended while this step was on its way
         logprob = None
         if alternatives is not None and seq.params.logprobs is not None:
-            values = (a[r] for a in alternatives)
-            logprob = token_logprobs(token, *values, seq.params.logprobs, self._token_text)
+            n = seq.params.logprobs
+            logprob = token_logprobs(token, alternatives, r, n, self._token_text)
         try:
             delta = advance(seq, token, logprob)
-        except EngineError as error:
-            self._end(seq, error)
+        except EngineError as error:  # its siblings have lost their reader
+            self.fail(error, self._requests[seq.generation.request_id])
             return
         self._output_tokens += 1
         self.scheduler.publish(seq)
@@ -186,8 +190,8 @@ class Engine:
                 found = seq.generation.prompt_logprobs or [None]
                 last = min(row.start + row.count, seq.prompt_len - 1)
                 for i in range(len(found) - 1, last):  # a preempted prompt is scored once
-                    values = (s[at + i - row.start] for s in scores)
-                    found.append(token_logprobs(seq.tokens[i + 1], *values, n, self._token_text))
+                    where, following = at + i - row.start, seq.tokens[i + 1]
+                    found.append(token_logprobs(following, scores, where, n, self._token_text))
                 seq.generation.prompt_logprobs = found
             elif n is not None and seq.prompt_len == 1:
                 seq.generation.prompt_logprobs = [None]

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from typing import Any
+
+import numpy as np
 
 from jaxserve.engine.sequence import Sequence
 from jaxserve.errors import EngineError
@@ -71,11 +74,12 @@ def _tick(seq: Sequence, reason: str | None) -> None:
 
 
 def token_logprobs(
-    token: int, logprob: float, rank: int, top_ids: Any, top: Any, n: int, text: TokenText
+    token: int, found: Seq[np.ndarray], i: int, n: int, text: TokenText
 ) -> TokenLogprobs:
-    """The token first, then the n most likely."""
+    """Row i of `sampler.logprobs_of`: the token first, then the n most likely."""
+    logprob, rank, top_ids, top = (array[i] for array in found)
     out = {token: Logprob(float(logprob), int(rank), text(token))}
-    for i in range(n):
-        other = int(top_ids[i])
-        out.setdefault(other, Logprob(float(top[i]), i + 1, text(other)))
+    for place in range(n):
+        other = int(top_ids[place])
+        out.setdefault(other, Logprob(float(top[place]), place + 1, text(other)))
     return out

@@ -150,7 +150,7 @@ class Scheduler:
         if self._prefix_caching and seq.uses_cache:
             self.prefix_queries += len(seq.tokens)
             self.prefix_hits += seq.computed
-        if seq.num_output == 0:
+        if seq.generation.metrics.first_scheduled_time is None:  # later hits are the request's own
             seq.generation.num_cached_tokens = seq.computed
         self._reserve(seq, count, step)
         self._append(seq, count, step)

@@ -99,7 +99,7 @@ class Pages(RuleBasedStateMachine):
     @precondition(lambda self: self.seen)
     @rule(data=st.data())
     def match(self, data: st.DataObject) -> None:
-        """A newcomer with a prompt seen before takes what is cached of it, and all of it is true."""
+        """A newcomer with a prompt seen before takes what is cached of it, and it is true."""
         keys = [data.draw(st.sampled_from(sorted(self.seen)), "key")]
         while keys[0] not in ROOTS:
             keys.insert(0, self.seen[keys[0]][0])
