@@ -56,10 +56,13 @@ def write(line: dict, path: Path | None = None) -> None:
 
 
 def _cpu_model() -> str:
+    """Name, family and model: names such as "AMD EPYC" span generations."""
+    found = {}
     for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor()
+        key, _, value = line.partition(":")
+        found.setdefault(key.strip(), value.strip())
+    name = found.get("model name", platform.processor())
+    return f"{name} (family {found.get('cpu family')}, model {found.get('model')})"
 
 
 def _commit() -> str:
