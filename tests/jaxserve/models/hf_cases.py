@@ -149,8 +149,7 @@ CASES: dict[str, dict[str, Any]] = {
     "qwen3_moe": {
         "model_type": "qwen3_moe",
         **_QWEN3_MOE,
-        "num_hidden_layers": 4,
-        "mlp_only_layers": [1],
+        "mlp_only_layers": [0],
         "norm_topk_prob": True,
     },
     "qwen3_moe-step-window": {

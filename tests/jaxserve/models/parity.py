@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ from jaxserve.models.ops import Ops
 from kernels_pallas.paged_attention import Ragged
 
 PAGE = 8
+
+jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+"""Most of a test's time goes into compiling what then runs once."""
 
 
 def load(folder: Path, dtype: Any = np.float32) -> tuple[Family, Any, Any]:
@@ -41,7 +45,7 @@ def packed_logits(
 def run_packed(f: Family, cfg: Any, params: Any, tokens: np.ndarray) -> np.ndarray:
     """[B, T, V] for whole sequences [B, T]."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    run = jax.jit(lambda p, *inputs: packed_logits(f, cfg, p, *inputs))
+    run = jit(lambda p, *inputs: packed_logits(f, cfg, p, *inputs))
     return np.asarray(run(params, jnp.asarray(tokens), jnp.zeros_like(positions), positions))
 
 
@@ -60,7 +64,7 @@ def run_paged(
         x, kv = f.forward(cfg, params, tokens, positions, ops, kv)
         return f.logits(cfg, params, x, ops)[0], kv
 
-    compiled = jax.jit(step, donate_argnums=1)
+    compiled = jit(step, donate_argnums=1)
     done, out = np.zeros(R - 1, int), [[] for _ in sequences]
     while any(n < len(s) for n, s in zip(done, sequences, strict=True)):
         left = np.array([len(s) for s in sequences]) - done

@@ -50,7 +50,7 @@ def test_logits_are_transformers(name):
     expected = [hf_cases.logits(name, doc[None])[0] for doc in docs]
     assert np.concatenate(expected).std() > 1, "the reference says too little"
     f, cfg, params = parity.load(hf_cases.checkpoint(name))
-    run = jax.jit(lambda p, *row: parity.packed_logits(f, cfg, p, *row))
+    run = parity.jit(lambda p, *row: parity.packed_logits(f, cfg, p, *row))
     rows = np.asarray(run(params, *pack(docs)))[0]
     np.testing.assert_allclose(rows, np.concatenate(expected), atol=TOLERANCE)
     served = parity.run_paged(f, cfg, params, docs)
@@ -68,14 +68,18 @@ def test_both_spellings_of_a_config_are_one_model(name):
 
 @pytest.mark.parametrize(
     ("name", "sizes"),
-    [("llama", (1, 2)), ("qwen3_moe", (1, 1, 1, 1)), ("deepseek_v3", (1, 1, 1))],
+    [
+        ("deepseek_v3", (1, 1, 1)),
+        pytest.param("llama", (2, 1), marks=pytest.mark.slow),
+        pytest.param("qwen3_moe", (1, 1, 1), marks=pytest.mark.slow),
+    ],
 )
 def test_scanned_layers_equal_unrolled_layers(name, sizes):
     docs = documents()
     f, cfg, params = parity.load(hf_cases.checkpoint(name))
     other = restack(params, sizes)
     assert tuple(len(jax.tree.leaves(s)[0]) for s in other.stacks) == sizes
-    run = jax.jit(lambda p, *row: parity.packed_logits(f, cfg, p, *row))
+    run = parity.jit(lambda p, *row: parity.packed_logits(f, cfg, p, *row))
     np.testing.assert_allclose(run(other, *pack(docs)), run(params, *pack(docs)), atol=1e-4)
     served = zip(
         parity.run_paged(f, cfg, other, docs), parity.run_paged(f, cfg, params, docs), strict=True
@@ -87,8 +91,8 @@ def test_scanned_layers_equal_unrolled_layers(name, sizes):
 def test_restack_refuses_what_cannot_be_one_stack():
     _, _, params = parity.load(hf_cases.checkpoint("qwen3_moe"))
     with pytest.raises(ValueError, match="layers 0 to 1 differ"):
-        restack(params, (2, 2))
-    with pytest.raises(ValueError, match="add up to 4 layers"):
+        restack(params, (2, 1))
+    with pytest.raises(ValueError, match="add up to 3 layers"):
         restack(params, (1, 1))
 
 
@@ -129,7 +133,7 @@ def test_gradients_are_torchs(name, tmp_path):
         chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[0, 1:, None], -1)[:, 0]
         return -jnp.mean(chosen, where=segments[0, 1:] == segments[0, :-1])
 
-    got = jax.jit(jax.grad(loss))(params)
+    got = parity.jit(jax.grad(loss))(params)
     leaves = zip(jax.tree.leaves_with_path(got), jax.tree.leaves(expected), strict=True)
     for (path, ours), theirs in leaves:
         where = jax.tree_util.keystr(path)
