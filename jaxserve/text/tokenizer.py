@@ -46,7 +46,9 @@ class Tokenizer:
         self.special_tokens = dict(special_tokens or {})
         self.chat_templates = dict(chat_templates or {})
         eos = self._id_of("eos_token")
-        self.eos_token_ids = frozenset(eos_token_ids) | ({eos} if eos is not None else frozenset())
+        self.eos_token_ids: frozenset[int] = frozenset(eos_token_ids)
+        if eos is not None:
+            self.eos_token_ids |= {eos}
         self.bos_token_id = self._id_of("bos_token")
         added = backend.get_added_tokens_decoder()
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
