@@ -42,13 +42,13 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def model_config(family: Family, hf: Mapping[str, Any]) -> Any:
-    """The family's own config.
+    """The family's own config; null in config.json means what an absent key means.
 
     Raises:
         CheckpointError: a key that the family needs is missing or out of range.
     """
     try:
-        return family.config(hf)
+        return family.config({key: value for key, value in hf.items() if value is not None})
     except KeyError as error:
         raise CheckpointError(f"config.json of {hf.get('model_type')!r} lacks {error}") from None
     except (TypeError, ValueError, ZeroDivisionError) as error:

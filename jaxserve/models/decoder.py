@@ -60,6 +60,8 @@ class Config:
     expert_mlp: int = 0
 
     def __post_init__(self):
+        if bad := {k: n for k, n in self.sizes.items() if not isinstance(n, int) or n < 0}:
+            raise ValueError(f"sizes must be whole numbers, not {bad}")
         if self.heads % self.kv_heads:
             raise ValueError(
                 f"num_attention_heads {self.heads} is no multiple of "
