@@ -1,4 +1,4 @@
-"""What was asked of an engine. Every field has a default that works; see `plan.py` for what is decided."""
+"""What was asked of an engine; `plan.py` decides the rest. Every field has a default."""
 
 from __future__ import annotations
 

@@ -305,14 +305,14 @@ class LLM:
         room = self.max_model_len - len(ids)
         if room < (0 if pooling else 1):
             raise RequestError(
-                f"the prompt has {len(ids)} tokens, the context {self.max_model_len}; shorten it, or "
-                "raise max_model_len",
+                f"the prompt has {len(ids)} tokens, the context {self.max_model_len}; shorten it, "
+                "or raise max_model_len",
                 "prompt",
             )
         if not pooling and params.max_tokens is not None and params.max_tokens > room:
             raise RequestError(
-                f"max_tokens={params.max_tokens} and a prompt of {len(ids)} tokens exceed the context of "
-                f"{self.max_model_len}; ask for at most {room}",
+                f"max_tokens={params.max_tokens} and a prompt of {len(ids)} tokens exceed the "
+                f"context of {self.max_model_len}; ask for at most {room}",
                 "max_tokens",
             )
         if params.stop and self.tokenizer is None:
@@ -327,12 +327,10 @@ class LLM:
         return compile_grammar(self._need_tokenizer(), params.structured_outputs)
 
     def _stop_ids(self, params: SamplingParams) -> frozenset[int]:
-        eos = (
-            self.tokenizer.eos_token_ids
-            if self.tokenizer and not params.ignore_eos
-            else frozenset()
-        )
-        return eos | frozenset(params.stop_token_ids)
+        stop = frozenset(params.stop_token_ids)
+        if self.tokenizer is None or params.ignore_eos:
+            return stop
+        return stop | self.tokenizer.eos_token_ids
 
     def _detokenizer(self, ids: list[int], params: SamplingParams) -> Detokenizer | None:
         if self.tokenizer is None:
@@ -514,7 +512,8 @@ class _Progress:
             fresh = watch.compiled - watch.loaded - self._compiled_before
             elapsed = time.monotonic() - self._started
             self.say(
-                f"{self._done} programs ready {elapsed:.1f} s after start ({max(fresh, 0)} compiled)"
+                f"{self._done} programs ready {elapsed:.1f} s after start, "
+                f"{max(fresh, 0)} of them compiled, the rest from the cache"
             )
         elif self._shown and sys.stderr.isatty():
             self.say(f"{self._done}/{self._plan.num_programs} programs ({name})", end="\r")

@@ -1,4 +1,4 @@
-"""What was decided: everything an engine derives once from what was asked, the model and the device."""
+"""What was decided: all that an engine derives from the settings, the model and the device."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Plan:
 
     @property
     def num_programs(self) -> int:
-        """Programs compiled in an engine's life: steps, samplers, page copy, history, decode loops."""
+        """Programs of an engine's life: steps, samplers, page copy, history, decode loops."""
         return (
             len(self.token_buckets)
             + len(self.row_buckets) * (2 if self.decode_steps > 1 else 1)
@@ -129,8 +129,8 @@ def _kernels(config: EngineConfig, platform: str) -> str:
     native = platform == "cpu" and kernels_pallas.cpu.available()
     if config.kernels == "native" and not native:
         raise ConfigError(
-            f"kernels='native' needs a CPU device and a C++ compiler; here the device is {platform}. "
-            "Use kernels='auto'"
+            f"kernels='native' needs a CPU device and a C++ compiler; here the device is "
+            f"{platform}. Use kernels='auto'"
         )
     return "reference" if config.kernels == "reference" or not native else "native"
 
@@ -166,7 +166,7 @@ def _cache(
     asked = config.max_model_len or model_len
     if asked > model_len:
         raise ConfigError(
-            f"max_model_len={asked} is beyond the {model_len} positions that the model knows; lower it"
+            f"max_model_len={asked} is beyond the {model_len} positions that the model knows"
         )
     if config.num_pages is not None:
         pages = config.num_pages
@@ -178,15 +178,17 @@ def _cache(
         pages = min(room // per_page, max_seqs * -(-asked // page_size))
         if pages < 1:
             raise ConfigError(
-                f"weights take {_size(weights)} and memory_utilization={config.memory_utilization} of "
-                f"{_size(total)} leaves no page of {_size(per_page)}; raise memory_utilization, choose a "
-                "narrower dtype or a smaller model"
+                f"weights take {_size(weights)}, and memory_utilization="
+                f"{config.memory_utilization} of {_size(total)} leaves no page of "
+                f"{_size(per_page)}; raise memory_utilization, choose a narrower dtype or a "
+                "smaller model"
             )
     fits = pages * page_size
     if config.max_model_len is not None and asked > fits:
         raise ConfigError(
-            f"max_model_len={asked} needs {-(-asked // page_size)} pages of {page_size} tokens, but "
-            f"there is room for {pages}; the nearest setting that works is max_model_len={fits}"
+            f"max_model_len={asked} needs {-(-asked // page_size)} pages of {page_size} tokens, "
+            f"but there is room for {pages}; the nearest setting that works is "
+            f"max_model_len={fits}"
         )
     return min(asked, fits), pages
 

@@ -1,8 +1,8 @@
 """Who owns which page: reference counts, copy on write, and the prefix index.
 
-A page is in one of three states. *Owned*: some sequence counts on it. *Cached*: nobody does, but it
-still holds keys that are worth matching; it waits in `_free`, oldest first, until somebody needs the
-room. *Free*: it waits in front of all cached ones.
+A page is in one of three states. *Owned*: some sequence counts on it. *Cached*: nobody does, but
+it still holds keys that are worth matching; it waits in `_free`, oldest first, until somebody needs
+the room. *Free*: it waits in front of all cached ones.
 """
 
 from __future__ import annotations

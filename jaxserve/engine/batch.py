@@ -16,6 +16,9 @@ from jaxserve.errors import RequestError
 from jaxserve.plan import Plan
 from kernels_pallas.paged_attention import Ragged
 
+MAX_STOPS = 8
+"""Stop tokens of one sequence that a decode loop looks at; the host looks at all."""
+
 
 class StepInputs(NamedTuple):
     """Arrays of one step; T tokens of R sequences."""
@@ -60,7 +63,8 @@ class SlotTable:
         p, i = seq.params, seq.slot
         self.ints[i] = seq.prompt_len, p.top_k
         self.floats[i] = (
-            p.temperature, p.top_p, p.min_p, p.repetition_penalty, p.presence_penalty, p.frequency_penalty,
+            p.temperature, p.top_p, p.min_p,
+            p.repetition_penalty, p.presence_penalty, p.frequency_penalty,
         )  # fmt: skip
         self.seeds[i] = seq.seed
         self.bias_ids[i] = self.vocab
@@ -125,7 +129,7 @@ def pack_sampling(step: Step, R: int, table: SlotTable, unused: dict[str, Any]) 
     seeds, lengths = np.zeros((R, 2), np.uint32), np.zeros(R, np.int32)
     seeds[:n] = table.seeds[index]
     lengths[:n] = [row.start + row.count for row in rows]
-    penalties, bias = table.flags[index].any(0) if n else (False, False)
+    penalties, bias = bool(table.flags[index, 0].any()), bool(table.flags[index, 1].any())
     masked = [r for r, row in enumerate(rows) if row.samples and _is_masked(row)]
     arrays = dict(unused)
     if bias:
@@ -143,6 +147,15 @@ def pack_sampling(step: Step, R: int, table: SlotTable, unused: dict[str, Any]) 
         use_mask=np.bool_(bool(masked)),
         use_logprobs=np.bool_(any(row.seq.params.logprobs is not None for row in rows)),
     )  # fmt: skip
+
+
+def pack_stops(step: Step, R: int) -> np.ndarray:
+    """Stop tokens [R, MAX_STOPS] of a step's sequences; -1 where there is none."""
+    stops = np.full((R, MAX_STOPS), -1, np.int32)
+    for r, row in enumerate(step.rows):
+        ids = sorted(row.seq.stop_ids)[:MAX_STOPS]
+        stops[r, : len(ids)] = ids
+    return stops
 
 
 def _rows(table: np.ndarray, index: list[int], R: int) -> np.ndarray:

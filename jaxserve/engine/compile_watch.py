@@ -24,7 +24,7 @@ def keep_programs() -> None:
 
     jax keys it by program, jaxlib version, flags and device; a second start compiles nothing.
     """
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.values["jax_compilation_cache_dir"] is None:
         jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
@@ -42,21 +42,21 @@ class CompileWatch:
         jax.monitoring.register_event_listener(self._on_event)
 
     def forbid(self, forbidden: bool = True) -> None:
-        """From now on any compilation in this process raises CompileForbiddenError where it happens."""
+        """From now on a compilation in this process raises CompileForbiddenError."""
         self._forbidden = forbidden
 
     def _on_event(self, event: str, **_: object) -> None:
         if event == _HIT:
             self.loaded += 1
 
-    def _on_duration(self, event: str, _seconds: float, **_: object) -> None:
+    def _on_duration(self, event: str, duration: float, **_: object) -> None:
         if event != _COMPILED:
             return
         self.compiled += 1
         if self._forbidden:
             raise CompileForbiddenError(
-                "a program was compiled after warm-up: an array shape or type that no bucket covers, "
-                "or an eager jax operation on the serving path"
+                "a program was compiled after warm-up: an array shape or type that no bucket "
+                "covers, or an eager jax operation on the serving path"
             )
 
 

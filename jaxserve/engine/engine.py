@@ -133,6 +133,8 @@ class Engine:
                     EngineError("no pages are left for this request; raise num_pages"), stuck[:1]
                 )
             return False
+        if (repeats := self.runner.max_repeats(step)) > 1:
+            self.scheduler.repeat(step, repeats)
         now = time.monotonic()
         for row in step.rows:
             metrics = row.seq.generation.metrics
@@ -145,7 +147,7 @@ class Engine:
         """Waits for a step and hands its tokens out."""
         rows = launched.step.rows
         sampled = launched.sampled
-        tokens = np.asarray(sampled.tokens).tolist()
+        tokens = np.atleast_2d(np.asarray(sampled.tokens)).tolist()  # [repeats, R]
         started = time.perf_counter()
         alternatives = None
         if any(row.seq.params.logprobs is not None for row in rows):
@@ -154,9 +156,10 @@ class Engine:
             self._read_prompt_logprobs(launched)
         if any(row.seq.pooling for row in rows):
             self._read_hidden(launched)
-        for r, row in enumerate(rows):
-            if row.samples:
-                self._token(row.seq, tokens[r], r, alternatives)
+        for drawn in tokens[: launched.step.repeats]:
+            for r, row in enumerate(rows):
+                if row.samples:
+                    self._token(row.seq, drawn[r], r, alternatives)
         self._host_seconds += time.perf_counter() - started
 
     def _token(
@@ -182,6 +185,7 @@ class Engine:
             seq.generation.put(delta)
 
     def _read_prompt_logprobs(self, launched: Launched) -> None:
+        assert launched.scores is not None, "decode loops score no prompts"
         scores = [np.asarray(s) for s in launched.scores]
         at = 0
         for row in launched.step.rows:

@@ -21,8 +21,16 @@ from jax import Array, lax
 
 from jaxserve.cache import kv_cache
 from jaxserve.cache.kv_cache import KVCache
-from jaxserve.engine.batch import SlotTable, StepInputs, needs_history, pack_sampling, pack_tokens
-from jaxserve.engine.sampler import MAX_BIAS, Sampled, logprobs_of, sample
+from jaxserve.engine.batch import (
+    MAX_STOPS,
+    SlotTable,
+    StepInputs,
+    needs_history,
+    pack_sampling,
+    pack_stops,
+    pack_tokens,
+)
+from jaxserve.engine.sampler import MAX_BIAS, Sampled, SampleInputs, logprobs_of, sample
 from jaxserve.engine.scheduler import Step
 from jaxserve.engine.serving_ops import head_ops, serving_ops
 from jaxserve.errors import EngineError
@@ -44,8 +52,8 @@ class Launched:
 
     step: Step
     sampled: Sampled
-    hidden: Array  # [T, D]
-    scores: tuple[Array, Array, Array, Array]  # of prompt tokens, as `logprobs_of`
+    hidden: Array | None  # [T, D]
+    scores: tuple[Array, ...] | None  # of prompt tokens, as `logprobs_of`
     time: float
 
 
@@ -97,6 +105,8 @@ class Runner:
         rest = [("seed_history", 0), ("copy_pages", 0)]
         for t in order[1:]:
             rest += [("forward", t), ("sample", self.plan.rows(t))]
+        if self.plan.decode_steps > 1:
+            rest += [("decode", r) for r in self.plan.row_buckets]
         for kind, size in urgent:
             self._compile(kind, size, on_program)
         if background:
@@ -175,6 +185,21 @@ class Runner:
         inputs = pack_sampling(Step(), R, self.table, self._unused_arrays(R))
         return sample, (1,), (logits, _abstract(self.history), _abstract(inputs))
 
+    def _decode_program(self, R: int):
+        _, _, (params, kv, history, inputs) = self._forward_program(R)
+        _, _, (_, _, drawing) = self._sample_program(R)
+        stops = jax.ShapeDtypeStruct((R, MAX_STOPS), jnp.int32)
+        arguments = (
+            params,
+            kv,
+            history,
+            inputs,
+            drawing,
+            stops,
+            jax.ShapeDtypeStruct((), jnp.int32),
+        )
+        return partial(decode_loop, self.plan, self.family, self.cfg), (1, 2), arguments
+
     def _seed_history_program(self, _: int):
         row = jax.ShapeDtypeStruct((self.plan.max_model_len + 1,), jnp.int32)
         slot = jax.ShapeDtypeStruct((), jnp.int32)
@@ -204,6 +229,8 @@ class Runner:
                 self._seed(row.seq)
         if step.copies:
             self._copy(step.copies)
+        if step.repeats > 1:
+            return self._launch_decode(step)
         T = self._bucket(step)
         R = self.plan.rows(T)
         inputs = pack_tokens(step, T, R, self.table)
@@ -213,6 +240,25 @@ class Runner:
         drawing = pack_sampling(step, R, self.table, self._unused_arrays(R))
         sampled, self.history = self._programs["sample", R](logits, self.history, drawing)
         return Launched(step, sampled, hidden, scores, time.monotonic())
+
+    def max_repeats(self, step: Step) -> int:
+        """Tokens that a launch may draw for each row of a decoding step."""
+        R = self._decode_bucket(step)
+        return self.plan.decode_steps if ("decode", R) in self._programs else 1
+
+    def _decode_bucket(self, step: Step) -> int:
+        return next(R for R in self.plan.row_buckets if len(step.rows) <= R)
+
+    def _launch_decode(self, step: Step) -> Launched:
+        """Draws `step.repeats` tokens for every row in one launch."""
+        R = self._decode_bucket(step)
+        inputs = pack_tokens(step, R, R, self.table)
+        drawing = pack_sampling(step, R, self.table, self._unused_arrays(R))
+        tokens, self.kv, self.history = self._programs["decode", R](
+            self.params, self.kv, self.history, inputs, drawing,
+            pack_stops(step, R), np.int32(step.repeats),
+        )  # fmt: skip
+        return Launched(step, Sampled(tokens, *(None,) * 4), None, None, time.monotonic())
 
     def _bucket(self, step: Step) -> int:
         """The smallest program that exists and holds the step."""
@@ -267,18 +313,67 @@ def forward_step(
         Logits [R, V] after each sequence's last token, the cache, hidden states [T, D] and, if
         asked for, log-probabilities of the targets, as `logprobs_of`.
     """
+    logits, kv, hidden = next_logits(plan, family, cfg, params, kv, history, x)
+
+    def head(h: Array) -> Array:
+        return family.logits(cfg, params, h[None], head_ops(plan, jnp.int32(h.shape[0])))[0]
+
+    return logits, kv, hidden, _score(head, hidden, x)
+
+
+def next_logits(
+    plan: Plan, family: Family, cfg: Any, params: Any, kv: KVCache, history: Array, x: StepInputs
+) -> tuple[Array, KVCache, Array]:
+    """Logits [R, V] after each sequence's last token, the cache, and hidden states [T, D]."""
     drawn = history[x.slots, x.positions[0]][None]
     tokens = jnp.where(x.tokens < 0, drawn, x.tokens)
     hidden, kv = family.forward(cfg, params, tokens, x.positions, serving_ops(plan, x.ragged), kv)
     hidden = hidden[0]
     head = head_ops(plan, x.ragged.num_seqs)
     logits = family.logits(cfg, params, hidden[x.last][None], head)[0]
-    scores = _score(
-        lambda h: family.logits(cfg, params, h[None], head_ops(plan, jnp.int32(_SCORED)))[0],
-        hidden,
-        x,
-    )
-    return logits, kv, hidden, scores
+    return logits, kv, hidden
+
+
+def decode_loop(
+    plan: Plan,
+    family: Family,
+    cfg: Any,
+    params: Any,
+    kv: KVCache,
+    history: Array,
+    x: StepInputs,
+    drawing: SampleInputs,
+    stops: Array,
+    repeats: Array,
+) -> tuple[Array, KVCache, Array]:
+    """Several decoding steps in one launch; ends early once every sequence has drawn a stop token.
+
+    Args:
+        stops: [R, MAX_STOPS], tokens that end each sequence.
+
+    Returns:
+        Tokens [decode_steps, R], of which `repeats` rows are drawn; the cache and the history.
+    """
+    R = drawing.lengths.shape[0]
+
+    def unfinished(carry: tuple[Array, ...]) -> Array:
+        i, _, _, active, _ = carry
+        return (i < repeats) & jnp.any(active)
+
+    def step(carry: tuple[Any, ...]) -> tuple[Any, ...]:
+        i, kv, history, active, tokens = carry
+        ragged = x.ragged._replace(kv_lens=x.ragged.kv_lens + i)
+        known = jnp.where(i == 0, x.tokens, -1)
+        inputs = x._replace(tokens=known, positions=x.positions + i, ragged=ragged)
+        logits, kv, _ = next_logits(plan, family, cfg, params, kv, history, inputs)
+        sampled, history = sample(logits, history, drawing._replace(lengths=drawing.lengths + i))
+        active &= ~jnp.any(sampled.tokens[:, None] == stops, -1)
+        return i + 1, kv, history, active, tokens.at[i].set(sampled.tokens)
+
+    active = jnp.arange(R) < x.ragged.num_seqs
+    tokens = jnp.zeros((plan.decode_steps, R), jnp.int32)
+    carry = lax.while_loop(unfinished, step, (jnp.int32(0), kv, history, active, tokens))
+    return carry[4], carry[1], carry[2]
 
 
 def _score(

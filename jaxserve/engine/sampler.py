@@ -9,7 +9,7 @@ the same text comes out alone, batched, preempted or forked.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,24 +26,24 @@ _LOW = -1e30
 class SampleInputs(NamedTuple):
     """One row per sequence [R]; arrays that a feature needs are zeros where nobody uses it."""
 
-    slots: Array  # int32, row of `history`; the last row of it is for padding
-    lengths: Array  # int32, tokens before the one to draw
-    prompt_lens: Array  # int32
-    top_k: Array  # int32, 0: all
-    seeds: Array  # uint32 [R, 2]
-    temperature: Array  # float32, 0: greedy
-    top_p: Array
-    min_p: Array
-    repetition: Array
-    presence: Array
-    frequency: Array
-    bias_ids: Array  # int32 [R, MAX_BIAS]
-    bias: Array  # float32 [R, MAX_BIAS]
-    mask: Array  # uint32 [R, ceil(V / 32)], permitted tokens
-    use_penalties: Array  # bool [], as are the following
-    use_bias: Array
-    use_mask: Array
-    use_logprobs: Array
+    slots: Any  # int32, row of `history`; the last row of it is for padding
+    lengths: Any  # int32, tokens before the one to draw
+    prompt_lens: Any  # int32
+    top_k: Any  # int32, 0: all
+    seeds: Any  # uint32 [R, 2]
+    temperature: Any  # float32, 0: greedy
+    top_p: Any
+    min_p: Any
+    repetition: Any
+    presence: Any
+    frequency: Any
+    bias_ids: Any  # int32 [R, MAX_BIAS]
+    bias: Any  # float32 [R, MAX_BIAS]
+    mask: Any  # uint32 [R, ceil(V / 32)], permitted tokens
+    use_penalties: Any  # bool [], as are the following
+    use_bias: Any
+    use_mask: Any
+    use_logprobs: Any
 
 
 class Sampled(NamedTuple):

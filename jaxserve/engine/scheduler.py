@@ -32,11 +32,15 @@ class Row:
 
 @dataclass(slots=True)
 class Step:
-    """What one launch computes; page copies come first."""
+    """What one launch computes; page copies come first.
+
+    With `repeats` above 1 every row decodes, and the launch draws so many tokens for each.
+    """
 
     rows: list[Row] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)
     num_tokens: int = 0
+    repeats: int = 1
 
 
 def wait_for_token(seq: Sequence, count: int) -> int:
@@ -51,6 +55,20 @@ def stop_before_fork(seq: Sequence, count: int) -> int:
     if not seq.siblings or seq.prompt_len == 1:
         return count
     return min(count, seq.prompt_len - 1 - seq.computed) or count
+
+
+def _decodes_alone(row: Row) -> bool:
+    """Whether the row's next tokens can be drawn without the host looking at each."""
+    seq, p = row.seq, row.seq.params
+    drawn = row.start + row.count - seq.prompt_len
+    return (
+        row.samples
+        and row.count == 1
+        and seq.matcher is None
+        and p.logprobs is None
+        and p.prompt_logprobs is None
+        and drawn >= p.min_tokens
+    )
 
 
 class Scheduler:
@@ -96,6 +114,22 @@ class Scheduler:
             if not self._admit(self.waiting[0], step, budget):
                 break
         return step
+
+    def repeat(self, step: Step, most: int) -> None:
+        """Lets a step decode up to `most` tokens a row in one launch, if nobody needs the host
+        between them and pages are there."""
+        seqs = [row.seq for row in step.rows]
+        if (self.waiting and self._slots) or not all(_decodes_alone(row) for row in step.rows):
+            return
+        extra = min(most - 1, min((seq.max_len - seq.length for seq in seqs), default=0))
+        need = [self._pages_for(seq.computed + extra) - len(seq.pages) for seq in seqs]
+        if extra < 1 or sum(need) > self.pages.num_free:
+            return
+        step.repeats += extra
+        for seq, count in zip(seqs, need, strict=True):
+            seq.pages += self.pages.allocate(count)
+            seq.computed += extra
+            seq.in_flight += extra
 
     def finish(self, seq: Sequence) -> None:
         """Takes a sequence out, wherever it is. Its pages stay matchable."""

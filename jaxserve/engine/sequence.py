@@ -66,5 +66,5 @@ class Sequence:
 
     @property
     def uses_cache(self) -> bool:
-        """Whether it may skip a prompt that is cached: not if every token's own row is asked for."""
+        """Whether it may skip a cached prompt: not if every token's own row is asked for."""
         return self.params.prompt_logprobs is None and self.pooling != "mean"

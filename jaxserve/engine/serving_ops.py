@@ -38,10 +38,10 @@ def _native(num_rows: Array, dtype: Any, batch: Ragged | None) -> Ops:
     def linear(x: Array, *weights: Weight, num_in: int = 1) -> Any:
         if any(_layer(w)[0].dtype not in (jnp.float32, jnp.bfloat16) for w in weights):
             return linear_reference(x, *weights, num_in=num_in)
-        stacks, layer = zip(*(_layer(w) for w in weights), strict=True)
+        layer = _layer(weights[0])[1]
         lead = x.shape[: x.ndim - num_in]
-        flat = tuple(_matrix(s, num_in, layer[0] is not None) for s in stacks)
-        ys = cpu.linear(x.reshape(-1, flat[0].shape[-1]), flat, layer=layer[0], num_rows=num_rows)
+        flat = tuple(_matrix(_layer(w)[0], num_in, layer is not None) for w in weights)
+        ys = cpu.linear(x.reshape(-1, flat[0].shape[-1]), flat, layer=layer, num_rows=num_rows)
         outs = tuple(
             y.astype(x.dtype).reshape(*lead, *w.shape[: len(w.shape) - num_in])
             for y, w in zip(ys, weights, strict=True)

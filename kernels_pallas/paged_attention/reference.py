@@ -7,7 +7,7 @@ attended one after the other, so that no array is ever tokens x keys.
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -26,10 +26,10 @@ class Ragged(NamedTuple):
     ones of its kv_lens[r]. Entries from num_seqs on are padding.
     """
 
-    row_starts: Array  # [R + 1]
-    kv_lens: Array  # [R], with this step's tokens
-    tables: Array  # [R, M], pages of each sequence in order
-    num_seqs: Array  # []
+    row_starts: Any  # [R + 1]
+    kv_lens: Any  # [R], with this step's tokens
+    tables: Any  # [R, M], pages of each sequence in order
+    num_seqs: Any  # []
 
 
 class _Softmax(NamedTuple):
@@ -87,7 +87,7 @@ def paged_attention(
         sink = jnp.full((K, N // K), _HIDDEN)
     else:
         sink = as_array(sinks).astype(jnp.float32).reshape(K, N // K)
-    values = k_pages.shape[-1] if value_dim is None and v is None else value_dim or v.shape[-1]
+    values = value_dim or (k if v is None else v).shape[-1]
     start = partial(_start, sink, 0.0 if sinks is None else 1.0, values)
     o, lse = _decode_rows(heads, batch, Z, keys, logits, start)
     o, lse = jnp.take(o, row, axis=0), jnp.take(lse, row, axis=0)  # per sequence -> per token
@@ -117,7 +117,7 @@ def write(k_pages, v_pages, k, v, layer, batch: Ragged, row: Array, position: Ar
 
 
 def to_stored(x: Array, dtype) -> Array:
-    """x as the cache keeps it: uint16 stands for bfloat16, which jax 0.10 scatters slowly on CPU."""
+    """x as the cache keeps it: uint16 is bfloat16, which jax 0.10 scatters slowly on CPU."""
     if dtype == jnp.uint16:
         return lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint16)
     return x.astype(dtype)
