@@ -4,14 +4,41 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 from types import FrameType
 
 import uvicorn
 from starlette.applications import Starlette
 
+from jaxserve.errors import ConfigError
 from jaxserve.server.state import Server as ServerState
 
 log = logging.getLogger(__name__)
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Takes the port without listening on it yet; 0 takes a free one.
+
+    Raises:
+        ConfigError: it cannot be had.
+    """
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except (OSError, OverflowError) as error:
+        listener.close()
+        raise ConfigError(
+            f"cannot serve on {host} port {port}: {error}; choose another --host or --port"
+        ) from None
+    return listener
+
+
+def url_of(listener: socket.socket) -> str:
+    """Where clients on this machine reach it."""
+    host, port = listener.getsockname()[:2]
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, str(host))
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 class DrainingServer(uvicorn.Server):
@@ -23,7 +50,7 @@ class DrainingServer(uvicorn.Server):
         self._loop: asyncio.AbstractEventLoop | None = None
         self._drain: asyncio.Task[None] | None = None
 
-    async def startup(self, sockets=None) -> None:
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets=sockets)
 
@@ -46,16 +73,14 @@ class DrainingServer(uvicorn.Server):
         self.should_exit = True
 
 
-def run(app: Starlette, host: str, port: int, *, drain_timeout: float = 30.0) -> None:
+def run(app: Starlette, listener: socket.socket, *, drain_timeout: float = 30.0) -> None:
     """Serves until a signal; uses uvloop and httptools where they are installed."""
     config = uvicorn.Config(
         app,
-        host=host,
-        port=port,
         log_level="warning",
         access_log=False,
         timeout_keep_alive=75,
         timeout_graceful_shutdown=1,
         server_header=False,
     )
-    DrainingServer(config, app.state.server, drain_timeout).run()
+    DrainingServer(config, app.state.server, drain_timeout).run(sockets=[listener])

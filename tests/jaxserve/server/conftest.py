@@ -21,7 +21,7 @@ def module_server() -> Iterator[LiveServer]:
 @pytest.fixture
 def live(module_server: LiveServer) -> Iterator[LiveServer]:
     llm = module_server.llm
-    llm.script, llm.delay, llm.submit_delay = (lambda prompt: None), 0.0, 0.0
+    llm.script, llm.delay = (lambda prompt: None), 0.0
     llm.submitted.clear()
     llm.aborted.clear()
     yield module_server

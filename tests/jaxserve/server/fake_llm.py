@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import tokenizers
@@ -113,13 +114,13 @@ class FakeLLM:
 
     model_name = "fake/model"
     model_type = "qwen3"
+    plan = SimpleNamespace(describe=lambda: "no model at all")
 
     def __init__(self, *, delay: float = 0.0, max_model_len: int = 4096):
         self.tokenizer = byte_tokenizer()
         self.max_model_len = max_model_len
         self.delay = delay
         self.script: Callable[[str], str | None] = lambda prompt: None
-        self.submit_delay = 0.0
         self.submitted: list[tuple[str, SamplingParams]] = []
         self.aborted: list[str] = []
         self._ids = itertools.count()
@@ -139,7 +140,6 @@ class FakeLLM:
         request_id: str | None = None,
         prompt: str | None = None,
     ) -> Generation:
-        time.sleep(self.submit_delay)
         self._check(prompt_token_ids, params)
         request_id = request_id or f"fake-{next(self._ids)}"
         metrics = RequestMetrics(arrival_time=time.monotonic())
@@ -168,6 +168,20 @@ class FakeLLM:
         return [
             EmbeddingOutput([scale * len(ids), sum(ids) / 256, -0.5, 0.25], ids) for ids in prompts
         ]
+
+    def encode_chat(self, messages: list[dict[str, Any]], **template: Any) -> list[int]:
+        from jaxserve.text.chat import render_chat
+
+        return self.tokenizer.encode(render_chat(self.tokenizer, messages, **template))
+
+    def wait_until_warm(self) -> None:
+        """There is nothing to compile."""
+
+    def __enter__(self) -> FakeLLM:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.shutdown()
 
     def stats(self) -> Stats:
         with self._changed:
@@ -258,6 +272,9 @@ class FakeLLM:
         said = s.text if last else self.tokenizer.decode(s.token_ids[: s.done]).rstrip("\ufffd")
         said = said[: len(s.text)]
         delta = CompletionOutput(s.index, said[s.shown :], [token])
+        s.generation.metrics.first_token_time = (
+            s.generation.metrics.first_token_time or time.monotonic()
+        )
         s.shown = max(s.shown, len(said))
         if s.params.logprobs is not None:
             delta.logprobs = [self._logprob(token, s.params.logprobs)]

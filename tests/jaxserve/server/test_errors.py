@@ -110,7 +110,7 @@ def test_malformed_json_is_400(http, path, body):
     assert answer.json()["error"]["message"]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.sampled_from(PATHS), st.binary(max_size=64))
 def test_any_bytes_are_answered(module_server, path, data):
     with httpx.Client(base_url=module_server.url) as http:
@@ -128,7 +128,7 @@ FIELDS = ["prompt", "messages", "input", "tools", "tool_choice", "stop", "n", "r
 FIELDS += ["logit_bias", "guided_json", "structured_outputs", "stream", "text", "system", "tokens"]
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(st.sampled_from(PATHS), st.dictionaries(st.sampled_from(FIELDS), json_values, max_size=4))
 def test_any_json_is_answered(module_server, path, body):
     with httpx.Client(base_url=module_server.url) as http:

@@ -18,22 +18,31 @@ from tests.jaxserve.server.fake_llm import FakeLLM
 schema = schemathesis.openapi.from_asgi("/openapi.json", create_app(FakeLLM()))
 
 
-@schema.parametrize()
-@settings(
-    max_examples=40,
+CHECKS = [
+    not_a_server_error,
+    status_code_conformance,
+    content_type_conformance,
+    response_schema_conformance,
+]
+SETTINGS = settings(
     deadline=None,
     derandomize=True,
     phases=[Phase.explicit, Phase.generate],
     suppress_health_check=list(HealthCheck),
 )
+
+
+@schema.parametrize()
+@settings(SETTINGS, max_examples=12)
 def test_no_5xx_and_answers_as_documented(case):
-    checks = [
-        not_a_server_error,
-        status_code_conformance,
-        content_type_conformance,
-        response_schema_conformance,
-    ]
-    case.call_and_validate(checks=checks)
+    case.call_and_validate(checks=CHECKS)
+
+
+@pytest.mark.slow
+@schema.parametrize()
+@settings(SETTINGS, max_examples=300)
+def test_no_5xx_in_many_examples(case):
+    case.call_and_validate(checks=CHECKS)
 
 
 def test_every_route_and_struct_is_described():

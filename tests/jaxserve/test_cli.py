@@ -1,0 +1,229 @@
+"""The command line: quick to answer, honest about failures, and the same engine underneath."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+
+from jaxserve.cli import bench, chat, doctor, generate, main, parser
+from jaxserve.cli import options as cli_options
+from jaxserve.config import EngineConfig
+from jaxserve.errors import ConfigError
+from jaxserve.testing import write_checkpoint
+from tests.jaxserve.server.fake_llm import FakeLLM
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return str(write_checkpoint(tmp_path_factory.mktemp("cli") / "tiny", "qwen3"))
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    llm = FakeLLM()
+    for module in (generate, chat, bench):
+        monkeypatch.setattr(module, "load", lambda args: llm)
+    return llm
+
+
+def command(*args, **kwargs):
+    return subprocess.run(
+        [sys.executable, *args], cwd=ROOT, capture_output=True, text=True, **kwargs
+    )
+
+
+def test_help_needs_neither_jax_nor_a_server():
+    code = (
+        "import sys; from jaxserve.cli import parser; parser().format_help(); "
+        "print(*{'jax', 'numpy', 'rich', 'starlette', 'uvicorn'} & set(sys.modules))"
+    )
+    done = command("-c", code)
+    assert (done.returncode, done.stdout.split()) == (0, [])
+    listed = command("-m", "jaxserve.cli", "--help").stdout
+    assert all(name in listed for name in ("serve", "generate", "chat", "bench", "doctor"))
+
+
+def test_every_engine_setting_is_an_option_and_described():
+    described = cli_options._described(EngineConfig)
+    args = parser().parse_args(["serve", "m"])
+    assert cli_options.engine_settings(args) == dataclasses.asdict(EngineConfig()) | {
+        "revision": None
+    }
+    assert all(described[field.name] for field in dataclasses.fields(EngineConfig))
+    args = parser().parse_args(
+        ["bench", "m", "--max-model-len", "64", "--no-progress", "--kernels", "reference"]
+    )
+    settings = cli_options.engine_settings(args)
+    assert (settings["max_model_len"], settings["progress"]) == (64, False)
+    assert settings["kernels"] == "reference"
+
+
+def test_an_error_is_one_line_and_no_traceback(capsys):
+    assert main(["generate", "/no/such/folder", "hi"]) == 1
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err == "error: /no/such/folder is no folder here\n"
+
+
+def test_verbose_shows_the_traceback():
+    done = command("-m", "jaxserve.cli", "generate", "/no/such/folder", "hi", "--verbose")
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    assert "CheckpointError: /no/such/folder" in done.stderr
+
+
+def test_a_mistyped_option_is_2(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["serve", "m", "--prot", "1"])
+    assert caught.value.code == 2
+    assert "--prot" in capsys.readouterr().err
+
+
+def test_a_bad_parameter_is_named(fake, capsys):
+    assert main(["generate", "m", "hi", "--temperature", "-1"]) == 1
+    assert "temperature=-1.0 must be" in capsys.readouterr().err
+
+
+def test_generate_prints_the_text(fake, capsys):
+    fake.script = lambda prompt: f"{prompt}, wörld"
+    assert main(["generate", "m", "hello", "--temperature", "0", "--stop", "ld"]) == 0
+    assert capsys.readouterr().out == "hello, wör\n"
+    assert fake.submitted[0][1].greedy
+
+
+def test_generate_as_a_chat_message_and_as_json(fake, capsys):
+    assert main(["generate", "m", "hi", "--chat", "--json", "--max-tokens", "5"]) == 0
+    got = json.loads(capsys.readouterr().out)
+    assert fake.submitted[0][0].startswith("<|im_start|>user\nhi<|im_end|>")
+    assert len(got["outputs"][0]["token_ids"]) == 5
+    assert got["outputs"][0]["finish_reason"] == "length"
+
+
+def test_chat_keeps_the_conversation(fake, monkeypatch, capsys):
+    lines = iter(["hi", "", "and you?", "/nonsense", "/system Be brief.", "again"])
+
+    def read(console):
+        return next(lines, None)
+
+    fake.script = lambda prompt: f"answer {prompt.count('user')}"
+    monkeypatch.setattr(chat, "_read", read)
+    assert main(["chat", "m", "--max-tokens", "50"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count(chat.HELP[:20]) == 2  # at the start, and after a command that is none
+    assert "answer 1\n" in shown and "answer 2\n" in shown
+    prompts = [prompt for prompt, _ in fake.submitted]
+    assert "assistant\nanswer 1<|im_end|>" in prompts[1]
+    assert prompts[2].startswith("<|im_start|>system\nBe brief.<|im_end|>")
+    assert "hi" not in prompts[2].split("<|im_end|>")[1]
+
+
+def test_chat_ends_with_its_input(fake, monkeypatch):
+    monkeypatch.setattr("sys.stdin", open(os.devnull))  # noqa: SIM115
+    with sys.stdin:
+        assert main(["chat", "m"]) == 0
+
+
+def test_bench_in_figures(fake, capsys):
+    asked = "--rounds 1 --output-len 8 --batch 3 --prefill-len 64 --json"
+    assert main(["bench", "m", *asked.split()]) == 0
+    got = json.loads(capsys.readouterr().out)
+    assert [f["workload"] for f in got["figures"]] == ["single stream", "batch of 3", "prefill"]
+    assert got["figures"][2]["decode_tokens_per_second"] is None
+    assert all(f["prefill_tokens_per_second"] > 0 for f in got["figures"])
+    assert len(fake.submitted) == 2 * (1 + 3 + 1)
+
+
+def test_bench_as_a_table(fake, capsys):
+    assert main(["bench", "m", "--rounds", "1", "--output-len", "8", "--batch", "3"]) == 0
+    shown = capsys.readouterr().out
+    assert "single stream" in shown and "no model at all" in shown
+
+
+def test_bench_wants_something_to_measure(fake, capsys):
+    assert main(["bench", "m", "--batch", "0"]) == 1
+    assert "must be at least 1" in capsys.readouterr().err
+
+
+# ---- with the real engine ------------------------------------------------------------------
+
+
+def test_doctor_plans_without_loading(checkpoint, capsys):
+    assert main(["doctor", checkpoint, "--max-num-seqs", "8"]) == 0
+    shown = capsys.readouterr().out
+    for expected in ("jaxlib", "native kernels", "compile cache", "qwen3", "programs", "8 seq"):
+        assert expected in shown
+
+
+def test_doctor_names_settings_that_work(checkpoint, capsys):
+    assert main(["doctor", checkpoint, "--max-model-len", "512", "--num-pages", "2"]) == 1
+    assert "try --max-model-len 64\n" in capsys.readouterr().out
+    assert main(["doctor", checkpoint, "--memory-utilization", "1e-9"]) == 1
+    assert "try --memory-utilization 0.95\n" in capsys.readouterr().out
+    assert main(["doctor", checkpoint, "--max-model-len", "1000000"]) == 1
+    assert "try --max-model-len 2048\n" in capsys.readouterr().out
+
+
+def test_doctors_advice_is_taken_by_the_plan(checkpoint):
+    read = doctor.Checkpoint.read(checkpoint, None)
+    for asked in (
+        EngineConfig(max_model_len=512, num_pages=2),
+        EngineConfig(max_model_len=10**6, memory_utilization=1e-9),
+    ):
+        with pytest.raises(ConfigError):
+            read.plan(asked)
+        found = doctor.nearest(read, asked)
+        assert found is not None
+        assert read.plan(found).max_model_len == found.max_model_len
+
+
+def test_native_kernels_say_why_not():
+    code = "from jaxserve.cli.doctor import native_kernels; print(native_kernels())"
+    done = command("-c", code, env=os.environ | {"JAXSERVE_NATIVE": "0"})
+    assert "JAXSERVE_NATIVE=0" in done.stdout
+    assert done.stderr == ""
+
+
+def test_a_taken_port_is_noticed_before_anything_is_loaded(capsys):
+    from jaxserve.server.run import bind
+
+    with bind("127.0.0.1", 0) as taken:
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        assert main(["serve", "/no/such/folder", "--port", port]) == 1
+    assert "choose another --host or --port" in capsys.readouterr().err
+
+
+def test_serve_a_checkpoint_until_sigterm(checkpoint):
+    options = "--port 0 --served-model-name tiny --max-model-len 256 --api-key secret"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "jaxserve.cli", "serve", checkpoint, *options.split()],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        said = iter(process.stderr.readline, "")
+        url = next(line for line in said if "serving tiny at" in line).split()[-1]
+        with openai.OpenAI(base_url=url, api_key="secret", max_retries=10) as client:
+            got = client.completions.create(model="tiny", prompt="hi", max_tokens=4, temperature=0)
+            stream = client.completions.create(
+                model="tiny", prompt="hi", max_tokens=4, temperature=0, stream=True
+            )
+            assert "".join(chunk.choices[0].text for chunk in stream) == got.choices[0].text
+        assert httpx.get(f"{url}/models").status_code == 401
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+        assert "drained and closed" in process.stderr.read()
+    finally:
+        process.kill()
+        process.wait()
+        process.stderr.close()
