@@ -21,6 +21,7 @@ MAX_BIAS = 512
 """Most entries of one request's `logit_bias`."""
 
 _LOW = -1e30
+_COLDEST = 1e-6  # a temperature below it would overflow
 
 
 class SampleInputs(NamedTuple):
@@ -57,20 +58,27 @@ class Sampled(NamedTuple):
 def sample(logits: Array, history: Array, x: SampleInputs) -> tuple[Sampled, Array]:
     """Draws a token per row of logits [R, V] and appends it to history [S, max_len].
 
-    Log-probabilities are the model's own, before penalties, bias, mask and temperature.
+    As in vLLM, bias comes before penalties. Log-probabilities are the model's own, before either,
+    and before mask and temperature.
     """
     logits = logits.astype(jnp.float32)
-    scores = lax.cond(x.use_penalties, _penalise, lambda s, h, x: s, logits, history, x)
-    scores = lax.cond(x.use_bias, _add_bias, lambda s, x: s, scores, x)
-    scores = lax.cond(x.use_mask, _apply_mask, lambda s, x: s, scores, x)
-    greedy = _argmax(scores)
-    drawn = lax.cond(jnp.any(x.temperature > 0), _draw, lambda s, x: greedy, scores, x)
-    tokens = jnp.where(x.temperature > 0, drawn, greedy)
+    edits = x.use_penalties | x.use_bias | x.use_mask
+    plain = ~(edits | jnp.any(x.temperature > 0))
+    tokens = lax.cond(plain, lambda s, h, x: _argmax(s), _choose, logits, history, x)
     # a NaN makes the maximum NaN, infinity makes it infinite, and a mask that forbids all is finite
     tokens = jnp.where(jnp.isfinite(jnp.max(logits, -1)), tokens, -1)
     reported = lax.cond(x.use_logprobs, logprobs_of, _no_logprobs, logits, tokens)
     history = history.at[x.slots, x.lengths].set(tokens, mode="drop")
     return Sampled(tokens, *reported), history
+
+
+def _choose(logits: Array, history: Array, x: SampleInputs) -> Array:
+    """The general case: edited scores, some rows greedy and some drawn."""
+    edits = x.use_penalties | x.use_bias | x.use_mask
+    scores = lax.cond(edits, _edit, lambda s, h, x: s, logits, history, x)
+    greedy = _argmax(scores)
+    drawn = lax.cond(jnp.any(x.temperature > 0), _draw, lambda s, x: greedy, scores, x)
+    return jnp.where(x.temperature > 0, drawn, greedy)
 
 
 def _argmax(x: Array) -> Array:
@@ -81,6 +89,12 @@ def _argmax(x: Array) -> Array:
 
 
 # ---- what changes the scores -----------------------------------------------------------------
+
+
+def _edit(scores: Array, history: Array, x: SampleInputs) -> Array:
+    scores = lax.cond(x.use_penalties, _penalise, lambda s, h, x: s, scores, history, x)
+    scores = lax.cond(x.use_bias, _add_bias, lambda s, x: s, scores, x)
+    return lax.cond(x.use_mask, _apply_mask, lambda s, x: s, scores, x)
 
 
 def _penalise(scores: Array, history: Array, x: SampleInputs) -> Array:
@@ -117,8 +131,9 @@ def _apply_mask(scores: Array, x: SampleInputs) -> Array:
 
 def _draw(scores: Array, x: SampleInputs) -> Array:
     """Temperature, then min-p, top-k and top-p as vLLM orders them, then one draw per row."""
-    scores = scores / jnp.where(x.temperature > 0, x.temperature, 1.0)[:, None]
-    p = jnp.exp(scores - jnp.max(scores, -1, keepdims=True))  # relative to the most likely
+    # relative to the most likely, whose exponent must be 0 however cold it is
+    behind = scores - jnp.max(scores, -1, keepdims=True)
+    p = jnp.exp(behind / jnp.maximum(x.temperature, _COLDEST)[:, None])
     p = jnp.where(p >= x.min_p[:, None], p, 0.0)
     p = lax.cond(jnp.any(x.top_k > 0), _keep_top_k, lambda p, k: p, p, x.top_k)
     p = lax.cond(jnp.any(x.top_p < 1), _keep_top_p, lambda p, t: p, p, x.top_p)
