@@ -6,6 +6,7 @@ VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2
 VENV    ?= .venv-$(VERSION)
 PARITY  ?= ,parity
 SLOW    ?= 0
+SUITE   ?= quick
 BIN     := $(VENV)/bin
 PIP     := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
@@ -41,8 +42,8 @@ types: $(VENV)/.dev
 imports: $(VENV)/.dev
 	$(BIN)/python -m pytest -q tests/test_imports.py
 
-bench: $(VENV)/.core
-	$(BIN)/python benchmarks/offline.py $(ARGS)
+bench: $(VENV)/.core  ## SUITE=quick; `make bench SUITE=help` fails, and names the others
+	$(BIN)/python -m benchmarks.run $(SUITE)
 
 clean:  ## Environments of other Pythons stay
 	rm -rf $(VENV) .jaxserve-cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info

@@ -75,7 +75,8 @@ def chat(url: str) -> None:
                 continue
             chunk = json.loads(data)
             for choice in chunk["choices"]:
-                print(f"  {choice['delta'].get('content') or ''!r}")
+                if text := choice["delta"].get("content"):
+                    print(f"  {text!r}")
             if usage := chunk.get("usage"):
                 print(f"  {usage['prompt_tokens']} tokens in, {usage['completion_tokens']} out")
 
@@ -83,18 +84,17 @@ def chat(url: str) -> None:
 def main(model: str | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = model or write_checkpoint(Path(folder) / "tiny-qwen3", "qwen3")
-        print(f"== load {path}")
+        print(f"== load {path}", flush=True)
         started = time.monotonic()
-        llm = LLM(path)
-        print(f"  ready after {time.monotonic() - started:.1f} s")
-        print("== generate")
-        generate(llm)
-        print("== stream")
-        stream(llm)
-        with serving(llm) as url:
-            print(f"== serve on {url}, and stream a chat completion from it")
-            chat(url)
-        llm.shutdown()
+        with LLM(path) as llm:
+            print(f"  ready after {time.monotonic() - started:.1f} s")
+            print("== generate")
+            generate(llm)
+            print("== stream")
+            stream(llm)
+            with serving(llm) as url:
+                print(f"== serve on {url}, and stream a chat completion from it")
+                chat(url)
     print("== done")
 
 
