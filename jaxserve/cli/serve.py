@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import argparse
 import os
+from pathlib import Path
 
 from jaxserve.cli.options import add_engine_options, load
+from jaxserve.errors import ConfigError
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -33,6 +35,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     text = parser.add_argument_group("text")
     text.add_argument("--tool-call-parser", help="notation of tool calls; by the model if unset")
     text.add_argument("--reasoning-parser", help="notation of reasoning; by the model if unset")
+    text.add_argument("--chat-template", metavar="FILE", help="instead of the checkpoint's own")
     add_engine_options(parser)
 
 
@@ -50,6 +53,8 @@ def run(args: argparse.Namespace) -> None:
         max_concurrent_requests=args.max_concurrent_requests,
     )
     with bind(args.host, args.port) as listener, load(args) as llm:
+        if args.chat_template is not None:
+            llm.tokenizer.chat_templates = {"default": _template(args.chat_template)}
         app = create_app(
             llm,
             api_key=args.api_key or os.environ.get("JAXSERVE_API_KEY"),
@@ -63,3 +68,10 @@ def run(args: argparse.Namespace) -> None:
         console.print(f"jaxserve: serving {names} at {url_of(listener)}/v1", markup=False)
         run(app, listener, drain_timeout=args.drain_timeout)
         console.print("jaxserve: drained and closed")
+
+
+def _template(file: str) -> str:
+    try:
+        return Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--chat-template {file} cannot be read: {error}") from None

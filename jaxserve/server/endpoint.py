@@ -11,7 +11,9 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from jaxserve.errors import RequestError
 from jaxserve.server.errors import ApiError, as_api_error
+from jaxserve.server.sampling import constraint_field
 from jaxserve.server.state import Exchange, Server
 from jaxserve.server.stream import Disconnected, until_disconnect
 from jaxserve.server.wire import decode, json_response
@@ -75,7 +77,12 @@ class Route:
             body = None
             if data is not None:
                 body = decode(data, self._endpoint.body, self._endpoint.tidy)
-            response = await self._endpoint.handler(exchange, body)
+            try:
+                response = await self._endpoint.handler(exchange, body)
+            except RequestError as error:
+                if error.param == "structured_outputs":
+                    error.param = constraint_field(body)
+                raise
             await response(request.scope, request.receive, send)
 
 

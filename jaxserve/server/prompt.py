@@ -79,7 +79,7 @@ def chat_prompt(
     """The conversation through the model's chat template. Templates write their own BOS."""
     tokenizer = server.llm.tokenizer
     template = chat_template(server)
-    for name in template_kwargs or {}:
+    for name in template_kwargs or ():
         if name not in template:
             raise RequestError(
                 f"the model's chat template knows no {name!r}; remove it",
@@ -91,7 +91,7 @@ def chat_prompt(
         tools=tools,
         add_generation_prompt=add_generation_prompt,
         continue_final_message=continue_final_message,
-        **(template_kwargs or {}),
+        chat_template_kwargs=template_kwargs,
     )
     token_ids = tokenizer.encode(text, add_special_tokens=add_special_tokens)
     check_length(server, token_ids, param)
@@ -99,8 +99,8 @@ def chat_prompt(
 
 
 def chat_template(server: Server) -> str:
-    """The source of the default template; "" for a model without one."""
-    return server.llm.tokenizer.chat_templates.get("default", "")
+    """The source of the model's templates; "" for a model without one."""
+    return "\n".join(server.llm.tokenizer.chat_templates.values())
 
 
 def _known_role(message: dict[str, Any], template: str) -> dict[str, Any]:

@@ -71,6 +71,16 @@ _COPIED = [
 ]
 
 
+_CONSTRAINTS = ("guided_json", "guided_regex", "guided_choice", "guided_grammar")
+_CONSTRAINTS += ("response_format", "structured_outputs", "text", "tools")
+
+
+def constraint_field(body: object) -> str:
+    """The field that constrained the output, as this client spelled it."""
+    given = (name for name in _CONSTRAINTS if getattr(body, name, None) is not None)
+    return next(given, "structured_outputs")
+
+
 def _only_one(body: SamplingBody, constraint: StructuredOutputs | None) -> StructuredOutputs | None:
     """The one constraint of a request; two of them would be ambiguous."""
     found: list[tuple[str, StructuredOutputs]] = []

@@ -315,17 +315,17 @@ def constrained_text(wanted: StructuredOutputs) -> str:
         try:
             re.compile(wanted.regex)
         except re.error as error:
-            raise RequestError(f"bad regex: {error}", "structured_outputs.regex") from None
+            raise RequestError(f"bad regex: {error}", "structured_outputs") from None
         return "0"
     if wanted.grammar is not None:
         if "start:" not in wanted.grammar:
-            raise RequestError("grammar has no rule named start", "structured_outputs.grammar")
+            raise RequestError("grammar has no rule named start", "structured_outputs")
         return "g"
     try:
         schema = json.loads(wanted.json) if isinstance(wanted.json, str) else wanted.json
         return json.dumps(_instance(schema, schema))
     except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError) as error:
-        raise RequestError(f"bad schema: {error!r}", "structured_outputs.json") from None
+        raise RequestError(f"bad schema: {error!r}", "structured_outputs") from None
 
 
 def _instance(schema: Any, root: Any) -> Any:
