@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from starlette.datastructures import Headers
@@ -24,6 +24,7 @@ class Gate:
         self.limit = limit
         self.running = 0
         self.draining = False
+        self._stops: set[Callable[[], None]] = set()
 
     @contextmanager
     def admit(self) -> Iterator[None]:
@@ -47,6 +48,16 @@ class Gate:
             yield
         finally:
             self.running -= 1
+
+    def hold(self, stop: Callable[[], None]) -> Callable[[], None]:
+        """Remembers how to end a request early; returns what to call when it has ended."""
+        self._stops.add(stop)
+        return lambda: self._stops.discard(stop)
+
+    def cut_off(self) -> None:
+        """Ends every request that is still inside."""
+        for stop in list(self._stops):
+            stop()
 
     async def drain(self, timeout: float) -> bool:
         """Lets nobody in and waits for those inside; False if some were left after `timeout` s."""

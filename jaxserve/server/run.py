@@ -15,6 +15,9 @@ from jaxserve.server.state import Server as ServerState
 
 log = logging.getLogger(__name__)
 
+_LAST_WORDS = 5.0
+"""Seconds for those that were cut off to be told so."""
+
 
 def bind(host: str, port: int) -> socket.socket:
     """Takes the port without listening on it yet; 0 takes a free one.
@@ -70,6 +73,8 @@ class DrainingServer(uvicorn.Server):
         log.info("draining: %d requests are running", gate.running)
         if not await gate.drain(self._drain_timeout):
             log.warning("%d requests are cut off after %gs", gate.running, self._drain_timeout)
+            gate.cut_off()
+            await gate.drain(_LAST_WORDS)
         self.should_exit = True
 
 

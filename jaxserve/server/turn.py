@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from jaxserve.engine.generation import Generation
+from jaxserve.errors import EngineError
 from jaxserve.request import CompletionOutput, SamplingParams
 from jaxserve.server.metrics import Metrics
 from jaxserve.server.openai import PromptTokensDetails, Usage
@@ -87,15 +88,23 @@ class Turn:
                 self._clocks[p].aborted(left)
         self._unfinished = [0] * len(self._unfinished)
 
+    def cut(self) -> None:
+        """Ends what is still running, which its reader sees as an error."""
+        for generation, left in zip(self.generations, self._unfinished, strict=True):
+            if left:
+                generation.abort()
+
     async def _of_one(self, p: int) -> AsyncGenerator[Piece, None]:
         offset = p * self._n
         async for delta in self.generations[p]:
             self._clocks[p].tick(delta)
+            self._unfinished[p] -= delta.finished
+            if delta.finish_reason == "abort":  # not by this reader, which would be gone
+                raise EngineError("the answer was cut off: the server is shutting down")
             piece = self._choices[offset + delta.index].piece(offset, delta)
             self.completion_tokens += len(piece.token_ids)
             if piece.reasoning and not (piece.text or piece.calls):
                 self.reasoning_tokens += len(piece.token_ids)
-            self._unfinished[p] -= delta.finished
             yield piece
 
 
@@ -154,6 +163,7 @@ async def begin(
         raise
     turn = Turn(generations, params.n, parsers, server.metrics, call_prefix)
     exchange.stack.callback(turn.abort)
+    exchange.stack.callback(server.gate.hold(turn.cut))
     return turn
 
 

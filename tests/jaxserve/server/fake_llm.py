@@ -298,6 +298,8 @@ class FakeLLM:
             self._running = [s for s in self._running if s not in gone]
             if gone:
                 self.aborted.append(request_id)
+            for s in gone:
+                s.generation.put(CompletionOutput(s.index, finish_reason="abort"))
 
     def _close(self) -> None:
         for s in self._running:
