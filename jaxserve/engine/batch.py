@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from jaxserve.engine.sampler import MAX_BIAS, SampleInputs
 from jaxserve.engine.scheduler import Row, Step
@@ -21,15 +23,49 @@ MAX_STOPS = 8
 
 
 class StepInputs(NamedTuple):
-    """Arrays of one step; T tokens of R sequences."""
+    """What a forward pass reads of its step: T tokens of R sequences."""
 
     tokens: Any  # int32 [1, T]; -1: drawn by the step before, to be had from `history`
     positions: Any  # int32 [1, T]
     slots: Any  # int32 [T], each token's row of `history`
-    last: Any  # int32 [R], each sequence's last token in the step
     targets: Any  # int32 [T], the token after, whose log-probability is asked for
+    last: Any  # int32 [R], each sequence's last token in the step
     num_scored: Any  # int32 [], how many tokens of the step to score: all or none
     ragged: Ragged
+
+
+class StepArrays(NamedTuple):
+    """`StepInputs` as it travels: an array costs the host microseconds, whatever its size."""
+
+    tokens: Any  # int32 [4, T]: tokens, positions, slots, targets
+    rows: Any  # int32 [3, R + 1]: row_starts; kv_lens and last, with an unused column
+    tables: Any  # int32 [R, M]
+    counts: Any  # int32 [2]: num_seqs, num_scored
+
+    def unpack(self) -> StepInputs:
+        tokens, positions, slots, targets = self.tokens
+        ragged = Ragged(self.rows[0], self.rows[1, :-1], self.tables, self.counts[0])
+        last = self.rows[2, :-1]
+        return StepInputs(
+            tokens[None], positions[None], slots, targets, last, self.counts[1], ragged
+        )
+
+
+class SampleArrays(NamedTuple):
+    """`SampleInputs` as it travels."""
+
+    ints: Any  # int32 [R, 6]: slot, length, prompt_len, top_k, and the seed's two words
+    floats: Any  # float32 [R, 6]: in the order of `SampleInputs`
+    flags: Any  # bool [4]: likewise
+    bias_ids: Any
+    bias: Any
+    mask: Any
+
+    def unpack(self) -> SampleInputs:
+        slots, lengths, prompt_lens, top_k = self.ints.T[:4]
+        seeds = lax.bitcast_convert_type(self.ints[:, 4:], jnp.uint32)
+        rest = (self.bias_ids, self.bias, self.mask, *self.flags)
+        return SampleInputs(slots, lengths, prompt_lens, top_k, seeds, *self.floats.T, *rest)
 
 
 class SlotTable:
@@ -40,37 +76,37 @@ class SlotTable:
         self._page_size = plan.page_size
         self._owner: list[tuple[Sequence, int] | None] = [None] * S
         self.tables = np.zeros((S, plan.pages_per_seq), np.int32)
-        self.ints = np.zeros((S, 2), np.int32)  # prompt_len, top_k
+        self.ints = np.zeros((S, 6), np.int32)
         self.floats = np.zeros((S, 6), np.float32)
-        self.seeds = np.zeros((S, 2), np.uint32)
         self.bias_ids = np.full((S, MAX_BIAS), vocab, np.int32)
         self.bias = np.zeros((S, MAX_BIAS), np.float32)
-        self.flags = np.zeros((S, 2), bool)  # penalties, bias
+        self.flags = np.zeros((S, 4), bool)  # penalties, bias, mask, logprobs
 
     def enter(self, row: Row) -> bool:
         """Brings the row's slot up to date; True if the sequence has just moved in."""
         seq = row.seq
-        first = row.start // self._page_size
-        moved_in = self._owner[seq.slot] != (seq, seq.stay)
-        if moved_in:
+        if self._owner[seq.slot] != (seq, seq.stay):
             self._owner[seq.slot] = (seq, seq.stay)
             self._settings(seq)
-            first = 0
+            self.tables[seq.slot, : len(seq.pages)] = seq.pages
+            return True
+        first = row.start // self._page_size
         self.tables[seq.slot, first : len(seq.pages)] = seq.pages[first:]
-        return moved_in
+        return False
 
     def _settings(self, seq: Sequence) -> None:
         p, i = seq.params, seq.slot
-        self.ints[i] = seq.prompt_len, p.top_k
+        low, high = np.array(seq.seed, np.uint32).view(np.int32)
+        self.ints[i] = i, 0, seq.prompt_len, p.top_k, low, high
         self.floats[i] = (
             p.temperature, p.top_p, p.min_p,
             p.repetition_penalty, p.presence_penalty, p.frequency_penalty,
         )  # fmt: skip
-        self.seeds[i] = seq.seed
         self.bias_ids[i] = self.vocab
         for j, (token, value) in enumerate(p.logit_bias.items()):
             self.bias_ids[i, j], self.bias[i, j] = token, value
-        self.flags[i] = needs_history(seq), bool(p.logit_bias)
+        masked = seq.matcher is not None or p.min_tokens > 0
+        self.flags[i] = needs_history(seq), bool(p.logit_bias), masked, p.logprobs is not None
 
 
 def needs_history(seq: Sequence) -> bool:
@@ -79,38 +115,35 @@ def needs_history(seq: Sequence) -> bool:
     return p.repetition_penalty != 1 or p.presence_penalty != 0 or p.frequency_penalty != 0
 
 
-def pack_tokens(step: Step, T: int, R: int, table: SlotTable) -> StepInputs:
+def pack_tokens(step: Step, T: int, R: int, table: SlotTable) -> StepArrays:
     """Arrays for the forward pass of a step whose rows have all been entered in `table`."""
-    tokens, positions, targets = (np.zeros(T, np.int32) for _ in range(3))
-    slots = np.zeros(T, np.int32)
-    starts = np.zeros(R + 1, np.int32)
-    kv_lens, last = np.zeros(R, np.int32), np.zeros(R, np.int32)
-    tables = np.zeros((R, table.tables.shape[1]), np.int32)
+    tokens, rows = np.zeros((4, T), np.int32), np.zeros((3, R + 1), np.int32)
+    ids, positions, slots, targets = tokens
+    starts, kv_lens, last = rows
     at = scored = 0
     for r, row in enumerate(step.rows):
-        seq, start, count = row.seq, row.start, row.count
-        end = at + count
-        if count == 1:
-            tokens[at] = seq.tokens[start] if start < len(seq.tokens) else -1
+        seq, start, end = row.seq, row.start, at + row.count
+        if row.count == 1:
+            ids[at] = seq.tokens[start] if start < len(seq.tokens) else -1
             positions[at], slots[at] = start, seq.slot
         else:
-            tokens[at:end] = seq.tokens[start : start + count]
-            positions[at:end] = np.arange(start, start + count)
+            ids[at:end] = seq.tokens[start : start + row.count]
+            positions[at:end] = np.arange(start, start + row.count)
             slots[at:end] = seq.slot
         if seq.params.prompt_logprobs is not None and start < seq.prompt_len - 1:
-            following = seq.tokens[start + 1 : start + count + 1]
+            following = seq.tokens[start + 1 : start + row.count + 1]
             targets[at : at + len(following)] = following
             scored = step.num_tokens
-        starts[r + 1], kv_lens[r], last[r] = end, start + count, end - 1
+        starts[r + 1], kv_lens[r], last[r] = end, start + row.count, end - 1
         at = end
     n = len(step.rows)
     starts[n + 1 :] = at
+    tables = np.zeros((R, table.tables.shape[1]), np.int32)
     tables[:n] = table.tables[[row.seq.slot for row in step.rows]]
-    ragged = Ragged(starts, kv_lens, tables, np.int32(n))
-    return StepInputs(tokens[None], positions[None], slots, last, targets, np.int32(scored), ragged)
+    return StepArrays(tokens, rows, tables, np.array((n, scored), np.int32))
 
 
-def pack_sampling(step: Step, R: int, table: SlotTable, unused: dict[str, Any]) -> SampleInputs:
+def pack_sampling(step: Step, R: int, table: SlotTable, unused: dict[str, Any]) -> SampleArrays:
     """Arrays for drawing the next token of each row of a step.
 
     Args:
@@ -119,34 +152,22 @@ def pack_sampling(step: Step, R: int, table: SlotTable, unused: dict[str, Any]) 
     """
     rows, n = step.rows, len(step.rows)
     index = [row.seq.slot for row in rows]
-    drawing = np.fromiter((row.samples for row in rows), bool, n)
-    slots = np.full(R, table.tables.shape[0], np.int32)  # out of range: nothing is recorded
-    slots[:n] = np.where(drawing, index, slots[:n])
-    ints, floats = np.zeros((R, 2), np.int32), np.zeros((R, 6), np.float32)
+    ints, floats = np.zeros((R, 6), np.int32), np.zeros((R, 6), np.float32)
     ints[:n], floats[:n] = table.ints[index], table.floats[index]
-    floats[:n, 0] *= drawing
+    ints[:n, 1] = [row.start + row.count for row in rows]
+    ints[n:, 0] = table.tables.shape[0]  # out of range: nothing is recorded
     floats[n:, 3] = 1.0
-    seeds, lengths = np.zeros((R, 2), np.uint32), np.zeros(R, np.int32)
-    seeds[:n] = table.seeds[index]
-    lengths[:n] = [row.start + row.count for row in rows]
-    penalties, bias = bool(table.flags[index, 0].any()), bool(table.flags[index, 1].any())
-    masked = [r for r, row in enumerate(rows) if row.samples and _is_masked(row)]
+    if not all(drawing := [row.samples for row in rows]):
+        idle = np.flatnonzero(~np.array(drawing))
+        ints[idle, 0], floats[idle, 0] = table.tables.shape[0], 0.0
+    flags = table.flags[index].any(0) if n else np.zeros(4, bool)
     arrays = dict(unused)
-    if bias:
-        arrays["bias_ids"], arrays["bias"] = (
-            _rows(table.bias_ids, index, R),
-            _rows(table.bias, index, R),
-        )
-    if masked:
-        arrays["mask"] = _masks(rows, masked, R, table.vocab)
-    return SampleInputs(
-        slots, lengths, ints[:, 0], ints[:, 1], seeds, *(floats[:, i] for i in range(6)),
-        **arrays,
-        use_penalties=np.bool_(penalties),
-        use_bias=np.bool_(bias),
-        use_mask=np.bool_(bool(masked)),
-        use_logprobs=np.bool_(any(row.seq.params.logprobs is not None for row in rows)),
-    )  # fmt: skip
+    if flags[1]:
+        arrays["bias_ids"] = _rows(table.bias_ids, index, R)
+        arrays["bias"] = _rows(table.bias, index, R)
+    if flags[2]:
+        arrays["mask"] = _masks(rows, R, table.vocab)
+    return SampleArrays(ints, floats, flags, **arrays)
 
 
 def pack_stops(step: Step, R: int) -> np.ndarray:
@@ -164,23 +185,19 @@ def _rows(table: np.ndarray, index: list[int], R: int) -> np.ndarray:
     return out
 
 
-def _is_masked(row: Row) -> bool:
-    return row.seq.matcher is not None or _below_minimum(row)
-
-
 def _below_minimum(row: Row) -> bool:
     """Whether the token to draw may not end the text yet."""
     return row.start + row.count - row.seq.prompt_len < row.seq.params.min_tokens
 
 
-def _masks(rows: list[Row], masked: list[int], R: int, vocab: int) -> np.ndarray:
+def _masks(rows: list[Row], R: int, vocab: int) -> np.ndarray:
     """Bit masks of permitted tokens, by grammar and by `min_tokens`."""
     out = np.full((R, -(-vocab // 32)), 0xFFFFFFFF, np.uint32)
-    for r in masked:
-        seq = rows[r].seq
-        if seq.matcher is not None:
+    for r, row in enumerate(rows):
+        seq = row.seq
+        if seq.matcher is not None and row.samples:
             seq.matcher.fill(out[r])
-        if _below_minimum(rows[r]):
+        if _below_minimum(row):
             for token in seq.stop_ids:
                 out[r, token // 32] &= ~np.uint32(1 << token % 32)
     return out

@@ -36,14 +36,18 @@ class CompileWatch:
     def __init__(self) -> None:
         self.compiled = 0
         self.loaded = 0
-        self._forbidden = False
+        self._forbidden_by: set[object] = set()
         self._mine = threading.local()
         jax.monitoring.register_event_duration_secs_listener(self._on_duration)
         jax.monitoring.register_event_listener(self._on_event)
 
-    def forbid(self, forbidden: bool = True) -> None:
-        """From now on a compilation in this process raises CompileForbiddenError."""
-        self._forbidden = forbidden
+    def forbid(self, owner: object) -> None:
+        """Until `allow`, a compilation in this process raises CompileForbiddenError."""
+        self._forbidden_by.add(owner)
+
+    def allow(self, owner: object) -> None:
+        """Takes back what `owner` forbade."""
+        self._forbidden_by.discard(owner)
 
     def _on_event(self, event: str, **_: object) -> None:
         if event == _HIT:
@@ -53,7 +57,7 @@ class CompileWatch:
         if event != _COMPILED:
             return
         self.compiled += 1
-        if self._forbidden:
+        if self._forbidden_by:
             raise CompileForbiddenError(
                 "a program was compiled after warm-up: an array shape or type that no bucket "
                 "covers, or an eager jax operation on the serving path"

@@ -135,10 +135,6 @@ class Engine:
             return False
         if (repeats := self.runner.max_repeats(step)) > 1:
             self.scheduler.repeat(step, repeats)
-        now = time.monotonic()
-        for row in step.rows:
-            metrics = row.seq.generation.metrics
-            metrics.first_scheduled_time = metrics.first_scheduled_time or now
         self._in_flight.append(self.runner.launch(step))
         self._steps += 1
         return True
@@ -149,12 +145,10 @@ class Engine:
         sampled = launched.sampled
         tokens = np.atleast_2d(np.asarray(sampled.tokens)).tolist()  # [repeats, R]
         started = time.perf_counter()
-        alternatives = None
-        if any(row.seq.params.logprobs is not None for row in rows):
-            alternatives = [np.asarray(a) for a in sampled[1:]]
-        if any(row.seq.params.prompt_logprobs is not None for row in rows):
+        alternatives = [np.asarray(a) for a in sampled[1:]] if launched.reports else None
+        if launched.scored:
             self._read_prompt_logprobs(launched)
-        if any(row.seq.pooling for row in rows):
+        if launched.step.pools:
             self._read_hidden(launched)
         for drawn in tokens[: launched.step.repeats]:
             for r, row in enumerate(rows):
@@ -178,7 +172,8 @@ class Engine:
             self.fail(error, self._requests[seq.generation.request_id])
             return
         self._output_tokens += 1
-        self.scheduler.publish(seq)
+        if len(seq.tokens) // self.pages.page_size > seq.published:
+            self.scheduler.publish(seq)
         if delta.finished:
             self._end(seq, delta)
         else:

@@ -45,7 +45,11 @@ def advance(seq: Sequence, token: int, logprob: TokenLogprobs | None) -> Complet
     if logprob is not None:
         seq.cumulative_logprob += logprob[token].logprob
         delta.logprobs, delta.cumulative_logprob = [logprob], seq.cumulative_logprob
-    _tick(seq, reason)
+    metrics = seq.generation.metrics
+    if metrics.first_token_time is None:
+        metrics.first_token_time = time.monotonic()
+    if reason is not None:
+        metrics.finished_time = time.monotonic()
     return delta
 
 
@@ -63,14 +67,6 @@ def _ending(seq: Sequence, token: int) -> tuple[Any, int | None]:
     if len(seq.tokens) >= seq.max_len:
         return "length", None
     return None, None
-
-
-def _tick(seq: Sequence, reason: str | None) -> None:
-    metrics = seq.generation.metrics
-    if metrics.first_token_time is None:
-        metrics.first_token_time = time.monotonic()
-    if reason is not None:
-        metrics.finished_time = time.monotonic()
 
 
 def token_logprobs(

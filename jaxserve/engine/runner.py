@@ -23,20 +23,21 @@ from jaxserve.cache import kv_cache
 from jaxserve.cache.kv_cache import KVCache
 from jaxserve.engine.batch import (
     MAX_STOPS,
+    SampleArrays,
     SlotTable,
+    StepArrays,
     StepInputs,
     needs_history,
     pack_sampling,
     pack_stops,
     pack_tokens,
 )
-from jaxserve.engine.sampler import MAX_BIAS, Sampled, SampleInputs, logprobs_of, sample
+from jaxserve.engine.sampler import MAX_BIAS, Sampled, logprobs_of, sample
 from jaxserve.engine.scheduler import Step
 from jaxserve.engine.serving_ops import head_ops, serving_ops
 from jaxserve.errors import EngineError
 from jaxserve.models.family import Family
 from jaxserve.plan import Plan
-from kernels_pallas.paged_attention import Ragged
 
 log = logging.getLogger(__name__)
 
@@ -52,9 +53,10 @@ class Launched:
 
     step: Step
     sampled: Sampled
+    reports: bool  # log-probabilities of drawn tokens are asked for
+    scored: bool  # and of prompt tokens
     hidden: Array | None  # [T, D]
     scores: tuple[Array, ...] | None  # of prompt tokens, as `logprobs_of`
-    time: float
 
 
 class Runner:
@@ -173,17 +175,15 @@ class Runner:
     def _forward_program(self, T: int):
         R = self.plan.rows(T)
         ints = partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
-        ragged = Ragged(ints((R + 1,)), ints((R,)), ints((R, self.plan.pages_per_seq)), ints(()))
-        inputs = StepInputs(
-            ints((1, T)), ints((1, T)), ints((T,)), ints((R,)), ints((T,)), ints(()), ragged
-        )
+        tables = ints((R, self.plan.pages_per_seq))
+        inputs = StepArrays(ints((4, T)), ints((3, R + 1)), tables, ints((2,)))
         arguments = (*_abstract((self.params, self.kv, self.history)), inputs)
         return partial(forward_step, self.plan, self.family, self.cfg), (1,), arguments
 
     def _sample_program(self, R: int):
         logits = jax.ShapeDtypeStruct((R, self.cfg.vocab), self.plan.activation_dtype)
         inputs = pack_sampling(Step(), R, self.table, self._unused_arrays(R))
-        return sample, (1,), (logits, _abstract(self.history), _abstract(inputs))
+        return sample_step, (1,), (logits, _abstract(self.history), _abstract(inputs))
 
     def _decode_program(self, R: int):
         _, _, (params, kv, history, inputs) = self._forward_program(R)
@@ -239,7 +239,8 @@ class Runner:
         )
         drawing = pack_sampling(step, R, self.table, self._unused_arrays(R))
         sampled, self.history = self._programs["sample", R](logits, self.history, drawing)
-        return Launched(step, sampled, hidden, scores, time.monotonic())
+        reports, scored = bool(drawing.flags[3]), bool(inputs.counts[1])
+        return Launched(step, sampled, reports, scored, hidden, scores)
 
     def max_repeats(self, step: Step) -> int:
         """Tokens that a launch may draw for each row of a decoding step."""
@@ -258,7 +259,7 @@ class Runner:
             self.params, self.kv, self.history, inputs, drawing,
             pack_stops(step, R), np.int32(step.repeats),
         )  # fmt: skip
-        return Launched(step, Sampled(tokens, *(None,) * 4), None, None, time.monotonic())
+        return Launched(step, Sampled(tokens, *(None,) * 4), False, False, None, None)
 
     def _bucket(self, step: Step) -> int:
         """The smallest program that exists and holds the step."""
@@ -305,7 +306,13 @@ class Runner:
 
 
 def forward_step(
-    plan: Plan, family: Family, cfg: Any, params: Any, kv: KVCache, history: Array, x: StepInputs
+    plan: Plan,
+    family: Family,
+    cfg: Any,
+    params: Any,
+    kv: KVCache,
+    history: Array,
+    arrays: StepArrays,
 ) -> tuple[Array, KVCache, Array, tuple[Array, Array, Array, Array]]:
     """One step's forward pass.
 
@@ -313,6 +320,7 @@ def forward_step(
         Logits [R, V] after each sequence's last token, the cache, hidden states [T, D] and, if
         asked for, log-probabilities of the targets, as `logprobs_of`.
     """
+    x = arrays.unpack()
     logits, kv, hidden = next_logits(plan, family, cfg, params, kv, history, x)
 
     def head(h: Array) -> Array:
@@ -334,6 +342,11 @@ def next_logits(
     return logits, kv, hidden
 
 
+def sample_step(logits: Array, history: Array, arrays: SampleArrays) -> tuple[Sampled, Array]:
+    """`sample`, of arrays as they travel."""
+    return sample(logits, history, arrays.unpack())
+
+
 def decode_loop(
     plan: Plan,
     family: Family,
@@ -341,8 +354,8 @@ def decode_loop(
     params: Any,
     kv: KVCache,
     history: Array,
-    x: StepInputs,
-    drawing: SampleInputs,
+    arrays: StepArrays,
+    sampling: SampleArrays,
     stops: Array,
     repeats: Array,
 ) -> tuple[Array, KVCache, Array]:
@@ -354,6 +367,7 @@ def decode_loop(
     Returns:
         Tokens [decode_steps, R], of which `repeats` rows are drawn; the cache and the history.
     """
+    x, drawing = arrays.unpack(), sampling.unpack()
     R = drawing.lengths.shape[0]
 
     def unfinished(carry: tuple[Array, ...]) -> Array:

@@ -8,6 +8,7 @@ budget, in chunks.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
@@ -41,6 +42,7 @@ class Step:
     copies: list[tuple[int, int]] = field(default_factory=list)
     num_tokens: int = 0
     repeats: int = 1
+    pools: bool = False  # some row is of an embedding
 
 
 def wait_for_token(seq: Sequence, count: int) -> int:
@@ -101,15 +103,15 @@ class Scheduler:
         """The next step, of at most `budget` tokens and `max_rows` sequences."""
         step = Step()
         room = len(self.running) + len(self._slots) if max_rows is None else max_rows
-        for decoding in (True, False):
-            for seq in list(self.running):
-                preempted = seq.slot < 0
-                if (
-                    not preempted
-                    and (seq.length - seq.computed == 1) == decoding
-                    and len(step.rows) < room
-                ):
-                    self._extend(seq, step, budget)
+        prompts: list[Sequence] = []
+        for seq in list(self.running):
+            if len(seq.tokens) + seq.in_flight - seq.computed > 1:
+                prompts.append(seq)
+            elif seq.slot >= 0 and len(step.rows) < room:  # a victim of this very step has no slot
+                self._extend(seq, step, budget)
+        for seq in prompts:
+            if seq.slot >= 0 and len(step.rows) < room:
+                self._extend(seq, step, budget)
         while self.waiting and self._slots and len(step.rows) < room and step.num_tokens < budget:
             if not self._admit(self.waiting[0], step, budget):
                 break
@@ -143,9 +145,10 @@ class Scheduler:
     # ---- one sequence -----------------------------------------------------------------
 
     def _wanted(self, seq: Sequence, step: Step, budget: int) -> int:
-        count = min(seq.length - seq.computed, budget - step.num_tokens)
-        if seq.length >= seq.max_len and seq.computed >= seq.max_len - 1:
+        length = len(seq.tokens) + seq.in_flight
+        if length >= seq.max_len and seq.computed >= seq.max_len - 1:
             return 0  # every token it may have is read or on its way
+        count = min(length - seq.computed, budget - step.num_tokens)
         for limit in self._limits:
             count = min(count, limit(seq, count))
         return count
@@ -177,6 +180,7 @@ class Scheduler:
             seq.computed = 0
             return False
         self.waiting.popleft()
+        self._note_start(seq)
         self.pages.share(hits)
         seq.pages, seq.published = hits, len(hits)
         seq.slot = self._slots.pop()
@@ -184,11 +188,15 @@ class Scheduler:
         if self._prefix_caching and seq.uses_cache:
             self.prefix_queries += len(seq.tokens)
             self.prefix_hits += seq.computed
-        if seq.generation.metrics.first_scheduled_time is None:  # later hits are the request's own
-            seq.generation.num_cached_tokens = seq.computed
         self._reserve(seq, count, step)
         self._append(seq, count, step)
         return True
+
+    def _note_start(self, seq: Sequence) -> None:
+        metrics = seq.generation.metrics
+        if metrics.first_scheduled_time is None:  # a prefix hit after that is of the request's own
+            metrics.first_scheduled_time = time.monotonic()
+            seq.generation.num_cached_tokens = seq.computed
 
     def _match(self, seq: Sequence) -> list[int]:
         """Cached pages of the prompt's beginning; its last token is always computed."""
@@ -231,7 +239,9 @@ class Scheduler:
         step.num_tokens += count
         seq.computed += count
         seq.in_flight += samples
-        self.publish(seq)
+        step.pools |= not seq.samples
+        if count > 1:  # a decoded token is published when it is read
+            self.publish(seq)
         if seq.siblings and seq.computed >= seq.prompt_len - 1:
             self._fork_siblings(seq)
 
@@ -266,6 +276,7 @@ class Scheduler:
         child.keys, child.published = list(seq.keys), seq.published
         child.slot = self._slots.pop()
         self.running.append(child)
+        self._note_start(child)
 
     def _preempt(self, seq: Sequence) -> None:
         """Back to the head of the queue; what is cached of it will be matched again."""
