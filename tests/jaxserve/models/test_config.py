@@ -51,7 +51,7 @@ REFUSED = [
     ("deepseek_v3", {"scoring_func": "softmax"}, "scoring_func 'softmax'"),
     ("deepseek_v3", {"n_group": 3}, "num_groups=3"),
     ("deepseek_v3", {"kv_lora_rank": None}, "lacks 'kv_lora_rank'"),
-    ("llama", {"hidden_size": "64"}, "64"),
+    ("llama", {"intermediate_size": "96"}, "whole numbers, not {'mlp': '96'}"),
     ("llama", {"vocab_size": 320.5}, "whole numbers, not {'vocab': 320.5}"),
     ("gemma3_text", {"hidden_activation": "relu"}, "hidden_activation 'relu'"),
     ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention True"),
