@@ -117,27 +117,31 @@ def needs_history(seq: Sequence) -> bool:
 
 def pack_tokens(step: Step, T: int, R: int, table: SlotTable) -> StepArrays:
     """Arrays for the forward pass of a step whose rows have all been entered in `table`."""
-    tokens, rows = np.zeros((4, T), np.int32), np.zeros((3, R + 1), np.int32)
-    ids, positions, slots, targets = tokens
-    starts, kv_lens, last = rows
-    at = scored = 0
-    for r, row in enumerate(step.rows):
-        seq, start, end = row.seq, row.start, at + row.count
-        if row.count == 1:
-            ids[at] = seq.tokens[start] if start < len(seq.tokens) else -1
-            positions[at], slots[at] = start, seq.slot
-        else:
-            ids[at:end] = seq.tokens[start : start + row.count]
-            positions[at:end] = np.arange(start, start + row.count)
-            slots[at:end] = seq.slot
+    ids: list[int] = []
+    positions: list[int] = []
+    slots: list[int] = []
+    ends: list[int] = []
+    lens: list[int] = []
+    targets, scored = np.zeros(T, np.int32), 0
+    for row in step.rows:
+        seq, start, count = row.seq, row.start, row.count
+        stop = start + count
+        known = seq.tokens[start:stop]
         if seq.params.prompt_logprobs is not None and start < seq.prompt_len - 1:
-            following = seq.tokens[start + 1 : start + row.count + 1]
-            targets[at : at + len(following)] = following
+            following = seq.tokens[start + 1 : stop + 1]
+            targets[len(ids) : len(ids) + len(following)] = following
             scored = step.num_tokens
-        starts[r + 1], kv_lens[r], last[r] = end, start + row.count, end - 1
-        at = end
-    n = len(step.rows)
-    starts[n + 1 :] = at
+        ids += known or (-1,)
+        positions += range(start, stop)
+        slots += (seq.slot,) * count
+        ends.append(len(ids))
+        lens.append(stop)
+    n = len(ends)
+    tokens, rows = np.zeros((4, T), np.int32), np.zeros((3, R + 1), np.int32)
+    tokens[:3, : len(ids)] = ids, positions, slots
+    tokens[3] = targets
+    rows[0, 1 : n + 1], rows[0, n + 1 :] = ends, len(ids)
+    rows[1, :n], rows[2, :n] = lens, rows[0, 1 : n + 1] - 1
     tables = np.zeros((R, table.tables.shape[1]), np.int32)
     tables[:n] = table.tables[[row.seq.slot for row in step.rows]]
     return StepArrays(tokens, rows, tables, np.array((n, scored), np.int32))
