@@ -98,7 +98,7 @@ class LLM:
             runner, prefix_caching=self.engine_config.enable_prefix_caching, token_text=text
         )
         self._loop = EngineLoop(engine)
-        self._close = weakref.finalize(self, self._loop.close)  # on `del`, at exit, or by hand
+        self._close = weakref.finalize(self, _close, self._loop)  # on `del`, at exit, or by hand
         self._ids = itertools.count()
         self._asleep = False
         self._root = root_key(self.model_name, str(self.plan.dtype), "exact")
@@ -371,7 +371,7 @@ class LLM:
         self._runner.wait_until_warm()
         self._loop.call(lambda engine: engine.mark_warm())
         if self.engine_config.forbid_compile:
-            watch.forbid()
+            watch.forbid(self._loop)
 
     def sleep(self, level: int = 1) -> None:
         """Gives the cache's memory back, and at level 2 the weights' too.
@@ -451,6 +451,11 @@ class LLM:
             place=lambda x: jax.device_put(x, self._device),
             progress=self.engine_config.progress,
         )
+
+
+def _close(loop: EngineLoop) -> None:
+    watch.allow(loop)
+    loop.close()
 
 
 def _config(settings: dict[str, Any]) -> EngineConfig:

@@ -1,0 +1,95 @@
+"""Small engines over tiny checkpoints: served whole, or stepped by hand."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from jaxserve import LLM, SamplingParams
+from jaxserve.cache.page_manager import PageManager
+from jaxserve.engine.engine import Engine
+from jaxserve.engine.generation import Generation
+from jaxserve.engine.runner import Runner
+from jaxserve.testing import write_checkpoint
+from tests.jaxserve.engine.fake_runner import Watched
+
+SETTINGS: dict[str, Any] = {
+    "dtype": "float32",
+    "max_model_len": 128,
+    "max_num_seqs": 8,
+    "max_num_batched_tokens": 16,
+    "page_size": 8,
+    "background_compile": False,
+    "progress": False,
+}
+
+
+@functools.cache
+def checkpoint(model_type: str = "qwen3") -> Path:
+    """A tiny checkpoint with a tokenizer, written once."""
+    import atexit
+
+    folder = Path(tempfile.mkdtemp(prefix="jaxserve-engine-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return write_checkpoint(folder / model_type, model_type)
+
+
+def serve(folder: Path | None = None, **settings: Any) -> LLM:
+    """A served model of few and small programs."""
+    return LLM(folder or checkpoint(), **{**SETTINGS, **settings})
+
+
+class Limited:
+    """A runner that takes smaller steps than it could."""
+
+    def __init__(self, runner: Runner, max_tokens: int):
+        self._runner, self.max_tokens = runner, min(max_tokens, runner.max_tokens)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._runner, name)
+
+
+class Driver:
+    """An engine of its own over a served model's programs, stepped by hand: no thread, no clock.
+
+    Chunks, sequences and the pool may be smaller than the model's own; nothing is compiled.
+    """
+
+    def __init__(
+        self,
+        llm: LLM,
+        *,
+        budget: int | None = None,
+        num_pages: int | None = None,
+        max_num_seqs: int | None = None,
+        prefix_caching: bool = True,
+    ):
+        self._llm, plan = llm, llm.plan
+        runner: Any = Limited(llm._runner, budget or plan.max_num_batched_tokens)
+        text = llm.tokenizer.token_text if llm.tokenizer else str
+        self.engine = Engine(runner, prefix_caching=prefix_caching, token_text=text)
+        self.engine.pages = PageManager(num_pages or plan.num_pages, plan.page_size)
+        seqs = min(max_num_seqs or plan.max_num_seqs, plan.max_num_seqs)
+        self.engine.scheduler = Watched(self.engine.pages, seqs, prefix_caching=prefix_caching)
+
+    def add(
+        self, prompt: list[int], params: SamplingParams, pooling: str | None = None
+    ) -> Generation:
+        sequences = self._llm._sequences(prompt, params, None, None, pooling)
+        generation = sequences[0].generation
+        generation._abort = self.engine.abort
+        self.engine.add(sequences)
+        return generation
+
+    def step(self) -> None:
+        if self.engine.has_work:
+            self.engine.step()
+
+    def run(self) -> None:
+        """Steps until nothing is left to do."""
+        while self.engine.has_work:
+            self.engine.step()
+        assert self.engine.pages.num_free == self.engine.pages.num_pages, "a page leaked"
