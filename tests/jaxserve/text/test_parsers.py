@@ -195,9 +195,9 @@ def test_character_by_character(tools, thinking, text, expected):
 PAIRS = [*itertools.product([None, *TOOL_CALL_PARSERS], [None, *REASONING_PARSERS])]
 FRAGMENTS = [
     "<think>", "</think>", "<tool_call>", "</tool_call>", "<|python_tag|>", "[TOOL_CALLS]",
-    "<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>", SEP, "<|start|>", "<|end|>",
-    "<|channel|>", "<|message|>", "<|call|>", "analysis", "final", "to=functions.f", "f", "[ARGS]",
-    CALL, PARAMETERS, TEXT, "{", "}", " ", "\n", "word", "<", "|", '"', ";",
+    "<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>", SEP, "<|start|>",
+    "<|end|>", "<|channel|>", "<|message|>", "<|call|>", "analysis", "final", "to=functions.f", "f",
+    "[ARGS]", CALL, PARAMETERS, TEXT, "{", "}", " ", "\n", "word", "<", "|", '"', ";",
 ]  # fmt: skip
 
 
@@ -240,11 +240,11 @@ def test_the_prompt_tells_where_reasoning_begins(name, prompt, inside):
 
 
 def test_a_great_many_marks_at_once():
-    assert parse(make_parser("deepseek_v3"), ["<｜tool▁calls▁begin｜>" * 5000 + "x"]) == [
+    assert parse(make_parser("deepseek_v3"), ["<｜tool▁calls▁begin｜>" * 1000 + "x"]) == [
         content("x")
     ]
-    assert len(make_parser("hermes").push(f"<tool_call>{CALL}</tool_call>" * 5000)) == 5000
-    assert parse(make_parser("openai"), ["<|end|>" * 5000]) == []
+    assert len(make_parser("hermes").push(f"<tool_call>{CALL}</tool_call>" * 1000)) == 1000
+    assert parse(make_parser("openai"), ["<|end|>" * 1000]) == []
 
 
 def test_calls_have_ids_of_their_own():
