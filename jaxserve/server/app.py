@@ -30,6 +30,7 @@ from jaxserve.server.endpoint import Endpoint, Route
 from jaxserve.server.errors import as_api_error
 from jaxserve.server.gate import Gate, KeyCheck
 from jaxserve.server.metrics import Metrics
+from jaxserve.server.parsing import Notation
 from jaxserve.server.schema import openapi
 from jaxserve.server.state import Exchange, Limits, Server
 from jaxserve.server.wire import json_response
@@ -124,8 +125,7 @@ def create_app(
         gate=Gate(limits.max_concurrent_requests),
         metrics=Metrics(llm, names[0]),
         created=int(time.time()),
-        tool_call_parser=tool_call_parser,
-        reasoning_parser=reasoning_parser,
+        notation=Notation.of(llm.model_type, tool_call_parser, reasoning_parser),
     )
     keys = _names(api_key)
     app = Starlette(

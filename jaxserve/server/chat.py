@@ -21,12 +21,13 @@ from jaxserve.server.openai import (
     FunctionCall,
     FunctionDelta,
     JsonObjectFormat,
-    JsonSchemaFormat,
     MessageDelta,
     NamedTool,
+    TextFormat,
     ToolCall,
     ToolCallDelta,
 )
+from jaxserve.server.parsing import Reader
 from jaxserve.server.pieces import Answer, CallDelta, Piece, new_id
 from jaxserve.server.prompt import chat_prompt, conversation_of, effort_kwargs
 from jaxserve.server.state import Exchange, Server
@@ -41,9 +42,8 @@ async def chat_completions(exchange: Exchange, body: ChatRequest) -> Response:
     server = exchange.server
     model = server.check_model(body.model)
     tools = tool_use(body)
-    params = _params(body, tools)
-    parsers = tools.parsers(server, params.structured_outputs is not None)
-    turn = await begin(exchange, lambda: [_prompt(server, body, tools)], params, parsers)
+    params, reader = _plan(server, body, tools)
+    turn = await begin(exchange, lambda: [_prompt(server, body, tools)], params, reader)
     form = _Form(body, turn, server.llm.tokenizer, model)
     if body.stream:
         return EventStream(form.frames(), lambda error: frame(as_api_error(error).body("")))
@@ -75,7 +75,15 @@ def _prompt(server: Server, body: ChatRequest, tools: ToolUse) -> Prompt:
     )
 
 
-def _params(body: ChatRequest, tools: ToolUse) -> SamplingParams:
+def _plan(server: Server, body: ChatRequest, tools: ToolUse) -> tuple[SamplingParams, Reader]:
+    """How to sample, and how to read what is sampled."""
+    enforced = tools.constraint(server.notation)
+    params = _params(body, enforced or _format(body, tools))
+    constrained = params.structured_outputs is not None and enforced is None
+    return params, tools.reader(server.notation, constrained)
+
+
+def _params(body: ChatRequest, constraint: StructuredOutputs | None) -> SamplingParams:
     limits = {body.max_tokens, body.max_completion_tokens} - {None}
     if len(limits) > 1:
         raise RequestError("max_tokens and max_completion_tokens differ; send one", "max_tokens")
@@ -86,26 +94,30 @@ def _params(body: ChatRequest, tools: ToolUse) -> SamplingParams:
     if body.prompt_logprobs is not None and body.stream:
         raise RequestError("prompt_logprobs needs stream=false", "prompt_logprobs")
     return body.sampling_params(
-        constraint=_constraint(body, tools),
+        constraint=constraint,
         max_tokens=limits.pop() if limits else None,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         prompt_logprobs=body.prompt_logprobs,
     )
 
 
-def _constraint(body: ChatRequest, tools: ToolUse) -> StructuredOutputs | None:
+def _format(body: ChatRequest, tools: ToolUse) -> StructuredOutputs | None:
+    """What `response_format` asks for."""
     wanted = body.response_format
-    asked = None
+    if wanted is None or isinstance(wanted, TextFormat):
+        return None
+    refuse_beside_a_call(tools, "response_format")
     if isinstance(wanted, JsonObjectFormat):
-        asked = StructuredOutputs(json_object=True)
-    elif isinstance(wanted, JsonSchemaFormat):
-        asked = schema_constraint(wanted.json_schema.schema)
-    if asked is not None and tools.forced:
+        return StructuredOutputs(json_object=True)
+    return schema_constraint(wanted.json_schema.schema)
+
+
+def refuse_beside_a_call(tools: ToolUse, param: str) -> None:
+    """Refuses a format of the whole text where the whole text is, or may hold, a tool call."""
+    if tools.forced or tools.may_choose:
         raise RequestError(
-            "response_format and an enforced tool call both constrain the output; send one",
-            "response_format",
+            f"{param} leaves no room for tool calls; send tool_choice 'none', or no {param}", param
         )
-    return tools.constraint() or asked
 
 
 def schema_constraint(schema: dict) -> StructuredOutputs:

@@ -11,7 +11,7 @@ from typing import Any
 from starlette.responses import Response
 
 from jaxserve.errors import RequestError
-from jaxserve.request import SamplingParams
+from jaxserve.request import SamplingParams, StructuredOutputs
 from jaxserve.server.anthropic import (
     AnthropicMessage,
     AnthropicUsage,
@@ -53,9 +53,9 @@ async def messages(exchange: Exchange, body: MessagesRequest) -> Response:
     server = exchange.server
     model = server.check_model(body.model)
     tools = _tool_use(body)
-    params = _params(body, tools)
-    parsers = tools.parsers(server, constrained=False)
-    turn = await begin(exchange, lambda: [_prompt(server, body, tools)], params, parsers, "toolu_")
+    params = _params(body, tools.constraint(server.notation))
+    reader = tools.reader(server.notation, constrained=False)
+    turn = await begin(exchange, lambda: [_prompt(server, body, tools)], params, reader, "toolu_")
     form = _Form(turn, model)
     if body.stream:
         return EventStream(form.frames(), _error_frame)
@@ -76,7 +76,7 @@ def _error_frame(error: Exception) -> bytes:
     return frame(as_api_error(error).body("/v1/messages"), "error")
 
 
-def _params(body: MessagesRequest, tools: ToolUse) -> SamplingParams:
+def _params(body: MessagesRequest, constraint: StructuredOutputs | None) -> SamplingParams:
     given = {
         "max_tokens": body.max_tokens,
         "stop": body.stop_sequences,
@@ -84,7 +84,7 @@ def _params(body: MessagesRequest, tools: ToolUse) -> SamplingParams:
         "top_p": body.top_p,
         "top_k": body.top_k,
         "seed": body.seed,
-        "structured_outputs": tools.constraint(),
+        "structured_outputs": constraint,
     }
     return SamplingParams(**{k: v for k, v in given.items() if v is not None})
 

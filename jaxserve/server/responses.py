@@ -11,7 +11,7 @@ from starlette.responses import Response
 from jaxserve.errors import RequestError
 from jaxserve.request import SamplingParams, StructuredOutputs
 from jaxserve.server.blocks import Block, BlockEvent, Blocks
-from jaxserve.server.chat import schema_constraint
+from jaxserve.server.chat import refuse_beside_a_call, schema_constraint
 from jaxserve.server.errors import as_api_error
 from jaxserve.server.logprobs import chat_logprobs
 from jaxserve.server.openai import Function, TokenLogprob
@@ -24,7 +24,6 @@ from jaxserve.server.openai_responses import (
     InputMessage,
     InputTokensDetails,
     JsonObjectFormat,
-    JsonSchemaFormat,
     MessageItem,
     OutputItem,
     OutputText,
@@ -37,8 +36,10 @@ from jaxserve.server.openai_responses import (
     ResponsesRequest,
     ResponsesUsage,
     Status,
+    TextFormat,
     Texts,
 )
+from jaxserve.server.parsing import Reader
 from jaxserve.server.pieces import new_id
 from jaxserve.server.prompt import Conversation, chat_prompt, effort_kwargs, tool_call
 from jaxserve.server.state import Exchange, Server
@@ -53,9 +54,8 @@ async def responses(exchange: Exchange, body: ResponsesRequest) -> Response:
     server = exchange.server
     model = server.check_model(body.model)
     tools = _tool_use(body)
-    params = _params(body, tools)
-    parsers = tools.parsers(server, params.structured_outputs is not None)
-    turn = await begin(exchange, lambda: [_prompt(server, body, tools)], params, parsers)
+    params, reader = _plan(server, body, tools)
+    turn = await begin(exchange, lambda: [_prompt(server, body, tools)], params, reader)
     form = _Form(body, turn, server.llm.tokenizer, model, tools)
     if body.stream:
         return EventStream(form.frames(), form.error_frame)
@@ -79,31 +79,31 @@ def _tool_use(body: ResponsesRequest) -> ToolUse:
     )
 
 
-def _params(body: ResponsesRequest, tools: ToolUse) -> SamplingParams:
-    return body.sampling_params(
-        constraint=_constraint(body, tools),
+def _plan(server: Server, body: ResponsesRequest, tools: ToolUse) -> tuple[SamplingParams, Reader]:
+    """How to sample, and how to read what is sampled."""
+    enforced = tools.constraint(server.notation)
+    params = body.sampling_params(
+        constraint=enforced or _format(body, tools),
         max_tokens=body.max_output_tokens,
         logprobs=(body.top_logprobs or 0) if _wants_logprobs(body) else None,
     )
+    constrained = params.structured_outputs is not None and enforced is None
+    return params, tools.reader(server.notation, constrained)
 
 
 def _wants_logprobs(body: ResponsesRequest) -> bool:
     return body.top_logprobs is not None or "message.output_text.logprobs" in (body.include or ())
 
 
-def _constraint(body: ResponsesRequest, tools: ToolUse) -> StructuredOutputs | None:
+def _format(body: ResponsesRequest, tools: ToolUse) -> StructuredOutputs | None:
+    """What `text.format` asks for."""
     wanted = None if body.text is None else body.text.format
-    asked = None
+    if wanted is None or isinstance(wanted, TextFormat):
+        return None
+    refuse_beside_a_call(tools, "text.format")
     if isinstance(wanted, JsonObjectFormat):
-        asked = StructuredOutputs(json_object=True)
-    elif isinstance(wanted, JsonSchemaFormat):
-        asked = schema_constraint(wanted.schema)
-    if asked is not None and tools.forced:
-        raise RequestError(
-            "text.format and an enforced tool call both constrain the output; send one",
-            "text.format",
-        )
-    return tools.constraint() or asked
+        return StructuredOutputs(json_object=True)
+    return schema_constraint(wanted.schema)
 
 
 # ---- the conversation -------------------------------------------------------------------

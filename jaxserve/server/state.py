@@ -13,6 +13,7 @@ from jaxserve.errors import ConfigError
 from jaxserve.server.errors import ApiError
 from jaxserve.server.gate import Gate
 from jaxserve.server.metrics import Metrics
+from jaxserve.server.parsing import Notation
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Server:
     Attributes:
         llm: the engine's facade.
         names: what requests may call the model; answers use the first.
+        notation: how the model writes reasoning and tool calls.
         created: when the app was made, in seconds since the epoch.
         workers: threads that tokenise and submit.
         compilers: threads for requests whose grammar must be compiled first.
@@ -55,8 +57,7 @@ class Server:
     gate: Gate
     metrics: Metrics
     created: int
-    tool_call_parser: str | None = None
-    reasoning_parser: str | None = None
+    notation: Notation
     workers: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(4, "submit"))
     compilers: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(4, "grammar"))
 

@@ -1,23 +1,22 @@
 """Tool calls: which are allowed, how they are enforced, and how they are read back.
 
 A tool that must be called (`required`, or one that is named) is enforced by a JSON schema on the
-whole output, which works for any model. With `auto` the model writes calls in its own notation
-and the model's parser reads them.
+whole output, which works for any model. With `auto` the model writes calls in its own notation and
+the model's parser reads them; `strict` then becomes a grammar of text with such calls in it.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from jaxserve.errors import RequestError
 from jaxserve.request import StructuredOutputs
 from jaxserve.server.openai import Function
-from jaxserve.server.parsing import model_parser, tool_parser_missing
-from jaxserve.server.pieces import CallDelta, FirstCallOnly, Parsed, Parser, Plain
-from jaxserve.server.state import Server
+from jaxserve.server.parsing import PLAIN, Notation, Reader
+from jaxserve.server.pieces import CallDelta, FirstCallOnly, Parsed
 
 
 @dataclass(frozen=True)
@@ -56,9 +55,7 @@ class ToolUse:
             )
         if len(set(names)) < len(names):
             raise RequestError(f"tools have the same name twice: {names}", "tools")
-        use = cls(functions, wanted, parallel is not False, named is not None)
-        use._check_strict()
-        return use
+        return cls(functions, wanted, parallel is not False, named is not None)
 
     @property
     def forced(self) -> bool:
@@ -71,48 +68,61 @@ class ToolUse:
             return None
         return [{"type": "function", "function": _plain(f)} for f in self.functions]
 
-    def constraint(self) -> StructuredOutputs | None:
-        """The schema that enforces a call; None if nothing is enforced."""
+    @property
+    def may_choose(self) -> bool:
+        """Whether the model decides if a tool is called."""
+        return self.choice == "auto" and not self.named and bool(self.functions)
+
+    def constraint(self, notation: Notation) -> StructuredOutputs | None:
+        """What enforces a call, or the arguments of strict functions; None if nothing does."""
         if self.named:
             (function,) = (f for f in self.functions if f.name == self.choice)
-            return StructuredOutputs(json=json.dumps(_parameters(function)))
+            return StructuredOutputs(json=json.dumps(_parameters(function) | _COMPACT))
         if self.forced:
             return StructuredOutputs(json=json.dumps(_calls_schema(self.functions, self.parallel)))
-        return None
+        strict = [i for i, function in enumerate(self.functions) if function.strict]
+        if not (self.may_choose and strict):
+            return None
+        if notation.tools != "hermes":
+            name = self.functions[strict[0]].name
+            raise RequestError(
+                f"tools[{strict[0]}] ({name!r}): strict=true cannot be honoured in this model's "
+                "notation of calls; send tool_choice 'required', name the function, or drop strict",
+                f"tools[{strict[0]}].function.strict",
+            )
+        return StructuredOutputs(grammar=_hermes_grammar(self.functions, self.parallel))
 
-    def parsers(self, server: Server, constrained: bool) -> Callable[[], Parser]:
-        """What makes a parser for each choice.
+    def reader(self, notation: Notation, constrained: bool) -> Reader:
+        """What reads the answers.
 
         Args:
             constrained: whether the request constrains the output in another way; such an output
                 is plain text from its first character.
         """
         if self.named:
-            return lambda: NamedCall(self.choice)
+            return Reader(lambda prompt: NamedCall(self.choice))
         if self.forced:
-            return ListedCalls
-        with_tools = self.choice == "auto" and bool(self.functions)
-        if constrained and with_tools:
+            return Reader(lambda prompt: ListedCalls())
+        if constrained and self.may_choose:
             raise RequestError(
                 "a constrained output leaves no room for tool calls; send tool_choice 'none', or "
-                "no response_format",
+                "no constraint",
                 "tools",
             )
         if constrained:
-            return Plain
-        if with_tools and (why := tool_parser_missing(server)):
-            raise RequestError(why, "tools")
-        make = model_parser(server, self.for_template() if with_tools else None)
-        return make if self.parallel else lambda: FirstCallOnly(make())
-
-    def _check_strict(self) -> None:
-        for i, function in enumerate(self.functions):
-            if function.strict and self.choice == "auto":
-                raise RequestError(
-                    f"tools[{i}] ({function.name!r}): strict=true is honoured when the call is "
-                    "enforced; send tool_choice 'required' or name the function, or drop strict",
-                    f"tools[{i}].function.strict",
-                )
+            return PLAIN
+        if self.may_choose and notation.tools is None:
+            raise RequestError(
+                "this server cannot tell how the model writes tool calls; start it with "
+                "--tool-call-parser, or enforce a call by tool_choice",
+                "tools",
+            )
+        reader = notation.reader(with_tools=self.may_choose)
+        if self.parallel or not self.may_choose:
+            return reader
+        return Reader(
+            lambda prompt: FirstCallOnly(reader.make(prompt)), reader.needs_special_tokens
+        )
 
 
 def _plain(function: Function) -> dict[str, Any]:
@@ -127,12 +137,19 @@ def _parameters(function: Function) -> dict[str, Any]:
     return function.parameters or {"type": "object", "properties": {}}
 
 
+_COMPACT = {
+    "x-guidance": {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+}
+"""Writes JSON as `json.dumps` does: a model forced into white space may never leave it."""
+
+
 def _calls_schema(functions: Sequence[Function], parallel: bool) -> dict[str, Any]:
     """A list of calls. Each function's schema moves under `$defs`, and its references with it."""
     schema: dict[str, Any] = {
         "type": "array",
         "minItems": 1,
         "items": {"anyOf": [_call_schema(f) for f in functions]},
+        **_COMPACT,
         "$defs": {f.name: _moved(_parameters(f), f"#/$defs/{f.name}") for f in functions},
     }
     if not parallel:
@@ -164,6 +181,18 @@ def _moved(schema: Any, root: str) -> Any:
         else _moved(value, root)
         for key, value in schema.items()
     }
+
+
+def _hermes_grammar(functions: Sequence[Function], parallel: bool) -> str:
+    """Text in which every `<tool_call>` is followed by a valid call, in llguidance's Lark."""
+    calls = " | ".join(f"call_{i}" for i in range(len(functions)))
+    rules = [f"start: ({calls}){'*' if parallel else '?'} text", "text: TEXT", "TEXT: /(.|\\n)*/"]
+    rules.append('opened[lazy]: TEXT "<tool_call>"')
+    for i, function in enumerate(functions):
+        head = json.dumps(f'\n{{"name": {json.dumps(function.name)}, "arguments": ')
+        schema = json.dumps(_parameters(function) | _COMPACT)
+        rules.append(f'call_{i}: opened {head} %json {schema} "}}\\n</tool_call>"')
+    return "\n".join(rules)
 
 
 class NamedCall:

@@ -15,7 +15,8 @@ from jaxserve.errors import EngineError
 from jaxserve.request import CompletionOutput, SamplingParams
 from jaxserve.server.metrics import Metrics
 from jaxserve.server.openai import PromptTokensDetails, Usage
-from jaxserve.server.pieces import Answer, Parser, Piece, Plain, new_id
+from jaxserve.server.parsing import PLAIN, Reader
+from jaxserve.server.pieces import Answer, Parser, Piece, new_id
 from jaxserve.server.state import Exchange
 
 
@@ -38,7 +39,7 @@ class Turn:
         self,
         generations: Sequence[Generation],
         n: int,
-        parsers: Callable[[], Parser],
+        reader: Reader,
         metrics: Metrics,
         call_prefix: str,
     ):
@@ -47,7 +48,9 @@ class Turn:
         self.completion_tokens = 0
         self.reasoning_tokens = 0
         self._n = n
-        self._choices = [_Choice(parsers(), call_prefix) for _ in range(n * len(generations))]
+        self._choices = [
+            _Choice(reader.make(g.prompt), call_prefix) for g in generations for _ in range(n)
+        ]
         self._clocks = [metrics.clock(len(g.prompt_token_ids), n) for g in generations]
         self._unfinished = [n] * len(generations)
 
@@ -140,7 +143,7 @@ async def begin(
     exchange: Exchange,
     prepare: Callable[[], list[Prompt]],
     params: SamplingParams,
-    parsers: Callable[[], Parser] = Plain,
+    reader: Reader = PLAIN,
     call_prefix: str = "call_",
 ) -> Turn:
     """Prepares the prompts and submits them; the turn is aborted when the exchange ends.
@@ -150,6 +153,8 @@ async def begin(
     plain request.
     """
     server = exchange.server
+    if reader.needs_special_tokens:
+        params = replace(params, skip_special_tokens=False)
 
     def work() -> list[Generation]:
         return _submit(server.llm, prepare(), params)
@@ -161,7 +166,7 @@ async def begin(
     except asyncio.CancelledError:
         job.add_done_callback(_abort_orphans)  # the thread may still be submitting
         raise
-    turn = Turn(generations, params.n, parsers, server.metrics, call_prefix)
+    turn = Turn(generations, params.n, reader, server.metrics, call_prefix)
     exchange.stack.callback(turn.abort)
     exchange.stack.callback(server.gate.hold(turn.cut))
     return turn
