@@ -125,7 +125,7 @@ def _read(
         x = read(shards.get, name, cfg)
     except CheckpointError:
         raise
-    except ValueError as error:  # the hook's own reshape
+    except (IndexError, ValueError) as error:  # the hook's own reshape
         raise CheckpointError(f"{name} does not fit config.json: {error}") from None
     if x.shape != shape:
         raise CheckpointError(

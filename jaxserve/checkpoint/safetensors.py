@@ -7,6 +7,7 @@ a memory map counts twice against the host memory that loading may take.
 from __future__ import annotations
 
 import json
+import math
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +64,11 @@ class Shards:
                 f"{name} in {t.path.name} has shape {list(t.shape)}, "
                 f"but config.json asks for {list(out.shape)}"
             )
+        if t.dtype != out.dtype and t.dtype.name not in _EXPONENT:
+            raise CheckpointError(
+                f"{name} in {t.path.name} has type {t.dtype.name}: it is quantised in a way that "
+                "is not supported"
+            )
         flat = out.reshape(-1)
         with t.path.open("rb") as file:
             file.seek(t.start)
@@ -75,7 +81,13 @@ class Shards:
                         f"{name} in {t.path.name} holds NaN or infinity; it cannot be served"
                     )
                 if raw is not part:
-                    part[...] = raw.astype(out.dtype)
+                    with np.errstate(over="ignore"):
+                        part[...] = raw.astype(out.dtype)
+                    if not _finite(part):
+                        raise CheckpointError(
+                            f"{name} in {t.path.name} exceeds {out.dtype.name}; "
+                            "load it as bfloat16 or float32"
+                        )
 
     def get(self, name: str) -> np.ndarray:
         """A tensor in its own type and shape."""
@@ -95,7 +107,10 @@ class Shards:
 def _paths(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{index} is damaged: {error!r}; download it again") from None
         if missing := [name for name in names if not (folder / name).exists()]:
             raise CheckpointError(
                 f"{folder} lacks {len(missing)} of {len(names)} shards: {', '.join(missing[:4])}"
@@ -118,8 +133,8 @@ def _header(path: Path) -> dict[str, Tensor]:
                 f"{path} is truncated or no safetensors file: {size} bytes; download it again"
             )
         try:
-            entries = json.loads(file.read(length))
-        except ValueError as error:
+            entries = dict(json.loads(file.read(length)))
+        except (TypeError, ValueError) as error:
             raise CheckpointError(
                 f"{path} has a damaged header: {error}; download it again"
             ) from None
@@ -127,19 +142,25 @@ def _header(path: Path) -> dict[str, Tensor]:
     return {name: _tensor(path, name, entry, 8 + length, size) for name, entry in entries.items()}
 
 
-def _tensor(path: Path, name: str, entry: dict[str, Any], base: int, size: int) -> Tensor:
-    if entry["dtype"] not in DTYPES:
-        raise CheckpointError(
-            f"{name} in {path.name} has type {entry['dtype']}; known: {', '.join(DTYPES)}"
-        )
-    begin, end = entry["data_offsets"]
+def _tensor(path: Path, name: str, entry: Any, base: int, size: int) -> Tensor:
+    try:
+        kind, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        count, sane = math.prod(shape), min(*shape, begin, end - begin) >= 0
+    except (KeyError, TypeError, ValueError):
+        raise _damaged(path, name, entry) from None
+    if kind not in DTYPES:
+        raise CheckpointError(f"{name} in {path.name} has type {kind}; known: {', '.join(DTYPES)}")
+    if not sane or count * np.dtype(DTYPES[kind]).itemsize != end - begin:
+        raise _damaged(path, name, entry)
     if base + end > size:
         raise CheckpointError(
             f"{path} is truncated: {name} ends at byte {base + end} of {size}; download it again"
         )
-    return Tensor(
-        path, np.dtype(DTYPES[entry["dtype"]]), tuple(entry["shape"]), base + begin, end - begin
-    )
+    return Tensor(path, np.dtype(DTYPES[kind]), shape, base + begin, end - begin)
+
+
+def _damaged(path: Path, name: str, entry: Any) -> CheckpointError:
+    return CheckpointError(f"{name} in {path.name} has a damaged entry {entry}; download it again")
 
 
 def _splits(stored: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
@@ -155,6 +176,7 @@ def _splits(stored: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
 
 
 _EXPONENT = {
+    "float64": (np.uint64, 0x7FF0000000000000),
     "float32": (np.uint32, 0x7F800000),
     "bfloat16": (np.uint16, 0x7F80),
     "float16": (np.uint16, 0x7C00),
