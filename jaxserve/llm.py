@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import hashlib
-import itertools
 import logging
 import math
-import sys
 import time
 import weakref
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,33 +16,28 @@ import jax
 import numpy as np
 
 from jaxserve import plan as planning
-from jaxserve.cache.page_manager import root_key
 from jaxserve.checkpoint import hf, hub
 from jaxserve.config import EngineConfig
-from jaxserve.engine.batch import check_sampling
 from jaxserve.engine.compile_watch import keep_programs, watch
 from jaxserve.engine.engine import Engine, EngineStats
 from jaxserve.engine.generation import Generation
 from jaxserve.engine.loop import EngineLoop
+from jaxserve.engine.progress import Progress
 from jaxserve.engine.runner import Runner
 from jaxserve.engine.sequence import Sequence as Seq
 from jaxserve.errors import ConfigError, EngineError, RequestError
+from jaxserve.intake import Intake, Prompt, as_prompts, per_prompt
 from jaxserve.models.family import family
 from jaxserve.request import (
     CompletionOutput,
     EmbeddingOutput,
-    RequestMetrics,
     RequestOutput,
     SamplingParams,
 )
-from jaxserve.text.detokenize import Detokenizer
 from jaxserve.text.tokenizer import Tokenizer
 from sharding.tree import initialise, is_weight, unstack
 
 log = logging.getLogger(__name__)
-
-Prompt = str | Sequence[int] | Mapping[str, Any]
-"""Text, token ids, or vLLM's `{"prompt": ...}` and `{"prompt_token_ids": [...]}`."""
 
 
 class LLM:
@@ -87,7 +79,7 @@ class LLM:
         )
         self._folder, self._device = folder, device
         runner = Runner(self.plan, self._family, self.model_config, self._weights(), device)
-        self._progress = _Progress(self.plan, self.engine_config.progress, started)
+        self._progress = Progress(self.plan, self.engine_config.progress, started)
         self._progress.say(f"{self.model_name}: {self.plan.describe()}")
         runner.warm_up(
             background=self.engine_config.background_compile, on_program=self._progress.program
@@ -99,9 +91,15 @@ class LLM:
         )
         self._loop = EngineLoop(engine)
         self._close = weakref.finalize(self, _close, self._loop)  # on `del`, at exit, or by hand
-        self._ids = itertools.count()
         self._asleep = False
-        self._root = root_key(self.model_name, str(self.plan.dtype), "exact")
+        self._intake = Intake(
+            self.plan,
+            self.model_config.vocab,
+            self.tokenizer,
+            self.model_name,
+            self.engine_config.seed,
+            self._loop.abort,
+        )
         if not self.engine_config.background_compile:
             self.wait_until_warm()
 
@@ -119,9 +117,9 @@ class LLM:
         Raises:
             RequestError: a prompt or a parameter cannot be honoured; nothing has been started.
         """
-        many = _as_prompts(prompts)
-        params = _per_prompt(sampling_params, len(many))
-        requests = [self._request(p, s) for p, s in zip(many, params, strict=True)]
+        many = as_prompts(prompts)
+        params = per_prompt(sampling_params, len(many))
+        requests = [self._prepare(p, s) for p, s in zip(many, params, strict=True)]
         return self._collect([self._start(request) for request in requests])
 
     def chat(
@@ -134,7 +132,8 @@ class LLM:
 
         Args:
             messages: `[{"role": ..., "content": ...}, ...]`, or a list of such lists.
-            template: `tools`, `add_generation_prompt` and whatever the template itself reads.
+            template: what `jaxserve.text.chat.render_chat` takes: `tools`,
+                `add_generation_prompt`, `chat_template_kwargs`.
         """
         many = messages if messages and isinstance(messages[0], (list, tuple)) else [messages]
         prompts = [{"prompt_token_ids": self.encode_chat(m, **template)} for m in many]
@@ -142,12 +141,7 @@ class LLM:
 
     def encode_chat(self, messages: Sequence[Any], **template: Any) -> list[int]:
         """The token ids that the model's chat template makes of a conversation."""
-        from jaxserve.text.chat import render_chat
-
-        tokenizer = self._need_tokenizer()
-        return tokenizer.encode(
-            render_chat(tokenizer, messages, **template), add_special_tokens=False
-        )
+        return self._intake.chat(messages, **template)
 
     def stream(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None
@@ -156,21 +150,19 @@ class LLM:
 
         Leaving the loop early aborts the request.
         """
-        return iter(self._start(self._request(prompt, sampling_params or SamplingParams())))
+        return iter(self._start(self._prepare(prompt, sampling_params)))
 
     async def generate_async(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None
     ) -> RequestOutput:
         """`generate` of one prompt for an event loop; cancelling the task aborts the request."""
-        return await self._start(
-            self._request(prompt, sampling_params or SamplingParams())
-        ).aresult()
+        return await self._start(self._prepare(prompt, sampling_params)).aresult()
 
     def stream_async(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None
     ) -> AsyncIterator[CompletionOutput]:
         """`stream` for an event loop."""
-        return aiter(self._start(self._request(prompt, sampling_params or SamplingParams())))
+        return aiter(self._start(self._prepare(prompt, sampling_params)))
 
     def submit(
         self,
@@ -186,7 +178,11 @@ class LLM:
             RequestError: it cannot be honoured.
             EngineError: the engine sleeps or has been shut down.
         """
-        return self._start(self._sequences(list(prompt_token_ids), params, request_id, prompt))
+        return self._start(
+            self._intake.sequences(
+                list(prompt_token_ids), params, request_id=request_id, prompt=prompt
+            )
+        )
 
     def _collect(self, generations: list[Generation]) -> list[RequestOutput]:
         try:
@@ -206,7 +202,7 @@ class LLM:
         Raises:
             RequestError: as `generate`, or a pooling other than "last" and "mean".
         """
-        ids = [self._token_ids(p)[0] for p in _as_prompts(prompts)]
+        ids = [self._intake.token_ids(p)[0] for p in as_prompts(prompts)]
         return self.embed(ids, pooling)
 
     def embed(
@@ -217,7 +213,7 @@ class LLM:
         if pooling not in ("last", "mean"):
             raise RequestError(f"pooling={pooling!r} must be 'last' or 'mean'", "pooling")
         groups = [
-            self._sequences(list(ids), SamplingParams(), None, None, pooling) for ids in prompts
+            self._intake.sequences(list(ids), SamplingParams(), pooling=pooling) for ids in prompts
         ]
         generations = [self._start(group) for group in groups]
         self._collect(generations)
@@ -227,15 +223,9 @@ class LLM:
         self, text_1: Prompt, text_2: Prompt | Sequence[Prompt], pooling: str = "mean"
     ) -> list[float]:
         """Cosine similarity of one text with each of others, by their embeddings."""
-        first, *others = self.encode([text_1, *_as_prompts(text_2)], pooling)
+        first, *others = self.encode([text_1, *as_prompts(text_2)], pooling)
         unit = [np.asarray(o.embedding) / np.linalg.norm(o.embedding) for o in (first, *others)]
         return [float(unit[0] @ other) for other in unit[1:]]
-
-    # ---- requests -------------------------------------------------------------------------
-
-    def _request(self, prompt: Prompt, params: SamplingParams) -> list[Seq]:
-        ids, text = self._token_ids(prompt)
-        return self._sequences(ids, params, None, text)
 
     def _start(self, sequences: list[Seq]) -> Generation:
         if self._asleep:
@@ -243,109 +233,9 @@ class LLM:
         self._loop.submit(sequences)
         return sequences[0].generation
 
-    def _token_ids(self, prompt: Prompt) -> tuple[list[int], str | None]:
-        if isinstance(prompt, Mapping):
-            if "prompt_token_ids" in prompt:
-                return list(prompt["prompt_token_ids"]), prompt.get("prompt")
-            prompt = prompt.get("prompt")  # type: ignore[assignment]
-        if isinstance(prompt, str):
-            return self._need_tokenizer().encode(prompt), prompt
-        if isinstance(prompt, Sequence):
-            return list(prompt), None
-        raise RequestError(
-            f"a prompt must be text or token ids, not {type(prompt).__name__}", "prompt"
-        )
-
-    def _sequences(
-        self,
-        ids: list[int],
-        params: SamplingParams,
-        request_id: str | None,
-        prompt: str | None,
-        pooling: str | None = None,
-    ) -> list[Seq]:
-        """The sequences of a request, checked."""
-        self._check(ids, params, pooling)
-        number = next(self._ids)
-        metrics = RequestMetrics(arrival_time=time.monotonic())
-        name = request_id or f"request-{number}"
-        generation = Generation(name, ids, params.n, metrics, self._loop.abort, prompt)
-        seed = (self.engine_config.seed, number) if params.seed is None else (params.seed,)
-        limit = len(ids) + 1 if pooling else min(
-            self.max_model_len, len(ids) + (params.max_tokens or self.max_model_len)
-        )  # fmt: skip
-        grammar = self._grammar(params)
-        return [
-            Seq(
-                tokens=list(ids),
-                prompt_len=len(ids),
-                params=params,
-                generation=generation,
-                root=self._root,
-                index=i,
-                seed=_seed(*seed, i),
-                max_len=limit,
-                stop_ids=self._stop_ids(params),
-                pooling=pooling,
-                matcher=grammar.matcher() if grammar else None,
-                text=self._detokenizer(ids, params),
-            )
-            for i in range(params.n)
-        ]
-
-    def _check(self, ids: list[int], params: SamplingParams, pooling: str | None) -> None:
-        vocab = self.model_config.vocab
-        if not ids:
-            raise RequestError("the prompt is empty; give at least one token", "prompt")
-        for token in ids:
-            if not isinstance(token, int) or not 0 <= token < vocab:
-                raise RequestError(
-                    f"the prompt holds token {token!r}; ids go from 0 to {vocab - 1}", "prompt"
-                )
-        room = self.max_model_len - len(ids)
-        if room < (0 if pooling else 1):
-            raise RequestError(
-                f"the prompt has {len(ids)} tokens, the context {self.max_model_len}; shorten it, "
-                "or raise max_model_len",
-                "prompt",
-            )
-        if not pooling and params.max_tokens is not None and params.max_tokens > room:
-            raise RequestError(
-                f"max_tokens={params.max_tokens} and a prompt of {len(ids)} tokens exceed the "
-                f"context of {self.max_model_len}; ask for at most {room}",
-                "max_tokens",
-            )
-        if params.stop and self.tokenizer is None:
-            raise RequestError("stop needs a tokenizer; this engine serves token ids only", "stop")
-        check_sampling(params, vocab)
-
-    def _grammar(self, params: SamplingParams) -> Any:
-        if params.structured_outputs is None:
-            return None
-        from jaxserve.text.grammar import compile_grammar
-
-        return compile_grammar(self._need_tokenizer(), params.structured_outputs)
-
-    def _stop_ids(self, params: SamplingParams) -> frozenset[int]:
-        stop = frozenset(params.stop_token_ids)
-        if self.tokenizer is None or params.ignore_eos:
-            return stop
-        return stop | self.tokenizer.eos_token_ids
-
-    def _detokenizer(self, ids: list[int], params: SamplingParams) -> Detokenizer | None:
-        if self.tokenizer is None:
-            return None
-        return Detokenizer(
-            self.tokenizer, ids, params.stop, params.include_stop_str_in_output,  # type: ignore[arg-type]
-            params.skip_special_tokens, params.min_tokens,
-        )  # fmt: skip
-
-    def _need_tokenizer(self) -> Tokenizer:
-        if self.tokenizer is None:
-            raise RequestError(
-                "this engine was started with tokenizer=False; give token ids", "prompt"
-            )
-        return self.tokenizer
+    def _prepare(self, prompt: Prompt, params: SamplingParams | None) -> list[Seq]:
+        ids, text = self._intake.token_ids(prompt)
+        return self._intake.sequences(ids, params or SamplingParams(), prompt=text)
 
     # ---- state ----------------------------------------------------------------------------
 
@@ -471,54 +361,3 @@ def _tokenizer(folder: Path, asked: str | Path | bool | None, vocab: int) -> Tok
     tokenizer = Tokenizer.from_folder(folder if asked in (None, True) else hub.resolve(asked))  # type: ignore[arg-type]
     tokenizer.check_vocab(vocab)
     return tokenizer
-
-
-def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, (str, Mapping)) or (prompts and isinstance(prompts[0], int)):
-        return [prompts]  # type: ignore[list-item]
-    return list(prompts)  # type: ignore[arg-type]
-
-
-def _per_prompt(
-    params: SamplingParams | Sequence[SamplingParams] | None, n: int
-) -> list[SamplingParams]:
-    if params is None or isinstance(params, SamplingParams):
-        return [params or SamplingParams()] * n
-    if len(params) != n:
-        raise RequestError(
-            f"{len(params)} sampling_params for {n} prompts; give one or as many", "sampling_params"
-        )
-    return list(params)
-
-
-def _seed(*parts: int) -> tuple[int, int]:
-    """Two 32-bit words out of a seed and what tells completions apart."""
-    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
-    return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
-
-
-class _Progress:
-    """Start-up as the user sees it: the plan, and one line that counts programs."""
-
-    def __init__(self, plan: planning.Plan, shown: bool, started: float):
-        self._plan, self._shown, self._started = plan, shown, started
-        self._done, self._compiled_before = 0, watch.compiled - watch.loaded
-
-    def say(self, text: str, end: str = "\n") -> None:
-        log.info("%s", text)
-        if self._shown:
-            print(f"jaxserve: {text}", file=sys.stderr, end=end, flush=True)
-
-    def program(self, name: str, seconds: float) -> None:
-        """Notes that a program exists."""
-        self._done += 1
-        log.info("program %s ready after %.2f s", name, seconds)
-        if self._done == self._plan.num_programs:
-            fresh = watch.compiled - watch.loaded - self._compiled_before
-            elapsed = time.monotonic() - self._started
-            self.say(
-                f"{self._done} programs ready {elapsed:.1f} s after start, "
-                f"{max(fresh, 0)} of them compiled, the rest from the cache"
-            )
-        elif self._shown and sys.stderr.isatty():
-            self.say(f"{self._done}/{self._plan.num_programs} programs ({name})", end="\r")

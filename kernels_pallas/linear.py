@@ -24,7 +24,7 @@ def linear(x: Array, *weights: Weight, num_in: int = 1) -> Array | tuple[Array, 
         [..., *out] for each weight, in a tuple if there are several.
     """
     outs = tuple(_product(x, as_array(w), num_in) for w in weights)
-    return outs if len(outs) > 1 else outs[0]
+    return outs if len(weights) > 1 else outs[0]
 
 
 def _product(x: Array, w: Array, num_in: int) -> Array:

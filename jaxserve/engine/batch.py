@@ -64,8 +64,9 @@ class SampleArrays(NamedTuple):
     def unpack(self) -> SampleInputs:
         slots, lengths, prompt_lens, top_k = self.ints.T[:4]
         seeds = lax.bitcast_convert_type(self.ints[:, 4:], jnp.uint32)
-        rest = (self.bias_ids, self.bias, self.mask, *self.flags)
-        return SampleInputs(slots, lengths, prompt_lens, top_k, seeds, *self.floats.T, *rest)
+        extras = (self.bias_ids, self.bias, self.mask, *self.flags)
+        fields = (slots, lengths, prompt_lens, top_k, seeds, *self.floats.T, *extras)
+        return SampleInputs._make(fields)
 
 
 class SlotTable:
@@ -164,7 +165,7 @@ def pack_sampling(step: Step, R: int, table: SlotTable, unused: dict[str, Any]) 
     if not all(drawing := [row.samples for row in rows]):
         idle = np.flatnonzero(~np.array(drawing))
         ints[idle, 0], floats[idle, 0] = table.tables.shape[0], 0.0
-    flags = table.flags[index].any(0) if n else np.zeros(4, bool)
+    flags = np.any(table.flags[index], axis=0)
     arrays = dict(unused)
     if flags[1]:
         arrays["bias_ids"] = _rows(table.bias_ids, index, R)

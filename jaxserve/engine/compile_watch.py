@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -53,7 +54,7 @@ class CompileWatch:
         if event == _HIT:
             self.loaded += 1
 
-    def _on_duration(self, event: str, duration: float, **_: object) -> None:
+    def _on_duration(self, event: str, _duration: float, /, **_: Any) -> None:
         if event != _COMPILED:
             return
         self.compiled += 1

@@ -48,11 +48,11 @@ class SampleInputs(NamedTuple):
 
 
 class Sampled(NamedTuple):
-    tokens: Array  # int32 [R]; -1: the logits were not finite
-    logprob: Array  # float32 [R]
-    rank: Array  # int32 [R], 1 is the most likely
-    top_ids: Array  # int32 [R, MAX_LOGPROBS]
-    top_logprobs: Array  # float32 [R, MAX_LOGPROBS]
+    tokens: Any  # int32 [R]; -1: the logits were not finite
+    logprob: Any  # float32 [R]
+    rank: Any  # int32 [R], 1 is the most likely
+    top_ids: Any  # int32 [R, MAX_LOGPROBS]
+    top_logprobs: Any  # float32 [R, MAX_LOGPROBS]
 
 
 def sample(logits: Array, history: Array, x: SampleInputs) -> tuple[Sampled, Array]:

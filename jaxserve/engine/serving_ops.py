@@ -46,7 +46,7 @@ def _native(num_rows: Array, dtype: Any, batch: Ragged | None) -> Ops:
             y.astype(x.dtype).reshape(*lead, *w.shape[: len(w.shape) - num_in])
             for y, w in zip(ys, weights, strict=True)
         )
-        return outs if len(outs) > 1 else outs[0]
+        return outs if len(weights) > 1 else outs[0]
 
     def gated_linear(x: Array, w_gate: Weight, w_up: Weight, *, activation: str) -> Array:
         (gate, layer), (up, _) = _layer(w_gate), _layer(w_up)

@@ -249,12 +249,12 @@ def test_a_tainted_cache_answers_nobody_else():
     llm = served("auto", 8)
     driver = Driver(llm)
     asked = Asked(36, "greedy")
-    exact, llm._root = llm._root, root_key("approximate")
+    exact, llm._intake.root = llm._intake.root, root_key("approximate")
     try:
         driver.add(asked.prompt, asked.params)
         driver.run()
     finally:
-        llm._root = exact
+        llm._intake.root = exact
     generation = driver.add(asked.prompt, asked.params)
     driver.run()
     assert generation.num_cached_tokens == 0
