@@ -61,8 +61,13 @@ def report(name: str, best: dict[str, float], *, gbytes: float = 0, gflops: floa
     print(json.dumps(line), flush=True)
 
 
+@functools.partial(jax.jit, static_argnames=("shape", "dtype", "scale"))
+def _normal(key, shape, dtype, scale):  # the key is an argument, or XLA would fold the constant
+    return (jax.random.normal(key, shape) * scale).astype(dtype)
+
+
 def normal(*shape: int, dtype=jnp.bfloat16, scale: float = 1.0) -> jax.Array:
-    return jax.jit(lambda: (jax.random.normal(jax.random.key(0), shape) * scale).astype(dtype))()
+    return _normal(jax.random.key(0), shape, dtype, scale)
 
 
 def bits(x: jax.Array) -> jax.Array:  # jax 0.10 converts whole bfloat16 stacks; uint16 is left be
@@ -122,7 +127,7 @@ def attention_cases(seconds: float) -> None:
         pairs = seqs * (new * length - new * (new - 1) // 2)  # causal (query, key) pairs
         report(f"{name} {seqs}x{new} of {length}, heads {heads}/{kv_heads} x {width}",
                best_seconds(contestants, seconds),
-               gbytes=seqs * length * kv_heads * width * 2 * 2 / 1e9 if new == 1 else 0,
+               gbytes=8 * seqs * length * kv_heads * width * 2 * 2 / 1e9 if new == 1 else 0,
                gflops=4 * pairs * heads * width / 1e9)  # fmt: skip
 
 

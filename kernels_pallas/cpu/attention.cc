@@ -94,29 +94,39 @@ void load_queries(const Attention<T>& job, const Task& task, T* to) {
   }
 }
 
-// Adds the keys at positions [first, first + count) to every row of the task.
+// The keys and values at positions [first, first + kBlockKeys), as far as the task sees them.
 template <class T>
-void attend_block(const Attention<T>& job, const Task& task, const Work<T>& work, int64_t first,
-                  int64_t count) {
-  const int32_t* table = job.batch.table(task.seq);
+struct Context {
+  int64_t first;
+  Block<T> keys, values;
+
+  Context(const Attention<T>& job, const Task& task, int64_t first, int64_t end)
+      : first(first),
+        keys(job.keys, job.batch.table(task.seq), task.kv_head, first, end),
+        values(job.values, job.batch.table(task.seq), task.kv_head, first, end) {}
+};
+
+// Adds one block of keys to every row of the task.
+template <class T>
+void attend_block(const Attention<T>& job, const Task& task, const Work<T>& work,
+                  const Context<T>& now, const Context<T>& next) {
+  constexpr int64_t kWord = Vec<T>::kPerLane;
   const int64_t num_rows = task.end - task.begin, start = job.batch.first_position(task.seq);
   const int64_t words = words_of<T>(job.keys.width), padded = job.padded_values();
-  const int64_t whole = std::min(kBlockKeys, (count + kLanes - 1) / kLanes * kLanes);
-  const Block<T> keys(job.keys, table, task.kv_head, first, count);
-  pack_keys(keys, count, job.keys.width, work.keys);
-  outer_product<T>(work.q, words * Vec<T>::kPerLane, num_rows, work.keys,
-                   kBlockKeys * Vec<T>::kPerLane, words, work.scores, kBlockKeys, whole, nullptr);
+  const int64_t count = now.keys.count, whole = (count + kLanes - 1) / kLanes * kLanes;
+  pack_keys(now.keys, next.keys, job.keys.width, work.keys);
+  outer_product<T>(work.q, words * kWord, num_rows, work.keys, kBlockKeys * kWord, words,
+                   work.scores, kBlockKeys, whole, nullptr);
   for (int64_t i = 0; i < num_rows; ++i) {
     const int64_t position = start + (task.begin + i) / job.group();
-    const int64_t begin = job.window > 0 ? position - job.window + 1 - first : 0;
+    const int64_t begin = job.window > 0 ? position - job.window + 1 - now.first : 0;
+    const int64_t end = std::min(count, position + 1 - now.first);
     float* scores = work.scores + i * kBlockKeys;
-    work.shrink[i] = work.rows[i].add(scores, begin, std::min(count, position + 1 - first),
-                                      job.scores);
+    work.shrink[i] = work.rows[i].add(scores, begin, end, job.scores);
     convert(work.weights + i * kBlockKeys, scores, kBlockKeys);
   }
-  const Block<T> values(job.values, table, task.kv_head, first, count);
-  pack_values(values, count, job.value_dim, padded, work.values);
-  outer_product<T>(work.weights, kBlockKeys, num_rows, work.values, padded * Vec<T>::kPerLane,
+  pack_values(now.values, next.values, job.value_dim, padded, work.values);
+  outer_product<T>(work.weights, kBlockKeys, num_rows, work.values, padded * kWord,
                    words_of<T>(count), work.sums, padded, padded, work.shrink);
 }
 
@@ -145,8 +155,11 @@ void attend(const Attention<T>& job, const Task& task) {
   const int64_t oldest = start + task.begin / job.group();
   const int64_t end = start + (task.end - 1) / job.group() + 1;  // past the last visible key
   const int64_t seen = job.window > 0 ? std::max<int64_t>(0, oldest - job.window + 1) : 0;
-  for (int64_t first = seen / kBlockKeys * kBlockKeys; first < end; first += kBlockKeys) {
-    attend_block(job, task, work, first, std::min(kBlockKeys, end - first));
+  Context<T> now(job, task, seen / kBlockKeys * kBlockKeys, end);
+  while (now.first < end) {
+    const Context<T> next(job, task, now.first + kBlockKeys, end);
+    attend_block(job, task, work, now, next);
+    now = next;
   }
   finish(job, task, work);
 }

@@ -16,6 +16,7 @@ namespace jaxserve {
 
 constexpr int kTileRows = kManyRegisters ? 4 : 2;  // of x
 constexpr int kTileCols = kManyRegisters ? 6 : 4;  // of weights: 4 x 6 sums + 6 + 1 registers
+constexpr int kWideCols = 2 * kTileCols;  // for one or two rows: more pages of memory in flight
 constexpr int64_t kDepth = 64;  // registers per block: a tile of weights (24 KiB) stays in L1
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -64,7 +65,12 @@ struct Weights {
   int64_t num_ahead;
 };
 
-// out[r * kTileCols + c] = x[r] . w[c]
+// Where a tile keeps row r of its results. sum_lanes writes four columns at a time: what it writes
+// past the last column is overwritten by the next row or lies in the slack.
+constexpr int64_t result_stride(int64_t cols) { return std::max<int64_t>(4, cols); }
+constexpr int64_t kResults = kTileRows * std::max(4, kTileCols) + 4;
+
+// out[r * result_stride(C) + c] = x[r] . w[c]
 template <class T, int R, int C>
 void dot_tile(const T* x, const Weights<T>& w, float* out) {
   using Reg = typename Vec<T>::Reg;
@@ -100,7 +106,7 @@ void dot_tile(const T* x, const Weights<T>& w, float* out) {
     for (int c = 0; c < C; c += 4) {
       F four[4] = {};
       for (int i = 0; i < std::min(4, C - c); ++i) four[i] = sum[r][c + i];
-      sum_lanes(four, out + r * kTileCols + c);
+      sum_lanes(four, out + r * result_stride(C) + c);
     }
   }
 }
@@ -113,13 +119,15 @@ constexpr std::array<DotTile<T>, sizeof...(R)> dot_tiles(std::integer_sequence<i
   return {&dot_tile<T, R + 1, C>...};
 }
 
-// The kernel for a tile of `rows` rows, full width or one column.
+// The kernel for a tile of `rows` rows; `cols` is kWideCols (of two rows at most), kTileCols or 1.
 template <class T>
-DotTile<T> dot_tile_for(int64_t rows, bool full) {
+DotTile<T> dot_tile_for(int64_t rows, int64_t cols) {
   using Rows = std::make_integer_sequence<int, kTileRows>;
+  static constexpr auto kWide = dot_tiles<T, kWideCols>(std::make_integer_sequence<int, 2>{});
   static constexpr auto kFull = dot_tiles<T, kTileCols>(Rows{});
   static constexpr auto kOne = dot_tiles<T, 1>(Rows{});
-  return (full ? kFull : kOne)[rows - 1];
+  if (cols == kWideCols) return kWide[rows - 1];
+  return (cols == kTileCols ? kFull : kOne)[rows - 1];
 }
 
 // out[r][c] = x[begin + r] . w[c] for rows [begin, end) of x, begin a multiple of kTileRows.
@@ -129,26 +137,27 @@ template <class T>
 void dot_block(const Packed<T>& x, int64_t begin, int64_t end, const T* w, int64_t k, int64_t cols,
                float* out, int64_t out_stride) {
   constexpr int64_t kSize = Vec<T>::kSize;
-  alignas(64) float tile[kTileRows * kTileCols + 4];  // sum_lanes writes four at a time
+  alignas(64) float results[kResults];
   const int64_t num_tiles = ceil_div(end - begin, kTileRows);
+  // Rows whole pages apart share one L1 set, which twelve of them would overflow.
+  const bool wide = end - begin <= 2 && k * int64_t(sizeof(T)) % 4096 != 0;
+  const int64_t widest = wide ? kWideCols : kTileCols;
   for (int64_t s = 0; s < x.steps; s += kDepth) {
     const int64_t block_k = std::min(kDepth * kSize, k - s * kSize);
     for (int64_t c = 0, width; c < cols; c += width) {
-      const bool full = cols - c >= kTileCols;
-      width = full ? kTileCols : 1;
+      width = cols - c >= widest ? widest : cols - c >= kTileCols ? kTileCols : 1;
       const T* from = w + c * k + s * kSize;
       for (int64_t i = 0; i < num_tiles; ++i) {
         const int64_t row = begin + i * kTileRows, rows = x.height(row);
         const int64_t ahead = width * i / num_tiles, ahead_end = width * (i + 1) / num_tiles;
-        dot_tile_for<T>(rows, full)(
-            x.at(row, s),
-            {from, k, block_k / kSize, block_k % kSize, from + (width + ahead) * k,
-             ahead_end - ahead},
-            tile);
+        dot_tile_for<T>(rows, width)(x.at(row, s),
+                                     {from, k, block_k / kSize, block_k % kSize,
+                                      from + (width + ahead) * k, ahead_end - ahead},
+                                     results);
         float* to = out + i * kTileRows * out_stride + c;
         for (int64_t r = 0; r < rows; ++r, to += out_stride) {
           for (int64_t j = 0; j < width; ++j) {
-            to[j] = (s == 0 ? 0.0f : to[j]) + tile[r * kTileCols + j];
+            to[j] = (s == 0 ? 0.0f : to[j]) + results[r * result_stride(width) + j];
           }
         }
       }

@@ -76,7 +76,7 @@ void expand(const Experts<T>& moe, const Grouping& groups, const PackedGroups<T>
             const PackedGroups<T>& hidden) {
   // A whole number of tiles and of registers, so that no two chunks write one register.
   constexpr int64_t kWidth = 96;
-  static_assert(kWidth % kTileCols == 0 && kWidth % Vec<T>::kSize == 0);
+  static_assert(kWidth % kWideCols == 0 && kWidth % Vec<T>::kSize == 0);
   const auto chunks = cut(groups, moe.mlp, kWidth);
   Pool::shared().run(int64_t(chunks.size()), [&](int64_t i) {
     thread_local float gate[kRowsPerChunk * kWidth], up[kRowsPerChunk * kWidth];
@@ -96,7 +96,7 @@ void expand(const Experts<T>& moe, const Grouping& groups, const PackedGroups<T>
 template <class T>
 void contract(const Experts<T>& moe, const Grouping& groups, const PackedGroups<T>& hidden,
               float* y) {
-  const auto chunks = cut(groups, moe.embed, 16 * kTileCols);
+  const auto chunks = cut(groups, moe.embed, 8 * kWideCols);
   Pool::shared().run(int64_t(chunks.size()), [&](int64_t i) {
     const auto [e, begin, end, first, cols] = chunks[i];
     dot_block(hidden.of(groups, e), begin, end, moe.w_down + (e * moe.embed + first) * moe.mlp,

@@ -20,9 +20,9 @@ void pack_rows(const Packed<T>& to, int64_t k, const RowOf& row_of) {
 // How to cut the outputs of a product into chunks: narrow enough that all threads share the work
 // evenly, wide enough that a chunk is worth claiming.
 inline int64_t chunk_cols(int64_t cols) {
-  constexpr int64_t kWidest = 16 * kTileCols, kPerThread = 8;
+  constexpr int64_t kWidest = 8 * kWideCols, kPerThread = 8;
   const int64_t even = ceil_div(cols, Pool::shared().num_threads() * kPerThread);
-  return std::min(kWidest, ceil_div(even, kTileCols) * kTileCols);
+  return std::min(kWidest, ceil_div(even, kWideCols) * kWideCols);
 }
 
 constexpr int64_t kRowsPerChunk = 128;  // x of one depth block (512 KiB) stays in L2

@@ -143,6 +143,14 @@ inline F maximum(F a, F b) {
 #endif
 }
 
+inline F minimum(F a, F b) {
+#if defined(__AVX512F__)
+  return _mm512_min_ps(a, b);
+#else
+  return a < b ? a : b;
+#endif
+}
+
 // out[i] = the sum of the lanes of v[i], always by the same tree.
 inline void sum_lanes(const F v[4], float out[4]) {
 #if defined(__AVX512F__)
@@ -182,14 +190,27 @@ inline float max_lanes(F v) {
 #endif
 }
 
-// e^x to about one unit in the last place; exactly 1 at 0 and exactly 0 below e^-87.
+constexpr float kRound = 12582912.0f;  // adding 1.5 * 2^23 rounds to a whole number
+
+// p * 2^n for whole n, down to 0 and up to infinity.
+inline F scale_by_power(F p, F n) {
+#if defined(__AVX512F__)
+  return _mm512_scalef_ps(p, n);
+#else
+  // Two factors, for 2^n itself may not be a normal number.
+  auto power = [](F whole) {
+    return bitcast<F>((bitcast<U>(whole + kRound) << 23) + bitcast<uint32_t>(1.0f));
+  };
+  const F half = (n * 0.5f + kRound) - kRound;
+  return p * power(half) * power(n - half);
+#endif
+}
+
+// e^x to about one unit in the last place; exactly 1 at 0, exactly 0 at minus infinity.
 inline F exp(F x) {
-  constexpr float kLowest = -87.0f, kHighest = 88.0f;
-  const F round = splat(12582912.0f);  // adding 1.5 * 2^23 leaves round(x) in the low bits
-  F inside = x < kLowest ? splat(kLowest) : x > kHighest ? splat(kHighest) : x;
-  F shifted = inside * 1.44269504f + round;
-  F whole = shifted - round;
-  F r = inside - whole * 0.693359375f + whole * 2.12194440e-4f;
+  x = minimum(maximum(x, splat(-110.0f)), splat(110.0f));
+  F n = (x * 1.44269504f + kRound) - kRound;
+  F r = x - n * 0.693359375f + n * 2.12194440e-4f;
   F p = splat(1.9875691500e-4f);
   p = p * r + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
@@ -197,8 +218,7 @@ inline F exp(F x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
-  F power = bitcast<F>(bitcast<U>(p) + (bitcast<U>(shifted) << 23));
-  return x < kLowest ? F{} : power;
+  return scale_by_power(p, n);
 }
 
 inline F tanh(F x) { return 1.0f - 2.0f / (exp(2.0f * x) + 1.0f); }

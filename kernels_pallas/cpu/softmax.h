@@ -58,7 +58,7 @@ struct Row {
       total += e;
       store(scores + key, e);
     }
-    const float shrink = exp(before - most);
+    const float shrink = before == most ? 1.0f : exp(before - most);
     sum = sum * shrink + sum_lanes(total);
     return shrink;
   }
