@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+import reprlib
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Any, Literal
 
 from jaxserve.errors import RequestError
@@ -35,10 +37,12 @@ class StructuredOutputs:
     json_object: bool = False
 
     def __post_init__(self) -> None:
-        given = [f.name for f in dataclasses.fields(self) if getattr(self, f.name)]
-        if len(given) != 1:
+        empty = (None, False, "", (), [])  # an empty mapping is a schema: any JSON
+        given = [f.name for f in dataclasses.fields(self) if getattr(self, f.name) not in empty]
+        if len(given) != 1 or isinstance(self.choice, str):
             raise RequestError(
-                f"structured_outputs takes exactly one of json, regex, choice, grammar, json_object; got {given}",
+                "structured_outputs takes exactly one of json, regex, choice (a list), grammar, "
+                f"json_object; got {given}",
                 "structured_outputs",
             )
 
@@ -72,45 +76,75 @@ class SamplingParams:
     structured_outputs: StructuredOutputs | None = None
 
     def __post_init__(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        for name, (kind, fits, expected) in _RULES.items():
+            value = getattr(self, name)
+            if value is None and name in _OPTIONAL:
+                continue
+            if not isinstance(value, kind) or not fits(value):
+                raise RequestError(f"{name}={reprlib.repr(value)} must be {expected}", name)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise RequestError(
+                f"min_tokens={self.min_tokens} must be at most max_tokens={self.max_tokens}",
+                "min_tokens",
+            )
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        bias = {int(k): float(v) for k, v in (self.logit_bias or {}).items()}
         object.__setattr__(self, "stop", stop)  # normalised once, before anybody reads it
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
-        object.__setattr__(self, "logit_bias", {int(k): float(v) for k, v in self.logit_bias.items()})
-        if self.top_k == -1:
-            object.__setattr__(self, "top_k", 0)
-        _check(self)
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        object.__setattr__(self, "logit_bias", bias)
+        object.__setattr__(self, "top_k", max(self.top_k, 0))
 
     @property
     def greedy(self) -> bool:
         return self.temperature == 0.0
 
 
-def _check(p: SamplingParams) -> None:
-    """Raises RequestError for the first field out of range."""
-    ranges: list[tuple[str, bool, str]] = [
-        ("n", 1 <= p.n <= 1024, "between 1 and 1024"),
-        ("temperature", 0 <= p.temperature <= 100, "between 0 (greedy) and 100"),
-        ("top_p", 0 < p.top_p <= 1, "in (0, 1]"),
-        ("top_k", p.top_k >= 0, "0 (off) or positive"),
-        ("min_p", 0 <= p.min_p <= 1, "in [0, 1]"),
-        ("seed", p.seed is None or -(2**63) <= p.seed < 2**64, "a 64-bit integer"),
-        ("max_tokens", p.max_tokens is None or p.max_tokens >= 1, "at least 1"),
-        ("min_tokens", 0 <= p.min_tokens <= (p.max_tokens or math.inf), "between 0 and max_tokens"),
-        ("logprobs", p.logprobs is None or 0 <= p.logprobs <= MAX_LOGPROBS, f"between 0 and {MAX_LOGPROBS}"),
-        (
-            "prompt_logprobs",
-            p.prompt_logprobs is None or 0 <= p.prompt_logprobs <= MAX_LOGPROBS,
-            f"between 0 and {MAX_LOGPROBS}",
-        ),
-        ("presence_penalty", -2 <= p.presence_penalty <= 2, "between -2 and 2"),
-        ("frequency_penalty", -2 <= p.frequency_penalty <= 2, "between -2 and 2"),
-        ("repetition_penalty", 0 < p.repetition_penalty <= 100, "in (0, 100]"),
-        ("stop", all(isinstance(s, str) and s for s in p.stop), "non-empty strings"),
-        ("logit_bias", all(math.isfinite(v) for v in p.logit_bias.values()), "finite numbers"),
-    ]
-    for name, ok, expected in ranges:
-        if not ok:
-            raise RequestError(f"{name}={getattr(p, name)!r} must be {expected}", name)
+def _is_text(stop: Any) -> bool:
+    texts = (stop,) if isinstance(stop, str) else stop
+    return all(isinstance(text, str) and text for text in texts)
+
+
+def _are_ids(ids: Any) -> bool:
+    return not isinstance(ids, (str, bytes)) and all(isinstance(i, Integral) for i in ids)
+
+
+def _is_bias(bias: Any) -> bool:
+    ids = all(isinstance(i, Integral) or (isinstance(i, str) and i.isdecimal()) for i in bias)
+    return ids and all(isinstance(v, Real) and math.isfinite(v) for v in bias.values())
+
+
+_PENALTY = (Real, lambda x: -2 <= x <= 2, "between -2 and 2")
+_ALTERNATIVES = (Integral, lambda n: 0 <= n <= MAX_LOGPROBS, f"between 0 and {MAX_LOGPROBS}")
+_FLAG = (bool, lambda _: True, "true or false")
+
+_RULES: dict[str, tuple[type, Callable[[Any], bool], str]] = {
+    "n": (Integral, lambda n: 1 <= n <= 1024, "between 1 and 1024"),
+    "temperature": (Real, lambda t: 0 <= t <= 100, "between 0 (greedy) and 100"),
+    "top_p": (Real, lambda p: 0 < p <= 1, "in (0, 1]"),
+    "top_k": (Integral, lambda k: k >= -1, "0 (off) or positive"),
+    "min_p": (Real, lambda p: 0 <= p <= 1, "in [0, 1]"),
+    "seed": (Integral, lambda s: -(2**63) <= s < 2**64, "a 64-bit integer"),
+    "stop": (Collection, _is_text, "non-empty strings"),
+    "stop_token_ids": (Collection, _are_ids, "token ids"),
+    "include_stop_str_in_output": _FLAG,
+    "max_tokens": (Integral, lambda n: n >= 1, "at least 1"),
+    "min_tokens": (Integral, lambda n: n >= 0, "between 0 and max_tokens"),
+    "logprobs": _ALTERNATIVES,
+    "prompt_logprobs": _ALTERNATIVES,
+    "logit_bias": (Mapping, _is_bias, "finite numbers by token id"),
+    "presence_penalty": _PENALTY,
+    "frequency_penalty": _PENALTY,
+    "repetition_penalty": (Real, lambda x: 0 < x <= 100, "in (0, 100]"),
+    "ignore_eos": _FLAG,
+    "skip_special_tokens": _FLAG,
+    "structured_outputs": (StructuredOutputs, lambda _: True, "a StructuredOutputs"),
+}
+"""What each field of `SamplingParams` may be."""
+
+_OPTIONAL = {
+    "seed", "stop", "stop_token_ids", "max_tokens", "logprobs", "prompt_logprobs", "logit_bias",
+    "structured_outputs",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
