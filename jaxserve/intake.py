@@ -87,7 +87,7 @@ class Intake:
         metrics = RequestMetrics(arrival_time=time.monotonic())
         name = request_id or f"request-{number}"
         generation = Generation(name, ids, params.n, metrics, self._abort, prompt)
-        seed = (self._seed, number) if params.seed is None else (params.seed,)
+        seed = (self._seed, number) if params.seed is None else (int(params.seed),)
         grammar = None
         if params.structured_outputs is not None:
             grammar = compile_grammar(self.tokenizer, params.structured_outputs)

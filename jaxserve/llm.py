@@ -120,7 +120,7 @@ class LLM:
         many = as_prompts(prompts)
         params = per_prompt(sampling_params, len(many))
         requests = [self._prepare(p, s) for p, s in zip(many, params, strict=True)]
-        return self._collect([self._start(request) for request in requests])
+        return self._collect(requests)
 
     def chat(
         self,
@@ -184,8 +184,12 @@ class LLM:
             )
         )
 
-    def _collect(self, generations: list[Generation]) -> list[RequestOutput]:
+    def _collect(self, requests: list[list[Seq]]) -> list[RequestOutput]:
+        """Runs requests to their ends; if anything goes wrong, none goes on without a reader."""
+        generations = [sequences[0].generation for sequences in requests]
         try:
+            for sequences in requests:
+                self._start(sequences)
             return [generation.result() for generation in generations]
         except BaseException:
             for generation in generations:
@@ -212,12 +216,12 @@ class LLM:
         pooling = pooling or "last"
         if pooling not in ("last", "mean"):
             raise RequestError(f"pooling={pooling!r} must be 'last' or 'mean'", "pooling")
-        groups = [
+        requests = [
             self._intake.sequences(list(ids), SamplingParams(), pooling=pooling) for ids in prompts
         ]
-        generations = [self._start(group) for group in groups]
-        self._collect(generations)
-        return [g.embedding for g in generations if g.embedding is not None]
+        self._collect(requests)
+        found = [sequences[0].generation.embedding for sequences in requests]
+        return [embedding for embedding in found if embedding is not None]
 
     def score(
         self, text_1: Prompt, text_2: Prompt | Sequence[Prompt], pooling: str = "mean"
@@ -303,7 +307,7 @@ class LLM:
     def drain(self, timeout: float | None = None) -> bool:
         """Waits until nothing runs; False if `timeout` seconds were not enough."""
         end = None if timeout is None else time.monotonic() + timeout
-        while (s := self.stats()).num_running or s.num_waiting:
+        while self._loop.call(lambda engine: engine.has_work):  # behind what is in the inbox
             if end is not None and time.monotonic() > end:
                 return False
             time.sleep(0.02)

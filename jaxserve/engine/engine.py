@@ -17,7 +17,7 @@ import numpy as np
 
 from jaxserve.cache.page_manager import PageManager
 from jaxserve.engine.compile_watch import watch
-from jaxserve.engine.output import TokenText, advance, token_logprobs
+from jaxserve.engine.output import TokenText, advance, not_finite, token_logprobs
 from jaxserve.engine.runner import Launched, Runner
 from jaxserve.engine.scheduler import Row, Scheduler
 from jaxserve.engine.sequence import Sequence
@@ -215,6 +215,9 @@ class Engine:
             seq.pooled = hidden[-1]
         if row.start + row.count == seq.prompt_len:
             vector = seq.pooled / (seq.prompt_len if seq.pooling == "mean" else 1)
+            if not np.isfinite(vector).all():
+                self._end(seq, not_finite(seq))
+                return
             seq.generation.embedding = EmbeddingOutput(vector.tolist(), seq.tokens)
             self._end(seq, CompletionOutput(0, finish_reason="stop"))
 

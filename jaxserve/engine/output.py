@@ -23,10 +23,7 @@ def advance(seq: Sequence, token: int, logprob: TokenLogprobs | None) -> Complet
         EngineError: there is no token, because the model's scores were not finite.
     """
     if token < 0:
-        raise EngineError(
-            f"the model's scores for request {seq.generation.request_id} are NaN or infinite after "
-            f"{len(seq.tokens)} tokens; check the weights, or serve with dtype='float32'"
-        )
+        raise not_finite(seq)
     seq.tokens.append(token)
     reason, stop_reason = _ending(seq, token)
     text = ""
@@ -51,6 +48,14 @@ def advance(seq: Sequence, token: int, logprob: TokenLogprobs | None) -> Complet
     if reason is not None:
         metrics.finished_time = time.monotonic()
     return delta
+
+
+def not_finite(seq: Sequence) -> EngineError:
+    """The error of a sequence for which the model has nothing but NaN or infinity to say."""
+    return EngineError(
+        f"the model's scores for request {seq.generation.request_id} are NaN or infinite after "
+        f"{len(seq.tokens)} tokens; check the weights, or serve with dtype='float32'"
+    )
 
 
 def _ending(seq: Sequence, token: int) -> tuple[Any, int | None]:

@@ -78,7 +78,7 @@ class Driver:
     def add(
         self, prompt: list[int], params: SamplingParams, pooling: str | None = None
     ) -> Generation:
-        sequences = self._llm._sequences(prompt, params, None, None, pooling)
+        sequences = self._llm._intake.sequences(prompt, params, pooling=pooling)
         generation = sequences[0].generation
         generation._abort = self.engine.abort
         self.engine.add(sequences)
