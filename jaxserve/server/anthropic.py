@@ -15,8 +15,14 @@ from jaxserve.server.sampling import Positive
 from jaxserve.server.wire import Body
 
 
+class CacheControl(Struct, tag="ephemeral", kw_only=True, forbid_unknown_fields=True):
+    """Where Anthropic would cache; jaxserve caches every prefix."""
+
+    ttl: Literal["5m", "1h"] | None = None
+
+
 class _Block(Struct, kw_only=True, forbid_unknown_fields=True, tag_field="type"):
-    cache_control: Any = None
+    cache_control: CacheControl | None = None
 
 
 class TextBlock(_Block, tag="text", kw_only=True):
@@ -52,7 +58,7 @@ class ToolResultBlock(_Block, tag="tool_result", kw_only=True):
 InputBlock = TextBlock | ThinkingBlock | ToolUseBlock | ToolResultBlock
 
 
-class InputMessage(Struct, kw_only=True, forbid_unknown_fields=True):
+class AnthropicTurn(Struct, kw_only=True, forbid_unknown_fields=True):
     """One turn of a conversation."""
 
     role: Literal["user", "assistant"]
@@ -66,7 +72,7 @@ class ToolDefinition(Struct, kw_only=True, forbid_unknown_fields=True):
     input_schema: JsonObject
     description: str | None = None
     type: Literal["custom"] | None = None
-    cache_control: Any = None
+    cache_control: CacheControl | None = None
     strict: bool | None = None
 
 
@@ -108,7 +114,7 @@ class ThinkingBudget(Struct, tag="enabled", kw_only=True, forbid_unknown_fields=
 
 
 class _Conversation(Body, kw_only=True):
-    messages: Annotated[list[InputMessage], Meta(min_length=1)]
+    messages: Annotated[list[AnthropicTurn], Meta(min_length=1)]
     model: str | None = None
     system: str | list[TextBlock] | None = None
     tools: list[ToolDefinition] | None = None
@@ -138,20 +144,20 @@ class MessagesRequest(_Conversation, kw_only=True):
     service_tier: Any = None
 
 
-class OutputText(Struct, tag="text", kw_only=True):
+class TextOutput(Struct, tag="text", kw_only=True):
     """Text."""
 
     text: str
 
 
-class OutputThinking(Struct, tag="thinking", kw_only=True):
+class ThinkingOutput(Struct, tag="thinking", kw_only=True):
     """What the model thought; jaxserve signs nothing."""
 
     thinking: str
     signature: str = ""
 
 
-class OutputToolUse(Struct, tag="tool_use", kw_only=True):
+class ToolUseOutput(Struct, tag="tool_use", kw_only=True):
     """A call."""
 
     id: str
@@ -159,7 +165,7 @@ class OutputToolUse(Struct, tag="tool_use", kw_only=True):
     input: JsonObject
 
 
-OutputBlock = OutputText | OutputThinking | OutputToolUse
+OutputBlock = TextOutput | ThinkingOutput | ToolUseOutput
 StopReason = Literal["end_turn", "max_tokens", "stop_sequence", "tool_use"]
 
 

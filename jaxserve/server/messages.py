@@ -14,27 +14,27 @@ from jaxserve.errors import RequestError
 from jaxserve.request import SamplingParams, StructuredOutputs
 from jaxserve.server.anthropic import (
     AnthropicMessage,
+    AnthropicTurn,
     AnthropicUsage,
     AnyChoice,
     AutoChoice,
     CountTokensRequest,
-    InputMessage,
     MessagesRequest,
     NoChoice,
     OutputBlock,
-    OutputText,
-    OutputThinking,
-    OutputToolUse,
     StopReason,
     TextBlock,
+    TextOutput,
     ThinkingBlock,
     ThinkingBudget,
     ThinkingOff,
     ThinkingOn,
+    ThinkingOutput,
     TokenCount,
     ToolNameChoice,
     ToolResultBlock,
     ToolUseBlock,
+    ToolUseOutput,
 )
 from jaxserve.server.blocks import Block, BlockEvent, Blocks
 from jaxserve.server.errors import as_api_error
@@ -156,7 +156,7 @@ def _conversation(body: MessagesRequest | CountTokensRequest) -> Conversation:
     return conversation
 
 
-def _plain(message: InputMessage, names: dict[str, str], param: str) -> Conversation:
+def _plain(message: AnthropicTurn, names: dict[str, str], param: str) -> Conversation:
     """Templates have a message per tool result; `names` collects the calls' function names."""
     if isinstance(message.content, str):
         return [{"role": message.role, "content": message.content}]
@@ -261,11 +261,11 @@ class _Form:
 def _content(block: Block) -> OutputBlock:
     match block.kind:
         case "reasoning":
-            return OutputThinking(thinking=block.text)
+            return ThinkingOutput(thinking=block.text)
         case "text":
-            return OutputText(text=block.text)
+            return TextOutput(text=block.text)
         case "call":
-            return OutputToolUse(id=block.call_id, name=block.name, input=_object(block.text))
+            return ToolUseOutput(id=block.call_id, name=block.name, input=_object(block.text))
 
 
 def _object(arguments: str) -> dict[str, Any]:

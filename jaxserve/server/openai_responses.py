@@ -10,6 +10,8 @@ from jaxserve.server.openai import (
     Alternatives,
     Effort,
     JsonObject,
+    JsonObjectFormat,
+    TextFormat,
     TokenLogprob,
     ToolName,
 )
@@ -38,7 +40,7 @@ class PastText(Struct, tag="output_text", kw_only=True, forbid_unknown_fields=Tr
 Texts = str | list[InputText | PastText]
 
 
-class InputMessage(Struct, tag="message", kw_only=True, forbid_unknown_fields=True):
+class MessageInput(Struct, tag="message", kw_only=True, forbid_unknown_fields=True):
     """One turn; `type` may be left out."""
 
     role: Literal["user", "assistant", "system", "developer"]
@@ -83,7 +85,7 @@ class PastReasoning(Struct, tag="reasoning", kw_only=True, forbid_unknown_fields
     status: Status | None = None
 
 
-InputItem = InputMessage | PastCall | CallOutput | PastReasoning
+InputItem = MessageInput | PastCall | CallOutput | PastReasoning
 
 
 class FunctionTool(Struct, tag="function", kw_only=True, forbid_unknown_fields=True):
@@ -101,15 +103,7 @@ class FunctionChoice(Struct, tag="function", kw_only=True, forbid_unknown_fields
     name: str
 
 
-class TextFormat(Struct, tag="text", forbid_unknown_fields=True):
-    """Plain text."""
-
-
-class JsonObjectFormat(Struct, tag="json_object", forbid_unknown_fields=True):
-    """Any JSON object."""
-
-
-class JsonSchemaFormat(Struct, tag="json_schema", kw_only=True, forbid_unknown_fields=True):
+class FlatSchemaFormat(Struct, tag="json_schema", kw_only=True, forbid_unknown_fields=True):
     """JSON that fits a schema; it is enforced whether `strict` or not."""
 
     name: str
@@ -121,7 +115,7 @@ class JsonSchemaFormat(Struct, tag="json_schema", kw_only=True, forbid_unknown_f
 class TextSettings(Struct, kw_only=True, forbid_unknown_fields=True):
     """What the text must look like."""
 
-    format: TextFormat | JsonObjectFormat | JsonSchemaFormat | None = None
+    format: TextFormat | JsonObjectFormat | FlatSchemaFormat | None = None
     verbosity: Literal["medium"] | None = None
 
 

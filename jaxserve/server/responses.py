@@ -14,16 +14,15 @@ from jaxserve.server.blocks import Block, BlockEvent, Blocks
 from jaxserve.server.chat import refuse_beside_a_call, schema_constraint
 from jaxserve.server.errors import as_api_error
 from jaxserve.server.logprobs import chat_logprobs
-from jaxserve.server.openai import Function, TokenLogprob
+from jaxserve.server.openai import Function, JsonObjectFormat, TextFormat, TokenLogprob
 from jaxserve.server.openai_responses import (
     CallItem,
     CallOutput,
     FunctionChoice,
     IncompleteDetails,
     InputItem,
-    InputMessage,
     InputTokensDetails,
-    JsonObjectFormat,
+    MessageInput,
     MessageItem,
     OutputItem,
     OutputText,
@@ -36,7 +35,6 @@ from jaxserve.server.openai_responses import (
     ResponsesRequest,
     ResponsesUsage,
     Status,
-    TextFormat,
     Texts,
 )
 from jaxserve.server.parsing import Reader
@@ -136,10 +134,10 @@ def _from_items(items: Sequence[InputItem]) -> Conversation:
     names: dict[str, str] = {}
     for i, item in enumerate(items):
         match item:
-            case InputMessage(role="assistant", content=content):
+            case MessageInput(role="assistant", content=content):
                 message = _assistant(conversation)
                 message["content"] += _joined(content)
-            case InputMessage(role=role, content=content):
+            case MessageInput(role=role, content=content):
                 conversation.append({"role": role, "content": _joined(content)})
             case PastReasoning(content=content):
                 message = _assistant(conversation)

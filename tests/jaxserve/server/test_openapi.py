@@ -49,6 +49,8 @@ def test_every_route_and_struct_is_described():
     document = schema.raw_schema
     described = {p.replace("{id}", "{id:path}") for p in document["paths"]}
     assert described == {e.path for e in ENDPOINTS}
+    names = document["components"]["schemas"].keys()
+    assert not [name for name in names if "." in name], "two structs have the same name"
     chat = document["components"]["schemas"]["ChatRequest"]
     assert chat["additionalProperties"] is False
     assert chat["required"] == ["messages"]
