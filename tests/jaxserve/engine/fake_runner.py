@@ -60,8 +60,8 @@ class FakeRunner:
 
     num_programs = 0
 
-    def __init__(self, plan: FakePlan, max_tokens: int):
-        self.plan, self.max_tokens = plan, max_tokens
+    def __init__(self, plan: FakePlan, max_tokens: int, decode_steps: int):
+        self.plan, self.max_tokens, self.decode_steps = plan, max_tokens, decode_steps
         self.steps: list[Step] = []
         self.fails = False
         self.allocate()
@@ -78,19 +78,28 @@ class FakeRunner:
         sources, targets = [a for a, _ in step.copies], [b for _, b in step.copies]
         self.kv[targets] = self.kv[sources]
         written: set[tuple[int, int]] = set()
-        tokens = [self._row(row.seq, row.start, row.count, written) for row in step.rows]
+        drawn = [self._draw(step, repeat, written) for repeat in range(step.repeats)]
+        self.steps.append(step)
+        kept = [[self._at(r.seq, i) for i in range(r.start, r.start + r.count)] for r in step.rows]
+        blank = np.zeros((len(step.rows), MAX_LOGPROBS))
+        return Launched(
+            step=step,
+            sampled=Sampled(np.array(drawn), blank[:, 0], blank[:, 0], blank, blank),
+            reports=False,
+            scored=False,
+            hidden=np.concatenate(kept)[:, None] % 1000,  # type: ignore[arg-type]
+            scores=None,
+        )
+
+    def max_repeats(self, step: Step) -> int:
+        return self.decode_steps
+
+    def _draw(self, step: Step, repeat: int, written: set[tuple[int, int]]) -> list[int]:
+        tokens = [self._row(r.seq, r.start + repeat, r.count, written) for r in step.rows]
         for row, token in zip(step.rows, tokens, strict=True):
             if row.samples:
-                self._drawn[row.seq.slot, row.start + row.count] = token
-        self.steps.append(step)
-        n = len(tokens)
-        sampled = Sampled(
-            np.array(tokens), np.zeros(n), np.ones(n), *np.zeros((2, n, MAX_LOGPROBS))
-        )
-        kept = [[self._at(r.seq, i) for i in range(r.start, r.start + r.count)] for r in step.rows]
-        hidden = np.concatenate(kept)
-        # sampled ids are read as arrays, and so is the hidden state: one number wide
-        return Launched(step, sampled, hidden[:, None] % 1000, (hidden,) * 4, 0.0)
+                self._drawn[row.seq.slot, row.start + repeat + row.count] = token
+        return tokens
 
     def _row(self, seq: Sequence, start: int, count: int, written: set[tuple[int, int]]) -> int:
         assert 0 <= seq.slot < self.plan.max_num_seqs
@@ -159,8 +168,10 @@ class Bench:
         max_num_seqs: int = 8,
         max_tokens: int = 16,
         prefix_caching: bool = True,
+        decode_steps: int = 1,
     ):
-        self.runner = FakeRunner(FakePlan(num_pages, page_size, max_num_seqs), max_tokens)
+        plan = FakePlan(num_pages, page_size, max_num_seqs)
+        self.runner = FakeRunner(plan, max_tokens, decode_steps)
         self.engine = Engine(self.runner, prefix_caching=prefix_caching)  # type: ignore[arg-type]
         self.engine.scheduler = Watched(
             self.engine.pages, max_num_seqs, prefix_caching=prefix_caching

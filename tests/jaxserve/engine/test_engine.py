@@ -2,7 +2,7 @@
 
 What a request says is fixed by its prompt, its parameters and its seed. Each is therefore run alone
 once, without a cache, and then in company: in chunks of any size, on pages of two sizes, on pools
-that force preemption, with forks, hits, and neighbours that leave.
+that force preemption, a token or several to a launch, with forks, hits, and neighbours that leave.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class Schedule:
     seqs: int
     slack: int
     caching: bool
-    page_size: int
+    engine: tuple[int, int]  # page size, decode steps
 
 
 SCHEDULES = st.builds(
@@ -91,17 +91,18 @@ SCHEDULES = st.builds(
     seqs=st.integers(1, 4),
     slack=st.sampled_from([0, 0, 1, 3, 50]),
     caching=st.booleans(),
-    page_size=st.sampled_from([8, 32]),
+    engine=st.sampled_from([(8, 1), (32, 1), (8, 4)]),
 )
 
 
-_served: dict[tuple[str, int], LLM] = {}
+_served: dict[tuple[str, int, int], LLM] = {}
 
 
-def served(kernels: str, page_size: int) -> LLM:
-    if (kernels, page_size) not in _served:
-        _served[kernels, page_size] = serve(kernels=kernels, page_size=page_size)
-    return _served[kernels, page_size]
+def served(kernels: str, page_size: int, decode_steps: int = 1) -> LLM:
+    key = (kernels, page_size, decode_steps)
+    if key not in _served:
+        _served[key] = serve(kernels=kernels, page_size=page_size, decode_steps=decode_steps)
+    return _served[key]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -143,12 +144,12 @@ def assert_close(found: Any, want: Any) -> None:
 
 def play(kernels: str, schedule: Schedule) -> None:
     """Runs a schedule and holds every text against what its request says alone."""
-    llm = served(kernels, schedule.page_size)
+    llm, page_size = served(kernels, *schedule.engine), schedule.engine[0]
     longest = max(a.length + a.output for _, a, _ in schedule.requests)
     driver = Driver(
         llm,
         budget=schedule.budget,
-        num_pages=min(-(-longest // schedule.page_size) + schedule.slack, llm.plan.num_pages),
+        num_pages=min(-(-longest // page_size) + schedule.slack, llm.plan.num_pages),
         max_num_seqs=schedule.seqs,
         prefix_caching=schedule.caching,
     )

@@ -32,14 +32,18 @@ class Requests(RuleBasedStateMachine):
         seqs=st.integers(1, 6),
         budget=st.integers(1, 24),
         caching=st.booleans(),
+        decode_steps=st.sampled_from([1, 1, 2, 5]),
     )
-    def start(self, page_size: int, tokens: int, seqs: int, budget: int, caching: bool) -> None:
+    def start(
+        self, page_size: int, tokens: int, seqs: int, budget: int, caching: bool, decode_steps: int
+    ) -> None:
         self.bench = Bench(
             num_pages=-(-tokens // page_size),
             page_size=page_size,
             max_num_seqs=seqs,
             max_tokens=max(budget, seqs),
             prefix_caching=caching,
+            decode_steps=decode_steps,
         )
         self.live: list[tuple[Generation, list[int], int, int]] = []
 
@@ -127,6 +131,7 @@ TestRequests = Requests.TestCase
     slack=st.integers(0, 40),
     budget=st.integers(1, 40),
     caching=st.booleans(),
+    decode_steps=st.sampled_from([1, 1, 2, 5]),
 )
 def test_texts_do_not_depend_on_the_schedule(
     schedule: list[tuple[int, int, int, int]],
@@ -134,6 +139,7 @@ def test_texts_do_not_depend_on_the_schedule(
     slack: int,
     budget: int,
     caching: bool,
+    decode_steps: int,
 ):
     """Any arrival times, chunk and page sizes, and pools down to the longest single request."""
     tokens = max(length + count for _, length, count, _ in schedule) + slack
@@ -143,6 +149,7 @@ def test_texts_do_not_depend_on_the_schedule(
         max_num_seqs=min(4, budget),
         max_tokens=budget,
         prefix_caching=caching,
+        decode_steps=decode_steps,
     )
     generations = []
     for wait, length, count, n in schedule:
@@ -199,6 +206,28 @@ def test_a_stop_token_wastes_one_row_and_no_more():
     assert output.token_ids == said[: said.index(stop) + 1]
     assert output.finish_reason == "stop"
     assert len(bench.runner.steps) <= said.index(stop) + 1 + 2
+
+
+def test_several_tokens_to_a_launch_while_nobody_needs_the_host():
+    bench = Bench(decode_steps=4, page_size=4)
+    long, short = bench.add(prompt(3, 1), 18), bench.add(prompt(5, 2), 7)
+    bench.run()
+    assert bench.outputs(long)[0].token_ids == expected(prompt(3, 1), 18)
+    assert bench.outputs(short)[0].token_ids == expected(prompt(5, 2), 7)
+    repeats = [step.repeats for step in bench.runner.steps]
+    assert repeats[0] == 1, "a prompt is no decode"
+    assert sum(repeats) == 18, "and none is drawn in vain"
+    assert len(repeats) <= 7
+
+
+def test_a_stop_token_ends_a_launch_of_several():
+    said = expected(prompt(3), 20)
+    bench = Bench(decode_steps=8)
+    generation = bench.add(prompt(3), 20, stop_ids=frozenset([said[4]]))
+    bench.run()
+    (output,) = bench.outputs(generation)
+    assert output.token_ids == said[: said.index(said[4]) + 1]
+    assert output.finish_reason == "stop"
 
 
 def test_preempted_sequences_resume_in_order_of_arrival():
