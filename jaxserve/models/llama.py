@@ -49,10 +49,13 @@ def windows(hf: Mapping[str, Any], full_every: int | None = None) -> tuple[int, 
             raise CheckpointError(
                 f"layer_types lists {len(kinds)} layers; num_hidden_layers is {n}"
             )
-        reach = {"sliding_attention": window, "full_attention": 0}
-        return tuple(choice({"layer_types": kind}, "layer_types", reach, None) for kind in kinds)
-    if full_every:
-        return tuple(window if (i + 1) % full_every else 0 for i in range(n))
-    if not hf.get("use_sliding_window", True):
-        return (0,) * n
-    return tuple(window if i >= hf.get("max_window_layers", 0) else 0 for i in range(n))
+        slides = {"sliding_attention": True, "full_attention": False}
+        local = [choice({"layer_types": kind}, "layer_types", slides, None) for kind in kinds]
+    elif full_every:
+        local = [(i + 1) % full_every != 0 for i in range(n)]
+    else:
+        first = hf.get("max_window_layers", 0) if hf.get("use_sliding_window", True) else n
+        return tuple(window if i >= first else 0 for i in range(n))
+    if any(local) and not window:
+        raise CheckpointError("sliding_window must be positive where layers slide; it is not set")
+    return tuple(window if is_local else 0 for is_local in local)

@@ -43,6 +43,7 @@ REFUSED = [
     ("llama", {"quantization_config": {"quant_method": "mxfp4"}}, "quant_method 'mxfp4'"),
     ("qwen3-layer-types", {"layer_types": ["full_attention"]}, "layer_types lists 1"),
     ("qwen3-layer-types", {"layer_types": ["full_attention"] * 2 + ["odd"]}, "layer_types 'odd'"),
+    ("gpt_oss", {"sliding_window": None}, "sliding_window must be positive"),
     ("mixtral", {"num_experts_per_tok": 5}, "top_k"),
     ("deepseek_v2", {"topk_method": "noaux_tc"}, "topk_method 'noaux_tc'"),
     ("deepseek_v2", {"scoring_func": "sigmoid"}, "scoring_func 'sigmoid'"),
