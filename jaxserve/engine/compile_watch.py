@@ -54,7 +54,7 @@ class CompileWatch:
         if event == _HIT:
             self.loaded += 1
 
-    def _on_duration(self, event: str, _duration: float, /, **_: Any) -> None:
+    def _on_duration(self, event: str, duration_secs: float, **_: Any) -> None:
         if event != _COMPILED:
             return
         self.compiled += 1
