@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import reprlib
+from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any, Literal
 
 from jaxserve.errors import ConfigError
@@ -49,24 +52,38 @@ class EngineConfig:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        page_ok = self.page_size is None or (
-            self.page_size >= 8 and self.page_size & (self.page_size - 1) == 0
-        )
-        checks: list[tuple[str, bool, str]] = [
-            ("dtype", self.dtype in DTYPES, f"one of {', '.join(DTYPES)}"),
-            ("memory_utilization", 0 < self.memory_utilization <= 1, "in (0, 1]"),
-            ("page_size", page_ok, "a power of two, at least 8"),
-            ("decode_steps", 1 <= self.decode_steps <= 64, "between 1 and 64"),
-            (
-                "kernels",
-                self.kernels in ("auto", "native", "reference"),
-                "auto, native or reference",
-            ),
-            ("load_format", self.load_format in ("auto", "dummy"), "auto or dummy"),
-        ]
-        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "num_pages"):
-            value: Any = getattr(self, name)
-            checks.append((name, value is None or value >= 1, "at least 1"))
-        for name, ok, expected in checks:
-            if not ok:
-                raise ConfigError(f"{name}={getattr(self, name)!r} must be {expected}")
+        for name, (kind, fits, expected) in _RULES.items():
+            value = getattr(self, name)
+            if value is None and name in _OPTIONAL:
+                continue
+            if not isinstance(value, kind) or not fits(value):
+                raise ConfigError(f"{name}={reprlib.repr(value)} must be {expected}")
+
+
+_COUNT = (Integral, lambda n: n >= 1, "a whole number, at least 1")
+_FLAG = (bool, lambda _: True, "true or false")
+
+_RULES: dict[str, tuple[type, Callable[[Any], bool], str]] = {
+    "dtype": (str, lambda d: d in DTYPES, f"one of {', '.join(DTYPES)}"),
+    "max_model_len": _COUNT,
+    "max_num_seqs": _COUNT,
+    "max_num_batched_tokens": _COUNT,
+    "page_size": (Integral, lambda n: n >= 8 and n & (n - 1) == 0, "a power of two, at least 8"),
+    "num_pages": _COUNT,
+    "memory_utilization": (Real, lambda share: 0 < share <= 1, "in (0, 1]"),
+    "seed": (Integral, lambda _: True, "a whole number"),
+    "enable_prefix_caching": _FLAG,
+    "decode_steps": (Integral, lambda n: 1 <= n <= 64, "between 1 and 64"),
+    "kernels": (
+        str,
+        lambda k: k in ("auto", "native", "reference"),
+        "auto, native or reference",
+    ),
+    "load_format": (str, lambda f: f in ("auto", "dummy"), "auto or dummy"),
+    "background_compile": _FLAG,
+    "forbid_compile": _FLAG,
+    "progress": _FLAG,
+}
+"""What each field of `EngineConfig` may be."""
+
+_OPTIONAL = {"max_model_len", "max_num_seqs", "max_num_batched_tokens", "page_size", "num_pages"}

@@ -87,6 +87,8 @@ class Intake:
         metrics = RequestMetrics(arrival_time=time.monotonic())
         name = request_id or f"request-{number}"
         generation = Generation(name, ids, params.n, metrics, self._abort, prompt)
+        if params.prompt_logprobs is not None:
+            generation.prompt_logprobs = [None]  # nothing comes before the first token
         seed = (self._seed, number) if params.seed is None else (int(params.seed),)
         grammar = None
         if params.structured_outputs is not None:

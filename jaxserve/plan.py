@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -107,6 +108,8 @@ def resolve(
     max_len, num_pages = _cache(
         config, cfg.max_len, page_size, per_page, max_seqs, weight_bytes, device
     )
+    max_seqs = min(max_seqs, num_pages)  # each has a page of its own
+    batched = min(batched, num_pages * page_size)
     return Plan(
         platform=platform,
         dtype=dtype,
@@ -168,20 +171,33 @@ def _cache(
         raise ConfigError(
             f"max_model_len={asked} is beyond the {model_len} positions that the model knows"
         )
+    total = memory_limit(device)
+    most = (total - weights) // per_page
+    if most < 1:
+        raise ConfigError(
+            f"weights take {_size(weights)} and a page of the cache {_size(per_page)}, but the "
+            f"device has {_size(total)}; choose a narrower dtype or a smaller model"
+        )
     if config.num_pages is not None:
         pages = config.num_pages
+        if pages > most:
+            raise ConfigError(
+                f"num_pages={pages} take {_size(pages * per_page)}, but {_size(total)} hold "
+                f"weights of {_size(weights)} too; the nearest setting that works is "
+                f"num_pages={most}"
+            )
     else:
-        total = memory_limit(device)
         room = int(config.memory_utilization * total) - weights
         if device.platform == "cpu":  # shared with everything else: no more than is of use
             room = min(room, max(_GIB, 2 * per_page * -(-min(asked, 8192) // page_size)))
         pages = min(room // per_page, max_seqs * -(-asked // page_size))
         if pages < 1:
+            least = math.ceil(1000 * (weights + per_page + 1) / total) / 1000
             raise ConfigError(
                 f"weights take {_size(weights)}, and memory_utilization="
                 f"{config.memory_utilization} of {_size(total)} leaves no page of "
-                f"{_size(per_page)}; raise memory_utilization, choose a narrower dtype or a "
-                "smaller model"
+                f"{_size(per_page)}; the nearest setting that works is memory_utilization="
+                f"{min(least, 1.0)}"
             )
     fits = pages * page_size
     if config.max_model_len is not None and asked > fits:

@@ -186,14 +186,12 @@ class Engine:
         for row in launched.step.rows:
             seq, n = row.seq, row.seq.params.prompt_logprobs
             if n is not None and not seq.finished and row.start < seq.prompt_len - 1:
-                found = seq.generation.prompt_logprobs or [None]
+                found = seq.generation.prompt_logprobs
+                assert found, "it begins with the first token's None"
                 last = min(row.start + row.count, seq.prompt_len - 1)
                 for i in range(len(found) - 1, last):  # a preempted prompt is scored once
                     where, following = at + i - row.start, seq.tokens[i + 1]
                     found.append(token_logprobs(following, scores, where, n, self._token_text))
-                seq.generation.prompt_logprobs = found
-            elif n is not None and seq.prompt_len == 1:
-                seq.generation.prompt_logprobs = [None]
             at += row.count
 
     def _read_hidden(self, launched: Launched) -> None:
