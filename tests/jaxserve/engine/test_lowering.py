@@ -1,4 +1,4 @@
-"""The step's programs lower for hardware that is not here: nothing in them asks for the platform."""
+"""A step's programs lower for hardware that is not here: nothing in them asks for a platform."""
 
 from __future__ import annotations
 
