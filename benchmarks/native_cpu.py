@@ -20,11 +20,11 @@ if ONE_THREAD:  # before anything counts the cores
     os.environ |= {"JAXSERVE_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import jax
-import jax.numpy as jnp
-import numpy as np
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
 
-from kernels_pallas import cpu
+from kernels_pallas import cpu  # noqa: E402
 
 try:
     import torch

@@ -1,5 +1,11 @@
 """Native CPU kernels against plain numpy, and their promise of batch invariance, bit for bit."""
 
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -325,3 +331,69 @@ def test_experts_rows_do_not_depend_on_their_neighbours(dtype):
     want = np.asarray(run(x, ids, weights))
     for rows in range(1, 71):
         np.testing.assert_array_equal(run(x[-rows:], ids[-rows:], weights[-rows:]), want[-rows:])
+
+
+def test_handlers_may_run_at_the_same_time():
+    x, w = normal(0, 40, 256), normal(1, 300, 256)
+    run = jax.jit(lambda x: cpu.linear(x, (w,))[0])
+    want, wrong = np.asarray(run(x)), []
+
+    def work():
+        for _ in range(50):
+            if not np.array_equal(run(x), want):
+                wrong.append(1)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+SCRIPT = """
+import sys, jax, jax.numpy as jnp, numpy as np
+from kernels_pallas import cpu
+if not cpu.available(): sys.exit("off")
+x = jax.random.normal(jax.random.key(0), (50, 200))
+w = jax.random.normal(jax.random.key(1), (333, 200))
+run = jax.jit(lambda x, w: cpu.linear(x, (w,))[0]).lower(x, w).compile()
+sys.stdout.write(np.asarray(run(x, w)).tobytes().hex())
+"""
+
+
+def run_script(tmp_path, **environment):
+    environment = {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "xla"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+        **environment,
+    }
+    return subprocess.run(
+        [sys.executable, "-c", SCRIPT],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_threads_do_not_change_bits_and_compiled_programs_load_again(tmp_path):
+    runs = [run_script(tmp_path, JAXSERVE_NUM_THREADS=str(n)) for n in (1, 2, 5)]
+    assert all(run.returncode == 0 for run in runs), runs[0].stderr
+    assert any((tmp_path / "xla").iterdir())
+    assert runs[0].stdout == runs[1].stdout == runs[2].stdout != ""
+
+
+def test_unavailable_is_an_answer_not_an_error(tmp_path):
+    off = run_script(tmp_path, JAXSERVE_NATIVE="0")
+    broken = tmp_path / "broken-compiler"
+    broken.write_text("#!/bin/sh\necho no such luck >&2\nexit 1\n")
+    broken.chmod(0o755)
+    failed = run_script(tmp_path, CXX=str(broken), JAXSERVE_CACHE_DIR=str(tmp_path / "cache"))
+    for run in (off, failed):
+        assert run.returncode == 1
+        assert run.stderr.strip().endswith("off")
+    assert "no such luck" in failed.stderr
