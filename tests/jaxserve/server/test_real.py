@@ -3,7 +3,9 @@
 import asyncio
 import gc
 import json
+import random
 import resource
+from collections import Counter
 
 import httpx
 import openai
@@ -148,6 +150,47 @@ def test_a_hundred_streams_are_each_their_own(real):
     alone = real.llm.generate([f"{i} is" for i in range(100)], params)
     assert asyncio.run(everybody()) == [output.outputs[0].text for output in alone]
     assert real.llm.stats().compiles_after_warmup == 0
+
+
+def random_schema(rng, depth=0):
+    """A schema as a fuzzer would write it: often wrong, sometimes hostile."""
+    kinds = ["string", "object", "array", "anyOf", "ref", "enum", "pattern", "number", "nonsense"]
+    match rng.choice(kinds) if depth < 4 else "string":
+        case "object":
+            properties = {f"k{i}": random_schema(rng, depth + 1) for i in range(rng.randint(0, 4))}
+            required = rng.sample(["k0", "k1", "k9"], rng.randint(0, 3))
+            return {"type": "object", "properties": properties, "required": required}
+        case "array":
+            items = random_schema(rng, depth + 1)
+            return {"type": "array", "items": items, "minItems": rng.choice([0, 1, 10**6])}
+        case "anyOf":
+            schemas = [random_schema(rng, depth + 1) for _ in range(rng.randint(0, 3))]
+            return {rng.choice(["anyOf", "oneOf", "allOf", "not"]): schemas}
+        case "ref":
+            return {"$ref": rng.choice(["#", "#/$defs/none", "http://x/y", "#/properties/k0"])}
+        case "enum":
+            return {"enum": [None, 1, "a", [1], {"x": 2}][: rng.randint(0, 5)]}
+        case "pattern":
+            pattern = rng.choice(["(a+)+$", "[", r"\d{1,100000}", "(?=a)b", "^(a|b)*$"])
+            return {"type": "string", "pattern": pattern, "minLength": rng.choice([0, 10**6])}
+        case kind:
+            return {"type": kind}
+
+
+def test_fuzzed_schemas_leave_the_server_alive(real):
+    rng = random.Random(0)
+    schemas = [random_schema(rng) for _ in range(150)]
+
+    async def everybody():
+        limits = httpx.Limits(max_connections=16)
+        async with httpx.AsyncClient(base_url=real.url, timeout=120, limits=limits) as http:
+            bodies = [{"prompt": "x", "max_tokens": 20, "guided_json": s} for s in schemas]
+            return await asyncio.gather(*(http.post("/v1/completions", json=b) for b in bodies))
+
+    statuses = Counter(answer.status_code for answer in asyncio.run(everybody()))
+    assert statuses.keys() == {200, 400}
+    assert httpx.get(f"{real.url}/health").status_code == 200
+    assert real.llm.stats().num_free_pages == real.llm.stats().num_pages
 
 
 @pytest.mark.slow
