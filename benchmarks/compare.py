@@ -31,11 +31,13 @@ class Scores:
     """What one contestant made of one workload."""
 
     values: list[float] = field(default_factory=list)
+    wall_s: list[float] = field(default_factory=list)
     cpu_s: list[float] = field(default_factory=list)
     outputs: list[list[int]] = field(default_factory=list)  # of the last round
 
     def add(self, workload: Workload, answer: dict[str, Any], clock: str) -> None:
         self.values.append(workload.score(answer[f"{clock}_s"]))
+        self.wall_s.append(round(answer["wall_s"], 4))
         self.cpu_s.append(round(answer["cpu_s"], 4))
         self.outputs = answer["outputs"]
 
@@ -81,7 +83,7 @@ class Comparison:
         for contestant in [c for c in self.contestants if c.name in scores]:
             got, first = scores[contestant.name], next(iter(scores.values()))
             same = sum(a == b for a, b in zip(first.outputs, got.outputs, strict=True))
-            more = {"clock": self.args.clock, "cpu_s": got.cpu_s}
+            more = {"clock": self.args.clock, "wall_s": got.wall_s, "cpu_s": got.cpu_s}
             more["same_tokens"] = f"{same}/{len(workload.prompts)}"
             self._write(contestant, workload.name, got.values, workload.unit, **more)
 
