@@ -12,6 +12,7 @@ from pathlib import Path
 
 from jaxserve.cli.options import add_engine_options, load
 from jaxserve.errors import ConfigError
+from jaxserve.text.parsers import REASONING_PARSERS, TOOL_CALL_PARSERS
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -33,8 +34,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--drain-timeout", type=float, default=30.0, help="seconds for running requests at the end"
     )
     text = parser.add_argument_group("text")
-    text.add_argument("--tool-call-parser", help="notation of tool calls; by the model if unset")
-    text.add_argument("--reasoning-parser", help="notation of reasoning; by the model if unset")
+    text.add_argument(
+        "--tool-call-parser", choices=TOOL_CALL_PARSERS, help="notation of calls; else the family's"
+    )
+    text.add_argument(
+        "--reasoning-parser", choices=REASONING_PARSERS, help="notation of reasoning, likewise"
+    )
     text.add_argument("--chat-template", metavar="FILE", help="instead of the checkpoint's own")
     add_engine_options(parser)
 
