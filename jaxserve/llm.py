@@ -278,8 +278,9 @@ class LLM:
 
         def free(engine: Engine) -> None:
             if engine.has_work:
+                s = engine.stats()
                 raise EngineError(
-                    f"{engine.stats().num_running} requests are running; sleep() when idle"
+                    f"{s.num_running + s.num_waiting} requests are running; sleep() when idle"
                 )
             self._runner.wait_until_warm()
             self._asleep = True
