@@ -64,7 +64,7 @@ class ToolUse:
 
     def for_template(self) -> list[dict[str, Any]] | None:
         """The tools as chat templates read them; None if the model is to know of none."""
-        if self.choice == "none" or not self.functions:
+        if not (self.forced or self.may_choose):
             return None
         return [{"type": "function", "function": _plain(f)} for f in self.functions]
 

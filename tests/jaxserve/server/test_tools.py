@@ -130,6 +130,14 @@ def test_enforced_calls_fit_their_schema(arguments, allowed):
     assert accepted(required, "[]") == (False, False)
 
 
+@pytest.mark.parametrize("name", ["none", "auto", "required"])
+def test_a_function_may_be_called_like_a_choice(name):
+    use = ToolUse.of([Function(name=name), Function(name="other")], None, named=name)
+    assert (use.forced, use.may_choose) == (True, False)
+    assert len(use.for_template()) == 2
+    assert accepted(use.constraint(Notation(None, None)), "{}") == (True, True)
+
+
 def test_an_unknown_parser_is_refused():
     with pytest.raises(ConfigError, match="nonsense"):
         Notation.of("qwen3", "nonsense", None)
