@@ -12,7 +12,7 @@ PIP     := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: demo setup test test-all lint format format-check types imports bench clean
+.PHONY: demo setup test test-all lint format format-check types imports bench eval clean
 .DEFAULT_GOAL := test
 
 demo: $(VENV)/.core  ## Writes a tiny model, generates with it, serves it, asks the server
@@ -63,3 +63,7 @@ $(VENV)/.core: pyproject.toml | $(BIN)/python
 $(VENV)/.dev: pyproject.toml | $(BIN)/python
 	$(PIP) --editable '.[dev$(PARITY)]'
 	@touch $@ $(VENV)/.core
+
+eval: $(VENV)/.dev  ## lm-eval against a live server
+	$(PIP) --editable '.[dev$(PARITY),eval]'
+	$(BIN)/python -m pytest -q tests/evaluation $(ARGS)
