@@ -92,8 +92,8 @@ def _argmax(x: Array) -> Array:
 
 
 def _edit(scores: Array, history: Array, x: SampleInputs) -> Array:
-    scores = lax.cond(x.use_penalties, _penalise, lambda s, h, x: s, scores, history, x)
     scores = lax.cond(x.use_bias, _add_bias, lambda s, x: s, scores, x)
+    scores = lax.cond(x.use_penalties, _penalise, lambda s, h, x: s, scores, history, x)
     return lax.cond(x.use_mask, _apply_mask, lambda s, x: s, scores, x)
 
 

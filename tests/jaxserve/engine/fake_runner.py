@@ -128,7 +128,7 @@ class Watched(Scheduler):
             for seq in self.running
             if seq.length - seq.computed == 1
             and seq.length < seq.max_len
-            and all(limit(seq, 1) for limit in self._limits)
+            and all(limit(seq, 1) for limit in seq.limits)
         ]
         step = super().schedule(budget, max_rows)
         riding = {id(row.seq) for row in step.rows}
