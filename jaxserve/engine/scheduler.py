@@ -17,8 +17,18 @@ from dataclasses import dataclass, field
 from jaxserve.cache.page_manager import PageManager, chain
 from jaxserve.engine.sequence import Sequence
 
-Limit = Callable[[Sequence, int], int]
-"""How many of these tokens may run now: the one question that features answer."""
+
+@dataclass(frozen=True)
+class Limit:
+    """What a feature has to say about the schedule.
+
+    Attributes:
+        applies: whether it concerns a sequence at all; asked once, when that arrives.
+        most: how many of the next `count` tokens of the sequence may run now.
+    """
+
+    applies: Callable[[Sequence], bool]
+    most: Callable[[Sequence, int], int]
 
 
 @dataclass(slots=True)
@@ -46,10 +56,8 @@ class Step:
 
 
 def wait_for_token(seq: Sequence, count: int) -> int:
-    """A grammar must read a token before it can say what may follow; a preempted sequence, too,
-    since its row on the device is gone."""
-    blocked = seq.in_flight and (seq.matcher is not None or seq.slot < 0)
-    return 0 if blocked else count
+    """A grammar must read a token before it can say what may follow."""
+    return 0 if seq.in_flight else count
 
 
 def stop_before_fork(seq: Sequence, count: int) -> int:
@@ -57,6 +65,12 @@ def stop_before_fork(seq: Sequence, count: int) -> int:
     if not seq.siblings or seq.prompt_len == 1:
         return count
     return min(count, seq.prompt_len - 1 - seq.computed) or count
+
+
+LIMITS = (
+    Limit(lambda seq: seq.matcher is not None, wait_for_token),
+    Limit(lambda seq: bool(seq.siblings), stop_before_fork),
+)
 
 
 def _decodes_alone(row: Row) -> bool:
@@ -80,7 +94,7 @@ class Scheduler:
         self,
         pages: PageManager,
         max_num_seqs: int,
-        limits: Seq[Limit] = (wait_for_token, stop_before_fork),
+        limits: Seq[Limit] = LIMITS,
         *,
         prefix_caching: bool = True,
     ):
@@ -97,6 +111,8 @@ class Scheduler:
     # ---- the three calls of the engine ------------------------------------------------
 
     def add(self, seq: Sequence) -> None:
+        for each in (seq, *seq.siblings):
+            each.limits = tuple(limit.most for limit in self._limits if limit.applies(each))
         self.waiting.append(seq)
 
     def schedule(self, budget: int, max_rows: int | None = None) -> Step:
@@ -108,7 +124,7 @@ class Scheduler:
             if len(seq.tokens) + seq.in_flight - seq.computed > 1:
                 prompts.append(seq)
             elif seq.slot >= 0 and len(step.rows) < room:  # a victim of this very step has no slot
-                self._extend(seq, step, budget)
+                self._decode(seq, step, budget)
         for seq in prompts:
             if seq.slot >= 0 and len(step.rows) < room:
                 self._extend(seq, step, budget)
@@ -144,12 +160,30 @@ class Scheduler:
 
     # ---- one sequence -----------------------------------------------------------------
 
+    def _decode(self, seq: Sequence, step: Step, budget: int) -> None:
+        """`_extend` by one token, short for the usual case: its page is there, and its own."""
+        start = seq.computed
+        page = start // self.pages.page_size
+        if (
+            seq.limits
+            or seq.pooling is not None
+            or page == len(seq.pages)
+            or step.num_tokens == budget
+            or self.pages.is_shared(seq.pages[page])
+        ):
+            self._extend(seq, step, budget)
+        elif start < seq.max_len - 1:
+            step.rows.append(Row(seq, start, 1, True))
+            step.num_tokens += 1
+            seq.computed = start + 1
+            seq.in_flight += 1
+
     def _wanted(self, seq: Sequence, step: Step, budget: int) -> int:
         length = len(seq.tokens) + seq.in_flight
         if length >= seq.max_len and seq.computed >= seq.max_len - 1:
             return 0  # every token it may have is read or on its way
         count = min(length - seq.computed, budget - step.num_tokens)
-        for limit in self._limits:
+        for limit in seq.limits:
             count = min(count, limit(seq, count))
         return count
 
@@ -172,6 +206,8 @@ class Scheduler:
 
     def _admit(self, seq: Sequence, step: Step, budget: int) -> bool:
         """Starts a waiting sequence, behind whatever of its prompt is cached."""
+        if seq.in_flight:
+            return False  # preempted with a token on its way, and its row on the device is gone
         hits = self._match(seq)
         seq.computed = len(hits) * self.pages.page_size
         count = self._wanted(seq, step, budget)

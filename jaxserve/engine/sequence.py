@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,6 +46,7 @@ class Sequence:
     stop_ids: frozenset[int] = frozenset()
     finished: bool = False
     pooling: str | None = None
+    limits: tuple[Callable[[Sequence, int], int], ...] = ()  # of features that concern it
     siblings: list[Sequence] = field(default_factory=list)  # fork from this one after its prompt
     matcher: Any = None
     text: Any = None

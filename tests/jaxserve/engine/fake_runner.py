@@ -190,6 +190,7 @@ class Bench:
         pooling: str | None = None,
         root: bytes = ROOT,
         request_id: str | None = None,
+        matcher: object = None,
     ) -> Generation:
         name = request_id or f"r{next(self._ids)}"
         params = SamplingParams(n=n, max_tokens=max_tokens)
@@ -207,6 +208,7 @@ class Bench:
                 max_len=min(last, self.max_len),
                 stop_ids=stop_ids,
                 pooling=pooling,
+                matcher=matcher,
             )
             for i in range(n)
         ]

@@ -11,7 +11,6 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from jaxserve.engine.generation import Generation
 from jaxserve.engine.runner import Launched
-from jaxserve.engine.scheduler import wait_for_token
 from jaxserve.errors import EngineError, RequestError
 from tests.jaxserve.engine.fake_runner import Bench, expected
 
@@ -242,6 +241,16 @@ def test_preempted_sequences_resume_in_order_of_arrival():
     )
 
 
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+def test_embeddings_whose_last_chunk_is_one_token(pooling: str):
+    bench = Bench(max_tokens=8, page_size=4)
+    generations = [bench.add(prompt(n), pooling=pooling) for n in (1, 8, 9, 17, 18)]
+    bench.run()
+    for generation in generations:
+        assert generation.result().finished
+        assert generation.embedding is not None
+
+
 def test_overload_finishes():
     """24 requests of 900 tokens in a pool of 4,096."""
     bench = Bench(num_pages=128, page_size=32, max_num_seqs=24, max_tokens=128)
@@ -269,24 +278,33 @@ def test_no_request_is_overtaken_for_ever():
     bench.run()
 
 
-def test_a_grammar_waits_for_its_token():
-    bench = Bench()
-    generation = bench.add(prompt(3), 4)
-    seq = bench.engine._requests[generation.request_id][0]
+class Grammar:
+    """Permits everything, or nothing."""
 
-    class Anything:
-        finished = False
+    finished = False
 
-        def accept(self, token: int) -> bool:
-            return True
+    def __init__(self, permits: bool):
+        self.permits = permits
 
-    seq.matcher = Anything()
-    assert wait_for_token(seq, 3) == 3
-    bench.engine.step()
-    assert seq.in_flight == 1
-    assert wait_for_token(seq, 1) == 0
+    def accept(self, token: int) -> bool:
+        return self.permits
+
+
+@pytest.mark.parametrize("decode_steps", [1, 4])
+def test_a_grammar_waits_for_its_token(decode_steps: int):
+    """What it permits next is not known before, so it rides in every other step."""
+    bench = Bench(decode_steps=decode_steps)
+    free = bench.add(prompt(5), 12)
+    bound = bench.add(prompt(3), 4, matcher=Grammar(permits=True))
     bench.run()
-    assert bench.outputs(generation)[0].token_ids == expected(prompt(3), 4)
+    assert bench.outputs(bound)[0].token_ids == expected(prompt(3), 4)
+    assert bench.outputs(free)[0].token_ids == expected(prompt(5), 12)
+    rides = [
+        n
+        for n, step in enumerate(bench.runner.steps)
+        if any(row.seq.generation is bound for row in step.rows)
+    ]
+    assert rides == [0, 2, 4, 6]
 
 
 # ---- sharing ----------------------------------------------------------------------------------
@@ -421,15 +439,7 @@ def test_one_bad_completion_ends_its_siblings():
     generation = bench.add(prompt(5), 400, n=3)
     for _ in range(4):
         bench.engine.step()
-    bad = bench.engine._requests[generation.request_id][1]
-
-    class Never:
-        finished = False
-
-        def accept(self, token: int) -> bool:
-            return False
-
-    bad.matcher = Never()
+    bench.engine._requests[generation.request_id][1].matcher = Grammar(permits=False)
     bench.run(20)
     with pytest.raises(EngineError, match="grammar"):
         bench.outputs(generation)
