@@ -75,7 +75,9 @@ class SlotTable:
     def __init__(self, plan: Plan, vocab: int):
         S, self.vocab = plan.max_num_seqs, vocab
         self._page_size = plan.page_size
-        self._owner: list[tuple[Sequence, int] | None] = [None] * S
+        self._owner: list[Sequence | None] = [None] * S
+        self._stay = [0] * S  # of the owner
+        self._entered = [0] * S  # pages of it in `tables`
         self.tables = np.zeros((S, plan.pages_per_seq), np.int32)
         self.ints = np.zeros((S, 6), np.int32)
         self.floats = np.zeros((S, 6), np.float32)
@@ -85,15 +87,17 @@ class SlotTable:
 
     def enter(self, row: Row) -> bool:
         """Brings the row's slot up to date; True if the sequence has just moved in."""
-        seq = row.seq
-        if self._owner[seq.slot] != (seq, seq.stay):
-            self._owner[seq.slot] = (seq, seq.stay)
-            self._settings(seq)
-            self.tables[seq.slot, : len(seq.pages)] = seq.pages
-            return True
+        seq, slot, pages = row.seq, row.seq.slot, row.seq.pages
         first = row.start // self._page_size
-        self.tables[seq.slot, first : len(seq.pages)] = seq.pages[first:]
-        return False
+        moved_in = self._owner[slot] is not seq or self._stay[slot] != seq.stay
+        if moved_in:
+            self._owner[slot], self._stay[slot], first = seq, seq.stay, 0
+            self._settings(seq)
+        elif self._entered[slot] == len(pages) and self.tables[slot, first] == pages[first]:
+            return False  # neither grown nor copied on write
+        self.tables[slot, first : len(pages)] = pages[first:]
+        self._entered[slot] = len(pages)
+        return moved_in
 
     def _settings(self, seq: Sequence) -> None:
         p, i = seq.params, seq.slot
