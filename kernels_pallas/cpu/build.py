@@ -1,4 +1,7 @@
-"""Compiles the C++ kernels of this folder on first use and keeps the library in a cache."""
+"""Compiles the C++ kernels of this folder on first use and keeps the library in a cache.
+
+`python -m kernels_pallas.cpu.build` does it ahead of the first use.
+"""
 
 import hashlib
 import logging
@@ -10,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 import jax
-import jaxlib
+import jaxlib.version
 
 _FOLDER = Path(__file__).parent
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-ffp-contract=fast", "-fPIC", "-pthread")
@@ -49,7 +52,7 @@ def _sources() -> list[Path]:
 
 def _fingerprint(compiler: str) -> str:
     """Changes with anything the library depends on: sources, jaxlib's headers, CPU, compiler."""
-    parts = [jaxlib.__version__, _cpu(), compiler, " ".join(_FLAGS)]
+    parts = [jaxlib.version.__version__, _cpu(), compiler, " ".join(_FLAGS)]
     parts += [p.read_text() for p in sorted(_FOLDER.glob("*.h")) + _sources()]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
 
@@ -86,3 +89,8 @@ def _compile(compiler: str, path: Path) -> None:
         link = [compiler, "-shared", "-pthread", *map(str, objects), "-o", str(built)]
         subprocess.run(link, check=True, capture_output=True, text=True)
         built.replace(path)
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    print(f"native CPU kernels: {library() or 'not available'}")
