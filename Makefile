@@ -58,12 +58,12 @@ $(BIN)/python:
 
 $(VENV)/.core: pyproject.toml | $(BIN)/python
 	$(PIP) --editable .
-	$(BIN)/python -m kernels_pallas.cpu.build
+	$(BIN)/python -m kernels_pallas.cpu
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml | $(BIN)/python
 	$(PIP) --editable '.[dev$(PARITY)]'
-	$(BIN)/python -m kernels_pallas.cpu.build
+	$(BIN)/python -m kernels_pallas.cpu
 	@touch $@ $(VENV)/.core
 
 eval: $(VENV)/.dev  ## lm-eval against a live server

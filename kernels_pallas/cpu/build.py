@@ -1,7 +1,4 @@
-"""Compiles the C++ kernels of this folder on first use and keeps the library in a cache.
-
-`python -m kernels_pallas.cpu.build` does it ahead of the first use.
-"""
+"""Compiles the C++ kernels of this folder on first use and keeps the library in a cache."""
 
 import hashlib
 import logging
@@ -89,8 +86,3 @@ def _compile(compiler: str, path: Path) -> None:
         link = [compiler, "-shared", "-pthread", *map(str, objects), "-o", str(built)]
         subprocess.run(link, check=True, capture_output=True, text=True)
         built.replace(path)
-
-
-if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    print(f"native CPU kernels: {library() or 'not available'}")
