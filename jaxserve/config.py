@@ -60,10 +60,11 @@ class EngineConfig:
                 raise ConfigError(f"{name}={reprlib.repr(value)} must be {expected}")
 
 
-_COUNT = (Integral, lambda n: n >= 1, "a whole number, at least 1")
-_FLAG = (bool, lambda _: True, "true or false")
+_Rule = tuple[type, Callable[[Any], bool], str]  # its kind, what else it must fulfil, in words
+_COUNT: _Rule = (Integral, lambda n: n >= 1, "a whole number, at least 1")
+_FLAG: _Rule = (bool, lambda _: True, "true or false")
 
-_RULES: dict[str, tuple[type, Callable[[Any], bool], str]] = {
+_RULES: dict[str, _Rule] = {
     "dtype": (str, lambda d: d in DTYPES, f"one of {', '.join(DTYPES)}"),
     "max_model_len": _COUNT,
     "max_num_seqs": _COUNT,
