@@ -135,6 +135,12 @@ def _keys(k_pages, v_pages, layer, value_dim, pages: Array) -> tuple[Array, Arra
     return k, k[..., :value_dim] if v_pages is None else from_stored(v_pages[layer, pages])
 
 
+def _written(v: Array, at: Array, length: Array) -> Array:
+    """Values [..., n, K, Z, H] at positions [n, Z], but 0 from `length` on: what lies there is of
+    a page's former owner, and might be NaN, which a weight of 0 does not silence."""
+    return jnp.where(at[:, None, :, None] < length, v, 0.0)
+
+
 def _mask(
     logits: Array, query: Array, key: Array, *, window: Array | int, soft_cap: float
 ) -> Array:
@@ -164,6 +170,7 @@ def _decode_rows(heads: Array, batch: Ragged, Z: int, keys, logits, start) -> tu
         k, v = keys(lax.dynamic_slice_in_dim(tables, j * n, n, 1))
         s = jnp.einsum("rkgh,rnkzh->rkgnz", q, k)
         at = (j * n + jnp.arange(n))[:, None] * Z + jnp.arange(Z)
+        v = _written(v, at, batch.kv_lens[:, None, None, None, None])
         s = logits(s, position[:, None, None, None, None], at)
         return state.add(s.reshape(*s.shape[:3], -1), _merge(v), "rkgs,rksh->rkgh")
 
@@ -189,6 +196,7 @@ def _prompt_rows(heads: Array, batch: Ragged, Z: int, keys, logits, start, o: Ar
             k, v = keys(lax.dynamic_slice(tables, (r, j * n), (1, n))[0])
             s = jnp.einsum("tkgh,nkzh->tkgnz", q, k)
             key = (j * n + jnp.arange(n))[:, None] * Z + jnp.arange(Z)
+            v = _written(v, key, batch.kv_lens[r])
             s = logits(s, position[:, None, None, None, None], key)
             return state.add(s.reshape(*s.shape[:3], -1), _merge(v[None])[0], "tkgs,ksh->tkgh")
 
