@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +37,6 @@ class CompileWatch:
         self.compiled = 0
         self.loaded = 0
         self._forbidden_by: set[object] = set()
-        self._mine = threading.local()
         jax.monitoring.register_event_duration_secs_listener(self._on_duration)
         jax.monitoring.register_event_listener(self._on_event)
 

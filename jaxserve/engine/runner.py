@@ -153,10 +153,6 @@ class Runner:
         return len(self._programs)
 
     @property
-    def is_warm(self) -> bool:
-        return self._compiler is None or not self._compiler.is_alive()
-
-    @property
     def max_tokens(self) -> int:
         """The largest step that can run now."""
         ready = [t for kind, t in list(self._programs) if kind == "forward"]
