@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import struct
+from dataclasses import dataclass
 
 from starlette.responses import Response
 
 from jaxserve.errors import RequestError
-from jaxserve.request import EmbeddingOutput
+from jaxserve.request import EmbeddingOutput, SamplingParams
 from jaxserve.server.openai import Embedding, EmbeddingRequest, Embeddings, EmbeddingUsage
 from jaxserve.server.prompt import text_prompts
 from jaxserve.server.state import Exchange
+from jaxserve.server.turn import Prompt, begin
 from jaxserve.server.wire import json_response
+
+
+@dataclass(frozen=True)
+class PoolingParams(SamplingParams):
+    """Asks `llm.submit` for a vector, `generation.embedding`, and for no tokens.
+
+    Attributes:
+        pooling: "last" or "mean"; the engine's intake looks for it.
+    """
+
+    pooling: str = "last"
 
 
 async def embeddings(exchange: Exchange, body: EmbeddingRequest) -> Response:
@@ -21,12 +33,14 @@ async def embeddings(exchange: Exchange, body: EmbeddingRequest) -> Response:
     server = exchange.server
     model = server.check_model(body.model)
 
-    def work() -> list[EmbeddingOutput]:
+    def prepare() -> list[Prompt]:
         prompts = text_prompts(server, body.input, body.add_special_tokens, "input")
         server.check_choices(len(prompts), 1)
-        return server.llm.embed([p.token_ids for p in prompts], pooling=body.pooling)
+        return prompts
 
-    found = await asyncio.get_running_loop().run_in_executor(server.workers, work)
+    turn = await begin(exchange, prepare, PoolingParams(pooling=body.pooling or "last"))
+    await turn.answers()
+    found = [g.embedding for g in turn.generations if g.embedding is not None]
     _check_dimensions(body.dimensions, found)
     tokens = sum(len(output.prompt_token_ids) for output in found)
     answer = Embeddings(

@@ -31,6 +31,7 @@ from jaxserve.request import (
     StructuredOutputs,
     TokenLogprobs,
 )
+from jaxserve.server.embeddings import PoolingParams
 from jaxserve.text.tokenizer import Tokenizer
 
 TEMPLATE = """\
@@ -151,7 +152,10 @@ class FakeLLM:
             scores = [self._logprob(t, params.prompt_logprobs) for t in prompt_token_ids]
             generation.prompt_logprobs = [None, *scores[1:]]
         text = self.tokenizer.decode(prompt_token_ids, skip_special_tokens=False)
-        sequences = [self._sequence(generation, params, i, text) for i in range(params.n)]
+        if isinstance(params, PoolingParams):  # reads a token a step
+            sequences = [_Sequence(generation, params, 0, prompt_token_ids, "", "stop", None)]
+        else:
+            sequences = [self._sequence(generation, params, i, text) for i in range(params.n)]
         with self._changed:
             if self._closed:
                 raise EngineError("the engine has been shut down")
@@ -160,14 +164,6 @@ class FakeLLM:
             self._tokens[0] += len(prompt_token_ids)
             self._changed.notify()
         return generation
-
-    def embed(self, prompts: list[list[int]], pooling: str | None = None) -> list[EmbeddingOutput]:
-        for ids in prompts:
-            self._check_ids(ids, "input")
-        scale = 2.0 if pooling == "mean" else 1.0
-        return [
-            EmbeddingOutput([scale * len(ids), sum(ids) / 256, -0.5, 0.25], ids) for ids in prompts
-        ]
 
     def encode_chat(self, messages: list[dict[str, Any]], **template: Any) -> list[int]:
         from jaxserve.text.chat import render_chat
@@ -267,6 +263,8 @@ class FakeLLM:
     def _step(self, s: _Sequence) -> None:
         token = s.token_ids[s.done]
         s.done += 1
+        if isinstance(s.params, PoolingParams):
+            return self._pool(s, s.params.pooling)
         self._tokens[1] += 1
         last = s.done == len(s.token_ids)
         said = s.text if last else self.tokenizer.decode(s.token_ids[: s.done]).rstrip("\ufffd")
@@ -285,6 +283,15 @@ class FakeLLM:
             delta.finish_reason, delta.stop_reason = s.finish_reason, s.stop_reason
             self._running.remove(s)
         s.generation.put(delta)
+
+    def _pool(self, s: _Sequence, pooling: str) -> None:
+        if s.done < len(s.token_ids):
+            return
+        ids, scale = s.token_ids, 2.0 if pooling == "mean" else 1.0
+        vector = [scale * len(ids), sum(ids) / 256, -0.5, 0.25]
+        s.generation.embedding = EmbeddingOutput(vector, ids)
+        self._running.remove(s)
+        s.generation.put(CompletionOutput(0, finish_reason="stop"))
 
     def _logprob(self, token: int, k: int) -> TokenLogprobs:
         found = {token: Logprob(-0.25, 1)}

@@ -41,12 +41,15 @@ def asking(live, path, body):
         ("/v1/chat/completions", CHAT | {"stream": True}),
         ("/v1/messages", {"messages": CHAT["messages"], "max_tokens": 3000}),
         ("/v1/responses", {"input": "x", "stream": True}),
+        ("/v1/embeddings", {"input": "x" * 3000}),
+        ("/v1/embeddings", {"input": ["x" * 3000, "y" * 3000], "pooling": "mean"}),
     ],
 )
 def test_hanging_up_aborts(live, path, body):
     live.llm.delay = 0.005
     live.llm.script = lambda prompt: "x" * 3000
-    requests = len(body["prompt"]) if "prompt" in body else 1
+    given = body.get("prompt", body.get("input"))
+    requests = len(given) if isinstance(given, list) else 1
     with asking(live, path, body) as connection:
         wait_until(lambda: running(live) == requests)
         if body.get("stream"):
@@ -88,10 +91,13 @@ def test_a_cancelled_task_aborts(live):
     assert len(live.llm.aborted) == 1
 
 
-def test_hanging_up_while_a_thread_submits_leaves_no_orphan(live):
+@pytest.mark.parametrize(
+    ("path", "body"), [("/v1/completions", LONG), ("/v1/embeddings", {"input": "x" * 3000})]
+)
+def test_hanging_up_while_a_thread_submits_leaves_no_orphan(live, path, body):
     live.llm.delay = 0.005
     with held(live, lambda params: True) as (arrived, go):
-        with asking(live, "/v1/completions", LONG):
+        with asking(live, path, body):
             assert arrived.acquire(timeout=5)
         wait_until(lambda: live.state.gate.running == 0)
         go.set()

@@ -5,6 +5,7 @@ import gc
 import json
 import random
 import resource
+import time
 from collections import Counter
 
 import httpx
@@ -114,6 +115,19 @@ def test_embeddings(real, client):
     expected = real.llm.encode(["hi", "ho"])
     for one, other in zip(got.data, expected, strict=True):
         assert one.embedding == pytest.approx(other.embedding, abs=1e-4)
+
+
+def test_embeddings_that_nobody_waits_for_free_their_pages(real, monkeypatch):
+    engine = real.llm._loop._engine
+    step, free = engine.step, engine.stats().num_free_pages
+    monkeypatch.setattr(engine, "step", lambda: (time.sleep(0.05), step()))
+    body = {"input": [f"{i:03}" * 150 for i in range(200)]}  # several seconds of such steps
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{real.url}/v1/embeddings", json=body, timeout=0.5)
+    wait_until(lambda: engine.stats().requests_total.get("abort", 0) > 100, timeout=2)
+    wait_until(lambda: not engine.has_work, timeout=2)
+    assert engine.stats().num_free_pages == free
+    assert real.state.gate.running == 0
 
 
 def test_hanging_up_frees_the_pages(real, client):
