@@ -6,7 +6,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from jaxserve.server.pieces import CallDelta, Parsed, Parser, Plain
-from jaxserve.text.parsers import Content, Event, OutputParser, Reasoning, make_parser, parsers_of
+from jaxserve.text.parsers import (
+    TAGGED_REASONING,
+    Content,
+    Event,
+    OutputParser,
+    Reasoning,
+    make_parser,
+    parsers_of,
+)
 
 
 @dataclass(frozen=True)
@@ -36,7 +44,25 @@ class Notation:
         def make(prompt: str | None) -> Parser:
             return ModelParser(make_parser(tools, self.reasoning, prompt))
 
-        return Reader(make, make_parser(tools, self.reasoning).needs_special_tokens)
+        special = make_parser(tools, self.reasoning).needs_special_tokens
+        return Reader(make, special, self._reasons)
+
+    def constrained_reader(self, answer: Callable[[], Parser]) -> Reader:
+        """Reads reasoning, and by `answer` what a constraint makes of the rest.
+
+        Reasoning in another form than between tags has no place beside a constraint.
+        """
+        if not self._reasons:
+            return Reader(lambda prompt: answer())
+
+        def make(prompt: str | None) -> Parser:
+            return ReasoningFirst(ModelParser(make_parser(None, self.reasoning, prompt)), answer())
+
+        return Reader(make, reasons=True)
+
+    @property
+    def _reasons(self) -> bool:
+        return self.reasoning in TAGGED_REASONING
 
 
 @dataclass(frozen=True)
@@ -46,14 +72,36 @@ class Reader:
     Attributes:
         make: a parser for one choice, given the prompt's text.
         needs_special_tokens: the parser looks for special tokens, so they must be shown to it.
+        reasons: reasoning is told apart, and no constraint of the output concerns it.
     """
 
     make: Callable[[str | None], Parser]
     needs_special_tokens: bool = False
+    reasons: bool = False
 
 
 PLAIN = Reader(lambda prompt: Plain())
 """All of it is text."""
+
+
+class ReasoningFirst:
+    """Shows the text of one parser, which finds the reasoning, to another, which reads the answer.
+
+    The second is not asked before the answer begins: a tool call that is enforced would start.
+    """
+
+    def __init__(self, reasoning: Parser, answer: Parser):
+        self._reasoning, self._answer = reasoning, answer
+
+    def feed(self, text: str) -> Parsed:
+        return self._split(self._reasoning.feed(text))
+
+    def finish(self) -> Parsed:
+        return self._split(self._reasoning.finish()) + self._answer.finish()
+
+    def _split(self, found: Parsed) -> Parsed:
+        answer = self._answer.feed(found.text) if found.text else Parsed()
+        return Parsed(reasoning=found.reasoning) + answer
 
 
 class ModelParser:

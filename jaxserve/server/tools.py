@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from jaxserve.errors import RequestError
 from jaxserve.request import StructuredOutputs
 from jaxserve.server.openai import Function
-from jaxserve.server.parsing import PLAIN, Notation, Reader
-from jaxserve.server.pieces import CallDelta, FirstCallOnly, Parsed
+from jaxserve.server.parsing import Notation, Reader
+from jaxserve.server.pieces import CallDelta, FirstCallOnly, Parsed, Plain
 
 
 @dataclass(frozen=True)
@@ -97,12 +97,12 @@ class ToolUse:
 
         Args:
             constrained: whether the request constrains the output in another way; such an output
-                is plain text from its first character.
+                is plain text, but for reasoning before it.
         """
         if self.named:
-            return Reader(lambda prompt: NamedCall(self.choice))
+            return notation.constrained_reader(lambda: NamedCall(self.choice))
         if self.forced:
-            return Reader(lambda prompt: ListedCalls())
+            return notation.constrained_reader(ListedCalls)
         if constrained and self.may_choose:
             raise RequestError(
                 "a constrained output leaves no room for tool calls; send tool_choice 'none', or "
@@ -110,7 +110,7 @@ class ToolUse:
                 "tools",
             )
         if constrained:
-            return PLAIN
+            return notation.constrained_reader(Plain)
         if self.may_choose and notation.tools is None:
             raise RequestError(
                 "this server cannot tell how the model writes tool calls; start it with "
@@ -120,9 +120,7 @@ class ToolUse:
         reader = notation.reader(with_tools=self.may_choose)
         if self.parallel or not self.may_choose:
             return reader
-        return Reader(
-            lambda prompt: FirstCallOnly(reader.make(prompt)), reader.needs_special_tokens
-        )
+        return replace(reader, make=lambda prompt: FirstCallOnly(reader.make(prompt)))
 
 
 def _plain(function: Function) -> dict[str, Any]:

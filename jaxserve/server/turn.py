@@ -18,6 +18,7 @@ from jaxserve.server.openai import PromptTokensDetails, Usage
 from jaxserve.server.parsing import PLAIN, Reader
 from jaxserve.server.pieces import Answer, Parser, Piece, new_id
 from jaxserve.server.state import Exchange
+from jaxserve.text.after_reasoning import constrain_answer
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,7 @@ async def begin(
         params = replace(params, skip_special_tokens=False)
 
     def work() -> list[Generation]:
-        return _submit(server.llm, prepare(), params)
+        return _submit(server.llm, prepare(), params, reader)
 
     pool = server.workers if params.structured_outputs is None else server.compilers
     job = pool.submit(work)
@@ -172,13 +173,17 @@ async def begin(
     return turn
 
 
-def _submit(llm: Any, prompts: list[Prompt], params: SamplingParams) -> list[Generation]:
+def _submit(
+    llm: Any, prompts: list[Prompt], params: SamplingParams, reader: Reader
+) -> list[Generation]:
     generations: list[Generation] = []
     try:
         for prompt in prompts:
             own = params
             if prompt.max_tokens is not None:
                 own = replace(params, max_tokens=prompt.max_tokens)
+            if reader.reasons and (outputs := own.structured_outputs) is not None:
+                own = replace(own, structured_outputs=constrain_answer(outputs, prompt.text))
             generations.append(llm.submit(prompt.token_ids, own, prompt=prompt.text))
     except BaseException:
         for generation in generations:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from jaxserve.errors import RequestError
 from jaxserve.request import StructuredOutputs
+from jaxserve.text.after_reasoning import AnswerGrammar, MayReason
 from jaxserve.text.grammar_rehearsal import Rehearsal
 from jaxserve.text.tokenizer import Tokenizer
 
@@ -30,7 +31,7 @@ _LIMITS = llguidance.LLParserLimits(verbose_errors=False)
 _rehearsal = Rehearsal()
 
 
-def compile_grammar(tokenizer: Tokenizer, outputs: StructuredOutputs) -> Grammar:
+def compile_grammar(tokenizer: Tokenizer, outputs: StructuredOutputs) -> Grammar | AnswerGrammar:
     """The grammar of these outputs, from a cache if it has been seen lately.
 
     Takes milliseconds for what people write and a few seconds for what attackers write, so call it
@@ -42,7 +43,10 @@ def compile_grammar(tokenizer: Tokenizer, outputs: StructuredOutputs) -> Grammar
     source = _source(outputs)
     if len(source) > MAX_GRAMMAR_SIZE:
         raise _fault(f"takes {len(source)} characters; at most {MAX_GRAMMAR_SIZE} are compiled")
-    return _compile(_vocabulary(tokenizer), source)
+    grammar = _compile(_vocabulary(tokenizer), source)
+    if isinstance(outputs, MayReason):
+        return AnswerGrammar(grammar, tokenizer, outputs.inside)
+    return grammar
 
 
 class Grammar:

@@ -11,11 +11,12 @@ from jaxserve.text.parsers.events import (
     ToolCall,
 )
 from jaxserve.text.parsers.harmony import HarmonyParser
-from jaxserve.text.parsers.reasoning import PlainParser, ThinkParser
+from jaxserve.text.parsers.reasoning import PlainParser, ThinkParser, reasoning_state
 from jaxserve.text.parsers.tools import FORMATS, ToolParser
 
 __all__ = [
     "REASONING_PARSERS",
+    "TAGGED_REASONING",
     "TOOL_CALL_PARSERS",
     "Content",
     "Event",
@@ -29,7 +30,10 @@ __all__ = [
 TOOL_CALL_PARSERS = (*FORMATS, "openai")
 """Names for `--tool-call-parser`; they are vLLM's."""
 
-REASONING_PARSERS = ("qwen3", "deepseek_r1", "openai_gptoss")
+TAGGED_REASONING = ("qwen3", "deepseek_r1")
+"""Those that find reasoning between `<think>` and `</think>`, before the answer."""
+
+REASONING_PARSERS = (*TAGGED_REASONING, "openai_gptoss")
 """Names for `--reasoning-parser`; they are vLLM's."""
 
 _BY_MODEL_TYPE: dict[str, tuple[str | None, str | None]] = {
@@ -76,7 +80,7 @@ def make_parser(
         return answer
     inside = reasoning_parser == "deepseek_r1"
     if prompt is not None:
-        inside = prompt.rstrip().endswith("<think>")
+        inside = reasoning_state(prompt) == "inside"
     return ThinkParser(answer, inside)
 
 

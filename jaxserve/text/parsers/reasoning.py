@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from jaxserve.text.parsers.events import Content, Event, OutputParser, Reasoning
 from jaxserve.text.parsers.scan import before_mark
 
-_OPEN, _CLOSE = "<think>", "</think>"
+OPEN, CLOSE = "<think>", "</think>"
+
+
+def reasoning_state(prompt: str) -> Literal["inside", "closed", "open"]:
+    """Where a completion of this prompt begins.
+
+    "inside" the reasoning, behind its tag; after a section that the template has "closed" (it does
+    so to switch reasoning off); or it is "open" whether the model will reason.
+    """
+    end = prompt.rstrip()
+    if end.endswith(OPEN):
+        return "inside"
+    return "closed" if end.endswith(CLOSE) else "open"
 
 
 class ThinkParser:
@@ -43,19 +57,19 @@ class ThinkParser:
 
     def _begin(self) -> list[Event]:
         start = self._text.lstrip()
-        if start.startswith(_OPEN):
-            self._text, self._step = start[len(_OPEN) :], self._think
-        elif _OPEN.startswith(start):
+        if start.startswith(OPEN):
+            self._text, self._step = start[len(OPEN) :], self._think
+        elif OPEN.startswith(start):
             return []  # undecided
         else:
             self._step = self._think if self._inside else self._pass
         return self._step()
 
     def _think(self) -> list[Event]:
-        head, close, tail = self._text.partition(_CLOSE)
+        head, close, tail = self._text.partition(CLOSE)
         if not close:
             # The tag or trailing space may be arriving: both are held back.
-            certain = self._text[: before_mark(self._text, (_CLOSE,))].rstrip()
+            certain = self._text[: before_mark(self._text, (CLOSE,))].rstrip()
             self._text = self._text[len(certain) :]
             return self._reasoning(certain)
         self._text, self._step = tail, self._after

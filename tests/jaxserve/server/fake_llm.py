@@ -32,6 +32,7 @@ from jaxserve.request import (
     TokenLogprobs,
 )
 from jaxserve.server.embeddings import PoolingParams
+from jaxserve.text.after_reasoning import MayReason
 from jaxserve.text.tokenizer import Tokenizer
 
 TEMPLATE = """\
@@ -107,7 +108,8 @@ class FakeLLM:
     """The facade of `LLM`.
 
     Attributes:
-        script: what to write for a prompt text; None writes seeded letters.
+        script: what to write for a prompt text; None writes seeded letters. Before an answer that
+            is constrained it is the reasoning, if there may be any.
         delay: seconds per step.
         submitted: parameters of every request, in order.
         aborted: request ids that were aborted while running.
@@ -241,7 +243,10 @@ class FakeLLM:
 
     def _text(self, params: SamplingParams, index: int, prompt: str) -> str:
         if params.structured_outputs is not None:
-            return constrained_text(params.structured_outputs)
+            reasoning = (
+                self.script(prompt) if isinstance(params.structured_outputs, MayReason) else ""
+            )
+            return (reasoning or "") + constrained_text(params.structured_outputs)
         if (scripted := self.script(prompt)) is not None:
             return scripted
         seeded = params.seed is not None or params.greedy
