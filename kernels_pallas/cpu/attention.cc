@@ -50,21 +50,24 @@ struct Attention {
 // Working memory of one task. Rows of q, scores and so on are contiguous.
 template <class T>
 struct Work {
-  T *q, *keys, *values, *weights;
+  T *q, *spare, *keys, *values, *weights;
   float *scores, *sums, *shrink;
   Row* rows;
 
   Work(Scratch& scratch, const Attention<T>& job, int64_t num_rows) {
     constexpr int64_t kWord = Vec<T>::kPerLane;
     const int64_t q_count = num_rows * words_of<T>(job.keys.width) * kWord;
-    const int64_t key_count = words_of<T>(job.keys.width) * kBlockKeys * kWord;
+    const int64_t spare_count = kLanes * padded_keys<T>(job.keys.width);
+    const int64_t key_count = kBlockKeys * padded_keys<T>(job.keys.width);
     const int64_t value_count = kBlockKeys * job.padded_values();
     const int64_t score_count = num_rows * kBlockKeys, sum_count = num_rows * job.padded_values();
-    scratch.reset(Scratch::bytes<T>(q_count) + Scratch::bytes<T>(key_count) +
+    scratch.reset(Scratch::bytes<T>(q_count) + Scratch::bytes<T>(spare_count) +
+                  Scratch::bytes<T>(key_count) +
                   Scratch::bytes<T>(value_count) + Scratch::bytes<T>(score_count) +
                   Scratch::bytes<float>(score_count) + Scratch::bytes<float>(sum_count) +
                   Scratch::bytes<float>(num_rows) + Scratch::bytes<Row>(num_rows));
     q = scratch.take<T>(q_count);
+    spare = scratch.take<T>(spare_count);
     keys = scratch.take<T>(key_count);
     values = scratch.take<T>(value_count);
     weights = scratch.take<T>(score_count);
@@ -114,9 +117,9 @@ void attend_block(const Attention<T>& job, const Task& task, const Work<T>& work
   const int64_t num_rows = task.end - task.begin, start = job.batch.first_position(task.seq);
   const int64_t words = words_of<T>(job.keys.width), padded = job.padded_values();
   const int64_t count = now.keys.count, whole = (count + kLanes - 1) / kLanes * kLanes;
-  pack_keys(now.keys, next.keys, job.keys.width, work.keys);
+  pack_keys(now.keys, next.keys, job.keys.width, work.spare, work.keys);
   outer_product<T>(work.q, words * kWord, num_rows, work.keys, kBlockKeys * kWord, words,
-                   work.scores, kBlockKeys, whole, nullptr);
+                   work.scores, kBlockKeys, whole, {});
   for (int64_t i = 0; i < num_rows; ++i) {
     const int64_t position = start + (task.begin + i) / job.group();
     const int64_t begin = job.window > 0 ? position - job.window + 1 - now.first : 0;
@@ -127,7 +130,7 @@ void attend_block(const Attention<T>& job, const Task& task, const Work<T>& work
   }
   pack_values(now.values, next.values, job.value_dim, padded, work.values);
   outer_product<T>(work.weights, kBlockKeys, num_rows, work.values, padded * kWord,
-                   words_of<T>(count), work.sums, padded, padded, work.shrink);
+                   words_of<T>(count), work.sums, padded, padded, {true, work.shrink});
 }
 
 template <class T>

@@ -1,167 +1,193 @@
 // Matrix product of two operands that are both contiguous along the summed axis: x [rows, K]
 // against weights [cols, K] as Hugging Face stores them.
 //
-// Every output is summed in one fixed shape, whatever tile computes it: K is cut into blocks of
-// kDepth registers; within a block lane l sums elements l, l + lanes, ...; lanes fold by a fixed
-// tree; blocks add up in order. Hence a row's result never depends on its neighbours.
+// Weights are transposed on their way in, so that lanes are output columns. For a few rows of x
+// they then stay in registers (strip), and the product is as fast as memory is; for many they are
+// laid out as a panel that all rows share, and it is as fast as the multipliers are. Either way
+// every output sums blocks of kBlockWords words in order, and then the blocks. Hence a row's result
+// never depends on its neighbours.
 #pragma once
 
 #include <algorithm>
 #include <array>
 #include <utility>
 
-#include "simd.h"
+#include "outer.h"
+#include "scratch.h"
+#include "transpose.h"
 
 namespace jaxserve {
 
-constexpr int kTileRows = kManyRegisters ? 4 : 2;  // of x
-constexpr int kTileCols = kManyRegisters ? 6 : 4;  // of weights: 4 x 6 sums + 6 + 1 registers
-constexpr int kWideCols = 2 * kTileCols;  // for one or two rows: more pages of memory in flight
-constexpr int64_t kDepth = 64;  // registers per block: a tile of weights (24 KiB) stays in L1
-
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-// Rows of x in the order the tile reads them: for each tile of kTileRows rows, for each register
-// along K, that register of every row. Zero-padded to whole registers. A view: owns nothing.
+constexpr int kStripRows = kManyRegisters ? 24 : 8;  // sums of a strip, beside its weights
+constexpr int64_t kPanelCols = kOuterVecs * kLanes;
+constexpr int64_t kBlockWords = 384;  // of K: a panel (96 KiB) stays in L2
+
+// Rows of x in the weights' type, zero-padded to whole quarters. A view: owns nothing.
 template <class T>
 struct Packed {
   T* data;
-  int64_t num_rows;
-  int64_t steps;  // registers per row
+  int64_t num_rows, k;
 
-  static int64_t steps_of(int64_t k) { return ceil_div(k, Vec<T>::kSize); }
-  static int64_t count(int64_t num_rows, int64_t k) {
-    return num_rows * steps_of(k) * Vec<T>::kSize;
-  }
+  static int64_t words(int64_t k) { return round_up(words_of<T>(k), kQuarter); }
+  // One more line between rows: a power of two would put all of them into one set of L1.
+  static int64_t stride(int64_t k) { return (words(k) + 16) * Vec<T>::kPerLane; }
+  // A strip may look at rows past the last one; nobody keeps what it makes of them.
+  static int64_t count(int64_t num_rows, int64_t k) { return (num_rows + kStripRows) * stride(k); }
 
-  int64_t height(int64_t row) const {  // rows in the tile that holds `row`
-    return std::min<int64_t>(kTileRows, num_rows - row / kTileRows * kTileRows);
-  }
-  T* at(int64_t row, int64_t step) const {
-    int64_t first = row / kTileRows * kTileRows;
-    return data + (first * steps + step * height(row) + row - first) * Vec<T>::kSize;
-  }
+  T* row(int64_t i) const { return data + i * stride(k); }
 
-  // Writes elements [begin, begin + n) of a row; begin must be a multiple of the register size.
+  // Writes elements [begin, begin + n) of a row.
   template <class From>
-  void put(int64_t row, int64_t begin, const From* from, int64_t n) const {
-    constexpr int64_t kSize = Vec<T>::kSize;
-    const int64_t stride = height(row) * kSize;
-    T* to = at(row, begin / kSize);
-    for (; n >= kSize; n -= kSize, from += kSize, to += stride) convert(to, from, kSize);
-    if (n <= 0) return;
-    std::memset(to, 0, kSize * sizeof(T));
-    convert(to, from, n);
+  void put(int64_t i, int64_t begin, const From* from, int64_t n) const {
+    convert(row(i) + begin, from, n);
+    const int64_t padding = words(k) * Vec<T>::kPerLane - k;
+    if (begin + n == k) std::memset(row(i) + k, 0, padding * sizeof(T));
   }
 };
 
-// A tile's weights, and the rows of weights to bring into L2 meanwhile for a tile to come.
+// out[r][0 .. kLanes) = start + x[r] . w[0 .. kLanes), `words` words each, for R rows of which
+// `rows` are kept. As much memory from `ahead` on comes into L2 meanwhile.
+template <class T, int R>
+void strip(const T* x, int64_t x_stride, const T* w, int64_t w_stride, int64_t words, float* out,
+           int64_t out_stride, int64_t rows, Start start, const char* ahead) {
+  constexpr int64_t kPerLane = Vec<T>::kPerLane;
+  F sum[R] = {};
+  for (int64_t i = 0; i < words; i += kQuarter, w += kQuarter * kPerLane) {
+    U weights[kQuarter];
+    load_transposed(w, w_stride * int64_t(sizeof(T)), weights);
+    for (int j = 0; j < kQuarter * kLanes / 16; ++j, ahead += 64) __builtin_prefetch(ahead, 0, 2);
+#pragma GCC unroll 4
+    for (int j = 0; j < kQuarter; ++j, x += kPerLane) {
+      const auto cols = bitcast<typename Vec<T>::Reg>(weights[j]);
+#pragma GCC unroll 32
+      for (int r = 0; r < R; ++r) {
+        sum[r] = Vec<T>::dot(sum[r], Vec<T>::broadcast(x + r * x_stride), cols);
+      }
+    }
+  }
+#pragma GCC unroll 32
+  for (int r = 0; r < R; ++r) {
+    if (r < rows) add_to(out + r * out_stride, sum[r], start, r);
+  }
+}
+
+template <class T>
+using Strip = void (*)(const T*, int64_t, const T*, int64_t, int64_t, float*, int64_t, int64_t,
+                       Start, const char*);
+
+// The narrowest strip for at most kStripRows rows. Not every height is worth its code.
+template <class T>
+Strip<T> strip_for(int64_t rows) {
+  if (rows <= 1) return &strip<T, 1>;
+  if (rows <= 2) return &strip<T, 2>;
+  if (rows <= 4) return &strip<T, 4>;
+  if (rows <= 8) return &strip<T, 8>;
+  if constexpr (kStripRows > 8) {
+    if (rows <= 12) return &strip<T, 12>;
+    if (rows <= 16) return &strip<T, 16>;
+    if (rows <= 20) return &strip<T, 20>;
+  }
+  return &strip<T, kStripRows>;
+}
+
+// to[word][col] for whole quarters of `words` and whole registers of `cols`.
+template <class T>
+void pack_panel(const T* w, int64_t w_stride, int64_t cols, int64_t words, T* to) {
+  constexpr int64_t kPerLane = Vec<T>::kPerLane;
+  for (int64_t c = 0; c < cols; c += kLanes) {
+    for (int64_t i = 0; i < words; i += kQuarter) {
+      U weights[kQuarter];
+      load_transposed(w + c * w_stride + i * kPerLane, w_stride * int64_t(sizeof(T)), weights);
+      for (int j = 0; j < kQuarter; ++j) store(to + ((i + j) * cols + c) * kPerLane, weights[j]);
+    }
+  }
+}
+
+// Weights whose rows are whole quarters, and whose number of rows is whole registers.
 template <class T>
 struct Weights {
   const T* data;
-  int64_t stride;
-  int64_t steps, tail;  // whole registers along K, and elements after them
-  const T* ahead;
-  int64_t num_ahead;
+  int64_t stride, words, cols;
 };
 
-// Where a tile keeps row r of its results. sum_lanes writes four columns at a time: what it writes
-// past the last column is overwritten by the next row or lies in the slack.
-constexpr int64_t result_stride(int64_t cols) { return std::max<int64_t>(4, cols); }
-constexpr int64_t kResults = kTileRows * std::max(4, kTileCols) + 4;
-
-// out[r * result_stride(C) + c] = x[r] . w[c]
-template <class T, int R, int C>
-void dot_tile(const T* x, const Weights<T>& w, float* out) {
-  using Reg = typename Vec<T>::Reg;
-  constexpr int64_t kSize = Vec<T>::kSize;
-  F sum[R][C] = {};
-  auto step = [&](const Reg (&weights)[C]) {
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      Reg row = load<Reg>(x + r * kSize);
-#pragma GCC unroll 8
-      for (int c = 0; c < C; ++c) sum[r][c] = Vec<T>::dot(sum[r][c], row, weights[c]);
-    }
-    x += R * kSize;
-  };
-  Reg weights[C];
-  const T* from = w.data;
-  const T* ahead = w.ahead;
-  for (int64_t s = 0; s < w.steps; ++s, from += kSize, ahead += kSize) {
-#pragma GCC unroll 8
-    for (int c = 0; c < C; ++c) weights[c] = load<Reg>(from + c * w.stride);
-    for (int64_t c = 0; c < w.num_ahead; ++c) __builtin_prefetch(ahead + c * w.stride, 0, 2);
-    step(weights);
-  }
-  if (w.tail > 0) {
-    for (int c = 0; c < C; ++c) {
-      weights[c] = load_partial<Reg>(from + c * w.stride, w.tail * int64_t(sizeof(T)));
-    }
-    step(weights);
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 8
-    for (int c = 0; c < C; c += 4) {
-      F four[4] = {};
-      for (int i = 0; i < std::min(4, C - c); ++i) four[i] = sum[r][c + i];
-      sum_lanes(four, out + r * result_stride(C) + c);
+template <class T>
+void multiply_few(const T* x, int64_t x_stride, int64_t rows, const Weights<T>& w, float* out,
+                  int64_t out_stride) {
+  constexpr int64_t kPerLane = Vec<T>::kPerLane;
+  const Strip<T> run = strip_for<T>(rows);
+  for (int64_t c = 0; c < w.cols; c += kLanes) {
+    const T* from = w.data + c * w.stride;
+    const char* ahead = reinterpret_cast<const char*>(from + kLanes * w.stride);
+    for (int64_t i = 0; i < w.words; i += kBlockWords) {
+      run(x + i * kPerLane, x_stride, from + i * kPerLane, w.stride,
+          std::min(kBlockWords, w.words - i), out + c, out_stride, rows, {i > 0},
+          ahead + i * kLanes * 4);
     }
   }
 }
 
 template <class T>
-using DotTile = void (*)(const T*, const Weights<T>&, float*);
-
-template <class T, int C, int... R>
-constexpr std::array<DotTile<T>, sizeof...(R)> dot_tiles(std::integer_sequence<int, R...>) {
-  return {&dot_tile<T, R + 1, C>...};
+void multiply_many(const T* x, int64_t x_stride, int64_t rows, const Weights<T>& w, float* out,
+                   int64_t out_stride) {
+  constexpr int64_t kPerLane = Vec<T>::kPerLane;
+  thread_local Scratch scratch;
+  scratch.reset(Scratch::bytes<T>(kPanelCols * kBlockWords * kPerLane));
+  T* panel = scratch.take<T>(kPanelCols * kBlockWords * kPerLane);
+  for (int64_t c = 0; c < w.cols; c += kPanelCols) {
+    const int64_t cols = std::min(kPanelCols, w.cols - c);
+    for (int64_t i = 0; i < w.words; i += kBlockWords) {
+      const int64_t words = std::min(kBlockWords, w.words - i);
+      const T* from = w.data + c * w.stride + i * kPerLane;
+      const bool last = i + kBlockWords >= w.words;
+      const T* next = last ? w.data + (c + cols) * w.stride : from + kBlockWords * kPerLane;
+      pack_panel(from, w.stride, cols, words, panel);
+      outer_product<T>(x + i * kPerLane, x_stride, rows, panel, cols * kPerLane, words, out + c,
+                       out_stride, cols, {i > 0},
+                       {reinterpret_cast<const char*>(next), w.stride * int64_t(sizeof(T)), cols});
+    }
+  }
 }
 
-// The kernel for a tile of `rows` rows; `cols` is kWideCols (of two rows at most), kTileCols or 1.
+// The same for columns that fill no register, or rows that fill no quarter: copied and padded first.
 template <class T>
-DotTile<T> dot_tile_for(int64_t rows, int64_t cols) {
-  using Rows = std::make_integer_sequence<int, kTileRows>;
-  static constexpr auto kWide = dot_tiles<T, kWideCols>(std::make_integer_sequence<int, 2>{});
-  static constexpr auto kFull = dot_tiles<T, kTileCols>(Rows{});
-  static constexpr auto kOne = dot_tiles<T, 1>(Rows{});
-  if (cols == kWideCols) return kWide[rows - 1];
-  return (cols == kTileCols ? kFull : kOne)[rows - 1];
-}
-
-// out[r][c] = x[begin + r] . w[c] for rows [begin, end) of x, begin a multiple of kTileRows.
-// Weights are the outer loop: each tile of them is read from memory once and serves all rows,
-// and while it does, every tile of rows prefetches its share of the next tile of weights.
-template <class T>
-void dot_block(const Packed<T>& x, int64_t begin, int64_t end, const T* w, int64_t k, int64_t cols,
-               float* out, int64_t out_stride) {
-  constexpr int64_t kSize = Vec<T>::kSize;
-  alignas(64) float results[kResults];
-  const int64_t num_tiles = ceil_div(end - begin, kTileRows);
-  // Rows whole pages apart share one L1 set, which twelve of them would overflow.
-  const bool wide = end - begin <= 2 && k * int64_t(sizeof(T)) % 4096 != 0;
-  const int64_t widest = wide ? kWideCols : kTileCols;
-  for (int64_t s = 0; s < x.steps; s += kDepth) {
-    const int64_t block_k = std::min(kDepth * kSize, k - s * kSize);
-    for (int64_t c = 0, width; c < cols; c += width) {
-      width = cols - c >= widest ? widest : cols - c >= kTileCols ? kTileCols : 1;
-      const T* from = w + c * k + s * kSize;
-      for (int64_t i = 0; i < num_tiles; ++i) {
-        const int64_t row = begin + i * kTileRows, rows = x.height(row);
-        const int64_t ahead = width * i / num_tiles, ahead_end = width * (i + 1) / num_tiles;
-        dot_tile_for<T>(rows, width)(x.at(row, s),
-                                     {from, k, block_k / kSize, block_k % kSize,
-                                      from + (width + ahead) * k, ahead_end - ahead},
-                                     results);
-        float* to = out + i * kTileRows * out_stride + c;
-        for (int64_t r = 0; r < rows; ++r, to += out_stride) {
-          for (int64_t j = 0; j < width; ++j) {
-            to[j] = (s == 0 ? 0.0f : to[j]) + results[r * result_stride(width) + j];
-          }
-        }
+void multiply_odd(const Packed<T>& x, int64_t begin, int64_t end, const T* w, int64_t cols,
+                  float* out, int64_t out_stride) {
+  thread_local Scratch scratch;
+  const int64_t words = Packed<T>::words(x.k), stride = words * Vec<T>::kPerLane;
+  scratch.reset(Scratch::bytes<T>(kLanes * stride));
+  T* padded = scratch.take<T>(kLanes * stride);
+  alignas(64) float results[kStripRows * kLanes];
+  for (int64_t c = 0; c < cols; c += kLanes) {
+    const int64_t width = std::min<int64_t>(kLanes, cols - c);
+    std::memset(padded, 0, kLanes * stride * sizeof(T));
+    for (int64_t i = 0; i < width; ++i) convert(padded + i * stride, w + (c + i) * x.k, x.k);
+    for (int64_t r = begin; r < end; r += kStripRows) {
+      const int64_t rows = std::min<int64_t>(kStripRows, end - r);
+      const Weights<T> weights{padded, stride, words, kLanes};
+      multiply_few(x.row(r), Packed<T>::stride(x.k), rows, weights, results, kLanes);
+      for (int64_t i = 0; i < rows; ++i) {
+        convert(out + (r - begin + i) * out_stride + c, results + i * kLanes, width);
       }
     }
+  }
+}
+
+// out[r][c] = x[begin + r] . w[c] for rows [begin, end) of x and the first `cols` rows of w.
+template <class T>
+void dot_block(const Packed<T>& x, int64_t begin, int64_t end, const T* w, int64_t cols, float* out,
+               int64_t out_stride) {
+  const bool odd = x.k % (kQuarter * Vec<T>::kPerLane) != 0;
+  const int64_t whole = odd ? 0 : cols / kLanes * kLanes, rows = end - begin;
+  if (whole > 0) {
+    const Weights<T> weights{w, x.k, Packed<T>::words(x.k), whole};
+    const auto run = rows <= kStripRows ? &multiply_few<T> : &multiply_many<T>;
+    run(x.row(begin), Packed<T>::stride(x.k), rows, weights, out, out_stride);
+  }
+  if (whole < cols) {
+    multiply_odd(x, begin, end, w + whole * x.k, cols - whole, out + whole, out_stride);
   }
 }
 

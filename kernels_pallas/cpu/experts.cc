@@ -33,6 +33,8 @@ struct Grouping {
   int64_t size(int64_t expert) const { return starts[expert + 1] - starts[expert]; }
 };
 
+constexpr int64_t kRowsPerChunk = 192;  // a chunk's gate and up (192 KiB) stay in L2
+
 // Some of one expert's rows times some columns of its weights.
 struct Chunk {
   int64_t expert, begin, end, first_col, num_cols;
@@ -65,8 +67,7 @@ struct PackedGroups {
   int64_t k;
 
   Packed<T> of(const Grouping& groups, int64_t expert) const {
-    return {data + Packed<T>::count(groups.starts[expert], k), groups.size(expert),
-            Packed<T>::steps_of(k)};
+    return {data + groups.starts[expert] * Packed<T>::stride(k), groups.size(expert), k};
   }
 };
 
@@ -74,17 +75,15 @@ struct PackedGroups {
 template <class T>
 void expand(const Experts<T>& moe, const Grouping& groups, const PackedGroups<T>& x,
             const PackedGroups<T>& hidden) {
-  // A whole number of tiles and of registers, so that no two chunks write one register.
-  constexpr int64_t kWidth = 96;
-  static_assert(kWidth % kWideCols == 0 && kWidth % Vec<T>::kSize == 0);
+  constexpr int64_t kWidth = 2 * kPanelCols;
   const auto chunks = cut(groups, moe.mlp, kWidth);
   Pool::shared().run(int64_t(chunks.size()), [&](int64_t i) {
     thread_local float gate[kRowsPerChunk * kWidth], up[kRowsPerChunk * kWidth];
     const auto [e, begin, end, first, cols] = chunks[i];
     const int64_t weight = (e * moe.mlp + first) * moe.embed;
     const Packed<T> rows = x.of(groups, e), out = hidden.of(groups, e);
-    dot_block(rows, begin, end, moe.w_gate + weight, moe.embed, cols, gate, kWidth);
-    dot_block(rows, begin, end, moe.w_up + weight, moe.embed, cols, up, kWidth);
+    dot_block(rows, begin, end, moe.w_gate + weight, cols, gate, kWidth);
+    dot_block(rows, begin, end, moe.w_up + weight, cols, up, kWidth);
     for (int64_t r = 0; r < end - begin; ++r) {
       gate_in_place(moe.activation, gate + r * kWidth, up + r * kWidth, cols);
       out.put(begin + r, first, gate + r * kWidth, cols);
@@ -96,11 +95,11 @@ void expand(const Experts<T>& moe, const Grouping& groups, const PackedGroups<T>
 template <class T>
 void contract(const Experts<T>& moe, const Grouping& groups, const PackedGroups<T>& hidden,
               float* y) {
-  const auto chunks = cut(groups, moe.embed, 8 * kWideCols);
+  const auto chunks = cut(groups, moe.embed, 2 * kPanelCols);
   Pool::shared().run(int64_t(chunks.size()), [&](int64_t i) {
     const auto [e, begin, end, first, cols] = chunks[i];
     dot_block(hidden.of(groups, e), begin, end, moe.w_down + (e * moe.embed + first) * moe.mlp,
-              moe.mlp, cols, y + (groups.starts[e] + begin) * moe.embed + first, moe.embed);
+              cols, y + (groups.starts[e] + begin) * moe.embed + first, moe.embed);
   });
 }
 

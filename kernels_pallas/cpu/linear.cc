@@ -31,13 +31,13 @@ void cut(std::vector<Piece<T>>* pieces, const T* weight, const T* up, int64_t k,
 
 // The up product of a chunk, then gate = act(gate) * up. Chunks are narrow: the scratch is small.
 template <class T>
-void apply_gate(const Packed<T>& x, int64_t begin, int64_t end, const Piece<T>& piece, int64_t k,
+void apply_gate(const Packed<T>& x, int64_t begin, int64_t end, const Piece<T>& piece,
                 Activation activation, float* gate) {
   thread_local Scratch scratch;
   const int64_t rows = end - begin;
   scratch.reset(Scratch::bytes<float>(rows * piece.num_cols));
   float* up = scratch.take<float>(rows * piece.num_cols);
-  dot_block(x, begin, end, piece.up, k, piece.num_cols, up, piece.num_cols);
+  dot_block(x, begin, end, piece.up, piece.num_cols, up, piece.num_cols);
   for (int64_t i = 0; i < rows; ++i) {
     gate_in_place(activation, gate + i * piece.out_stride, up + i * piece.num_cols,
                   piece.num_cols);
@@ -46,16 +46,17 @@ void apply_gate(const Packed<T>& x, int64_t begin, int64_t end, const Piece<T>& 
 
 // All pieces for the packed rows, which are rows [first, ...) of the outputs.
 template <class T>
-void multiply(const Packed<T>& x, int64_t first, const std::vector<Piece<T>>& pieces, int64_t k,
+void multiply(const Packed<T>& x, int64_t first, const std::vector<Piece<T>>& pieces,
               Activation activation) {
-  const int64_t slabs = ceil_div(x.num_rows, kRowsPerChunk);
+  const int64_t height = chunk_rows(x.num_rows, int64_t(pieces.size()));
+  const int64_t slabs = ceil_div(x.num_rows, height);
   Pool::shared().run(int64_t(pieces.size()) * slabs, [&](int64_t chunk) {
     const Piece<T>& piece = pieces[chunk / slabs];
-    const int64_t begin = chunk % slabs * kRowsPerChunk;
-    const int64_t end = std::min(x.num_rows, begin + kRowsPerChunk);
+    const int64_t begin = chunk % slabs * height;
+    const int64_t end = std::min(x.num_rows, begin + height);
     float* out = piece.out + (first + begin) * piece.out_stride;
-    dot_block(x, begin, end, piece.weight, k, piece.num_cols, out, piece.out_stride);
-    if (piece.up) apply_gate(x, begin, end, piece, k, activation, out);
+    dot_block(x, begin, end, piece.weight, piece.num_cols, out, piece.out_stride);
+    if (piece.up) apply_gate(x, begin, end, piece, activation, out);
   });
 }
 
@@ -67,9 +68,9 @@ void multiply_all(const X* x, int64_t num_rows, int64_t k, const std::vector<Pie
     const int64_t rows = std::min(kRowsPerPass, num_rows - first);
     const int64_t count = Packed<T>::count(rows, k);
     scratch.reset(Scratch::bytes<T>(count));
-    Packed<T> packed{scratch.take<T>(count), rows, Packed<T>::steps_of(k)};
-    pack_rows(packed, k, [&](int64_t i) { return x + (first + i) * k; });
-    multiply(packed, first, pieces, k, activation);
+    const Packed<T> packed{scratch.take<T>(count), rows, k};
+    pack_rows(packed, [&](int64_t i) { return x + (first + i) * k; });
+    multiply(packed, first, pieces, activation);
   }
 }
 

@@ -1,9 +1,8 @@
 // Matrix product as a sum of outer products: lanes are output columns, so nothing is folded at the
-// end. Used where one side is packed anyway (attention); each output sums its words in order.
+// end, and each output sums its words in order, whatever tile computes it.
 #pragma once
 
 #include <algorithm>
-#include <array>
 #include <utility>
 
 #include "simd.h"
@@ -19,40 +18,63 @@ constexpr int64_t words_of(int64_t elements) {
   return (elements + Vec<T>::kPerLane - 1) / Vec<T>::kPerLane;
 }
 
-// c[r] = (rescale ? c[r] * rescale[r] : 0) + sum over words of a[r][word] * b[word]
+// Rows of memory that somebody will need soon; a tile brings their next words into L2 as it goes,
+// for scattered rows are more than the hardware foresees.
+struct Ahead {
+  const char* rows = nullptr;
+  int64_t stride = 0, count = 0;  // bytes between rows
+};
+
+// What a product adds to: nothing, what is there, or what is there times a factor per row.
+struct Start {
+  bool keep = false;
+  const float* factors = nullptr;
+};
+
+inline void add_to(float* c, F sum, Start start, int row) {
+  if (start.factors) {
+    sum += load<F>(c) * start.factors[row];
+  } else if (start.keep) {
+    sum += load<F>(c);
+  }
+  store(c, sum);
+}
+
+// c[r] = start + sum over words of a[r][word] * b[word]
 template <class T, int R, int C>
 void outer_tile(const T* a, int64_t a_stride, const T* b, int64_t b_stride, int64_t words, float* c,
-                int64_t c_stride, const float* rescale) {
+                int64_t c_stride, Start start, Ahead ahead) {
   using Reg = typename Vec<T>::Reg;
+  constexpr int64_t kLine = 16;  // words
   F sum[R][C] = {};
-  if (rescale) {
-    for (int r = 0; r < R; ++r) {
-      for (int j = 0; j < C; ++j) {
-        sum[r][j] = load<F>(c + r * c_stride + j * kLanes) * rescale[r];
-      }
+  for (int64_t w = 0; w < words;) {
+    for (int64_t i = 0; i < ahead.count; ++i) {
+      __builtin_prefetch(ahead.rows + i * ahead.stride + w * 4, 0, 2);
     }
-  }
-  for (int64_t w = 0; w < words; ++w, a += Vec<T>::kPerLane, b += b_stride) {
-    Reg cols[C];
+    for (const int64_t end = std::min(words, w + kLine); w < end; ++w) {
+      Reg cols[C];
 #pragma GCC unroll 8
-    for (int j = 0; j < C; ++j) cols[j] = load<Reg>(b + j * Vec<T>::kSize);
+      for (int j = 0; j < C; ++j) cols[j] = load<Reg>(b + j * Vec<T>::kSize);
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      Reg row = Vec<T>::broadcast(a + r * a_stride);
+      for (int r = 0; r < R; ++r) {
+        Reg row = Vec<T>::broadcast(a + r * a_stride);
 #pragma GCC unroll 8
-      for (int j = 0; j < C; ++j) sum[r][j] = Vec<T>::dot(sum[r][j], row, cols[j]);
+        for (int j = 0; j < C; ++j) sum[r][j] = Vec<T>::dot(sum[r][j], row, cols[j]);
+      }
+      a += Vec<T>::kPerLane;
+      b += b_stride;
     }
   }
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
-    for (int j = 0; j < C; ++j) store(c + r * c_stride + j * kLanes, sum[r][j]);
+    for (int j = 0; j < C; ++j) add_to(c + r * c_stride + j * kLanes, sum[r][j], start, r);
   }
 }
 
 template <class T>
-using OuterTile = void (*)(const T*, int64_t, const T*, int64_t, int64_t, float*, int64_t,
-                           const float*);
+using OuterTile = void (*)(const T*, int64_t, const T*, int64_t, int64_t, float*, int64_t, Start,
+                           Ahead);
 
 template <class T, int C, int... R>
 constexpr std::array<OuterTile<T>, sizeof...(R)> outer_tiles(std::integer_sequence<int, R...>) {
@@ -60,9 +82,11 @@ constexpr std::array<OuterTile<T>, sizeof...(R)> outer_tiles(std::integer_sequen
 }
 
 // The whole product: a [rows, words], b [words, cols] with cols a multiple of kLanes, c [rows, cols].
+// Tiles of rows share what is to be brought in ahead.
 template <class T>
 void outer_product(const T* a, int64_t a_stride, int64_t rows, const T* b, int64_t b_stride,
-                   int64_t words, float* c, int64_t c_stride, int64_t cols, const float* rescale) {
+                   int64_t words, float* c, int64_t c_stride, int64_t cols, Start start,
+                   Ahead ahead = {}) {
   using Rows = std::make_integer_sequence<int, kOuterRows>;
   static constexpr auto kFull = outer_tiles<T, kOuterVecs>(Rows{});
   static constexpr auto kOne = outer_tiles<T, 1>(Rows{});
@@ -71,9 +95,11 @@ void outer_product(const T* a, int64_t a_stride, int64_t rows, const T* b, int64
     width = full ? kOuterVecs * kLanes : kLanes;
     for (int64_t r = 0; r < rows; r += kOuterRows) {
       const int64_t height = std::min<int64_t>(kOuterRows, rows - r);
-      (full ? kFull : kOne)[height - 1](a + r * a_stride, a_stride, b + j * Vec<T>::kPerLane,
-                                        b_stride, words, c + r * c_stride + j, c_stride,
-                                        rescale ? rescale + r : nullptr);
+      const int64_t first = ahead.count * r / rows, last = ahead.count * (r + height) / rows;
+      (full ? kFull : kOne)[height - 1](
+          a + r * a_stride, a_stride, b + j * Vec<T>::kPerLane, b_stride, words,
+          c + r * c_stride + j, c_stride, {start.keep, start.factors ? start.factors + r : nullptr},
+          {ahead.rows + first * ahead.stride, ahead.stride, last - first});
     }
   }
 }

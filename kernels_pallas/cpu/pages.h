@@ -5,12 +5,20 @@
 #include <cstdint>
 
 #include "outer.h"
+#include "transpose.h"
 
 namespace jaxserve {
 
 // Keys are always handled in blocks of this many consecutive absolute positions, so the order of
 // every sum is a property of the position alone, never of how the queries were chunked.
 constexpr int64_t kBlockKeys = 64;
+
+// Elements of a key, rounded up to whole quarters.
+template <class T>
+constexpr int64_t padded_keys(int64_t width) {
+  constexpr int64_t kWhole = kQuarter * Vec<T>::kPerLane;
+  return (width + kWhole - 1) / kWhole * kWhole;
+}
 
 // One layer of k_pages or v_pages: [P, K, Z, width].
 template <class T>
@@ -34,14 +42,22 @@ struct Pages {
 template <class T>
 struct Block {
   int64_t count;
+  bool in_runs;  // kLanes rows that begin at a multiple of kLanes follow each other in memory
   const T* rows[kBlockKeys];
 
   // Positions [first, end), at most kBlockKeys of them.
   Block(const Pages<T>& pages, const int32_t* table, int64_t head, int64_t first, int64_t end)
-      : count(std::clamp<int64_t>(end - first, 0, kBlockKeys)) {
-    for (int64_t i = 0; i < kBlockKeys; ++i) {
-      rows[i] = i < count ? pages.find(table, head, first + i) : nullptr;
+      : count(std::clamp<int64_t>(end - first, 0, kBlockKeys)),
+        in_runs(pages.page_size % kLanes == 0) {
+    for (int64_t i = 0; i < count;) {
+      const T* row = pages.find(table, head, first + i);
+      const int64_t slots = pages.page_size - (first + i) % pages.page_size;
+      for (const int64_t stop = std::min(count, i + slots); i < stop; ++i) {
+        rows[i] = row;
+        if (row) row += pages.width;
+      }
     }
+    std::fill(rows + count, rows + kBlockKeys, nullptr);
   }
 };
 
@@ -59,59 +75,41 @@ void prefetch_row(const T* row, int64_t width) {
   for (int64_t i = 0; i < width; i += kLine) __builtin_prefetch(row + i, 0, 2);
 }
 
-// Transposes kLanes registers of kLanes words in place.
-inline void transpose(U (&r)[kLanes]) {
-#if defined(__AVX512F__)
-  __m512i a[16], b[16];
-  for (int i = 0; i < 16; ++i) a[i] = bitcast<__m512i>(r[i]);
-  for (int i = 0; i < 16; i += 2) {  // words of two rows
-    b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
-    b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+// kLanes rows of whole quarters, one after the other.
+template <class T>
+struct Run {
+  const T* rows;
+  int64_t stride;
+};
+
+// Rows of a page are a run where they lie; others are copied to `spare`, the missing ones as zeros.
+template <class T>
+Run<T> run_of(const Block<T>& block, int64_t key, int64_t width, T* spare) {
+  const int64_t padded = padded_keys<T>(width);
+  if (block.in_runs && width == padded && key + kLanes <= block.count && block.rows[key]) {
+    return {block.rows[key], width};
   }
-  for (int i = 0; i < 16; i += 4) {  // pairs of words of four rows
-    for (int j = 0; j < 2; ++j) {
-      a[i + 2 * j] = _mm512_unpacklo_epi64(b[i + j], b[i + j + 2]);
-      a[i + 2 * j + 1] = _mm512_unpackhi_epi64(b[i + j], b[i + j + 2]);
-    }
+  std::memset(spare, 0, kLanes * padded * sizeof(T));
+  for (int64_t i = 0; i < kLanes; ++i) {
+    if (block.rows[key + i]) convert(spare + i * padded, block.rows[key + i], width);
   }
-  for (int i = 0; i < 4; ++i) {  // a 4 x 4 transpose of quarters
-    __m512i even_top = _mm512_shuffle_i32x4(a[i], a[i + 4], 0x88);
-    __m512i odd_top = _mm512_shuffle_i32x4(a[i], a[i + 4], 0xdd);
-    __m512i even_low = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0x88);
-    __m512i odd_low = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0xdd);
-    r[i] = bitcast<U>(_mm512_shuffle_i32x4(even_top, even_low, 0x88));
-    r[i + 4] = bitcast<U>(_mm512_shuffle_i32x4(odd_top, odd_low, 0x88));
-    r[i + 8] = bitcast<U>(_mm512_shuffle_i32x4(even_top, even_low, 0xdd));
-    r[i + 12] = bitcast<U>(_mm512_shuffle_i32x4(odd_top, odd_low, 0xdd));
-  }
-#else
-  for (int i = 0; i < kLanes; ++i) {
-    for (int j = 0; j < i; ++j) {
-      const uint32_t word = r[i][j];
-      r[i][j] = r[j][i];
-      r[j][i] = word;
-    }
-  }
-#endif
+  return {spare, padded};
 }
 
-// to[word][key], rounded up to whole registers of keys.
+// to[word][key], rounded up to whole registers of keys and whole quarters of words.
 template <class T>
-void pack_keys(const Block<T>& block, const Block<T>& next, int64_t width, T* to) {
-  constexpr int64_t kWord = Vec<T>::kPerLane;
-  const int64_t bytes = width * int64_t(sizeof(T));
+void pack_keys(const Block<T>& block, const Block<T>& next, int64_t width, T* spare, T* to) {
+  constexpr int64_t kPerLane = Vec<T>::kPerLane;
   for (int64_t key = 0; key < block.count; key += kLanes) {
-    for (int64_t word = 0; word < words_of<T>(width); word += kLanes) {
-      U r[kLanes];
-      const int64_t rest = std::min<int64_t>(sizeof(U), bytes - word * 4);
-      for (int i = 0; i < kLanes; ++i) {
-        const T* row = block.rows[key + i];
-        __builtin_prefetch(next.rows[spread(key + i, 1)] + word * kWord, 0, 2);
-        r[i] = row ? load_partial<U>(row + word * kWord, rest) : U{};
+    const Run<T> run = run_of(block, key, width, spare);
+    for (int64_t word = 0; word < words_of<T>(width); word += kQuarter) {
+      const int64_t line = word / kLanes * kLanes;
+      U columns[kQuarter];
+      load_transposed(run.rows + word * kPerLane, run.stride * int64_t(sizeof(T)), columns);
+      for (int64_t w = word; w < word + kQuarter; ++w) {
+        __builtin_prefetch(next.rows[spread(key + w - line, 1)] + line * kPerLane, 0, 2);
+        store(to + (w * kBlockKeys + key) * kPerLane, columns[w - word]);
       }
-      transpose(r);
-      T* out = to + (word * kBlockKeys + key) * kWord;
-      for (int64_t w = 0; w < (rest + 3) / 4; ++w) store(out + w * kBlockKeys * kWord, r[w]);
     }
   }
 }

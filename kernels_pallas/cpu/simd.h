@@ -1,14 +1,15 @@
 // One SIMD register of floats and the few operations the kernels are made of.
 //
 // Registers are GCC/Clang vector extensions, so every kernel compiles for any CPU; intrinsics
-// appear only where AVX-512 has an instruction the compiler does not find by itself.
+// appear only where the compiler does not find the instruction by itself.
 #pragma once
 
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX512F__)
+#if defined(__AVX__)
 #include <immintrin.h>
 #endif
 
