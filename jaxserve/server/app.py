@@ -108,7 +108,8 @@ def create_app(
         api_key: clients must send it, or one of them; None lets everybody in.
         served_model_name: what requests may call the model; `llm.model_name` if None.
         limits: what one client may ask for.
-        tool_call_parser: name of the parser for tool calls; by the model's type if None.
+        tool_call_parser: name of the parser for tool calls; by the model's type and chat template
+            if None.
         reasoning_parser: name of the parser for reasoning; by the model's type if None.
 
     Raises:
@@ -125,7 +126,12 @@ def create_app(
         gate=Gate(limits.max_concurrent_requests),
         metrics=Metrics(llm, names[0]),
         created=int(time.time()),
-        notation=Notation.of(llm.model_type, tool_call_parser, reasoning_parser),
+        notation=Notation.of(
+            llm.model_type,
+            tool_call_parser,
+            reasoning_parser,
+            "\n".join(llm.tokenizer.chat_templates.values()),
+        ),
     )
     keys = _names(api_key)
     app = Starlette(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from jaxserve.server.pieces import CallDelta, Parsed, Parser, Plain
 from jaxserve.text.parsers import (
@@ -30,19 +31,25 @@ class Notation:
     reasoning: str | None
 
     @classmethod
-    def of(cls, model_type: str, tools: str | None, reasoning: str | None) -> Notation:
-        """The notation asked for, or else the family's; raises ConfigError for an unknown name."""
-        known_tools, known_reasoning = parsers_of(model_type)
+    def of(
+        cls, model_type: str, tools: str | None, reasoning: str | None, chat_template: str = ""
+    ) -> Notation:
+        """The notation asked for, or else the model's; raises ConfigError for an unknown name."""
+        known_tools, known_reasoning = parsers_of(model_type, chat_template)
         found = cls(tools or known_tools, reasoning or known_reasoning)
         make_parser(found.tools, found.reasoning)
         return found
 
-    def reader(self, with_tools: bool) -> Reader:
-        """Reads reasoning, and tool calls where some may be made."""
-        tools = self.tools if with_tools else None
+    def reader(self, schemas: Mapping[str, Any] | None) -> Reader:
+        """Reads reasoning, and tool calls where some may be made.
+
+        Args:
+            schemas: of the parameters of each function that may be called; None if none may.
+        """
+        tools = None if schemas is None else self.tools
 
         def make(prompt: str | None) -> Parser:
-            return ModelParser(make_parser(tools, self.reasoning, prompt))
+            return ModelParser(make_parser(tools, self.reasoning, prompt, schemas))
 
         special = make_parser(tools, self.reasoning).needs_special_tokens
         return Reader(make, special, self._reasons)

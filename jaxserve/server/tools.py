@@ -117,7 +117,8 @@ class ToolUse:
                 "--tool-call-parser, or enforce a call by tool_choice",
                 "tools",
             )
-        reader = notation.reader(with_tools=self.may_choose)
+        schemas = {function.name: _parameters(function) for function in self.functions}
+        reader = notation.reader(schemas if self.may_choose else None)
         if self.parallel or not self.may_choose:
             return reader
         return replace(reader, make=lambda prompt: FirstCallOnly(reader.make(prompt)))

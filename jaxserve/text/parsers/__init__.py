@@ -12,7 +12,8 @@ from jaxserve.text.parsers.events import (
 )
 from jaxserve.text.parsers.harmony import HarmonyParser
 from jaxserve.text.parsers.reasoning import PlainParser, ThinkParser, reasoning_state
-from jaxserve.text.parsers.tools import FORMATS, ToolParser
+from jaxserve.text.parsers.tools import FORMATS, ToolParser, format_of
+from jaxserve.text.parsers.xml_calls import Schemas
 
 __all__ = [
     "REASONING_PARSERS",
@@ -53,15 +54,23 @@ _BY_MODEL_TYPE: dict[str, tuple[str | None, str | None]] = {
 }
 
 
-def parsers_of(model_type: str) -> tuple[str | None, str | None]:
-    """The tool-call and reasoning parsers that a `model_type` is known to need; None for none."""
-    return _BY_MODEL_TYPE.get(model_type, (None, None))
+def parsers_of(model_type: str, chat_template: str = "") -> tuple[str | None, str | None]:
+    """The tool-call and reasoning parsers that a `model_type` is known to need; None for none.
+
+    Args:
+        chat_template: tells Qwen3-Coder from Qwen3, whose type it shares.
+    """
+    tools, reasoning = _BY_MODEL_TYPE.get(model_type, (None, None))
+    if "<function=" in chat_template and "<parameter=" in chat_template:
+        tools = "qwen3_coder"
+    return tools, reasoning
 
 
 def make_parser(
     tool_call_parser: str | None = None,
     reasoning_parser: str | None = None,
     prompt: str | None = None,
+    schemas: Schemas | None = None,
 ) -> OutputParser:
     """A parser for one completion.
 
@@ -70,12 +79,15 @@ def make_parser(
         reasoning_parser: one of REASONING_PARSERS; None leaves reasoning in the content.
         prompt: the rendered prompt. Its end tells whether the completion begins inside the
             reasoning; without it, deepseek_r1 takes that for granted and qwen3 does not.
+        schemas: of the parameters of each function, for calls whose notation shows no types.
     """
     _check("--tool-call-parser", tool_call_parser, TOOL_CALL_PARSERS)
     _check("--reasoning-parser", reasoning_parser, REASONING_PARSERS)
     if tool_call_parser == "openai" or reasoning_parser == "openai_gptoss":
         return HarmonyParser()  # one format holds both
-    answer = ToolParser(FORMATS[tool_call_parser]) if tool_call_parser else PlainParser()
+    answer = PlainParser()
+    if tool_call_parser is not None:
+        answer = ToolParser(format_of(tool_call_parser, schemas or {}))
     if reasoning_parser is None:
         return answer
     inside = reasoning_parser == "deepseek_r1"

@@ -6,12 +6,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, cast
 
 from jaxserve.text.parsers.events import Call, Event, from_object, parse_json
 from jaxserve.text.parsers.scan import ContentGate, before_mark, first_mark
+from jaxserve.text.parsers.xml_calls import Schemas, read_xml
 
 Read = Callable[[str], "list[Call] | None"]
 """The calls in the text between two marks; None if it is not what was announced."""
@@ -28,6 +30,8 @@ class Format:
         dropped: marks without a meaning of their own.
         needs_special_tokens: the marks are special tokens.
         bare: also read a text that begins like a call, without a mark.
+        also: further marks before a call, and what closes each.
+        whole: `read` is given the marks as well.
     """
 
     opens: str
@@ -36,6 +40,8 @@ class Format:
     dropped: Sequence[str] = ()
     needs_special_tokens: bool = False
     bare: re.Pattern[str] | None = None
+    also: Mapping[str, str] = field(default_factory=dict[str, str])
+    whole: bool = False
 
 
 class ToolParser:
@@ -43,7 +49,7 @@ class ToolParser:
 
     def __init__(self, form: Format):
         self._format = form
-        self._marks = (form.opens, *form.dropped)
+        self._marks = (form.opens, *form.also, *form.dropped)
         self._gate = ContentGate()
         self._text = ""
         self._open = ""  # the mark that announced a call, while inside one
@@ -98,12 +104,12 @@ class ToolParser:
             return self._gate.content(text) if text else None
         at, mark = found
         text, self._text = self._text[:at], self._text[at + len(mark) :]
-        if mark == self._format.opens:
+        if mark == self._format.opens or mark in self._format.also:
             self._open, self._inside = mark, True
         return self._gate.content(text)
 
     def _in_call(self) -> list[Event] | None:
-        closes = self._format.closes
+        closes = self._format.also.get(self._open, self._format.closes)
         if closes is None or (at := self._text.find(closes)) < 0:
             return None
         body, self._text = self._text[:at], self._text[at + len(closes) :]
@@ -111,7 +117,7 @@ class ToolParser:
 
     def _close(self, body: str, mark: str) -> list[Event]:
         raw, self._open, self._inside = self._open + body + mark, "", False
-        calls = self._format.read(self._without_dropped(body))
+        calls = self._format.read(raw if self._format.whole else self._without_dropped(body))
         return self._gate.calls(calls) if calls else self._gate.content(raw)
 
     def _without_dropped(self, body: str) -> str:
@@ -202,4 +208,18 @@ FORMATS = {
         dropped=("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>", "<｜end▁of▁sentence｜>"),
         needs_special_tokens=True,
     ),
+    "qwen3_coder": Format(
+        "<tool_call>",
+        "</tool_call>",
+        partial(read_xml, schemas={}),
+        dropped=("</tool_call>",),
+        also={"<function=": "</function>"},  # it forgets the first mark at times
+        whole=True,
+    ),
 }
+
+
+def format_of(name: str, schemas: Schemas) -> Format:
+    """A format by its name, for these tools: not every notation shows what type a value has."""
+    form = FORMATS[name]
+    return replace(form, read=partial(read_xml, schemas=schemas)) if form.whole else form

@@ -3,8 +3,9 @@
 import json
 from itertools import pairwise
 
+import openai
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxserve.errors import ConfigError, RequestError
@@ -13,7 +14,8 @@ from jaxserve.server.parsing import Notation
 from jaxserve.server.pieces import Answer, CallDelta, FirstCallOnly, Parsed, Piece
 from jaxserve.server.tools import ListedCalls, NamedCall, ToolUse
 from jaxserve.text.grammar import compile_grammar
-from tests.jaxserve.server.fake_llm import byte_tokenizer
+from tests.jaxserve.server.fake_llm import FakeLLM, byte_tokenizer
+from tests.jaxserve.server.live_server import LiveServer
 
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text('{}[]",:\\ab é☃', max_size=6),
@@ -46,12 +48,14 @@ def read(parser, pieces):
     return [(call.name, json.loads(call.arguments)) for call in answer.calls]
 
 
+@settings(deadline=None)
 @given(calls, st.lists(st.integers(0, 500), max_size=8), st.sampled_from([None, 2]))
 def test_listed_calls(wanted, places, indent):
     text = json.dumps([{"name": n, "arguments": a} for n, a in wanted], indent=indent)
     assert read(ListedCalls(), cut(text, places)) == wanted
 
 
+@settings(deadline=None)
 @given(st.dictionaries(st.text(max_size=3), values, max_size=3), st.lists(st.integers(0, 500)))
 def test_a_named_call(arguments, places):
     assert read(NamedCall("f"), cut(json.dumps(arguments), places)) == [("f", arguments)]
@@ -143,6 +147,74 @@ def test_an_unknown_parser_is_refused():
         Notation.of("qwen3", "nonsense", None)
     assert Notation.of("qwen3", None, None) == Notation("hermes", "qwen3")
     assert Notation.of("qwen3", "mistral", None) == Notation("mistral", "qwen3")
+
+
+def test_a_template_of_xml_calls_chooses_its_parser_unless_one_is_named():
+    assert Notation.of("qwen3", None, None, XML) == Notation("qwen3_coder", "qwen3")
+    assert Notation.of("qwen3", "hermes", None, XML) == Notation("hermes", "qwen3")
+    with pytest.raises(RequestError, match="strict=true cannot be honoured"):
+        ToolUse.of(FUNCTIONS, "auto").constraint(Notation("qwen3_coder", None))
+
+
+XML = """\
+{%- for tool in tools or [] %}{{ tool | tojson }}
+{% endfor -%}
+{%- for m in messages %}<|im_start|>{{ m.role }}
+{{ m.content }}
+{%- for call in m.tool_calls or [] %}
+<tool_call>
+<function={{ call.function.name }}>
+{% for key, value in call.function.arguments | items %}<parameter={{ key }}>
+{{ value if value is string else value | tojson }}
+</parameter>
+{% endfor %}</function>
+</tool_call>
+{%- endfor %}<|im_end|>
+{% endfor -%}
+{%- if add_generation_prompt %}<|im_start|>assistant
+{% endif -%}"""
+
+
+@pytest.fixture(scope="module")
+def coder():
+    """A client of a server whose model writes calls in XML."""
+    llm = FakeLLM()
+    llm.tokenizer.chat_templates["default"] = XML
+    with (
+        LiveServer(llm) as server,
+        openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client,
+    ):
+        yield llm, client
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_xml_calls_are_served_with_the_types_of_their_tools(coder, stream):
+    llm, client = coder
+    schema = {"properties": {"city": {"type": "string"}, "days": {"type": "integer"}}}
+    tool = {"type": "function", "function": {"name": "weather", "parameters": schema}}
+    user = {"role": "user", "content": "hi"}
+    asked = {"model": "fake/model", "messages": [user], "tools": [tool]}
+    written = (
+        "<tool_call>\n<function=weather>\n<parameter=city>\n7\n</parameter>\n"
+        "<parameter=days>\n7\n</parameter>\n</function>\n</tool_call>"
+    )
+    llm.script = lambda prompt: f"I look.\n{written}\n{written}"
+    if stream:
+        chunks = [c.choices[0] for c in client.chat.completions.create(**asked, stream=True)]
+        content = "".join(c.delta.content or "" for c in chunks)
+        calls = [call for c in chunks for call in c.delta.tool_calls or ()]
+        reason = chunks[-1].finish_reason
+    else:
+        choice = client.chat.completions.create(**asked).choices[0]
+        content, calls = choice.message.content, choice.message.tool_calls
+        reason = choice.finish_reason
+    assert (content, reason) == ("I look.", "tool_calls")
+    assert [c.function.name for c in calls] == ["weather"] * 2
+    assert [json.loads(c.function.arguments) for c in calls] == [{"city": "7", "days": 7}] * 2
+    said = {"role": "assistant", "content": "", "tool_calls": [calls[0].model_dump()]}
+    answer = {"role": "tool", "tool_call_id": calls[0].id, "content": "rain"}
+    client.chat.completions.create(**asked | {"messages": [user, said, answer]})
+    assert written in llm.submitted[-1][0]  # the template wrote what was read
 
 
 def test_only_the_first_call_passes():

@@ -197,6 +197,7 @@ FRAGMENTS = [
     "<think>", "</think>", "<tool_call>", "</tool_call>", "<|python_tag|>", "[TOOL_CALLS]",
     "<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>", SEP, "<|start|>",
     "<|end|>", "<|channel|>", "<|message|>", "<|call|>", "analysis", "final", "to=functions.f", "f",
+    "<function=f>", "<parameter=a>", "</parameter>", "</function>",
     "[ARGS]", CALL, PARAMETERS, TEXT, "{", "}", " ", "\n", "word", "<", "|", '"', ";",
 ]  # fmt: skip
 
