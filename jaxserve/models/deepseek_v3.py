@@ -7,7 +7,7 @@ from typing import Any
 
 from jaxserve.models import mla
 from jaxserve.models.mla import Config, declare_params, forward, logits
-from jaxserve.models.settings import choice
+from jaxserve.models.settings import check, choice
 from moe.router import Router
 
 __all__ = ["config", "declare_params", "forward", "logits"]
@@ -15,6 +15,7 @@ __all__ = ["config", "declare_params", "forward", "logits"]
 
 def config(hf: Mapping[str, Any]) -> Config:
     """Reads `config.json`; layers for multi-token prediction are left in the checkpoint."""
+    check(hf)
     choice(hf, "scoring_func", {"sigmoid": "sigmoid"}, "sigmoid")
     choice(hf, "topk_method", {"noaux_tc": "noaux_tc"}, "noaux_tc")
     router = Router(

@@ -16,7 +16,7 @@ from jaxserve.models.decoder import Params
 from jaxserve.models.layers import Attention, Mlp, attention, mlp, per_layer, run_layers
 from jaxserve.models.ops import Ops
 from jaxserve.models.rope import Rope, Table
-from jaxserve.models.settings import ACTIVATIONS, choice
+from jaxserve.models.settings import ACTIVATIONS, check, choice
 from kernels_pallas.op import Weight
 from sharding.tree import part, pytree, weight
 
@@ -52,6 +52,7 @@ declare_params = partial(decoder.declare_params, dense_layer=Layer)
 
 
 def config(hf: Mapping[str, Any]) -> Config:
+    check(hf)
     choice(hf, "use_bidirectional_attention", {None: False, False: False}, False)
     # Gemma 2 capped attention's scores; here the key is left over, and transformers ignores it.
     choice(hf, "attn_logit_softcapping", {None: 0.0}, None)

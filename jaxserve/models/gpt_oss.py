@@ -13,7 +13,7 @@ from jaxserve.checkpoint import mxfp4
 from jaxserve.models import decoder, llama
 from jaxserve.models.decoder import forward, logits
 from jaxserve.models.layers import Attention
-from jaxserve.models.settings import choice, refuse_quantised
+from jaxserve.models.settings import check, choice, refuse_quantised
 from kernels_pallas.op import Weight
 from moe.experts import Experts
 from moe.router import Router
@@ -83,6 +83,7 @@ declare_params = partial(decoder.declare_params, moe_layer=Layer)
 
 def config(hf: Mapping[str, Any]) -> Config:
     """Reads `config.json`; defaults are the published models'."""
+    check(hf)
     quantised = refuse_quantised(hf, supported=("mxfp4",))
     choice(hf, "hidden_act", {"silu": "silu"}, "silu")
     choice(hf, "swiglu_limit", {7.0: 7.0}, 7.0)

@@ -8,13 +8,14 @@ from typing import Any
 from jaxserve.errors import CheckpointError
 from jaxserve.models import rope
 from jaxserve.models.decoder import Config, declare_params, forward, logits
-from jaxserve.models.settings import ACTIVATIONS, choice, refuse_quantised
+from jaxserve.models.settings import ACTIVATIONS, check, choice, refuse_quantised
 
 __all__ = ["config", "declare_params", "forward", "logits"]
 
 
 def config(hf: Mapping[str, Any], kind: type[Config] = Config, **more: Any) -> Any:
     """Reads `config.json`. Other families call this too, and say in `more` where they differ."""
+    check(hf)
     refuse_quantised(hf)
     heads = hf["num_attention_heads"]
     head_dim = hf.get("head_dim") or hf["hidden_size"] // heads
@@ -43,12 +44,9 @@ def windows(hf: Mapping[str, Any], full_every: int | None = None) -> tuple[int, 
     Args:
         full_every: without `layer_types`, every so many layers one sees everything.
     """
+    check(hf)
     n, window = hf["num_hidden_layers"], hf.get("sliding_window") or 0
     if kinds := hf.get("layer_types"):
-        if len(kinds) != n:
-            raise CheckpointError(
-                f"layer_types lists {len(kinds)} layers; num_hidden_layers is {n}"
-            )
         slides = {"sliding_attention": True, "full_attention": False}
         local = [choice({"layer_types": kind}, "layer_types", slides, None) for kind in kinds]
     elif full_every:

@@ -9,6 +9,7 @@ from typing import Any
 from jaxserve.models import decoder, llama
 from jaxserve.models.decoder import Config, forward, logits
 from jaxserve.models.layers import Attention
+from jaxserve.models.settings import check
 from kernels_pallas.op import Weight
 from moe.experts import Experts
 from moe.router import Router
@@ -42,6 +43,7 @@ declare_params = partial(decoder.declare_params, moe_layer=Layer)
 
 
 def config(hf: Mapping[str, Any]) -> Config:
+    check(hf)
     return llama.config(
         {"rope_theta": 1_000_000.0, **hf},
         windows=llama.windows(hf),

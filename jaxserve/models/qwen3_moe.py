@@ -7,12 +7,14 @@ from typing import Any
 
 from jaxserve.models import qwen3
 from jaxserve.models.decoder import Config, declare_params, forward, logits
+from jaxserve.models.settings import check
 from moe.router import Router
 
 __all__ = ["config", "declare_params", "forward", "logits"]
 
 
 def config(hf: Mapping[str, Any]) -> Config:
+    check(hf)
     dense, step = hf.get("mlp_only_layers") or (), hf.get("decoder_sparse_step", 1)
     num_experts, n = hf.get("num_experts") or hf["num_local_experts"], hf["num_hidden_layers"]
     normalise = hf.get("norm_topk_prob", False)

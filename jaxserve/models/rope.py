@@ -63,7 +63,7 @@ def from_hf(hf: Mapping[str, Any], head_dim: int, layer_type: str | None = None)
         layer_type: which entry of `rope_parameters`, where each kind of layer has its own.
 
     Raises:
-        CheckpointError: a scaling type that is not known.
+        CheckpointError: a scaling type that is not known, or lanes that make no pairs.
     """
     p = _parameters(hf, layer_type)
     kind = p.get("rope_type", p.get("type", "default"))
@@ -74,6 +74,12 @@ def from_hf(hf: Mapping[str, Any], head_dim: int, layer_type: str | None = None)
             f"rope_parameters {p} differ by layer type, which this family has not"
         )
     dim = int(head_dim * p.get("partial_rotary_factor", 1.0))
+    if dim < 2 or dim % 2:
+        raise CheckpointError(
+            f"{dim} lanes of a head of {head_dim} are no pairs to rotate: it must be even; "
+            "correct head_dim (else hidden_size / num_attention_heads), qk_rope_head_dim or "
+            "partial_rotary_factor in config.json"
+        )
     freq = float(p["rope_theta"]) ** -(np.arange(0, dim, 2, dtype=np.float64) / dim)
     return _KINDS[kind](freq, p, hf)
 
@@ -104,6 +110,10 @@ def _llama3(freq: np.ndarray, p: Mapping[str, Any], hf: Mapping[str, Any]) -> Ro
     """Slow pairs are slowed by `factor`, fast ones kept, those between blended (Llama 3.1)."""
     turns = p["original_max_position_embeddings"] * freq / (2 * math.pi)
     low, high = p["low_freq_factor"], p["high_freq_factor"]
+    if low >= high:
+        raise CheckpointError(
+            f"low_freq_factor {low} must be below high_freq_factor {high}; correct config.json"
+        )
     keep = np.clip((turns - low) / (high - low), 0, 1)
     return _rope(freq * (keep + (1 - keep) / p["factor"]))
 

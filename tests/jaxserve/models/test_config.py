@@ -1,6 +1,8 @@
 """A config.json is honoured or refused by name; nothing in it is passed over."""
 
+import itertools
 import math
+import reprlib
 
 import numpy as np
 import pytest
@@ -33,6 +35,7 @@ def test_latent_cache_keeps_one_row_per_token():
     assert cfg.kv_shape == (1, 32 + 8, 0)
 
 
+LLAMA3 = hf_cases.config("llama")["rope_scaling"]
 REFUSED = [
     ("llama", {"hidden_act": "gelu"}, "hidden_act 'gelu'"),
     ("llama", {"rope_scaling": {"rope_type": "longrope"}}, "rope_type 'longrope'"),
@@ -44,16 +47,22 @@ REFUSED = [
     ("qwen3-layer-types", {"layer_types": ["full_attention"]}, "layer_types lists 1"),
     ("qwen3-layer-types", {"layer_types": ["full_attention"] * 2 + ["odd"]}, "layer_types 'odd'"),
     ("gpt_oss", {"sliding_window": None}, "sliding_window must be positive"),
-    ("mixtral", {"num_experts_per_tok": 5}, "top_k"),
+    ("mixtral", {"num_experts_per_tok": 5}, "num_experts_per_tok 5 .* num_local_experts 4"),
     ("deepseek_v2", {"topk_method": "noaux_tc"}, "topk_method 'noaux_tc'"),
     ("deepseek_v2", {"scoring_func": "sigmoid"}, "scoring_func 'sigmoid'"),
     ("deepseek_v2", {"moe_layer_freq": 2}, "moe_layer_freq 2"),
     ("deepseek_v3", {"topk_method": "greedy"}, "topk_method 'greedy'"),
     ("deepseek_v3", {"scoring_func": "softmax"}, "scoring_func 'softmax'"),
-    ("deepseek_v3", {"n_group": 3}, "num_groups=3"),
+    ("deepseek_v3", {"n_group": 3}, "n_group 3 .* divide n_routed_experts 8"),
+    ("deepseek_v3", {"topk_group": 5}, "topk_group 5 .* at most n_group 4"),
+    ("deepseek_v3", {"n_routed_experts": 4}, "top_k must be within"),
+    ("llama", {"rope_scaling": LLAMA3 | {"low_freq_factor": 4.0}}, "low_freq_factor 4.0 must be"),
+    ("llama", {"head_dim": 15}, "15 lanes .* head_dim"),
+    ("llama", {"partial_rotary_factor": 0.01}, "0 lanes .* partial_rotary_factor"),
+    ("deepseek_v2", {"qk_rope_head_dim": 7}, "7 lanes .* qk_rope_head_dim"),
+    ("llama", {"hidden_size": 3, "num_attention_heads": 4}, "0 lanes"),
     ("deepseek_v3", {"kv_lora_rank": None}, "lacks 'kv_lora_rank'"),
-    ("llama", {"intermediate_size": "96"}, "whole numbers, not {'mlp': '96'}"),
-    ("llama", {"vocab_size": 320.5}, "whole numbers, not {'vocab': 320.5}"),
+    ("llama", {"hidden_act": ["silu"]}, r"hidden_act \['silu'\]"),
     ("gemma3_text", {"hidden_activation": "relu"}, "hidden_activation 'relu'"),
     ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention True"),
     ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping 50.0"),
@@ -68,6 +77,92 @@ REFUSED = [
 def test_settings_that_nothing_honours_are_refused(name, changes, message):
     with pytest.raises(CheckpointError, match=message):
         read(name, **changes)
+
+
+MALFORMED = [
+    ("hidden_size", "64", "a whole number, 1 or more"),
+    ("hidden_size", 64.0, "a whole number"),
+    ("vocab_size", 320.5, "a whole number"),
+    ("vocab_size", True, "a whole number"),
+    ("intermediate_size", [96], "a whole number"),
+    ("num_hidden_layers", 0, "1 or more"),
+    ("num_attention_heads", 0, "1 or more"),
+    ("num_attention_heads", {}, "a whole number"),
+    ("num_key_value_heads", -2, "1 or more"),
+    ("head_dim", -1, "1 or more"),
+    ("head_dim", 0, "1 or more"),
+    ("max_position_embeddings", "4k", "a whole number"),
+    ("num_experts_per_tok", 0, "1 or more"),
+    ("sliding_window", -1, "0 or more"),
+    ("sliding_window", "all", "a whole number"),
+    ("rms_norm_eps", "1e-5", "a number above 0"),
+    ("rms_norm_eps", 0, "a number above 0"),
+    ("rms_norm_eps", math.nan, "a number above 0"),
+    ("rope_theta", "x", "a number above 1"),
+    ("rope_theta", -1e4, "a number above 1"),
+    ("rope_theta", math.inf, "a number above 1"),
+    ("partial_rotary_factor", 1.5, "at most 1"),
+    ("tie_word_embeddings", "false", "true or false"),
+    ("attention_bias", 1, "true or false"),
+    ("quantization_config", "fp8", "an object"),
+    ("rope_scaling", "linear", "an object"),
+    ("rope_scaling", {"factor": "8"}, "a number above 0"),
+    ("rope_scaling", {"rope_type": ["yarn"]}, "a text"),
+    ("rope_parameters", {"full_attention": {"rope_theta": "x"}}, "a number above 1"),
+    ("layer_types", "full_attention", "a list of texts"),
+    ("layer_types", [1, 2, 3], "a list of texts"),
+    ("layer_types", ["full_attention"] * 7, "num_hidden_layers 3"),
+    ("layer_types", [], "num_hidden_layers 3"),
+    ("mlp_only_layers", ["0"], "a list of whole numbers"),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "expected"), MALFORMED)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_malformed_value_is_refused_by_its_key(name, key, value, expected):
+    with pytest.raises(CheckpointError) as caught:
+        read(name, **{key: value})
+    message = str(caught.value)
+    place = f"{key}.full_attention.rope_theta" if key == "rope_parameters" else key
+    assert message.startswith(place)
+    at_fault = next(iter(value.values())) if isinstance(value, dict) and value else value
+    seen = f"lists {len(value)} layers" if "num_hidden" in expected else reprlib.repr(at_fault)
+    assert seen in message or key == "rope_parameters"
+    assert f"must {'have one' if 'num_hidden' in expected else 'be'} " in message
+    assert expected in message
+    assert "in config.json" in message
+    assert "correct it" in message
+
+
+WRONG = ["x", "", -1, 0, 1, 2**20, 1.5, math.nan, True, [], ["x"], [-1], {}, {"x": 1}]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_no_value_of_any_key_fails_but_by_its_name(name):
+    """One key at a time holds something odd: it is read, or refused by a message that names it."""
+    c = hf_cases.config(name)
+    unread = {"model_type", "bos_token_id", "eos_token_id", "num_hidden_layers"}
+    for key in c.keys() - unread:
+        for value in WRONG:
+            try:
+                read(name, **{key: value})
+            except CheckpointError as error:
+                assert _names(str(error), key), f"{key}={value!r}: {error}"
+
+
+@pytest.mark.parametrize("name", [n for n in CASES if "rope_scaling" in CASES[n]])
+def test_no_value_of_rope_scaling_fails_but_by_its_name(name):
+    scaling = hf_cases.config(name)["rope_scaling"]
+    for key, value in itertools.product(scaling or (), WRONG):
+        try:
+            read(name, rope_scaling={**scaling, key: value})
+        except CheckpointError as error:
+            assert key.removeprefix("rope_") in str(error), f"{key}={value!r}: {error}"
+
+
+def _names(message, key):
+    """Whether a message names a key, or the two numbers of groups in the router's own words."""
+    return key in message or (key == "topk_group" and "top_groups" in message)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
