@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "buffers.h"
+#include "dot.h"
 #include "pages.h"
 #include "scratch.h"
 #include "softmax.h"
@@ -14,6 +15,9 @@ namespace {
 // Enough rows (query tokens times the heads that share a kv head) to pay for packing a block of
 // keys, few enough that scores, keys, values and sums stay in L2.
 constexpr int64_t kRowsPerTask = 11 * kOuterRows;
+// Up to here (the heads of a group that decodes) keys and values are used as they lie: packing them
+// would cost more than it saves.
+constexpr int64_t kFewRows = 2 * kOuterRows;
 
 struct Batch {
   const int32_t* row_starts;  // [R + 1]
@@ -44,30 +48,34 @@ struct Attention {
   Scores scores;
 
   int64_t group() const { return num_heads / keys.num_heads; }
+  bool few(int64_t num_rows) const {
+    return num_rows <= kFewRows && value_dim % (kOuterVecs * kLanes) == 0;
+  }
   int64_t padded_values() const { return (value_dim + kLanes - 1) / kLanes * kLanes; }
 };
 
 // Working memory of one task. Rows of q, scores and so on are contiguous.
 template <class T>
 struct Work {
-  T *q, *spare, *keys, *values, *weights;
+  T *q, *spare, *zeros, *keys, *values, *weights;
   float *scores, *sums, *shrink;
   Row* rows;
 
   Work(Scratch& scratch, const Attention<T>& job, int64_t num_rows) {
-    constexpr int64_t kWord = Vec<T>::kPerLane;
-    const int64_t q_count = num_rows * words_of<T>(job.keys.width) * kWord;
+    const int64_t q_count = (num_rows + kStripRows) * padded_keys<T>(job.keys.width);
     const int64_t spare_count = kLanes * padded_keys<T>(job.keys.width);
     const int64_t key_count = kBlockKeys * padded_keys<T>(job.keys.width);
     const int64_t value_count = kBlockKeys * job.padded_values();
     const int64_t score_count = num_rows * kBlockKeys, sum_count = num_rows * job.padded_values();
     scratch.reset(Scratch::bytes<T>(q_count) + Scratch::bytes<T>(spare_count) +
+                  Scratch::bytes<T>(job.padded_values()) +
                   Scratch::bytes<T>(key_count) +
                   Scratch::bytes<T>(value_count) + Scratch::bytes<T>(score_count) +
                   Scratch::bytes<float>(score_count) + Scratch::bytes<float>(sum_count) +
                   Scratch::bytes<float>(num_rows) + Scratch::bytes<Row>(num_rows));
     q = scratch.take<T>(q_count);
     spare = scratch.take<T>(spare_count);
+    zeros = scratch.take<T>(job.padded_values());
     keys = scratch.take<T>(key_count);
     values = scratch.take<T>(value_count);
     weights = scratch.take<T>(score_count);
@@ -76,6 +84,7 @@ struct Work {
     shrink = scratch.take<float>(num_rows);
     rows = scratch.take<Row>(num_rows);
     std::memset(q, 0, q_count * sizeof(T));
+    std::memset(zeros, 0, job.padded_values() * sizeof(T));
     std::memset(sums, 0, sum_count * sizeof(float));
     std::fill(rows, rows + num_rows, Row{});
   }
@@ -91,7 +100,7 @@ int64_t query_of(const Attention<T>& job, const Task& task, int64_t row) {
 template <class T>
 void load_queries(const Attention<T>& job, const Task& task, T* to) {
   const int64_t width = job.keys.width;
-  const int64_t stride = words_of<T>(width) * Vec<T>::kPerLane;
+  const int64_t stride = padded_keys<T>(width);
   for (int64_t row = task.begin; row < task.end; ++row, to += stride) {
     convert(to, job.q + query_of(job, task, row) * width, width);
   }
@@ -109,28 +118,100 @@ struct Context {
         values(job.values, job.batch.table(task.seq), task.kv_head, first, end) {}
 };
 
+// work.scores = q . keys
+template <class T>
+void score(const Attention<T>& job, int64_t num_rows, const Work<T>& work, const Context<T>& now,
+           const Context<T>& next) {
+  const int64_t width = job.keys.width, stride = padded_keys<T>(width);
+  const int64_t words = words_of<T>(width), count = now.keys.count;
+  if (!job.few(num_rows)) {
+    pack_keys(now.keys, next.keys, width, work.spare, work.keys);
+    outer_product<T>(work.q, stride, num_rows, work.keys, kBlockKeys * Vec<T>::kPerLane, words,
+                     work.scores, kBlockKeys, round_up(count, kLanes), {});
+    return;
+  }
+  const Strip<T> run = strip_for<T>(num_rows);
+  for (int64_t key = 0; key < count; key += kLanes) {
+    const Run<T> keys = run_of(now.keys, key, width, work.spare);
+    run(work.q, stride, keys.rows, keys.stride, round_up(words, kQuarter), work.scores + key,
+        kBlockKeys, num_rows, {}, reinterpret_cast<const char*>(next.keys.rows[key]));
+  }
+}
+
+// sums[r] = sums[r] * shrink[r] + weights[r] . values, for R rows and C registers of columns.
+template <class T, int R, int C>
+void weigh_tile(const T* weights, const T* const* values, int64_t words, float* sums,
+                int64_t stride, const float* shrink) {
+  constexpr int64_t kPerLane = Vec<T>::kPerLane;
+  F sum[R][C] = {};
+  for (int64_t w = 0; w < words; ++w, weights += kPerLane, values += kPerLane) {
+#pragma GCC unroll 8
+    for (int c = 0; c < C; ++c) {
+      const auto pair = pair_of(values[0] + c * kLanes, values[kPerLane - 1] + c * kLanes);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        const auto weight = Vec<T>::broadcast(weights + r * kBlockKeys);
+        sum[r][c] = Vec<T>::dot(sum[r][c], weight, pair);
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+    for (int c = 0; c < C; ++c) add_to(sums + r * stride + c * kLanes, sum[r][c], {true, shrink}, r);
+  }
+}
+
+template <class T>
+using WeighTile = void (*)(const T*, const T* const*, int64_t, float*, int64_t, const float*);
+
+template <class T, int... R>
+constexpr std::array<WeighTile<T>, sizeof...(R)> weigh_tiles(std::integer_sequence<int, R...>) {
+  return {&weigh_tile<T, R + 1, kOuterVecs>...};
+}
+
+// work.sums += weights . values
+template <class T>
+void weigh(const Attention<T>& job, int64_t num_rows, const Work<T>& work, const Context<T>& now,
+           const Context<T>& next) {
+  constexpr int64_t kPerLane = Vec<T>::kPerLane, kCols = kOuterVecs * kLanes;
+  const int64_t padded = job.padded_values(), words = words_of<T>(now.values.count);
+  if (!job.few(num_rows)) {
+    pack_values(now.values, next.values, job.value_dim, padded, work.values);
+    outer_product<T>(work.weights, kBlockKeys, num_rows, work.values, padded * kPerLane, words,
+                     work.sums, padded, padded, {true, work.shrink});
+    return;
+  }
+  static constexpr auto kTiles = weigh_tiles<T>(std::make_integer_sequence<int, kOuterRows>{});
+  for (int64_t c = 0; c < job.value_dim; c += kCols) {
+    const T* columns[kBlockKeys];
+    for (int64_t i = 0; i < words * kPerLane; ++i) {
+      columns[i] = now.values.rows[i] ? now.values.rows[i] + c : work.zeros;
+      prefetch_row(next.values.rows[i] + c, kCols);
+    }
+    for (int64_t r = 0; r < num_rows; r += kOuterRows) {
+      const int64_t height = std::min<int64_t>(kOuterRows, num_rows - r);
+      kTiles[height - 1](work.weights + r * kBlockKeys, columns, words, work.sums + r * padded + c,
+                         padded, work.shrink + r);
+    }
+  }
+}
+
 // Adds one block of keys to every row of the task.
 template <class T>
 void attend_block(const Attention<T>& job, const Task& task, const Work<T>& work,
                   const Context<T>& now, const Context<T>& next) {
-  constexpr int64_t kWord = Vec<T>::kPerLane;
   const int64_t num_rows = task.end - task.begin, start = job.batch.first_position(task.seq);
-  const int64_t words = words_of<T>(job.keys.width), padded = job.padded_values();
-  const int64_t count = now.keys.count, whole = (count + kLanes - 1) / kLanes * kLanes;
-  pack_keys(now.keys, next.keys, job.keys.width, work.spare, work.keys);
-  outer_product<T>(work.q, words * kWord, num_rows, work.keys, kBlockKeys * kWord, words,
-                   work.scores, kBlockKeys, whole, {});
+  score(job, num_rows, work, now, next);
   for (int64_t i = 0; i < num_rows; ++i) {
     const int64_t position = start + (task.begin + i) / job.group();
     const int64_t begin = job.window > 0 ? position - job.window + 1 - now.first : 0;
-    const int64_t end = std::min(count, position + 1 - now.first);
+    const int64_t end = std::min(now.keys.count, position + 1 - now.first);
     float* scores = work.scores + i * kBlockKeys;
     work.shrink[i] = work.rows[i].add(scores, begin, end, job.scores);
     convert(work.weights + i * kBlockKeys, scores, kBlockKeys);
   }
-  pack_values(now.values, next.values, job.value_dim, padded, work.values);
-  outer_product<T>(work.weights, kBlockKeys, num_rows, work.values, padded * kWord,
-                   words_of<T>(count), work.sums, padded, padded, {true, work.shrink});
+  weigh(job, num_rows, work, now, next);
 }
 
 template <class T>

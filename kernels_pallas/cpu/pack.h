@@ -19,7 +19,7 @@ void pack_rows(const Packed<T>& to, const RowOf& row_of) {
 
 // How to cut a product into chunks: narrow and low enough that all threads share the work evenly,
 // otherwise as tall as can be, since all rows of a chunk share one transposition of the weights.
-constexpr int64_t kChunksPerThread = 8;
+constexpr int64_t kChunksPerThread = 4;
 
 inline int64_t chunk_cols(int64_t cols) {
   constexpr int64_t kWidest = 4 * kPanelCols;

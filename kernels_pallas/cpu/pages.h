@@ -114,6 +114,15 @@ void pack_keys(const Block<T>& block, const Block<T>& next, int64_t width, T* sp
   }
 }
 
+// One lane per column of values, one per half of a lane for a pair of keys.
+inline U pair_of(const bf16* even, const bf16* odd) {
+  using Half = uint16_t __attribute__((vector_size(2 * kLanes)));
+  return __builtin_convertvector(load<Half>(even), U) |
+         __builtin_convertvector(load<Half>(odd), U) << 16;
+}
+
+inline F pair_of(const float* row, const float*) { return load<F>(row); }
+
 // Keys `key` and `key + 1`, one per half of a word.
 inline void pack_pair(const bf16* even, const bf16* odd, int64_t width, bf16* to) {
   using Word = uint32_t __attribute__((may_alias));
