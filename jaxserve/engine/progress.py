@@ -24,8 +24,9 @@ class Progress:
         if self._shown:
             print(f"jaxserve: {text}", file=sys.stderr, end=end, flush=True)
 
-    def program(self, name: str, seconds: float) -> None:
+    def program(self, kind: str, size: int, seconds: float) -> None:
         """Notes that a program exists."""
+        name = f"{kind} {size}".removesuffix(" 0")
         self._done += 1
         log.info("program %s ready after %.2f s", name, seconds)
         if self._done == self._plan.num_programs:

@@ -10,7 +10,8 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -19,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+import kernels_pallas.cpu
 from jaxserve.cache import kv_cache
 from jaxserve.cache.kv_cache import KVCache
 from jaxserve.engine.batch import (
@@ -40,6 +42,8 @@ from jaxserve.models.family import Family
 from jaxserve.plan import Plan
 
 log = logging.getLogger(__name__)
+
+OnProgram = Callable[[str, int, float], None]  # kind, size, seconds
 
 _COPIES = 64  # pages copied per launch
 _SCORED = 64  # prompt tokens whose logits exist at a time
@@ -66,6 +70,7 @@ class Runner:
         self.plan, self.family, self.cfg, self.device = plan, family, cfg, device
         self.params = params
         self.table = SlotTable(plan, cfg.vocab)
+        self._traced = plan  # what programs are compiled for now; only its kernels may differ
         self._programs: dict[tuple[str, int], Callable[..., Any]] = {}
         self._stop = threading.Event()
         self._compiler: threading.Thread | None = None
@@ -98,8 +103,12 @@ class Runner:
 
     # ---- programs ---------------------------------------------------------------------
 
-    def warm_up(self, *, background: bool, on_program: Callable[[str, float], None]) -> None:
-        """Compiles what the first token needs, then the rest, behind it if `background`."""
+    def warm_up(self, *, background: bool, on_program: OnProgram) -> None:
+        """Compiles what the first token needs, then the rest, behind it if `background`.
+
+        Where the native kernels are still to be built, that happens behind the first tokens too: the
+        first program then runs the reference, and makes way once all is there.
+        """
         buckets = self.plan.token_buckets
         first = min(buckets, key=lambda t: abs(t - FIRST_BUCKET))
         order = [first, *(t for t in buckets if t != first)]
@@ -109,28 +118,39 @@ class Runner:
             rest += [("forward", t), ("sample", self.plan.rows(t))]
         if self.plan.decode_steps > 1:
             rest += [("decode", r) for r in self.plan.row_buckets]
-        for kind, size in urgent:
-            self._compile(kind, size, on_program)
-        if background:
-            self._compiler = threading.Thread(
-                target=self._compile_all,
-                args=(rest, on_program),
-                name="jaxserve-compile",
-                daemon=True,
-            )
-            self._compiler.start()
+        rest = list(dict.fromkeys(rest))  # buckets may share a sampler
+        if not background:
+            self._compile_all(urgent + rest, on_program)
+            return self._check()
+        interim = self.plan.kernels == "native" and not kernels_pallas.cpu.ready()
+        if interim:
+            log.info("serving with reference kernels until the native ones are built")
+            self._traced = replace(self.plan, kernels="reference")
+            rest = urgent + rest
         else:
-            self._compile_all(rest, on_program)
-            self.wait_until_warm()
+            self._find_kernels()
+        with ThreadPoolExecutor(len(urgent)) as pool:  # the compiler lets go of the interpreter
+            took = list(pool.map(lambda program: self._compile(*program), urgent))
+        if not interim:
+            for program, seconds in zip(urgent, took, strict=True):
+                on_program(*program, seconds)
+        self._compiler = threading.Thread(
+            target=self._compile_all, args=(rest, on_program), name="jaxserve-compile", daemon=True
+        )
+        self._compiler.start()
 
-    def _compile_all(
-        self, programs: list[tuple[str, int]], on_program: Callable[[str, float], None]
-    ) -> None:
+    def _find_kernels(self) -> None:
+        """From here on programs are for the plan's kernels, or for the reference if they fail."""
+        lost = self.plan.kernels == "native" and not kernels_pallas.cpu.available()
+        self._traced = replace(self.plan, kernels="reference") if lost else self.plan
+
+    def _compile_all(self, programs: list[tuple[str, int]], on_program: OnProgram) -> None:
         try:
+            self._find_kernels()
             for kind, size in programs:
                 if self._stop.is_set():
                     return
-                self._compile(kind, size, on_program)
+                on_program(kind, size, self._compile(kind, size))
         except BaseException as error:  # reported to whoever waits, or runs the next step
             self._failure = error
 
@@ -158,15 +178,14 @@ class Runner:
         ready = [t for kind, t in list(self._programs) if kind == "forward"]
         return max(t for t in ready if ("sample", self.plan.rows(t)) in self._programs)
 
-    def _compile(self, kind: str, size: int, on_program: Callable[[str, float], None]) -> None:
-        if (kind, size) in self._programs:
-            return
+    def _compile(self, kind: str, size: int) -> float:
+        """Makes or replaces a program; returns the seconds it took."""
         started = time.monotonic()
         function, donated, arguments = getattr(self, f"_{kind}_program")(size)
         with jax.default_device(self.device):
             compiled = jax.jit(function, donate_argnums=donated).lower(*arguments).compile()
         self._programs[kind, size] = compiled
-        on_program(f"{kind} {size}".removesuffix(" 0"), time.monotonic() - started)
+        return time.monotonic() - started
 
     def _forward_program(self, T: int):
         R = self.plan.rows(T)
@@ -174,7 +193,7 @@ class Runner:
         tables = ints((R, self.plan.pages_per_seq))
         inputs = StepArrays(ints((4, T)), ints((3, R + 1)), tables, ints((2,)))
         arguments = (*_abstract((self.params, self.kv, self.history)), inputs)
-        return partial(forward_step, self.plan, self.family, self.cfg), (1,), arguments
+        return partial(forward_step, self._traced, self.family, self.cfg), (1,), arguments
 
     def _sample_program(self, R: int):
         logits = jax.ShapeDtypeStruct((R, self.cfg.vocab), self.plan.activation_dtype)
@@ -194,7 +213,7 @@ class Runner:
             stops,
             jax.ShapeDtypeStruct((), jnp.int32),
         )
-        return partial(decode_loop, self.plan, self.family, self.cfg), (1, 2), arguments
+        return partial(decode_loop, self._traced, self.family, self.cfg), (1, 2), arguments
 
     def _seed_history_program(self, _: int):
         row = jax.ShapeDtypeStruct((self.plan.max_model_len + 1,), jnp.int32)

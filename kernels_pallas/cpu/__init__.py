@@ -17,7 +17,16 @@ from jax import Array
 
 from kernels_pallas.cpu import build
 
-__all__ = ["available", "experts", "gated_linear", "linear", "paged_attention", "rms_norm"]
+__all__ = [
+    "available",
+    "expected",
+    "experts",
+    "gated_linear",
+    "linear",
+    "paged_attention",
+    "ready",
+    "rms_norm",
+]
 
 _TARGETS = (
     "experts",
@@ -27,6 +36,18 @@ _TARGETS = (
     "paged_attention",
     "rms_norm",
 )
+
+
+@functools.cache
+def expected() -> bool:
+    """Whether the kernels can be had here, as far as can be said without compiling them."""
+    return build.find() is not None
+
+
+def ready() -> bool:
+    """Whether `available()` would answer at once."""
+    found = build.find()
+    return found is None or found[1]
 
 
 @functools.cache

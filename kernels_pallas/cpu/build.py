@@ -1,4 +1,8 @@
-"""Compiles the C++ kernels of this folder on first use and keeps the library in a cache."""
+"""Compiles the C++ kernels of this folder on first use and keeps the library in a cache.
+
+A compilation takes seconds, so a server may ask first whether one is due (`find`), serve meanwhile,
+and have it made (`library`) behind its first tokens.
+"""
 
 import hashlib
 import logging
@@ -17,25 +21,53 @@ _FLAGS = ("-O3", "-march=native", "-std=c++17", "-ffp-contract=fast", "-fPIC", "
 _log = logging.getLogger(__name__)
 
 
-def library() -> Path | None:
-    """The compiled library, built now if need be; None, after one log line, if that fails."""
+def find() -> tuple[Path, bool] | None:
+    """Where the library is or will be, and whether it exists; None if this machine has none.
+
+    None is said after one log line: kernels are off, nothing compiles C++ here, or it failed before.
+    """
     if os.environ.get("JAXSERVE_NATIVE", "1") == "0":
         _log.info("native CPU kernels are off: JAXSERVE_NATIVE=0")
         return None
-    compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
+    compiler = _compiler()
     if compiler is None:
         _log.warning("native CPU kernels are off: no C++ compiler (install g++ or clang++)")
         return None
+    path = _cache_dir() / f"{_fingerprint(compiler)}.so"
+    if _failure(path).exists():
+        _log.warning("native CPU kernels are off: %s", _failure(path).read_text())
+        return None
+    return path, path.exists()
+
+
+def library() -> Path | None:
+    """The compiled library, built now if need be; None, after one log line, if that fails.
+
+    What the compiler objects to is kept beside the library's place: the next start does not try
+    again until the sources, the compiler or the machine are others.
+    """
+    if (found := find()) is None:
+        return None
+    path, exists = found
     try:
-        path = _cache_dir() / f"{_fingerprint(compiler)}.so"
-        if not path.exists():
-            _compile(compiler, path)
+        if not exists:
+            _compile(_compiler() or "c++", path)
         return path
     except subprocess.CalledProcessError as error:
-        _log.warning("native CPU kernels are off: %s failed: %s", compiler, error.stderr[-2000:])
+        reason = f"{_compiler()} failed: {error.stderr[-2000:]}"
+        _failure(path).write_text(f"{reason}\n(remove {_failure(path)} to try again)")
+        _log.warning("native CPU kernels are off: %s", reason)
     except OSError as error:
         _log.warning("native CPU kernels are off: %s", error)
     return None
+
+
+def _compiler() -> str | None:
+    return shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
+
+
+def _failure(path: Path) -> Path:
+    return path.with_suffix(".failed")
 
 
 def _cache_dir() -> Path:
@@ -65,14 +97,18 @@ def _cpu() -> str:
 
 
 def _compile(compiler: str, path: Path) -> None:
-    """One object per source, in parallel; the rename makes concurrent builders harmless."""
+    """One object per source, in parallel; the rename makes concurrent builders harmless.
+
+    The compilers yield to everybody else: a server may be answering already.
+    """
+    nice = [tool, "-n", "10"] if (tool := shutil.which("nice")) else []
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         objects = [Path(folder) / f"{source.stem}.o" for source in _sources()]
         include = f"-isystem{jax.ffi.include_dir()}"
         jobs = [
             subprocess.Popen(
-                [compiler, *_FLAGS, include, "-c", str(source), "-o", str(target)],
+                [*nice, compiler, *_FLAGS, include, "-c", str(source), "-o", str(target)],
                 stderr=subprocess.PIPE,
                 text=True,
             )

@@ -392,8 +392,12 @@ def test_unavailable_is_an_answer_not_an_error(tmp_path):
     broken = tmp_path / "broken-compiler"
     broken.write_text("#!/bin/sh\necho no such luck >&2\nexit 1\n")
     broken.chmod(0o755)
-    failed = run_script(tmp_path, CXX=str(broken), JAXSERVE_CACHE_DIR=str(tmp_path / "cache"))
-    for run in (off, failed):
+    environment = {"CXX": str(broken), "JAXSERVE_CACHE_DIR": str(tmp_path / "cache")}
+    failed = run_script(tmp_path, **environment)
+    broken.write_text("#!/bin/sh\necho asked again >&2\nexit 1\n")
+    remembered = run_script(tmp_path, **environment)
+    for run in (off, failed, remembered):
         assert run.returncode == 1
         assert run.stderr.strip().endswith("off")
     assert "no such luck" in failed.stderr
+    assert "no such luck" in remembered.stderr

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import pytest
 
+import kernels_pallas.cpu as cpu
 from jaxserve import LLM, SamplingParams
 from jaxserve.errors import CompileForbiddenError, EngineError
 from jaxserve.request import StructuredOutputs
@@ -134,6 +135,38 @@ def test_tokens_come_before_all_programs_exist():
         assert llm.stats().compiles_after_warmup == 0
         again = llm.generate([list(range(5, 60))], SamplingParams(max_tokens=5, seed=3))
         assert again[0].outputs[0].token_ids
+
+
+@pytest.mark.skipif(not cpu.available(), reason="no C++ compiler")
+@pytest.mark.timeout(120)
+def test_tokens_come_before_the_native_kernels_are_built(monkeypatch: pytest.MonkeyPatch):
+    """The first program runs the reference; the native one takes its place and says the same."""
+    built = threading.Event()
+    monkeypatch.setattr(cpu, "ready", lambda: False)
+    monkeypatch.setattr(cpu, "available", lambda: built.wait(100))
+    with serve(max_num_batched_tokens=32, background_compile=True) as llm:
+        assert llm.plan.kernels == "native"
+        params = SamplingParams(max_tokens=12, ignore_eos=True, temperature=0.0)
+        before = llm.generate([list(range(5, 60))], params)
+        assert llm.stats().num_compiled_programs == 2
+        first = dict(llm._runner._programs)
+        built.set()
+        llm.wait_until_warm()
+        assert all(llm._runner._programs[key] is not first[key] for key in first)
+        assert llm.stats().num_compiled_programs == llm.plan.num_programs
+        assert llm.generate([list(range(5, 60))], params)[0].outputs == before[0].outputs
+
+
+@pytest.mark.skipif(not cpu.available(), reason="no C++ compiler")
+@pytest.mark.timeout(120)
+def test_a_failed_build_leaves_a_server_with_reference_kernels(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cpu, "ready", lambda: False)
+    monkeypatch.setattr(cpu, "available", lambda: False)
+    with serve(max_num_batched_tokens=32, background_compile=True) as llm:
+        llm.wait_until_warm()
+        assert llm.stats().num_compiled_programs == llm.plan.num_programs
+        (out,) = llm.generate([[5, 6, 7]], SamplingParams(max_tokens=4, ignore_eos=True))
+        assert len(out.outputs[0].token_ids) == 4
 
 
 @pytest.mark.timeout(120)
