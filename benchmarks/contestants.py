@@ -14,8 +14,8 @@ from typing import Any
 from benchmarks.records import ROOT
 from benchmarks.workloads import MAX_LEN, Workload
 
-PEERS = ("jaxserve", "transformers", "vllm", "openvino")
-DTYPES = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
+PEERS = ("jaxserve", "transformers", "vllm", "openvino", "llamacpp")
+DTYPES = {"f32": "float32", "bf16": "bfloat16", "f16": "float16", "int8": "int8"}
 
 
 class Failed(Exception):

@@ -80,12 +80,11 @@ class Intake:
         """The sequences of a request, one per completion; their generation is shared.
 
         Args:
-            pooling: "last" or "mean" for an embedding; `params` may carry it as well.
+            pooling: "last" or "mean" for an embedding instead of a completion.
 
         Raises:
             RequestError: the request cannot be honoured; the message names the field.
         """
-        pooling = pooling or getattr(params, "pooling", None)
         self._check(ids, params, pooling)
         number = next(self._numbers)
         metrics = RequestMetrics(arrival_time=time.monotonic())

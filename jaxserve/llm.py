@@ -171,8 +171,12 @@ class LLM:
         *,
         request_id: str | None = None,
         prompt: str | None = None,
+        pooling: str | None = None,
     ) -> Generation:
         """Starts a request and returns at once. Thread-safe.
+
+        Args:
+            pooling: "last" or "mean" asks for `Generation.embedding` instead of tokens.
 
         Raises:
             RequestError: it cannot be honoured.
@@ -180,7 +184,11 @@ class LLM:
         """
         return self._start(
             self._intake.sequences(
-                list(prompt_token_ids), params, request_id=request_id, prompt=prompt
+                list(prompt_token_ids),
+                params,
+                request_id=request_id,
+                prompt=prompt,
+                pooling=pooling,
             )
         )
 

@@ -29,8 +29,8 @@ class Plan:
         activation_dtype: of hidden states. On CPU float32, which its vector units are quicker at.
         kv_dtype: in which pages are stored.
         token_buckets: tokens per step that have a program, ascending.
-        kernels: "native" or "reference". While a machine's first start builds the native ones, steps
-            run the reference over the same weights and cache.
+        kernels: "native" or "reference". While a machine's first start builds the native ones,
+            steps run the reference over the same weights and cache.
         unrolled: every layer is a stack of its own, because slicing a stack copies.
     """
 

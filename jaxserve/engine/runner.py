@@ -106,8 +106,8 @@ class Runner:
     def warm_up(self, *, background: bool, on_program: OnProgram) -> None:
         """Compiles what the first token needs, then the rest, behind it if `background`.
 
-        Where the native kernels are still to be built, that happens behind the first tokens too: the
-        first program then runs the reference, and makes way once all is there.
+        Where the native kernels are still to be built, that happens behind the first tokens too:
+        the first program then runs the reference, and makes way for the native one.
         """
         buckets = self.plan.token_buckets
         first = min(buckets, key=lambda t: abs(t - FIRST_BUCKET))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import struct
-from dataclasses import dataclass
 
 from starlette.responses import Response
 
@@ -17,17 +16,6 @@ from jaxserve.server.turn import Prompt, begin
 from jaxserve.server.wire import json_response
 
 
-@dataclass(frozen=True)
-class PoolingParams(SamplingParams):
-    """Asks `llm.submit` for a vector, `generation.embedding`, and for no tokens.
-
-    Attributes:
-        pooling: "last" or "mean"; the engine's intake looks for it.
-    """
-
-    pooling: str = "last"
-
-
 async def embeddings(exchange: Exchange, body: EmbeddingRequest) -> Response:
     """Handles `POST /v1/embeddings`."""
     server = exchange.server
@@ -38,7 +26,7 @@ async def embeddings(exchange: Exchange, body: EmbeddingRequest) -> Response:
         server.check_choices(len(prompts), 1)
         return prompts
 
-    turn = await begin(exchange, prepare, PoolingParams(pooling=body.pooling or "last"))
+    turn = await begin(exchange, prepare, SamplingParams(), pooling=body.pooling or "last")
     await turn.answers()
     found = [g.embedding for g in turn.generations if g.embedding is not None]
     _check_dimensions(body.dimensions, found)

@@ -146,6 +146,7 @@ async def begin(
     params: SamplingParams,
     reader: Reader = PLAIN,
     call_prefix: str = "call_",
+    pooling: str | None = None,
 ) -> Turn:
     """Prepares the prompts and submits them; the turn is aborted when the exchange ends.
 
@@ -158,7 +159,7 @@ async def begin(
         params = replace(params, skip_special_tokens=False)
 
     def work() -> list[Generation]:
-        return _submit(server.llm, prepare(), params, reader)
+        return _submit(server.llm, prepare(), params, reader, pooling)
 
     pool = server.workers if params.structured_outputs is None else server.compilers
     job = pool.submit(work)
@@ -174,7 +175,7 @@ async def begin(
 
 
 def _submit(
-    llm: Any, prompts: list[Prompt], params: SamplingParams, reader: Reader
+    llm: Any, prompts: list[Prompt], params: SamplingParams, reader: Reader, pooling: str | None
 ) -> list[Generation]:
     generations: list[Generation] = []
     try:
@@ -184,7 +185,9 @@ def _submit(
                 own = replace(params, max_tokens=prompt.max_tokens)
             if reader.reasons and (outputs := own.structured_outputs) is not None:
                 own = replace(own, structured_outputs=constrain_answer(outputs, prompt.text))
-            generations.append(llm.submit(prompt.token_ids, own, prompt=prompt.text))
+            generations.append(
+                llm.submit(prompt.token_ids, own, prompt=prompt.text, pooling=pooling)
+            )
     except BaseException:
         for generation in generations:
             generation.abort()

@@ -24,7 +24,7 @@ _log = logging.getLogger(__name__)
 def find() -> tuple[Path, bool] | None:
     """Where the library is or will be, and whether it exists; None if this machine has none.
 
-    None is said after one log line: kernels are off, nothing compiles C++ here, or it failed before.
+    None is said after one log line: they are off, nothing compiles C++ here, or it failed before.
     """
     if os.environ.get("JAXSERVE_NATIVE", "1") == "0":
         _log.info("native CPU kernels are off: JAXSERVE_NATIVE=0")

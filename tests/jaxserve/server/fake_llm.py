@@ -12,7 +12,7 @@ import re
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -31,7 +31,6 @@ from jaxserve.request import (
     StructuredOutputs,
     TokenLogprobs,
 )
-from jaxserve.server.embeddings import PoolingParams
 from jaxserve.text.after_reasoning import MayReason
 from jaxserve.text.tokenizer import Tokenizer
 
@@ -102,6 +101,7 @@ class _Sequence:
     stop_reason: str | None
     done: int = 0
     shown: int = 0
+    pooling: str | None = None
 
 
 class FakeLLM:
@@ -142,6 +142,7 @@ class FakeLLM:
         *,
         request_id: str | None = None,
         prompt: str | None = None,
+        pooling: str | None = None,
     ) -> Generation:
         self._check(prompt_token_ids, params)
         request_id = request_id or f"fake-{next(self._ids)}"
@@ -154,8 +155,9 @@ class FakeLLM:
             scores = [self._logprob(t, params.prompt_logprobs) for t in prompt_token_ids]
             generation.prompt_logprobs = [None, *scores[1:]]
         text = self.tokenizer.decode(prompt_token_ids, skip_special_tokens=False)
-        if isinstance(params, PoolingParams):  # reads a token a step
-            sequences = [_Sequence(generation, params, 0, prompt_token_ids, "", "stop", None)]
+        if pooling:  # reads a token a step
+            one = _Sequence(generation, params, 0, prompt_token_ids, "", "stop", None)
+            sequences = [replace(one, pooling=pooling)]
         else:
             sequences = [self._sequence(generation, params, i, text) for i in range(params.n)]
         with self._changed:
@@ -268,8 +270,8 @@ class FakeLLM:
     def _step(self, s: _Sequence) -> None:
         token = s.token_ids[s.done]
         s.done += 1
-        if isinstance(s.params, PoolingParams):
-            return self._pool(s, s.params.pooling)
+        if s.pooling:
+            return self._pool(s, s.pooling)
         self._tokens[1] += 1
         last = s.done == len(s.token_ids)
         said = s.text if last else self.tokenizer.decode(s.token_ids[: s.done]).rstrip("\ufffd")
