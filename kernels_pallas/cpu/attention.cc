@@ -83,7 +83,6 @@ struct Work {
     sums = scratch.take<float>(sum_count);
     shrink = scratch.take<float>(num_rows);
     rows = scratch.take<Row>(num_rows);
-    std::memset(q, 0, q_count * sizeof(T));
     std::memset(zeros, 0, job.padded_values() * sizeof(T));
     std::memset(sums, 0, sum_count * sizeof(float));
     std::fill(rows, rows + num_rows, Row{});
@@ -103,7 +102,21 @@ void load_queries(const Attention<T>& job, const Task& task, T* to) {
   const int64_t stride = padded_keys<T>(width);
   for (int64_t row = task.begin; row < task.end; ++row, to += stride) {
     convert(to, job.q + query_of(job, task, row) * width, width);
+    std::memset(to + width, 0, (stride - width) * sizeof(T));
   }
+}
+
+// Positions whose keys a task sees, from the beginning of a block.
+struct Span {
+  int64_t begin, end;
+};
+
+template <class T>
+Span span_of(const Attention<T>& job, const Task& task) {
+  const int64_t start = job.batch.first_position(task.seq);
+  const int64_t oldest = start + task.begin / job.group();
+  const int64_t seen = job.window > 0 ? std::max<int64_t>(0, oldest - job.window + 1) : 0;
+  return {seen / kBlockKeys * kBlockKeys, start + (task.end - 1) / job.group() + 1};
 }
 
 // The keys and values at positions [first, first + kBlockKeys), as far as the task sees them.
@@ -230,22 +243,30 @@ void finish(const Attention<T>& job, const Task& task, const Work<T>& work) {
   }
 }
 
+// Tasks in turn. While one block is worked on, the next comes into L2, be it another task's.
 template <class T>
-void attend(const Attention<T>& job, const Task& task) {
+void attend(const Attention<T>& job, const Task* tasks, int64_t num_tasks) {
   thread_local Scratch scratch;
-  const Work<T> work(scratch, job, task.end - task.begin);
-  load_queries(job, task, work.q);
-  const int64_t start = job.batch.first_position(task.seq);
-  const int64_t oldest = start + task.begin / job.group();
-  const int64_t end = start + (task.end - 1) / job.group() + 1;  // past the last visible key
-  const int64_t seen = job.window > 0 ? std::max<int64_t>(0, oldest - job.window + 1) : 0;
-  Context<T> now(job, task, seen / kBlockKeys * kBlockKeys, end);
-  while (now.first < end) {
-    const Context<T> next(job, task, now.first + kBlockKeys, end);
-    attend_block(job, task, work, now, next);
-    now = next;
+  auto begin = [&](const Task& task) {
+    const Span span = span_of(job, task);
+    return Context<T>(job, task, span.begin, span.end);
+  };
+  Context<T> now = begin(tasks[0]);
+  for (int64_t i = 0; i < num_tasks; ++i) {
+    const Task& task = tasks[i];
+    const Work<T> work(scratch, job, task.end - task.begin);
+    load_queries(job, task, work.q);
+    const int64_t end = span_of(job, task).end;
+    for (bool last = false; !last;) {
+      last = now.first + kBlockKeys >= end;
+      const Context<T> next = last && i + 1 < num_tasks
+                                  ? begin(tasks[i + 1])
+                                  : Context<T>(job, task, now.first + kBlockKeys, end);
+      attend_block(job, task, work, now, next);
+      now = next;
+    }
+    finish(job, task, work);
   }
-  finish(job, task, work);
 }
 
 // Late queries see the most keys: they go first, so that the last chunk claimed is a small one.
@@ -289,7 +310,14 @@ void run(const Attention<T>& job, int64_t num_tokens) {
               unused * job.value_dim * sizeof(float));
   std::memset(job.lse + used * job.num_heads, 0, unused * sizeof(float));
   const std::vector<Task> tasks = cut(batch, job.keys.num_heads, job.group());
-  Pool::shared().run(int64_t(tasks.size()), [&](int64_t i) { attend(job, tasks[i]); });
+  constexpr int64_t kChunksPerThread = 8, kMostTasks = 16;
+  const int64_t count = int64_t(tasks.size());
+  const int64_t even = ceil_div(count, Pool::shared().num_threads() * kChunksPerThread);
+  const int64_t size = std::clamp<int64_t>(even, 1, kMostTasks);
+  Pool::shared().run(ceil_div(count, size), [&](int64_t chunk) {
+    const int64_t first = chunk * size;
+    attend(job, &tasks[first], std::min(size, count - first));
+  });
 }
 
 // The operands every form of attention has.
