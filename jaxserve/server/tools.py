@@ -183,14 +183,20 @@ def _moved(schema: Any, root: str) -> Any:
 
 
 def _hermes_grammar(functions: Sequence[Function], parallel: bool) -> str:
-    """Text in which every `<tool_call>` is followed by a valid call, in llguidance's Lark."""
+    """Text in which every `<tool_call>` is followed by a valid call, in llguidance's Lark.
+
+    A tag may be spelled or be one token. Neither a literal nor TEXT matches such a token: it has to
+    be named, on a line that `compile_grammar` drops for a tokenizer without it.
+    """
     calls = " | ".join(f"call_{i}" for i in range(len(functions)))
     rules = [f"start: ({calls}){'*' if parallel else '?'} text", "text: TEXT", "TEXT: /(.|\\n)*/"]
-    rules.append('opened[lazy]: TEXT "<tool_call>"')
+    rules.append('spelled[lazy]: TEXT "<tool_call>"')
+    rules.append("opened: spelled\n| TEXT <tool_call>")
+    rules.append('closed: "</tool_call>"\n| </tool_call>')
     for i, function in enumerate(functions):
         head = json.dumps(f'\n{{"name": {json.dumps(function.name)}, "arguments": ')
         schema = json.dumps(_parameters(function) | _COMPACT)
-        rules.append(f'call_{i}: opened {head} %json {schema} "}}\\n</tool_call>"')
+        rules.append(f'call_{i}: opened {head} %json {schema} "}}\\n" closed')
     return "\n".join(rules)
 
 

@@ -18,7 +18,7 @@ from jaxserve.errors import RequestError
 from jaxserve.request import StructuredOutputs
 from jaxserve.text.after_reasoning import AnswerGrammar, MayReason
 from jaxserve.text.grammar_rehearsal import Rehearsal
-from jaxserve.text.tokenizer import Tokenizer
+from jaxserve.text.tokenizer import TAGS, Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -40,10 +40,11 @@ def compile_grammar(tokenizer: Tokenizer, outputs: StructuredOutputs) -> Grammar
     Raises:
         RequestError: the schema, pattern or grammar is wrong, unsatisfiable or too costly.
     """
-    source = _source(outputs)
+    vocabulary = _vocabulary(tokenizer)
+    source = _source(outputs, vocabulary)
     if len(source) > MAX_GRAMMAR_SIZE:
         raise _fault(f"takes {len(source)} characters; at most {MAX_GRAMMAR_SIZE} are compiled")
-    grammar = _compile(_vocabulary(tokenizer), source)
+    grammar = _compile(vocabulary, source)
     if isinstance(outputs, MayReason):
         return AnswerGrammar(grammar, tokenizer, outputs.inside)
     return grammar
@@ -121,7 +122,7 @@ class Matcher:
 # ---- from what the user wrote to what llguidance reads -------------------------------------
 
 
-def _source(outputs: StructuredOutputs) -> str:
+def _source(outputs: StructuredOutputs, vocabulary: _Vocabulary) -> str:
     """The grammar in llguidance's own notation."""
     build = llguidance.LLMatcher
     if outputs.regex:
@@ -132,7 +133,7 @@ def _source(outputs: StructuredOutputs) -> str:
             raise _fault(f"choice must hold strings, got {list(choices)!r}")
         return build.grammar_from_lark("start: " + " | ".join(map(json.dumps, outputs.choice)))
     if outputs.grammar:
-        return build.grammar_from_lark(outputs.grammar)
+        return build.grammar_from_lark(_without_missing_tags(outputs.grammar, vocabulary))
     schema = {"type": "object"} if outputs.json_object else outputs.json
     try:
         text = schema if isinstance(schema, str) else json.dumps(schema)
@@ -141,9 +142,18 @@ def _source(outputs: StructuredOutputs) -> str:
         raise _fault(f"json is not a JSON schema: {error}") from error
 
 
+def _without_missing_tags(lark: str, vocabulary: _Vocabulary) -> str:
+    """`lark` without the lines `| … <tag>` of tags that are no special tokens: none can match."""
+    missing = tuple(f" {tag}" for tag in TAGS if tag not in vocabulary.special)
+    if not missing:
+        return lark
+    lines = lark.split("\n")
+    return "\n".join(x for x in lines if not (x.startswith("|") and x.endswith(missing)))
+
+
 @functools.lru_cache(maxsize=256)
 def _compile(vocabulary: _Vocabulary, source: str) -> Grammar:
-    if not _rehearsal.survives(source):
+    if not _rehearsal.survives(source, vocabulary.size, list(vocabulary.special)):
         limit = f"{_rehearsal.cpu_seconds:g} s"
         raise _fault(f"is too costly: it did not compile within {limit}; simplify it")
     start = llguidance.LLMatcher(vocabulary.tokens, source, log_level=0, limits=_LIMITS)
@@ -180,6 +190,14 @@ class _Vocabulary:
         if not self.eos_token_ids:
             raise _fault("needs a tokenizer with an eos token, and this one has none")
         self.tokens = self._tokens(tokenizer)
+        added = tokenizer.backend.get_added_tokens_decoder()
+        self.special = {t.content: i for i, t in added.items() if self.tokens.is_special_token(i)}
+        self._special_mask = _bits(self.special.values(), self.words)
+
+    def special_in(self, row: NDArray[Any]) -> list[int]:
+        """The special tokens in a mask of `words` words."""
+        found = (row.view("<u4") & self._special_mask).view(np.uint8)
+        return np.flatnonzero(np.unpackbits(found, bitorder="little")).tolist() if any_ else []
 
     def eos_mask(self, words: int, dtype: np.dtype[Any]) -> NDArray[Any]:
         """The mask that permits nothing but the end."""

@@ -10,6 +10,7 @@ Run as a script this file is the child; it imports llguidance and the standard l
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import queue
@@ -18,6 +19,7 @@ import signal
 import subprocess
 import sys
 import weakref
+from collections.abc import Sequence
 
 import llguidance
 
@@ -39,12 +41,17 @@ class Rehearsal:
             self._idle.put(None)
         weakref.finalize(self, _dismiss_all, self._idle)
 
-    def survives(self, grammar: str) -> bool:
-        """Whether compiling this grammar ends in time; whether it is correct is not asked."""
+    def survives(self, grammar: str, size: int = 0, names: Sequence[str] = ()) -> bool:
+        """Whether compiling this grammar ends in time; whether it is correct is not asked.
+
+        Args:
+            size: of the vocabulary; tokens up to there may be meant by their id.
+            names: of special tokens. A grammar with an unknown one fails before it has cost much.
+        """
         child = self._idle.get()
         try:
             child = child or self._start()
-            alive = _ask(child, grammar)
+            alive = _ask(child, json.dumps([grammar, size, list(names)]))
             if not alive:
                 _dismiss(child)
                 child = None
@@ -76,12 +83,12 @@ def _dismiss_all(idle: queue.LifoQueue[subprocess.Popen[bytes] | None]) -> None:
             _dismiss(child)
 
 
-def _ask(child: subprocess.Popen[bytes], grammar: str) -> bool:
+def _ask(child: subprocess.Popen[bytes], question: str) -> bool:
     """Whether the child answers before it dies."""
     assert child.stdin is not None
     assert child.stdout is not None
     try:
-        child.stdin.write(json.dumps(grammar).encode() + b"\n")
+        child.stdin.write(question.encode() + b"\n")
         child.stdin.flush()
     except BrokenPipeError:
         return False
@@ -89,24 +96,33 @@ def _ask(child: subprocess.Popen[bytes], grammar: str) -> bool:
 
 
 class _Bytes:
-    """A vocabulary of single bytes: what matters here does not depend on the tokens."""
+    """A vocabulary of single bytes and special tokens: what matters here depends on no others."""
 
     eos_token_id = 256
     bos_token_id = None
-    tokens = (*(bytes([b]) for b in range(256)), b"<eos>")
-    special_token_ids = (256,)
+
+    def __init__(self, size: int, names: Sequence[str]):
+        single = [bytes([b]) for b in range(256)]
+        self.tokens = [*single, b"<eos>", *(name.encode() for name in names)]
+        self.special_token_ids = range(256, len(self.tokens))
+        self.tokens += [b""] * (size - len(self.tokens))
 
     def __call__(self, text: str | bytes) -> list[int]:
         return list(text.encode() if isinstance(text, str) else text)
 
 
+@functools.lru_cache(maxsize=4)
+def _tokenizer(size: int, names: tuple[str, ...]) -> llguidance.LLTokenizer:
+    return llguidance.LLTokenizer(llguidance.TokenizerWrapper(_Bytes(size, names)))
+
+
 def _child(cpu_seconds: float) -> None:
     """Answers each line with a line, unless the kernel ends it first."""
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
-    tokenizer = llguidance.LLTokenizer(llguidance.TokenizerWrapper(_Bytes()))
     for line in sys.stdin.buffer:
         signal.setitimer(signal.ITIMER_PROF, cpu_seconds)  # its default action ends the process
-        matcher = llguidance.LLMatcher(tokenizer, json.loads(line), log_level=0)
+        grammar, size, names = json.loads(line)
+        matcher = llguidance.LLMatcher(_tokenizer(size, tuple(names)), grammar, log_level=0)
         if not matcher.is_error():
             matcher.compute_bitmask()
         signal.setitimer(signal.ITIMER_PROF, 0)

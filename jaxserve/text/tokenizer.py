@@ -15,6 +15,9 @@ from jaxserve.text.tokenizer_files import TokenizerFiles
 
 logger = logging.getLogger(__name__)
 
+TAGS = ("<think>", "</think>", "<tool_call>", "</tool_call>")
+"""Tokens that say what a text means, to parsers that read the text."""
+
 
 class Tokenizer:
     """Text to token ids and back.
@@ -22,6 +25,9 @@ class Tokenizer:
     Ids are those of `transformers.AutoTokenizer`, with one deliberate exception: `add_bos_token`
     and `add_eos_token` of tokenizer_config.json count when tokenizer.json adds no token itself.
     transformers 4 did so, and DeepSeek's and other models expect it; transformers 5 does not.
+
+    Some checkpoints declare `TAGS` special. They are text all the same: a text without them would
+    show reasoning and tool calls as the answer.
 
     Attributes:
         eos_token_ids: every id that ends a generation.
@@ -51,7 +57,9 @@ class Tokenizer:
             self.eos_token_ids |= {eos}
         self.bos_token_id = self._id_of("bos_token")
         added = backend.get_added_tokens_decoder()
-        self.special_ids = frozenset(i for i, token in added.items() if token.special)
+        self.special_ids = frozenset(
+            i for i, token in added.items() if token.special and token.content not in TAGS
+        )
         self.vocab_size = 1 + max(backend.get_vocab(with_added_tokens=True).values(), default=-1)
         self.token_bytes = TokenBytes(backend, self.special_ids)
 
