@@ -7,7 +7,7 @@ import json
 import logging
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import llguidance
@@ -89,6 +89,7 @@ class Matcher:
             self._state.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
             if self._state.is_error():  # it ran out of its budget for one step
                 logger.warning("structured output ends early: %s", _complaint(self._state))
+            self._spell(row)
         if row is not mask:
             shared = min(words, len(mask))
             mask[:shared] = row[:shared]
@@ -110,13 +111,23 @@ class Matcher:
         """Takes one step, any step; returns what goes wrong, or "". Moves the matcher."""
         mask = np.zeros(self._vocabulary.words, np.uint32)
         self.fill(mask)
-        bits = np.unpackbits(mask.view(np.uint8), bitorder="little")
-        self.accept(int(bits.argmax()))
+        self.accept(_ids_in(mask)[0])
         return _complaint(self._state) if self._state.is_error() else ""
 
     def fork(self) -> Matcher:
         """An independent matcher that stands at the same place. Takes microseconds."""
         return Matcher(self._vocabulary, self._state.deep_copy())
+
+    def _spell(self, row: NDArray[Any]) -> None:
+        """Permits the spelling of a special token's name where that name is all that may follow.
+
+        llguidance permits the token itself there, and nothing else, but would not accept it.
+        """
+        for token in self._vocabulary.special_in(row):
+            if self._state.validate_tokens([token]) == 0:
+                first, bits = self._vocabulary.spelling(token), row.view("<u4")
+                bits[token // 32] &= ~np.uint32(1 << token % 32)
+                bits[first // 32] |= np.uint32(1 << first % 32)
 
 
 # ---- from what the user wrote to what llguidance reads -------------------------------------
@@ -192,19 +203,21 @@ class _Vocabulary:
         self.tokens = self._tokens(tokenizer)
         added = tokenizer.backend.get_added_tokens_decoder()
         self.special = {t.content: i for i, t in added.items() if self.tokens.is_special_token(i)}
-        self._special_mask = _bits(self.special.values(), self.words)
+        self._special_mask = _mask_of(self.special.values(), self.words)
 
     def special_in(self, row: NDArray[Any]) -> list[int]:
-        """The special tokens in a mask of `words` words."""
-        found = (row.view("<u4") & self._special_mask).view(np.uint8)
-        return np.flatnonzero(np.unpackbits(found, bitorder="little")).tolist() if any_ else []
+        """The special tokens that a mask of `words` words permits."""
+        found = row.view("<u4") & self._special_mask
+        return _ids_in(found) if found.any() else []
+
+    def spelling(self, token: int) -> int:
+        """The token that begins to spell this special one."""
+        name = next(name for name, i in self.special.items() if i == token)
+        return self.tokens.greedy_tokenize(name[0])[0]
 
     def eos_mask(self, words: int, dtype: np.dtype[Any]) -> NDArray[Any]:
         """The mask that permits nothing but the end."""
-        ids = np.array([i for i in self.eos_token_ids if i < 32 * words])
-        bits = np.zeros(32 * words, np.uint8)
-        bits[ids] = 1
-        return np.packbits(bits, bitorder="little").view("<u4").astype(dtype)
+        return _mask_of((i for i in self.eos_token_ids if i < 32 * words), words).astype(dtype)
 
     def _tokens(self, tokenizer: Tokenizer) -> llguidance.LLTokenizer:
         eos = list(self.eos_token_ids)
@@ -216,6 +229,16 @@ class _Vocabulary:
             pass  # neither byte-level nor byte-fallback: llguidance does not know its decoder
         wrapped = llguidance.TokenizerWrapper(_Wrapped(tokenizer, eos[0]))
         return llguidance.LLTokenizer(wrapped, eos_token=eos)
+
+
+def _mask_of(ids: Iterable[int], words: int) -> NDArray[np.uint32]:
+    bits = np.zeros(32 * words, np.uint8)
+    bits[list(ids)] = 1
+    return np.packbits(bits, bitorder="little").view("<u4")
+
+
+def _ids_in(mask: NDArray[Any]) -> list[int]:
+    return np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little")).tolist()
 
 
 class _Wrapped:

@@ -3,6 +3,7 @@
 import json
 from itertools import pairwise
 
+import numpy as np
 import openai
 import pytest
 from hypothesis import given, settings
@@ -13,7 +14,9 @@ from jaxserve.server.openai import Function
 from jaxserve.server.parsing import Notation
 from jaxserve.server.pieces import Answer, CallDelta, FirstCallOnly, Parsed, Piece
 from jaxserve.server.tools import ListedCalls, NamedCall, ToolUse
+from jaxserve.text.detokenize import Detokenizer
 from jaxserve.text.grammar import compile_grammar
+from jaxserve.text.tokenizer import TAGS, Tokenizer
 from tests.jaxserve.server.fake_llm import FakeLLM, byte_tokenizer
 from tests.jaxserve.server.live_server import LiveServer
 
@@ -80,12 +83,33 @@ FUNCTIONS = [
 GOOD = '<tool_call>\n{"name": "weather", "arguments": {"city": "日本"}}\n</tool_call>'
 
 
-def accepted(outputs, text):
+def tagged_tokenizer(special):
+    """As Qwen's and Hermes' have it: every tag is one token."""
+    plain = byte_tokenizer()
+    add = plain.backend.add_special_tokens if special else plain.backend.add_tokens
+    add(list(TAGS))
+    return Tokenizer(plain.backend, special_tokens=plain.special_tokens)
+
+
+TOKENIZERS = {
+    "spelled": byte_tokenizer(),
+    "added": tagged_tokenizer(False),
+    "special": tagged_tokenizer(True),
+}
+
+
+def accepted(outputs, text, tokenizer=TOKENIZERS["spelled"], spelled=False):
     """Whether the constraint allows this text, and whether it may end there."""
-    tokenizer = byte_tokenizer()
+    pieces = text if spelled else [text]
+    ids = [i for piece in pieces for i in tokenizer.encode(piece)]
     matcher = compile_grammar(tokenizer, outputs).matcher()
-    if not all(matcher.accept(i) for i in tokenizer.encode(text)):
-        return False, False
+    for i in ids:
+        mask = np.zeros(-(-tokenizer.vocab_size // 32), np.uint32)
+        matcher.fill(mask)
+        permitted = bool(mask[i // 32] >> i % 32 & 1)
+        assert matcher.accept(i) == permitted
+        if not permitted:
+            return False, False
     return True, matcher.accept(next(iter(tokenizer.eos_token_ids)))
 
 
@@ -100,13 +124,44 @@ def accepted(outputs, text):
         (GOOD.replace("日本", "Rome"), (False, False)),
         (GOOD.replace("weather", "other"), (False, False)),
         (GOOD.replace("city", "town"), (False, False)),
-        (GOOD[:-3], (True, False)),
+        (GOOD.removesuffix("</tool_call>"), (True, False)),
         ("<tool_call>{", (False, False)),
+        ("Well, <tool_call>", (True, False)),
+        ("<tool_call><tool_call>", (False, False)),
+        (f"{GOOD}<tool_call>{{", (False, False)),
     ],
 )
-def test_strict_calls_in_free_text(text, expected):
+@pytest.mark.parametrize("kind", TOKENIZERS)
+@pytest.mark.parametrize("spelled", [False, True])
+def test_strict_calls_in_free_text(kind, spelled, text, expected):
     outputs = ToolUse.of(FUNCTIONS, "auto").constraint(Notation("hermes", None))
-    assert accepted(outputs, text) == expected
+    assert accepted(outputs, text, TOKENIZERS[kind], spelled) == expected
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+@pytest.mark.parametrize("spelled", [False, True])
+def test_calls_and_reasoning_are_read_from_tags_of_either_kind(kind, spelled):
+    tokenizer, use = TOKENIZERS[kind], ToolUse.of(FUNCTIONS, "auto")
+    written = f"<think>Rain?</think>I look.\n{GOOD}"
+    ids = [i for piece in (written if spelled else [written]) for i in tokenizer.encode(piece)]
+    reader = use.reader(Notation("hermes", "qwen3"), constrained=False)
+    text = Detokenizer(tokenizer, skip_special_tokens=not reader.needs_special_tokens)
+    parser, answer = reader.make(None), Answer(0)
+    for parsed in (parser.feed(text.push(ids)), parser.finish()):
+        answer.add(Piece(0, parsed.text, parsed.reasoning, parsed.calls))
+    assert (answer.reasoning, answer.text) == ("Rain?", "I look.")
+    assert [(c.name, json.loads(c.arguments)) for c in answer.calls] == [
+        ("weather", {"city": "日本"})
+    ]
+
+
+@pytest.mark.parametrize("parallel", [True, False])
+def test_strict_calls_may_be_one_or_many(parallel):
+    use = ToolUse.of(FUNCTIONS, "auto", parallel=parallel)
+    outputs = use.constraint(Notation("hermes", None))
+    tagged = TOKENIZERS["added"]
+    assert accepted(outputs, GOOD, tagged) == (True, True)
+    assert accepted(outputs, f"{GOOD}\n{GOOD}", tagged) == (parallel, parallel)
 
 
 def test_strict_is_refused_where_no_grammar_says_it():

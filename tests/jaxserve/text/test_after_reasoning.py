@@ -145,6 +145,20 @@ def test_the_parser_finds_the_answer_where_the_grammar_began(name, prompt):
         assert text.isdigit()
 
 
+@pytest.mark.parametrize("prompt", [INSIDE, OPEN])
+def test_tags_that_a_checkpoint_declares_special_are_shown_to_the_parser(prompt):
+    backend = BUILDERS["byte_level"]()
+    backend.add_special_tokens(["<think>", "</think>"])
+    tokenizer = Tokenizer(backend, eos_token_ids=[backend.token_to_id("<|end|>")])
+    m = matcher(prompt, tokenizer)
+    ids = [*([THINK] if prompt == OPEN else []), WORD, UNTHINK, *tokenizer.encode("42")]
+    assert accepts(m, ids)
+    assert m.finished
+    parser = make_parser(None, "qwen3", prompt)
+    events = [*parser.push(tokenizer.decode(ids)), *parser.finish()]
+    assert [(type(e).__name__, e.text) for e in events] == [("Reasoning", "f"), ("Content", "42")]
+
+
 def test_a_constraint_keeps_its_kind_through_the_parameters():
     outputs = constrain_answer(StructuredOutputs(json={"type": "null"}), INSIDE)
     assert SamplingParams(structured_outputs=outputs).structured_outputs is outputs

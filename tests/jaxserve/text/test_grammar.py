@@ -193,6 +193,43 @@ def test_a_fork_goes_its_own_way():
     assert matcher.accept(c)
 
 
+TAGGED = BUILDERS["byte_level"]()
+TAGGED.add_tokens(["<h1>"])
+TAGGED.add_special_tokens(["<|x|>"])
+TAGGED = Tokenizer(TAGGED, eos_token_ids=[TAGGED.token_to_id("<|end|>")])
+
+
+@pytest.mark.parametrize("name", ["<think>", "</tool_call>", "<h1>", "<|x|>", "<|end|>"])
+@pytest.mark.parametrize("around", ["", "a"])
+def test_the_name_of_a_token_is_spelled_where_it_is_text(name, around):
+    text = f"{around}{name}{around}"
+    for outputs in (
+        StructuredOutputs(choice=[text]),
+        StructuredOutputs(json={"const": text}),
+        StructuredOutputs(grammar=f"start: {json.dumps(text)}"),
+    ):
+        found = walk(TAGGED, outputs, 0, 40)
+        assert found == (json.dumps(text) if outputs.json else text)
+
+
+def test_a_token_that_is_named_may_come_as_one():
+    outputs = StructuredOutputs(grammar='start: "a" <think> "b"')
+    ids = [BYTE_LEVEL.backend.token_to_id(t) for t in ("a", "<think>", "b")]
+    matcher = compile_grammar(BYTE_LEVEL, outputs).matcher()
+    for i in ids:
+        assert permitted(matcher, BYTE_LEVEL.vocab_size) == {i}
+        assert matcher.accept(i)
+    with pytest.raises(RequestError, match="unknown special token"):
+        compile_grammar(TOKENIZERS["llama"], outputs)
+
+
+def test_a_tag_that_is_no_token_leaves_the_other_alternatives():
+    outputs = StructuredOutputs(grammar='start: tag\ntag: "<think>"\n| <think>')
+    assert walk(TOKENIZERS["llama"], outputs, 0, 20) == "<think>"
+    think = BYTE_LEVEL.backend.token_to_id("<think>")
+    assert think in permitted(compile_grammar(BYTE_LEVEL, outputs).matcher(), BYTE_LEVEL.vocab_size)
+
+
 def test_the_same_grammar_is_compiled_once(monkeypatch):
     outputs = StructuredOutputs(regex="once[0-9]")
     first = compile_grammar(BYTE_LEVEL, outputs)
@@ -290,6 +327,8 @@ HOSTILE = {
     "huge": {"json": {"type": "array", "minItems": 10**9}},
     "surrogate": {"choice": ["\ud800"]},
     "remote": {"json": {"$ref": "http://localhost:1/x"}},
+    "named": {"grammar": f"start: <|end|> | x\nx: %json {json.dumps(patterns(1500))}"},
+    "numbered": {"grammar": f"start: <[400]> | x\nx: %json {json.dumps(patterns(1500))}"},
 }
 
 
@@ -317,6 +356,7 @@ def test_hostile_grammars_are_refused_or_served_in_bounded_time(impatient):
     assert max(seconds for _, seconds in found.values()) < 10
     refused = {name for name, (answer, _) in found.items() if answer == "refused"}
     lethal = {"rules", "terminals", "references", "intersection", "multiple", "disjoint"}
+    lethal |= {"named", "numbered"}
     assert (
         lethal | {"loop", "very nested", "nested text", "groups", "brackets", "remote"} <= refused
     )
