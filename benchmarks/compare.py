@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -158,7 +160,9 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path)
     parser.add_argument("contestants", nargs="+", help=f"PEER-DTYPE; peers are {', '.join(PEERS)}")
-    parser.add_argument("--workloads", nargs="*", default=workloads.NAMES, metavar="NAME")
+    parser.add_argument(
+        "--workloads", nargs="*", default=workloads.NAMES, choices=workloads.NAMES, metavar="NAME"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2, help="cores that each one is pinned to")
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
@@ -170,6 +174,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def main() -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # or stopped drivers would stay behind
     comparison = Comparison(_arguments())
     try:
         for name in comparison.args.workloads:
