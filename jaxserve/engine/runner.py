@@ -45,6 +45,7 @@ log = logging.getLogger(__name__)
 
 OnProgram = Callable[[str, int, float], None]  # kind, size, seconds
 
+_HASTY: dict[str, Any] = {"xla_backend_optimization_level": 0}  # halves the time of LLVM
 _COPIES = 64  # pages copied per launch
 _SCORED = 64  # prompt tokens whose logits exist at a time
 FIRST_BUCKET = 64
@@ -76,14 +77,19 @@ class Runner:
         self._compiler: threading.Thread | None = None
         self._failure: BaseException | None = None
         self._unused: dict[int, dict[str, Any]] = {}
-        self.allocate()
+        self.kv: KVCache | None = None
+        self.history: Array | None = None
+        self._state = jax.eval_shape(self._empty_state)
 
     # ---- device state -----------------------------------------------------------------
 
     def allocate(self) -> None:
         """An empty cache and history."""
+        self.kv, self.history = self._empty_state()
+
+    def _empty_state(self) -> tuple[KVCache, Array]:
         plan = self.plan
-        self.kv: KVCache | None = kv_cache.allocate(
+        kv = kv_cache.allocate(
             self.cfg.num_layers,
             plan.num_pages,
             plan.page_size,
@@ -91,9 +97,8 @@ class Runner:
             plan.kv_dtype,
             self.device,
         )
-        self.history: Array | None = jnp.zeros(
-            (plan.max_num_seqs, plan.max_model_len + 1), jnp.int32, device=self.device
-        )
+        shape = (plan.max_num_seqs, plan.max_model_len + 1)
+        return kv, jnp.zeros(shape, jnp.int32, device=self.device)
 
     def free(self) -> None:
         """Gives the cache's memory back."""
@@ -104,7 +109,7 @@ class Runner:
     # ---- programs ---------------------------------------------------------------------
 
     def warm_up(self, *, background: bool, on_program: OnProgram) -> None:
-        """Compiles what the first token needs, then the rest, behind it if `background`.
+        """Allocates and compiles what the first token needs; the rest behind it if `background`.
 
         Where the native kernels are still to be built, that happens behind the first tokens too:
         the first program then runs the reference, and makes way for the native one.
@@ -120,6 +125,7 @@ class Runner:
             rest += [("decode", r) for r in self.plan.row_buckets]
         rest = list(dict.fromkeys(rest))  # buckets may share a sampler
         if not background:
+            self.allocate()
             self._compile_all(urgent + rest, on_program)
             return self._check()
         interim = self.plan.kernels == "native" and not kernels_pallas.cpu.ready()
@@ -130,7 +136,9 @@ class Runner:
         else:
             self._find_kernels()
         with ThreadPoolExecutor(len(urgent)) as pool:  # the compiler lets go of the interpreter
-            took = list(pool.map(lambda program: self._compile(*program), urgent))
+            jobs = [pool.submit(self._compile, *program, hasty=interim) for program in urgent]
+            self.allocate()  # a gigabyte of zeros takes a while too
+            took = [job.result() for job in jobs]
         if not interim:
             for program, seconds in zip(urgent, took, strict=True):
                 on_program(*program, seconds)
@@ -178,13 +186,13 @@ class Runner:
         ready = [t for kind, t in list(self._programs) if kind == "forward"]
         return max(t for t in ready if ("sample", self.plan.rows(t)) in self._programs)
 
-    def _compile(self, kind: str, size: int) -> float:
-        """Makes or replaces a program; returns the seconds it took."""
+    def _compile(self, kind: str, size: int, *, hasty: bool = False) -> float:
+        """Makes or replaces a program, `hasty` one that will not live; the seconds it took."""
         started = time.monotonic()
         function, donated, arguments = getattr(self, f"_{kind}_program")(size)
         with jax.default_device(self.device):
-            compiled = jax.jit(function, donate_argnums=donated).lower(*arguments).compile()
-        self._programs[kind, size] = compiled
+            lowered = jax.jit(function, donate_argnums=donated).lower(*arguments)
+            self._programs[kind, size] = lowered.compile(compiler_options=_HASTY if hasty else None)
         return time.monotonic() - started
 
     def _forward_program(self, T: int):
@@ -192,13 +200,13 @@ class Runner:
         ints = partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
         tables = ints((R, self.plan.pages_per_seq))
         inputs = StepArrays(ints((4, T)), ints((3, R + 1)), tables, ints((2,)))
-        arguments = (*_abstract((self.params, self.kv, self.history)), inputs)
+        arguments = (_abstract(self.params), *self._state, inputs)
         return partial(forward_step, self._traced, self.family, self.cfg), (1,), arguments
 
     def _sample_program(self, R: int):
         logits = jax.ShapeDtypeStruct((R, self.cfg.vocab), self.plan.activation_dtype)
         inputs = pack_sampling(Step(), R, self.table, self._unused_arrays(R))
-        return sample_step, (1,), (logits, _abstract(self.history), _abstract(inputs))
+        return sample_step, (1,), (logits, self._state[1], _abstract(inputs))
 
     def _decode_program(self, R: int):
         _, _, (params, kv, history, inputs) = self._forward_program(R)
@@ -218,11 +226,11 @@ class Runner:
     def _seed_history_program(self, _: int):
         row = jax.ShapeDtypeStruct((self.plan.max_model_len + 1,), jnp.int32)
         slot = jax.ShapeDtypeStruct((), jnp.int32)
-        return lambda h, slot, row: h.at[slot].set(row), (0,), (_abstract(self.history), slot, row)
+        return lambda h, slot, row: h.at[slot].set(row), (0,), (self._state[1], slot, row)
 
     def _copy_pages_program(self, _: int):
         pages = jax.ShapeDtypeStruct((_COPIES,), jnp.int32)
-        return kv_cache.copy_pages, (0,), (_abstract(self.kv), pages, pages)
+        return kv_cache.copy_pages, (0,), (self._state[0], pages, pages)
 
     def _unused_arrays(self, R: int) -> dict[str, Any]:
         if R not in self._unused:
