@@ -131,14 +131,18 @@ def pack_tokens(step: Step, T: int, R: int, table: SlotTable) -> StepArrays:
     for row in step.rows:
         seq, start, count = row.seq, row.start, row.count
         stop = start + count
-        known = seq.tokens[start:stop]
         if seq.params.prompt_logprobs is not None and start < seq.prompt_len - 1:
             following = seq.tokens[start + 1 : stop + 1]
             targets[len(ids) : len(ids) + len(following)] = following
             scored = step.num_tokens
-        ids += known or (-1,)
-        positions += range(start, stop)
-        slots += (seq.slot,) * count
+        if count == 1:
+            ids.append(seq.tokens[start] if start < len(seq.tokens) else -1)
+            positions.append(start)
+            slots.append(seq.slot)
+        else:
+            ids += seq.tokens[start:stop]
+            positions += range(start, stop)
+            slots += (seq.slot,) * count
         ends.append(len(ids))
         lens.append(stop)
     n = len(ends)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import queue
+import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 
 from jaxserve.request import (
@@ -48,7 +49,8 @@ class Generation:
         self.metrics = metrics
         self.embedding: EmbeddingOutput | None = None
         self._abort = abort
-        self._unfinished = n
+        self._unfinished = self._open = n  # as the caller has seen it, and as the engine has
+        self._ended = threading.Event()
         self._n = n
         self._queue: queue.SimpleQueue[CompletionOutput | BaseException] = queue.SimpleQueue()
         self._wake: Callable[[], None] | None = None
@@ -58,6 +60,9 @@ class Generation:
     def put(self, item: CompletionOutput | BaseException) -> None:
         """Hands over a delta, or the error that ends the request. Never blocks."""
         self._queue.put(item)
+        self._open -= 1 if isinstance(item, BaseException) else item.finished
+        if not self._open or isinstance(item, BaseException):
+            self._ended.set()
         if (wake := self._wake) is not None:
             wake()
 
@@ -96,6 +101,11 @@ class Generation:
 
     def result(self) -> RequestOutput:
         """Waits for the end and joins the deltas. An interrupt aborts the request first."""
+        try:
+            self._ended.wait()  # one wake-up for all deltas: each costs the engine its turn
+        except BaseException:
+            self.abort()
+            raise
         joined = self._joiner()
         for delta in self:
             joined.add(delta)

@@ -6,6 +6,7 @@ sequences. Everything is launched without waiting; results are read a step later
 
 from __future__ import annotations
 
+import gc
 import logging
 import threading
 import time
@@ -159,6 +160,7 @@ class Runner:
                 if self._stop.is_set():
                     return
                 on_program(kind, size, self._compile(kind, size))
+            _settle_heap()
         except BaseException as error:  # reported to whoever waits, or runs the next step
             self._failure = error
 
@@ -325,7 +327,17 @@ class Runner:
             self.free()
         self._programs.clear()
         self._unused.clear()
+        gc.unfreeze()
         self.params = None
+
+
+def _settle_heap() -> None:
+    """Takes what start-up has made out of the garbage collector's rounds, as vLLM does.
+
+    Otherwise it walks through all objects of jax now and then, in the middle of a step.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def forward_step(

@@ -81,7 +81,11 @@ class Detokenizer:
 
     def _bytes_of(self, ids: Sequence[int]) -> bytes:
         if not self._at_start:
-            return b"".join(map(self._table.__getitem__, ids))
+            return (
+                self._table[ids[0]]
+                if len(ids) == 1
+                else b"".join(map(self._table.__getitem__, ids))
+            )
         self._at_start = not any(self._bytes.appears(i, self._skip) for i in ids)
         return self._bytes.join(ids, self._skip)
 
