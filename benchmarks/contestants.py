@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,17 +38,17 @@ class Contestant:
         self.name = name
         peer, _, dtype = name.partition("-")
         self._log = tempfile.NamedTemporaryFile("w+", prefix=f"{name}-", suffix=".log")  # noqa: SIM115
-        self._process = subprocess.Popen(
-            _command(peer),
-            cwd=ROOT,
-            env=os.environ | _environment(len(cores), cache),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            text=True,
-            start_new_session=True,
-            preexec_fn=lambda: os.sched_setaffinity(0, cores),
-        )
+        with _pinned(cores):
+            self._process = subprocess.Popen(
+                _command(peer),
+                cwd=ROOT,
+                env=os.environ | _environment(len(cores), cache),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._log,
+                text=True,
+                start_new_session=True,
+            )
         settings = {
             "model": str(model),
             "dtype": DTYPES[dtype],
@@ -102,6 +104,17 @@ class Contestant:
 
     def _last_words(self) -> str:
         return Path(self._log.name).read_text()[-2000:]
+
+
+@contextmanager
+def _pinned(cores: list[int]) -> Iterator[None]:
+    """This thread, and what it starts, on these cores: a hook after fork would not suit threads."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 def _command(peer: str) -> list[str]:
