@@ -18,9 +18,6 @@
 
 namespace jaxserve {
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
-
 constexpr int kStripRows = kManyRegisters ? 24 : 8;  // sums of a strip, beside its weights
 constexpr int64_t kPanelCols = kOuterVecs * kLanes;
 constexpr int64_t kBlockWords = 384;  // of K: a panel (96 KiB) stays in L2

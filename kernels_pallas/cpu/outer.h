@@ -9,13 +9,16 @@
 
 namespace jaxserve {
 
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
 constexpr int kOuterRows = kManyRegisters ? 6 : 2;
 constexpr int kOuterVecs = 4;  // 6 x 4 sums + 4 + 1 registers
 
 // One word holds one float or one pair of bf16: what a lane takes in per multiply-add.
 template <class T>
 constexpr int64_t words_of(int64_t elements) {
-  return (elements + Vec<T>::kPerLane - 1) / Vec<T>::kPerLane;
+  return ceil_div(elements, Vec<T>::kPerLane);
 }
 
 // Rows of memory that somebody will need soon; a tile brings their next words into L2 as it goes,

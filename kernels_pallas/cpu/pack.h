@@ -1,4 +1,4 @@
-// Rows of x, converted to the weights' type and for dot_block, by all threads.
+// Rows of x, converted to the weights' type by all threads, and how a product is cut into chunks.
 #pragma once
 
 #include "dot.h"

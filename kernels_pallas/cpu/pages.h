@@ -16,8 +16,7 @@ constexpr int64_t kBlockKeys = 64;
 // Elements of a key, rounded up to whole quarters.
 template <class T>
 constexpr int64_t padded_keys(int64_t width) {
-  constexpr int64_t kWhole = kQuarter * Vec<T>::kPerLane;
-  return (width + kWhole - 1) / kWhole * kWhole;
+  return round_up(width, kQuarter * Vec<T>::kPerLane);
 }
 
 // One layer of k_pages or v_pages: [P, K, Z, width].
