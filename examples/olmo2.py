@@ -16,8 +16,8 @@ from jaxserve.models import decoder, llama
 from jaxserve.models.decoder import Config, Params, logits
 from jaxserve.models.layers import Mlp, mlp, run_layers
 from jaxserve.models.ops import Ops
-from jaxserve.models.rope import Table, rotate
 from kernels_pallas.op import Weight, as_array
+from kernels_pallas.rope import Table
 from sharding.tree import part, pytree, weight
 
 __all__ = ["config", "declare_params", "forward", "logits"]
@@ -59,8 +59,8 @@ def attention(
     cfg: Config, ops: Ops, rope: Table, p: Attention, x: Array, kv: Any, i: Array | int
 ) -> tuple[Array, Any]:
     q, k, v = ops.linear(x, p.wq, p.wk, p.wv)
-    q = rotate(norm_heads(cfg, ops, q, p.q_norm), rope)
-    k = rotate(norm_heads(cfg, ops, k, p.k_norm), rope)
+    q = ops.rotate(norm_heads(cfg, ops, q, p.q_norm), rope)
+    k = ops.rotate(norm_heads(cfg, ops, k, p.k_norm), rope)
     o, kv = ops.attend(q, k, v, kv, i, scale=cfg.head_dim**-0.5)
     return ops.linear(o, p.wo, num_in=2), kv
 

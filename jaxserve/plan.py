@@ -63,7 +63,8 @@ class Plan:
 
     @property
     def row_buckets(self) -> tuple[int, ...]:
-        return tuple(sorted({self.rows(t) for t in self.token_buckets}))
+        """Sequences that a sampler has a program for; one, since a row of logits is long."""
+        return tuple(sorted({1, *map(self.rows, self.token_buckets)}))
 
     @property
     def num_programs(self) -> int:

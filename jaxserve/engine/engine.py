@@ -19,6 +19,7 @@ from jaxserve.cache.page_manager import PageManager
 from jaxserve.engine.compile_watch import watch
 from jaxserve.engine.output import TokenText, advance, not_finite, token_logprobs
 from jaxserve.engine.runner import Launched, Runner
+from jaxserve.engine.sampler import Sampled
 from jaxserve.engine.scheduler import Row, Scheduler
 from jaxserve.engine.sequence import Sequence
 from jaxserve.errors import EngineError, RequestError
@@ -124,8 +125,7 @@ class Engine:
             raise
 
     def _launch(self) -> bool:
-        budget = self.runner.max_tokens
-        step = self.scheduler.schedule(budget, self.runner.plan.rows(budget))
+        step = self.scheduler.schedule(self.runner.max_tokens, self.runner.max_rows)
         if not step.rows:
             if not self._in_flight and self._requests:
                 stuck = [s for group in self._requests.values() for s in group]
@@ -141,20 +141,23 @@ class Engine:
 
     def _read(self, launched: Launched) -> None:
         """Waits for a step and hands its tokens out."""
-        rows = launched.step.rows
-        sampled = launched.sampled
-        tokens = np.atleast_2d(np.asarray(sampled.tokens)).tolist()  # [repeats, R]
+        launched.wait()
         started = time.perf_counter()
-        alternatives = [np.asarray(a) for a in sampled[1:]] if launched.reports else None
         if launched.scored:
             self._read_prompt_logprobs(launched)
         if launched.step.pools:
             self._read_hidden(launched)
+        if launched.sampled is not None:
+            self._read_tokens(launched, launched.sampled)
+        self._host_seconds += time.perf_counter() - started
+
+    def _read_tokens(self, launched: Launched, sampled: Sampled) -> None:
+        tokens = np.atleast_2d(np.asarray(sampled.tokens)).tolist()  # [repeats, R]
+        alternatives = [np.asarray(a) for a in sampled[1:]] if launched.reports else None
         for drawn in tokens[: launched.step.repeats]:
-            for r, row in enumerate(rows):
+            for r, row in enumerate(launched.step.rows):
                 if row.samples:
                     self._token(row.seq, drawn[r], r, alternatives)
-        self._host_seconds += time.perf_counter() - started
 
     def _token(
         self, seq: Sequence, token: int, r: int, alternatives: list[np.ndarray] | None
@@ -180,8 +183,8 @@ class Engine:
             seq.generation.put(delta)
 
     def _read_prompt_logprobs(self, launched: Launched) -> None:
-        assert launched.scores is not None, "decode loops score no prompts"
-        scores = [np.asarray(s) for s in launched.scores]
+        assert launched.forward is not None, "decode loops score no prompts"
+        scores = [np.asarray(s) for s in launched.forward.scores]
         at = 0
         for row in launched.step.rows:
             seq, n = row.seq, row.seq.params.prompt_logprobs
@@ -195,7 +198,8 @@ class Engine:
             at += row.count
 
     def _read_hidden(self, launched: Launched) -> None:
-        hidden = np.asarray(launched.hidden, np.float32)
+        assert launched.forward is not None, "decode loops embed nothing"
+        hidden = np.asarray(launched.forward.hidden, np.float32)
         at = 0
         for row in launched.step.rows:
             seq = row.seq

@@ -19,25 +19,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import Array
 
 import kernels_pallas.cpu
 from jaxserve.cache import kv_cache
 from jaxserve.cache.kv_cache import KVCache
 from jaxserve.engine.batch import (
     MAX_STOPS,
-    SampleArrays,
     SlotTable,
     StepArrays,
-    StepInputs,
     needs_history,
     pack_sampling,
     pack_stops,
     pack_tokens,
 )
-from jaxserve.engine.sampler import MAX_BIAS, Sampled, logprobs_of, sample
+from jaxserve.engine.programs import Forward, decode_loop, forward_step, sample_step
+from jaxserve.engine.sampler import MAX_BIAS, Sampled
 from jaxserve.engine.scheduler import Step
-from jaxserve.engine.serving_ops import head_ops, serving_ops
 from jaxserve.errors import EngineError
 from jaxserve.models.family import Family
 from jaxserve.plan import Plan
@@ -48,7 +46,6 @@ OnProgram = Callable[[str, int, float], None]  # kind, size, seconds
 
 _HASTY: dict[str, Any] = {"xla_backend_optimization_level": 0}  # halves the time of LLVM
 _COPIES = 64  # pages copied per launch
-_SCORED = 64  # prompt tokens whose logits exist at a time
 FIRST_BUCKET = 64
 """Tokens of the program that is compiled first and serves until the others exist."""
 
@@ -58,11 +55,19 @@ class Launched:
     """A step on its way; arrays may not have been computed yet."""
 
     step: Step
-    sampled: Sampled
+    sampled: Sampled | None  # None: no row of the step draws a token
     reports: bool  # log-probabilities of drawn tokens are asked for
     scored: bool  # and of prompt tokens
-    hidden: Array | None  # [T, D]
-    scores: tuple[Array, ...] | None  # of prompt tokens, as `logprobs_of`
+    forward: Forward | None  # None: a decode loop
+
+    def wait(self) -> None:
+        """Returns when the step has been computed.
+
+        Raises:
+            Exception: whatever the device raised.
+        """
+        array = self.sampled.tokens if self.sampled else self.forward and self.forward.last
+        jax.block_until_ready(array)
 
 
 class Runner:
@@ -70,7 +75,7 @@ class Runner:
 
     def __init__(self, plan: Plan, family: Family, cfg: Any, params: Any, device: Any):
         self.plan, self.family, self.cfg, self.device = plan, family, cfg, device
-        self.params = params
+        self.params: Any = params  # None while asleep
         self.table = SlotTable(plan, cfg.vocab)
         self._traced = plan  # what programs are compiled for now; only its kernels may differ
         self._programs: dict[tuple[str, int], Callable[..., Any]] = {}
@@ -119,7 +124,7 @@ class Runner:
         first = min(buckets, key=lambda t: abs(t - FIRST_BUCKET))
         order = [first, *(t for t in buckets if t != first)]
         urgent = [("forward", first), ("sample", self.plan.rows(first))]
-        rest = [("seed_history", 0), ("copy_pages", 0)]
+        rest = [("seed_history", 0), ("copy_pages", 0), ("sample", 1)]
         for t in order[1:]:
             rest += [("forward", t), ("sample", self.plan.rows(t))]
         if self.plan.decode_steps > 1:
@@ -184,9 +189,13 @@ class Runner:
 
     @property
     def max_tokens(self) -> int:
-        """The largest step that can run now."""
-        ready = [t for kind, t in list(self._programs) if kind == "forward"]
-        return max(t for t in ready if ("sample", self.plan.rows(t)) in self._programs)
+        """Tokens of the largest step that can run now."""
+        return self._ready("forward")[-1]
+
+    @property
+    def max_rows(self) -> int:
+        """Sequences of the largest step that can run now."""
+        return min(self.plan.rows(self.max_tokens), self._ready("sample")[-1])
 
     def _compile(self, kind: str, size: int, *, hasty: bool = False) -> float:
         """Makes or replaces a program, `hasty` one that will not live; the seconds it took."""
@@ -206,13 +215,15 @@ class Runner:
         return partial(forward_step, self._traced, self.family, self.cfg), (1,), arguments
 
     def _sample_program(self, R: int):
-        logits = jax.ShapeDtypeStruct((R, self.cfg.vocab), self.plan.activation_dtype)
+        shape = (self.plan.max_num_seqs, self.cfg.embed)
+        last = jax.ShapeDtypeStruct(shape, self.plan.activation_dtype)
         inputs = pack_sampling(Step(), R, self.table, self._unused_arrays(R))
-        return sample_step, (1,), (logits, self._state[1], _abstract(inputs))
+        arguments = (_abstract(self._head), last, self._state[1], _abstract(inputs))
+        return partial(sample_step, self._traced, self.family, self.cfg), (2,), arguments
 
     def _decode_program(self, R: int):
         _, _, (params, kv, history, inputs) = self._forward_program(R)
-        _, _, (_, _, drawing) = self._sample_program(R)
+        *_, drawing = self._sample_program(R)[2]
         stops = jax.ShapeDtypeStruct((R, MAX_STOPS), jnp.int32)
         arguments = (
             params,
@@ -244,6 +255,11 @@ class Runner:
             }
         return self._unused[R]
 
+    @property
+    def _head(self) -> Any:
+        """The weights without the layers: an argument costs the host time, whether used or not."""
+        return replace(self.params, stacks=())
+
     # ---- steps ------------------------------------------------------------------------
 
     def launch(self, step: Step) -> Launched:
@@ -257,15 +273,17 @@ class Runner:
         if step.repeats > 1:
             return self._launch_decode(step)
         T = self._bucket(step)
-        R = self.plan.rows(T)
-        inputs = pack_tokens(step, T, R, self.table)
-        logits, self.kv, hidden, scores = self._programs["forward", T](
-            self.params, self.kv, self.history, inputs
-        )
+        inputs = pack_tokens(step, T, self.plan.rows(T), self.table)
+        forward, self.kv = self._programs["forward", T](self.params, self.kv, self.history, inputs)
+        scored = bool(inputs.counts[1])
+        if not any(row.samples for row in step.rows):  # chunks of prompts that go on
+            return Launched(step, None, False, scored, forward)
+        R = self._row_bucket(step)
         drawing = pack_sampling(step, R, self.table, self._unused_arrays(R))
-        sampled, self.history = self._programs["sample", R](logits, self.history, drawing)
-        reports, scored = bool(drawing.flags[3]), bool(inputs.counts[1])
-        return Launched(step, sampled, reports, scored, hidden, scores)
+        sampled, self.history = self._programs["sample", R](
+            self._head, forward.last, self.history, drawing
+        )
+        return Launched(step, sampled, bool(drawing.flags[3]), scored, forward)
 
     def max_repeats(self, step: Step) -> int:
         """Tokens that a launch may draw for each row of a decoding step."""
@@ -284,20 +302,20 @@ class Runner:
             self.params, self.kv, self.history, inputs, drawing,
             pack_stops(step, R), np.int32(step.repeats),
         )  # fmt: skip
-        return Launched(step, Sampled(tokens, *(None,) * 4), False, False, None, None)
+        return Launched(step, Sampled(tokens, *(None,) * 4), False, False, None)
 
     def _bucket(self, step: Step) -> int:
-        """The smallest program that exists and holds the step."""
-        n, r = step.num_tokens, len(step.rows)
-        sizes = [
-            t
-            for t in self.plan.token_buckets
-            if t >= n
-            and self.plan.rows(t) >= r
-            and ("forward", t) in self._programs
-            and ("sample", self.plan.rows(t)) in self._programs
-        ]
-        return sizes[0]
+        """Tokens of the smallest `forward` that exists and holds the step."""
+        fits = [t for t in self._ready("forward") if self.plan.rows(t) >= len(step.rows)]
+        return next(t for t in fits if t >= step.num_tokens)
+
+    def _row_bucket(self, step: Step) -> int:
+        """Rows of the smallest `sample` that exists and holds the step."""
+        return next(r for r in self._ready("sample") if r >= len(step.rows))
+
+    def _ready(self, kind: str) -> list[int]:
+        """Sizes that exist, ascending. Another thread may be adding to them."""
+        return sorted(size for k, size in list(self._programs) if k == kind)
 
     def _seed(self, seq: Any) -> None:
         self._wait_for("seed_history")
@@ -338,113 +356,6 @@ def _settle_heap() -> None:
     """
     gc.collect()
     gc.freeze()
-
-
-def forward_step(
-    plan: Plan,
-    family: Family,
-    cfg: Any,
-    params: Any,
-    kv: KVCache,
-    history: Array,
-    arrays: StepArrays,
-) -> tuple[Array, KVCache, Array, tuple[Array, Array, Array, Array]]:
-    """One step's forward pass.
-
-    Returns:
-        Logits [R, V] after each sequence's last token, the cache, hidden states [T, D] and, if
-        asked for, log-probabilities of the targets, as `logprobs_of`.
-    """
-    x = arrays.unpack()
-    logits, kv, hidden = next_logits(plan, family, cfg, params, kv, history, x)
-
-    def head(h: Array) -> Array:
-        return family.logits(cfg, params, h[None], head_ops(plan, jnp.int32(h.shape[0])))[0]
-
-    return logits, kv, hidden, _score(head, hidden, x)
-
-
-def next_logits(
-    plan: Plan, family: Family, cfg: Any, params: Any, kv: KVCache, history: Array, x: StepInputs
-) -> tuple[Array, KVCache, Array]:
-    """Logits [R, V] after each sequence's last token, the cache, and hidden states [T, D]."""
-    drawn = history[x.slots, x.positions[0]][None]
-    tokens = jnp.where(x.tokens < 0, drawn, x.tokens)
-    hidden, kv = family.forward(cfg, params, tokens, x.positions, serving_ops(plan, x.ragged), kv)
-    hidden = hidden[0]
-    head = head_ops(plan, x.ragged.num_seqs)
-    logits = family.logits(cfg, params, hidden[x.last][None], head)[0]
-    return logits, kv, hidden
-
-
-def sample_step(logits: Array, history: Array, arrays: SampleArrays) -> tuple[Sampled, Array]:
-    """`sample`, of arrays as they travel."""
-    return sample(logits, history, arrays.unpack())
-
-
-def decode_loop(
-    plan: Plan,
-    family: Family,
-    cfg: Any,
-    params: Any,
-    kv: KVCache,
-    history: Array,
-    arrays: StepArrays,
-    sampling: SampleArrays,
-    stops: Array,
-    repeats: Array,
-) -> tuple[Array, KVCache, Array]:
-    """Several decoding steps in one launch; ends early once every sequence has drawn a stop token.
-
-    Args:
-        stops: [R, MAX_STOPS], tokens that end each sequence.
-
-    Returns:
-        Tokens [decode_steps, R], of which `repeats` rows are drawn; the cache and the history.
-    """
-    x, drawing = arrays.unpack(), sampling.unpack()
-    R = drawing.lengths.shape[0]
-
-    def unfinished(carry: tuple[Array, ...]) -> Array:
-        i, _, _, active, _ = carry
-        return (i < repeats) & jnp.any(active)
-
-    def step(carry: tuple[Any, ...]) -> tuple[Any, ...]:
-        i, kv, history, active, tokens = carry
-        ragged = x.ragged._replace(kv_lens=x.ragged.kv_lens + i)
-        known = jnp.where(i == 0, x.tokens, -1)
-        inputs = x._replace(tokens=known, positions=x.positions + i, ragged=ragged)
-        logits, kv, _ = next_logits(plan, family, cfg, params, kv, history, inputs)
-        sampled, history = sample(logits, history, drawing._replace(lengths=drawing.lengths + i))
-        active &= ~jnp.any(sampled.tokens[:, None] == stops, -1)
-        return i + 1, kv, history, active, tokens.at[i].set(sampled.tokens)
-
-    active = jnp.arange(R) < x.ragged.num_seqs
-    tokens = jnp.zeros((plan.decode_steps, R), jnp.int32)
-    carry = lax.while_loop(unfinished, step, (jnp.int32(0), kv, history, active, tokens))
-    return carry[4], carry[1], carry[2]
-
-
-def _score(
-    head: Callable[[Array], Array], hidden: Array, x: StepInputs
-) -> tuple[Array, Array, Array, Array]:
-    """Log-probabilities of `targets` for the first `num_scored` tokens, a block at a time."""
-    T = hidden.shape[0]
-    size = min(_SCORED, T)
-    blank = jax.eval_shape(logprobs_of, jax.ShapeDtypeStruct((T, 32), jnp.float32), x.targets)
-    start = tuple(jnp.zeros(leaf.shape, leaf.dtype) for leaf in blank)
-
-    def block(i: Array, out: tuple[Array, ...]) -> tuple[Array, ...]:
-        at = jnp.minimum(i * size, T - size)
-        rows = head(lax.dynamic_slice_in_dim(hidden, at, size)).astype(jnp.float32)
-        found = logprobs_of(rows, lax.dynamic_slice_in_dim(x.targets, at, size))
-        return tuple(
-            lax.dynamic_update_slice_in_dim(o, f, at, 0) for o, f in zip(out, found, strict=True)
-        )
-
-    blocks = -(-x.num_scored // size)
-    # the condition keeps XLA from hoisting a body that does not depend on i out of an empty loop
-    return lax.cond(blocks > 0, lambda: lax.fori_loop(0, blocks, block, start), lambda: start)
 
 
 def _abstract(tree: Any) -> Any:

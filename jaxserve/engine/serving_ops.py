@@ -14,6 +14,7 @@ from jaxserve.plan import Plan
 from kernels_pallas.linear import linear as linear_reference
 from kernels_pallas.op import StackedWeight, Weight, as_array
 from kernels_pallas.paged_attention import Ragged
+from kernels_pallas.rope import Table
 from moe.experts import Experts
 from moe.experts import experts as experts_reference
 
@@ -60,6 +61,12 @@ def _native(num_rows: Array, dtype: Any, batch: Ragged | None) -> Ops:
         y = cpu.rms_norm(flat, as_array(scale), eps=eps, offset=offset, num_rows=num_rows * per_row)
         return y.astype(x.dtype).reshape(x.shape)
 
+    def rotate(x: Array, table: Table, *, interleaved: bool = False) -> Array:
+        cos, sin = (t.reshape(-1, t.shape[-1]) for t in table)
+        flat = x.reshape(-1, *x.shape[2:])
+        y = cpu.rope(flat, cos, sin, num_rows=num_rows, interleaved=interleaved)
+        return y.astype(x.dtype).reshape(x.shape)
+
     def experts(x: Array, ids: Array, weights: Array, p: Experts, *, activation: str) -> Array:
         if p.b_gate is not None:
             return experts_reference(x, ids, weights, p, activation=activation)
@@ -73,6 +80,7 @@ def _native(num_rows: Array, dtype: Any, batch: Ragged | None) -> Ops:
         linear=linear,
         gated_linear=gated_linear,
         rms_norm=rms_norm,
+        rotate=rotate,
         experts=experts,
     )
 

@@ -21,8 +21,9 @@ from jaxserve.models.layers import (
     runs,
 )
 from jaxserve.models.ops import Ops
-from jaxserve.models.rope import Rope, Table
+from jaxserve.models.rope import Rope
 from kernels_pallas.op import Weight
+from kernels_pallas.rope import Table
 from moe.router import Router
 from sharding.tree import declare, part, pytree, weight
 

@@ -15,9 +15,10 @@ from jaxserve.models import decoder, llama, rope
 from jaxserve.models.decoder import Params
 from jaxserve.models.layers import Attention, Mlp, attention, mlp, per_layer, run_layers
 from jaxserve.models.ops import Ops
-from jaxserve.models.rope import Rope, Table
+from jaxserve.models.rope import Rope
 from jaxserve.models.settings import ACTIVATIONS, check, choice
 from kernels_pallas.op import Weight
+from kernels_pallas.rope import Table
 from sharding.tree import part, pytree, weight
 
 __all__ = ["config", "declare_params", "forward", "logits"]

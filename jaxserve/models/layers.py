@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxserve.models.ops import Ops
-from jaxserve.models.rope import Table, rotate
 from kernels_pallas.linear import GATES
 from kernels_pallas.op import StackedWeight, Weight, as_array
+from kernels_pallas.rope import Table
 from moe.experts import Experts
 from moe.router import Router, route
 from sharding.tree import part, pytree, weight
@@ -54,7 +54,7 @@ def attention(
     if p.q_norm is not None:
         q = ops.rms_norm(q, p.q_norm, eps=cfg.norm_eps, offset=cfg.norm_offset)
         k = ops.rms_norm(k, p.k_norm, eps=cfg.norm_eps, offset=cfg.norm_offset)
-    q, k = rotate(q, rope), rotate(k, rope)
+    q, k = ops.rotate(q, rope), ops.rotate(k, rope)
     o, kv = ops.attend(q, k, v, kv, i, scale=scale, window=window, sinks=p.sinks)
     return add_bias(ops.linear(o, p.wo, num_in=2), p.bo), kv
 

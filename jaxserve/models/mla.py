@@ -20,9 +20,9 @@ from jaxserve.models import decoder, llama, rope
 from jaxserve.models.decoder import logits
 from jaxserve.models.layers import Mlp, add_bias
 from jaxserve.models.ops import Ops
-from jaxserve.models.rope import Table, rotate
 from jaxserve.models.settings import choice
 from kernels_pallas.op import Weight, as_array
+from kernels_pallas.rope import Table
 from moe.experts import Experts
 from moe.router import Router
 from sharding.tree import part, pytree, weight
@@ -166,7 +166,7 @@ def attention(
     cfg: Config, ops: Ops, table: Table, p: Attention, x: Array, kv: Any, i: Array | int
 ) -> tuple[Array, Any]:
     """Attention's contribution to the residual stream for x [B, T, D], in the absorbed form."""
-    turn = partial(rotate, table=table, interleaved=cfg.interleaved)
+    turn = partial(ops.rotate, table=table, interleaved=cfg.interleaved)
     q, q_rope = jnp.split(_queries(cfg, ops, p, x), [cfg.nope_dim], -1)
     latent, k_rope = jnp.split(add_bias(ops.linear(x, p.wkv_a), p.bkv_a), [cfg.kv_lora], -1)
     latent = ops.rms_norm(latent, p.kv_norm, eps=LATENT_EPS)

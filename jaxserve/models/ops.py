@@ -16,6 +16,7 @@ from jax import Array, lax
 
 import kernels_pallas.linear
 import kernels_pallas.rms_norm
+import kernels_pallas.rope
 import moe.experts
 
 
@@ -65,6 +66,7 @@ class Ops:
     linear: Callable[..., Any] = kernels_pallas.linear.linear
     gated_linear: Callable[..., Array] = kernels_pallas.linear.gated_linear
     rms_norm: Callable[..., Array] = kernels_pallas.rms_norm.rms_norm
+    rotate: Callable[..., Array] = kernels_pallas.rope.rotate
     experts: Callable[..., Array] = moe.experts.experts
 
     def embed(self, table: Array, tokens: Array) -> Array:

@@ -1,4 +1,4 @@
-"""Rotary position embedding (Su et al., 2021) and its context extensions."""
+"""Speeds of rotary position embedding (Su et al., 2021), and its context extensions."""
 
 from __future__ import annotations
 
@@ -12,9 +12,7 @@ import numpy as np
 from jax import Array
 
 from jaxserve.errors import CheckpointError
-
-Table = tuple[Array, Array]
-"""Cosine and sine of each position's angles: [B, T, 1, pairs] each."""
+from kernels_pallas.rope import Table
 
 
 @dataclass(frozen=True)
@@ -36,24 +34,6 @@ class Rope:
         speed = jnp.asarray(self.inv_freq, jnp.float32)
         angle = positions[..., None, None].astype(jnp.float32) * speed
         return jnp.cos(angle) * self.magnitude, jnp.sin(angle) * self.magnitude
-
-
-def rotate(x: Array, table: Table, *, interleaved: bool = False) -> Array:
-    """Rotates x [B, T, N, H]; lanes beyond the table's pairs pass unchanged.
-
-    Args:
-        interleaved: pairs are neighbours (DeepSeek) instead of halves (Llama). They come out as
-            halves: the order of lanes does not matter to a product of two rotated vectors.
-    """
-    cos, sin = table
-    pairs = cos.shape[-1]
-    turned, rest = x[..., : 2 * pairs].astype(jnp.float32), x[..., 2 * pairs :]
-    if interleaved:
-        a, b = turned[..., 0::2], turned[..., 1::2]
-    else:
-        a, b = turned[..., :pairs], turned[..., pairs:]
-    out = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
-    return jnp.concatenate([out, rest], -1) if rest.shape[-1] else out
 
 
 def from_hf(hf: Mapping[str, Any], head_dim: int, layer_type: str | None = None) -> Rope:

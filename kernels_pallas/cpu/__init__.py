@@ -26,6 +26,7 @@ __all__ = [
     "paged_attention",
     "ready",
     "rms_norm",
+    "rope",
 ]
 
 _TARGETS = (
@@ -35,6 +36,7 @@ _TARGETS = (
     "linear",
     "paged_attention",
     "rms_norm",
+    "rope",
 )
 
 
@@ -107,6 +109,20 @@ def rms_norm(
     x = x.astype(jnp.float32)
     rows, index = _rows(num_rows, x), _int(layer)
     return call(x, scale, rows, index, eps=np.float32(eps), offset=np.float32(offset))
+
+
+def rope(
+    x: Array,  # [T, N, H]
+    cos: Array,  # [T, pairs]
+    sin: Array,  # [T, pairs]
+    *,
+    num_rows: Array | int | None = None,
+    interleaved: bool = False,
+) -> Array:  # [T, N, H] float32
+    """The first 2 * pairs lanes of every head rotated, as `kernels_pallas.rope.rotate`."""
+    call = _call("rope", _floats(*x.shape))
+    x, rows = x.astype(jnp.float32), _rows(num_rows, x)
+    return call(x, cos, sin, rows, interleaved=interleaved)
 
 
 def paged_attention(

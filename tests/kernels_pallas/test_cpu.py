@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 from kernels_pallas import cpu
+from kernels_pallas.rope import rotate
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason="no C++ compiler")
 
@@ -133,6 +135,20 @@ def test_rms_norm(dtype, width):
     assert_close(got[:290], want[:290], 1e-6)
     assert not np.asarray(got[290:]).any()
     np.testing.assert_array_equal(run(x[:1], 1), got[:1])
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("pairs", [32, 5])
+def test_rope(pairs, interleaved):
+    x, angles = normal(0, 70, 3, 64), normal(1, 70, pairs, scale=9.0)
+    cos, sin = np.cos(angles), np.sin(angles)
+    run = jax.jit(partial(cpu.rope, interleaved=interleaved))
+    got = run(x, cos, sin, num_rows=66)
+    table = (jnp.asarray(cos)[None, :, None], jnp.asarray(sin)[None, :, None])
+    want = rotate(jnp.asarray(x)[None], table, interleaved=interleaved)[0]
+    assert_close(got[:66], want[:66], 1e-6)
+    assert not np.asarray(got[66:]).any()
+    np.testing.assert_array_equal(run(x[:1], cos[:1], sin[:1]), got[:1])
 
 
 class Paged:
@@ -354,6 +370,7 @@ def test_handlers_may_run_at_the_same_time():
 SCRIPT = """
 import sys, jax, jax.numpy as jnp, numpy as np
 from kernels_pallas import cpu
+from kernels_pallas.rope import rotate
 if not cpu.available(): sys.exit("off")
 x = jax.random.normal(jax.random.key(0), (50, 200))
 w = jax.random.normal(jax.random.key(1), (333, 200))

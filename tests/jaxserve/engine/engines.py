@@ -47,6 +47,7 @@ class Limited:
 
     def __init__(self, runner: Runner, max_tokens: int):
         self._runner, self.max_tokens = runner, min(max_tokens, runner.max_tokens)
+        self.max_rows = min(runner.max_rows, runner.plan.rows(self.max_tokens))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._runner, name)

@@ -16,6 +16,7 @@ import numpy as np
 
 from jaxserve.engine.engine import Engine
 from jaxserve.engine.generation import Generation
+from jaxserve.engine.programs import Forward
 from jaxserve.engine.runner import Launched
 from jaxserve.engine.sampler import Sampled
 from jaxserve.engine.scheduler import Scheduler, Step
@@ -62,6 +63,7 @@ class FakeRunner:
 
     def __init__(self, plan: FakePlan, max_tokens: int, decode_steps: int):
         self.plan, self.max_tokens, self.decode_steps = plan, max_tokens, decode_steps
+        self.max_rows = plan.rows(max_tokens)
         self.steps: list[Step] = []
         self.fails = False
         self.allocate()
@@ -73,7 +75,7 @@ class FakeRunner:
     def launch(self, step: Step) -> Launched:
         if self.fails:
             raise RuntimeError("the device is on fire")
-        assert len(step.rows) <= self.plan.rows(self.max_tokens)
+        assert len(step.rows) <= self.max_rows
         assert step.num_tokens == sum(row.count for row in step.rows) <= self.max_tokens
         sources, targets = [a for a, _ in step.copies], [b for _, b in step.copies]
         self.kv[targets] = self.kv[sources]
@@ -87,8 +89,7 @@ class FakeRunner:
             sampled=Sampled(np.array(drawn), blank[:, 0], blank[:, 0], blank, blank),
             reports=False,
             scored=False,
-            hidden=np.concatenate(kept)[:, None] % 1000,  # type: ignore[arg-type]
-            scores=None,
+            forward=Forward(None, np.concatenate(kept)[:, None] % 1000, None),
         )
 
     def max_repeats(self, step: Step) -> int:

@@ -13,7 +13,7 @@ import pytest
 from jaxserve.cache import kv_cache
 from jaxserve.config import EngineConfig
 from jaxserve.engine.batch import SlotTable, StepArrays, pack_sampling
-from jaxserve.engine.runner import forward_step, sample_step
+from jaxserve.engine.programs import forward_step, sample_step
 from jaxserve.engine.sampler import MAX_BIAS
 from jaxserve.engine.scheduler import Step
 from jaxserve.models.family import family
@@ -61,7 +61,7 @@ def test_programs_lower_for_absent_hardware(platform: str) -> None:
     step = jax.jit(partial(forward_step, plan, module, cfg), donate_argnums=1)
     exported = jax.export.export(step, platforms=[platform])(params, kv, history, arrays)
     assert exported.platforms == (platform,)
-    assert [a.shape for a in exported.out_avals[:1]] == [(8, cfg.vocab)]
+    assert exported.out_avals[0].shape == (8, cfg.embed)
 
     unused = {
         "bias_ids": np.zeros((8, MAX_BIAS), np.int32),
@@ -69,8 +69,12 @@ def test_programs_lower_for_absent_hardware(platform: str) -> None:
         "mask": np.zeros((8, -(-cfg.vocab // 32)), np.uint32),
     }
     drawing = pack_sampling(Step(), 8, SlotTable(plan, cfg.vocab), unused)
-    logits = jax.ShapeDtypeStruct((8, cfg.vocab), plan.activation_dtype)
-    exported = jax.export.export(jax.jit(sample_step), platforms=[platform])(
-        logits, history, jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), drawing)
+    last = jax.ShapeDtypeStruct((8, cfg.embed), plan.activation_dtype)
+    step = jax.jit(partial(sample_step, plan, module, cfg), donate_argnums=2)
+    exported = jax.export.export(step, platforms=[platform])(
+        params,
+        last,
+        history,
+        jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), drawing),
     )
     assert exported.out_avals[0].shape == (8,)

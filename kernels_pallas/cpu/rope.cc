@@ -1,0 +1,55 @@
+// Rotary position embedding.
+
+#include "buffers.h"
+#include "pack.h"
+
+namespace jaxserve {
+namespace {
+
+// Lanes of one head. Pairs are halves, or neighbours, which come out as halves.
+void rotate(const float* x, const float* cos, const float* sin, int64_t pairs, int64_t width,
+            bool interleaved, float* y) {
+  const float *a = x, *b = interleaved ? x + 1 : x + pairs;
+  const int64_t step = interleaved ? 2 : 1;
+  for (int64_t i = 0; i < pairs; ++i) {
+    y[i] = a[i * step] * cos[i] - b[i * step] * sin[i];
+    y[pairs + i] = b[i * step] * cos[i] + a[i * step] * sin[i];
+  }
+  std::memcpy(y + 2 * pairs, x + 2 * pairs, (width - 2 * pairs) * sizeof(float));
+}
+
+ffi::Error rope(Floats x, Floats cos, Floats sin, Scalar num_rows, FloatsOut out,
+                bool interleaved) {
+  constexpr int64_t kElementsPerChunk = 32 * 1024;
+  const auto dims = x.dimensions();
+  const int64_t heads = dims[1], width = dims[2], pairs = cos.dimensions()[1];
+  if (2 * pairs > width) return ffi::Error::InvalidArgument("more pairs than a head has lanes");
+  const int64_t rows = std::clamp<int64_t>(value(num_rows), 0, dims[0]), each = heads * width;
+  const int64_t per_chunk = std::max<int64_t>(1, kElementsPerChunk / std::max<int64_t>(1, each));
+  const float* from = x.typed_data();
+  float* to = out->typed_data();
+  std::memset(to + rows * each, 0, (dims[0] - rows) * each * sizeof(float));
+  Pool::shared().run(ceil_div(rows, per_chunk), [&](int64_t chunk) {
+    const int64_t end = std::min(rows, (chunk + 1) * per_chunk);
+    for (int64_t t = chunk * per_chunk; t < end; ++t) {
+      for (int64_t i = t * each; i < (t + 1) * each; i += width) {
+        rotate(from + i, cos.typed_data() + t * pairs, sin.typed_data() + t * pairs, pairs, width,
+               interleaved, to + i);
+      }
+    }
+  });
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxserve_rope, rope,
+                              ffi::Ffi::Bind()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Arg<Scalar>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Attr<bool>("interleaved"));
+
+}  // namespace jaxserve

@@ -1,0 +1,27 @@
+"""Rotary position embedding (Su et al., 2021): pairs of lanes turned by their position's angles."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jax import Array
+
+Table = tuple[Array, Array]
+"""Cosine and sine of each position's angles: [B, T, 1, pairs] each."""
+
+
+def rotate(x: Array, table: Table, *, interleaved: bool = False) -> Array:
+    """Rotates x [B, T, N, H]; lanes beyond the table's pairs pass unchanged.
+
+    Args:
+        interleaved: pairs are neighbours (DeepSeek) instead of halves (Llama). They come out as
+            halves: the order of lanes does not matter to a product of two rotated vectors.
+    """
+    cos, sin = table
+    pairs = cos.shape[-1]
+    turned, rest = x[..., : 2 * pairs].astype(jnp.float32), x[..., 2 * pairs :]
+    if interleaved:
+        a, b = turned[..., 0::2], turned[..., 1::2]
+    else:
+        a, b = turned[..., :pairs], turned[..., pairs:]
+    out = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
+    return jnp.concatenate([out, rest], -1) if rest.shape[-1] else out
