@@ -16,7 +16,7 @@ from jax import Array, lax
 from jaxserve.cache.kv_cache import KVCache
 from jaxserve.engine.batch import SampleArrays, StepArrays, StepInputs
 from jaxserve.engine.sampler import Sampled, logprobs_of, sample
-from jaxserve.engine.serving_ops import head_ops, serving_ops
+from jaxserve.engine.serving_ops import argmax_op, head_ops, serving_ops
 from jaxserve.models.family import Family
 from jaxserve.plan import Plan
 
@@ -64,7 +64,8 @@ def sample_step(
     x = arrays.unpack()
     num_rows = jnp.sum(x.lengths > 0, dtype=jnp.int32)
     rows = last[: x.lengths.shape[0]]
-    return sample(_logits(plan, family, cfg, params, rows, num_rows), history, x)
+    logits = _logits(plan, family, cfg, params, rows, num_rows)
+    return sample(logits, history, x, argmax=argmax_op(plan, num_rows))
 
 
 def decode_loop(
@@ -101,7 +102,9 @@ def decode_loop(
         inputs = x._replace(tokens=known, positions=x.positions + i, ragged=ragged)
         hidden, kv = _hidden(plan, family, cfg, params, kv, history, inputs)
         logits = _logits(plan, family, cfg, params, hidden[x.last], ragged.num_seqs)
-        sampled, history = sample(logits, history, drawing._replace(lengths=drawing.lengths + i))
+        drawing_now = drawing._replace(lengths=drawing.lengths + i)
+        best = argmax_op(plan, ragged.num_seqs)
+        sampled, history = sample(logits, history, drawing_now, argmax=best)
         active &= ~jnp.any(sampled.tokens[:, None] == stops, -1)
         return i + 1, kv, history, active, tokens.at[i].set(sampled.tokens)
 

@@ -9,6 +9,8 @@ the same text comes out alone, batched, preempted or forked.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -55,37 +57,51 @@ class Sampled(NamedTuple):
     top_logprobs: Any  # float32 [R, MAX_LOGPROBS]
 
 
-def sample(logits: Array, history: Array, x: SampleInputs) -> tuple[Sampled, Array]:
+def argmax(x: Array) -> tuple[Array, Array]:
+    """The first largest entry of each row [R, V], and its value.
+
+    Two plain reductions: XLA:CPU's own argmax is ten times slower.
+    """
+    top = jnp.max(x, -1)
+    ids = jnp.arange(x.shape[-1], dtype=jnp.int32)
+    return jnp.min(jnp.where(x == top[:, None], ids, x.shape[-1] - 1), -1), top
+
+
+def sample(
+    logits: Array,
+    history: Array,
+    x: SampleInputs,
+    *,
+    argmax: Callable[[Array], tuple[Array, Array]] = argmax,
+) -> tuple[Sampled, Array]:
     """Draws a token per row of logits [R, V] and appends it to history [S, max_len].
 
     As in vLLM, bias comes before penalties. Log-probabilities are the model's own, before either,
     and before mask and temperature.
+
+    Args:
+        argmax: an implementation of the function of that name.
     """
     logits = logits.astype(jnp.float32)
     edits = x.use_penalties | x.use_bias | x.use_mask
     plain = ~(edits | jnp.any(x.temperature > 0))
-    tokens = lax.cond(plain, lambda s, h, x: _argmax(s), _choose, logits, history, x)
+    likely, top = argmax(logits)
+    choose = partial(_choose, argmax)
+    tokens = lax.cond(plain, lambda s, h, x: likely, choose, logits, history, x)
     # a NaN makes the maximum NaN, infinity makes it infinite, and a mask that forbids all is finite
-    tokens = jnp.where(jnp.isfinite(jnp.max(logits, -1)), tokens, -1)
+    tokens = jnp.where(jnp.isfinite(top), tokens, -1)
     reported = lax.cond(x.use_logprobs, logprobs_of, _no_logprobs, logits, tokens)
     history = history.at[x.slots, x.lengths].set(tokens, mode="drop")
     return Sampled(tokens, *reported), history
 
 
-def _choose(logits: Array, history: Array, x: SampleInputs) -> Array:
+def _choose(argmax: Any, logits: Array, history: Array, x: SampleInputs) -> Array:
     """The general case: edited scores, some rows greedy and some drawn."""
     edits = x.use_penalties | x.use_bias | x.use_mask
     scores = lax.cond(edits, _edit, lambda s, h, x: s, logits, history, x)
-    greedy = _argmax(scores)
+    greedy, _ = argmax(scores)
     drawn = lax.cond(jnp.any(x.temperature > 0), _draw, lambda s, x: greedy, scores, x)
     return jnp.where(x.temperature > 0, drawn, greedy)
-
-
-def _argmax(x: Array) -> Array:
-    """The first largest entry. Two plain reductions: XLA:CPU's own argmax is ten times slower."""
-    top = jnp.max(x, -1, keepdims=True)
-    ids = jnp.arange(x.shape[-1], dtype=jnp.int32)
-    return jnp.min(jnp.where(x == top, ids, x.shape[-1] - 1), -1)
 
 
 # ---- what changes the scores -----------------------------------------------------------------

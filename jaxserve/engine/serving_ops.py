@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
@@ -9,6 +11,7 @@ from jax import Array
 
 import kernels_pallas.cpu as cpu
 from jaxserve.cache.attend import paged
+from jaxserve.engine.sampler import argmax
 from jaxserve.models.ops import Ops
 from jaxserve.plan import Plan
 from kernels_pallas.linear import linear as linear_reference
@@ -31,6 +34,11 @@ def head_ops(plan: Plan, num_rows: Array) -> Ops:
     if plan.kernels == "reference":
         return Ops(attend=_no_attention, dtype=plan.activation_dtype)
     return _native(num_rows, plan.activation_dtype, None)
+
+
+def argmax_op(plan: Plan, num_rows: Array) -> Callable[[Array], tuple[Array, Array]]:
+    """`sampler.argmax` for the plan's kernels."""
+    return argmax if plan.kernels == "reference" else partial(cpu.argmax, num_rows=num_rows)
 
 
 def _native(num_rows: Array, dtype: Any, batch: Ragged | None) -> Ops:

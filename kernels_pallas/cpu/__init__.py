@@ -18,6 +18,7 @@ from jax import Array
 from kernels_pallas.cpu import build
 
 __all__ = [
+    "argmax",
     "available",
     "expected",
     "experts",
@@ -30,6 +31,7 @@ __all__ = [
 ]
 
 _TARGETS = (
+    "argmax",
     "experts",
     "gated_linear",
     "latent_attention",
@@ -109,6 +111,18 @@ def rms_norm(
     x = x.astype(jnp.float32)
     rows, index = _rows(num_rows, x), _int(layer)
     return call(x, scale, rows, index, eps=np.float32(eps), offset=np.float32(offset))
+
+
+def argmax(
+    x: Array,  # [R, V]
+    *,
+    num_rows: Array | int | None = None,
+) -> tuple[Array, Array]:  # [R] int32, [R] float32
+    """Where each row's largest entry first occurs, and the entry; NaN if there is one."""
+    R = x.shape[0]
+    outs = (jax.ShapeDtypeStruct((R,), jnp.int32), _floats(R))
+    ids, tops = _call("argmax", outs)(x.astype(jnp.float32), _rows(num_rows, x))
+    return ids, tops
 
 
 def rope(

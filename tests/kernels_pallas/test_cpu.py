@@ -151,6 +151,23 @@ def test_rope(pairs, interleaved):
     np.testing.assert_array_equal(run(x[:1], cos[:1], sin[:1]), got[:1])
 
 
+@pytest.mark.parametrize("width", [7, 5_000, 100_003])
+def test_argmax(width):
+    x = normal(0, 6, width)
+    x[1, [width // 3, width - 2]] = 9.0  # the first of two
+    x[2, -1] = np.inf
+    x[3, width // 2] = np.nan
+    x[4] = -np.inf
+    ids, tops = jax.jit(cpu.argmax)(x, num_rows=5)
+    np.testing.assert_array_equal(ids[:3], x[:3].argmax(-1))
+    np.testing.assert_array_equal(tops[:5], x[:5].max(-1))
+    assert ids[4] == 0
+    assert tops[5] == 0 == ids[5]
+    last = x[:1].copy()
+    last[0, -1] = np.nan
+    assert np.isnan(jax.jit(cpu.argmax)(last)[1][0])
+
+
 class Paged:
     """A random batch: `lens` are (new tokens, context length) per sequence."""
 
