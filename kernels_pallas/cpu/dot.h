@@ -4,8 +4,8 @@
 // Weights are transposed on their way in, so that lanes are output columns. For a few rows of x
 // they then stay in registers (strip), and the product is as fast as memory is; for many they are
 // laid out as a panel that all rows share, and it is as fast as the multipliers are. Either way
-// every output sums blocks of kBlockWords words in order, and then the blocks. Hence a row's result
-// never depends on its neighbours.
+// every output sums the words of a block in order, and then the blocks. Hence a row's result never
+// depends on its neighbours.
 #pragma once
 
 #include <algorithm>
@@ -20,7 +20,13 @@ namespace jaxserve {
 
 constexpr int kStripRows = kManyRegisters ? 24 : 8;  // sums of a strip, beside its weights
 constexpr int64_t kPanelCols = kOuterVecs * kLanes;
-constexpr int64_t kBlockWords = 384;  // of K: a panel (96 KiB) stays in L2
+constexpr int64_t kMostBlockWords = 512;  // of K: a panel (128 KiB) stays in L2
+
+// K is cut into equal blocks, so that while one is multiplied the next is fetched, and all of it.
+inline int64_t block_words(int64_t words) {
+  const int64_t count = std::max<int64_t>(1, ceil_div(words, kMostBlockWords));
+  return round_up(ceil_div(words, count), 16);
+}
 
 // Rows of x in the weights' type, zero-padded to whole quarters. A view: owns nothing.
 template <class T>
@@ -94,10 +100,17 @@ Strip<T> strip_for(int64_t rows) {
 template <class T>
 void pack_panel(const T* w, int64_t w_stride, int64_t cols, int64_t words, T* to) {
   constexpr int64_t kPerLane = Vec<T>::kPerLane;
+  const int64_t stride = w_stride * int64_t(sizeof(T));
   for (int64_t c = 0; c < cols; c += kLanes) {
-    for (int64_t i = 0; i < words; i += kQuarter) {
+    int64_t i = 0;
+    for (; i + kLanes <= words; i += kLanes) {
+      transpose_lines(w + c * w_stride + i * kPerLane, stride, [&](int j, U weights) {
+        store(to + ((i + j) * cols + c) * kPerLane, weights);
+      });
+    }
+    for (; i < words; i += kQuarter) {
       U weights[kQuarter];
-      load_transposed(w + c * w_stride + i * kPerLane, w_stride * int64_t(sizeof(T)), weights);
+      load_transposed(w + c * w_stride + i * kPerLane, stride, weights);
       for (int j = 0; j < kQuarter; ++j) store(to + ((i + j) * cols + c) * kPerLane, weights[j]);
     }
   }
@@ -115,13 +128,13 @@ void multiply_few(const T* x, int64_t x_stride, int64_t rows, const Weights<T>& 
                   int64_t out_stride) {
   constexpr int64_t kPerLane = Vec<T>::kPerLane;
   const Strip<T> run = strip_for<T>(rows);
+  const int64_t block = block_words(w.words);
   for (int64_t c = 0; c < w.cols; c += kLanes) {
     const T* from = w.data + c * w.stride;
     const char* ahead = reinterpret_cast<const char*>(from + kLanes * w.stride);
-    for (int64_t i = 0; i < w.words; i += kBlockWords) {
-      run(x + i * kPerLane, x_stride, from + i * kPerLane, w.stride,
-          std::min(kBlockWords, w.words - i), out + c, out_stride, rows, {i > 0},
-          ahead + i * kLanes * 4);
+    for (int64_t i = 0; i < w.words; i += block) {
+      run(x + i * kPerLane, x_stride, from + i * kPerLane, w.stride, std::min(block, w.words - i),
+          out + c, out_stride, rows, {i > 0}, ahead + i * kLanes * 4);
     }
   }
 }
@@ -131,15 +144,16 @@ void multiply_many(const T* x, int64_t x_stride, int64_t rows, const Weights<T>&
                    int64_t out_stride) {
   constexpr int64_t kPerLane = Vec<T>::kPerLane;
   thread_local Scratch scratch;
-  scratch.reset(Scratch::bytes<T>(kPanelCols * kBlockWords * kPerLane));
-  T* panel = scratch.take<T>(kPanelCols * kBlockWords * kPerLane);
+  const int64_t block = block_words(w.words);
+  scratch.reset(Scratch::bytes<T>(kPanelCols * block * kPerLane));
+  T* panel = scratch.take<T>(kPanelCols * block * kPerLane);
   for (int64_t c = 0; c < w.cols; c += kPanelCols) {
     const int64_t cols = std::min(kPanelCols, w.cols - c);
-    for (int64_t i = 0; i < w.words; i += kBlockWords) {
-      const int64_t words = std::min(kBlockWords, w.words - i);
+    for (int64_t i = 0; i < w.words; i += block) {
+      const int64_t words = std::min(block, w.words - i);
       const T* from = w.data + c * w.stride + i * kPerLane;
-      const bool last = i + kBlockWords >= w.words;
-      const T* next = last ? w.data + (c + cols) * w.stride : from + kBlockWords * kPerLane;
+      const bool last = i + block >= w.words;
+      const T* next = last ? w.data + (c + cols) * w.stride : from + block * kPerLane;
       pack_panel(from, w.stride, cols, words, panel);
       outer_product<T>(x + i * kPerLane, x_stride, rows, panel, cols * kPerLane, words, out + c,
                        out_stride, cols, {i > 0},

@@ -57,4 +57,49 @@ inline void load_transposed(const void* rows, int64_t stride, U (&to)[kQuarter])
 #endif
 }
 
+// store_line(w, register) for w in [0, kLanes): as above for whole lines of each row. Where a
+// register holds a line, that takes a third of the time of four quarters.
+template <class Put>
+inline void transpose_lines(const void* rows, int64_t stride, const Put& put) {
+#if defined(__AVX512F__)
+  const char* base = static_cast<const char*>(rows);
+  __m512 a[16], b[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_ps(base + i * stride);
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {  // pairs of rows: words 0 0' 1 1' | 2 2' 3 3' of each quarter
+    b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
+    b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {  // fours of rows: a[i + w] has word w of each quarter
+    auto join = [&](int j, int k, bool high) {
+      const __m512d x = bitcast<__m512d>(b[j]), y = bitcast<__m512d>(b[k]);
+      return bitcast<__m512>(high ? _mm512_unpackhi_pd(x, y) : _mm512_unpacklo_pd(x, y));
+    };
+    a[i] = join(i, i + 2, false);
+    a[i + 1] = join(i, i + 2, true);
+    a[i + 2] = join(i + 1, i + 3, false);
+    a[i + 3] = join(i + 1, i + 3, true);
+  }
+#pragma GCC unroll 4
+  for (int w = 0; w < 4; ++w) {  // quarters of all rows
+    const __m512 x = _mm512_shuffle_f32x4(a[w], a[w + 4], 0x88);
+    const __m512 y = _mm512_shuffle_f32x4(a[w + 8], a[w + 12], 0x88);
+    const __m512 z = _mm512_shuffle_f32x4(a[w], a[w + 4], 0xdd);
+    const __m512 t = _mm512_shuffle_f32x4(a[w + 8], a[w + 12], 0xdd);
+    put(w, bitcast<U>(_mm512_shuffle_f32x4(x, y, 0x88)));
+    put(w + 4, bitcast<U>(_mm512_shuffle_f32x4(z, t, 0x88)));
+    put(w + 8, bitcast<U>(_mm512_shuffle_f32x4(x, y, 0xdd)));
+    put(w + 12, bitcast<U>(_mm512_shuffle_f32x4(z, t, 0xdd)));
+  }
+#else
+  for (int first = 0; first < kLanes; first += kQuarter) {
+    U columns[kQuarter];
+    load_transposed(static_cast<const char*>(rows) + 4 * first, stride, columns);
+    for (int w = 0; w < kQuarter; ++w) put(first + w, columns[w]);
+  }
+#endif
+}
+
 }  // namespace jaxserve
