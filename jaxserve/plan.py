@@ -17,6 +17,9 @@ from jaxserve.cache.kv_cache import page_bytes, storage_dtype
 from jaxserve.config import EngineConfig
 from jaxserve.errors import ConfigError
 
+FIRST_BUCKET = 64
+"""Tokens of the program that is compiled first and serves until the others exist."""
+
 _GIB = 1 << 30
 
 
@@ -66,14 +69,30 @@ class Plan:
         """Sequences that a sampler has a program for; one, since a row of logits is long."""
         return tuple(sorted({1, *map(self.rows, self.token_buckets)}))
 
+    def step_tokens(self, num_rows: int) -> int:
+        """Tokens of the program that is a whole step of so many sequences."""
+        return min(t for t in self.token_buckets if t >= num_rows)
+
+    @property
+    def programs(self) -> tuple[tuple[str, int], ...]:
+        """All programs of an engine's life, kind and size, in the order they are wanted.
+
+        "forward" (tokens) and "sample" (sequences) make a step together; the first two serve the
+        first token. "step" (sequences) is both in one, for steps that are mostly decoding.
+        """
+        first = min(self.token_buckets, key=lambda t: abs(t - FIRST_BUCKET))
+        small = self.step_tokens(self.row_buckets[-1])
+        wanted = [("forward", first), ("sample", self.rows(first))]
+        wanted += [("seed_history", 0), ("copy_pages", 0), ("step", 1)]
+        wanted += [("forward", t) for t in self.token_buckets if t > small]
+        wanted += [(kind, r) for r in self.row_buckets for kind in ("step", "sample")]
+        if self.decode_steps > 1:
+            wanted += [("decode", r) for r in self.row_buckets]
+        return tuple(dict.fromkeys(wanted))
+
     @property
     def num_programs(self) -> int:
-        """Programs of an engine's life: steps, samplers, page copy, history, decode loops."""
-        return (
-            len(self.token_buckets)
-            + len(self.row_buckets) * (2 if self.decode_steps > 1 else 1)
-            + 2
-        )
+        return len(self.programs)
 
     def describe(self) -> str:
         return (

@@ -179,9 +179,12 @@ class Checkpoint:
 def _planned(plan: Any) -> Rows:
     for part in plan.describe().split(", "):
         yield "", part
-    tokens = ", ".join(map(str, plan.token_buckets))
-    rows = ", ".join(map(str, plan.row_buckets))
-    yield "programs", f"a step for each of {tokens} tokens; a sampler for each of {rows} rows"
+    sizes = {
+        kind: ", ".join(str(size) for k, size in sorted(plan.programs) if k == kind)
+        for kind in ("step", "forward", "sample")
+    }
+    yield "programs", f"whole steps of {sizes['step']} sequences"
+    yield "", f"forward passes of {sizes['forward']} tokens, sampling of {sizes['sample']} rows"
 
 
 def nearest(checkpoint: Checkpoint, asked: EngineConfig) -> EngineConfig | None:

@@ -125,7 +125,7 @@ class Engine:
             raise
 
     def _launch(self) -> bool:
-        step = self.scheduler.schedule(self.runner.max_tokens, self.runner.max_rows)
+        step = self.scheduler.schedule(*self.runner.limits)
         if not step.rows:
             if not self._in_flight and self._requests:
                 stuck = [s for group in self._requests.values() for s in group]

@@ -68,6 +68,22 @@ def sample_step(
     return sample(logits, history, x, argmax=argmax_op(plan, num_rows))
 
 
+def whole_step(
+    plan: Plan,
+    family: Family,
+    cfg: Any,
+    params: Any,
+    kv: KVCache,
+    history: Array,
+    arrays: StepArrays,
+    sampling: SampleArrays,
+) -> tuple[Sampled, Forward, KVCache, Array]:
+    """`forward_step` and `sample_step` in one: a decoding step is too short for two programs."""
+    forward, kv = forward_step(plan, family, cfg, params, kv, history, arrays)
+    sampled, history = sample_step(plan, family, cfg, params, forward.last, history, sampling)
+    return sampled, forward, kv, history
+
+
 def decode_loop(
     plan: Plan,
     family: Family,

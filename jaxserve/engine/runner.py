@@ -10,7 +10,7 @@ import gc
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -33,7 +33,7 @@ from jaxserve.engine.batch import (
     pack_stops,
     pack_tokens,
 )
-from jaxserve.engine.programs import Forward, decode_loop, forward_step, sample_step
+from jaxserve.engine.programs import Forward, decode_loop, forward_step, sample_step, whole_step
 from jaxserve.engine.sampler import MAX_BIAS, Sampled
 from jaxserve.engine.scheduler import Step
 from jaxserve.errors import EngineError
@@ -46,8 +46,6 @@ OnProgram = Callable[[str, int, float], None]  # kind, size, seconds
 
 _HASTY: dict[str, Any] = {"xla_backend_optimization_level": 0}  # halves the time of LLVM
 _COPIES = 64  # pages copied per launch
-FIRST_BUCKET = 64
-"""Tokens of the program that is compiled first and serves until the others exist."""
 
 
 @dataclass
@@ -79,6 +77,7 @@ class Runner:
         self.table = SlotTable(plan, cfg.vocab)
         self._traced = plan  # what programs are compiled for now; only its kernels may differ
         self._programs: dict[tuple[str, int], Callable[..., Any]] = {}
+        self._sizes: dict[str, tuple[int, ...]] = {}  # of programs, by kind
         self._stop = threading.Event()
         self._compiler: threading.Thread | None = None
         self._failure: BaseException | None = None
@@ -120,19 +119,10 @@ class Runner:
         Where the native kernels are still to be built, that happens behind the first tokens too:
         the first program then runs the reference, and makes way for the native one.
         """
-        buckets = self.plan.token_buckets
-        first = min(buckets, key=lambda t: abs(t - FIRST_BUCKET))
-        order = [first, *(t for t in buckets if t != first)]
-        urgent = [("forward", first), ("sample", self.plan.rows(first))]
-        rest = [("seed_history", 0), ("copy_pages", 0), ("sample", 1)]
-        for t in order[1:]:
-            rest += [("forward", t), ("sample", self.plan.rows(t))]
-        if self.plan.decode_steps > 1:
-            rest += [("decode", r) for r in self.plan.row_buckets]
-        rest = list(dict.fromkeys(rest))  # buckets may share a sampler
+        urgent, rest = self.plan.programs[:2], self.plan.programs[2:]
         if not background:
             self.allocate()
-            self._compile_all(urgent + rest, on_program)
+            self._compile_all(self.plan.programs, on_program)
             return self._check()
         interim = self.plan.kernels == "native" and not kernels_pallas.cpu.ready()
         if interim:
@@ -158,7 +148,7 @@ class Runner:
         lost = self.plan.kernels == "native" and not kernels_pallas.cpu.available()
         self._traced = replace(self.plan, kernels="reference") if lost else self.plan
 
-    def _compile_all(self, programs: list[tuple[str, int]], on_program: OnProgram) -> None:
+    def _compile_all(self, programs: Sequence[tuple[str, int]], on_program: OnProgram) -> None:
         try:
             self._find_kernels()
             for kind, size in programs:
@@ -188,14 +178,11 @@ class Runner:
         return len(self._programs)
 
     @property
-    def max_tokens(self) -> int:
-        """Tokens of the largest step that can run now."""
-        return self._ready("forward")[-1]
-
-    @property
-    def max_rows(self) -> int:
-        """Sequences of the largest step that can run now."""
-        return min(self.plan.rows(self.max_tokens), self._ready("sample")[-1])
+    def limits(self) -> tuple[int, int]:
+        """Most tokens, and most sequences, of a step that can run now."""
+        most = self._ready("sample")[-1]
+        parts = [(t, min(self.plan.rows(t), most)) for t in self._ready("forward")]
+        return max([*parts, *((self.plan.step_tokens(r), r) for r in self._ready("step"))])
 
     def _compile(self, kind: str, size: int, *, hasty: bool = False) -> float:
         """Makes or replaces a program, `hasty` one that will not live; the seconds it took."""
@@ -204,15 +191,22 @@ class Runner:
         with jax.default_device(self.device):
             lowered = jax.jit(function, donate_argnums=donated).lower(*arguments)
             self._programs[kind, size] = lowered.compile(compiler_options=_HASTY if hasty else None)
+        self._sizes[kind] = tuple(sorted({size, *self._ready(kind)}))
         return time.monotonic() - started
 
-    def _forward_program(self, T: int):
-        R = self.plan.rows(T)
+    def _forward_program(self, T: int, R: int | None = None):
+        R = R or self.plan.rows(T)
         ints = partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
         tables = ints((R, self.plan.pages_per_seq))
         inputs = StepArrays(ints((4, T)), ints((3, R + 1)), tables, ints((2,)))
         arguments = (_abstract(self.params), *self._state, inputs)
         return partial(forward_step, self._traced, self.family, self.cfg), (1,), arguments
+
+    def _step_program(self, R: int):
+        *_, inputs = self._forward_program(self.plan.step_tokens(R), R)[2]
+        *_, drawing = self._sample_program(R)[2]
+        arguments = (_abstract(self.params), *self._state, inputs, drawing)
+        return partial(whole_step, self._traced, self.family, self.cfg), (1, 2), arguments
 
     def _sample_program(self, R: int):
         shape = (self.plan.max_num_seqs, self.cfg.embed)
@@ -272,6 +266,18 @@ class Runner:
             self._copy(step.copies)
         if step.repeats > 1:
             return self._launch_decode(step)
+        R = self._whole(step)
+        return self._launch_parts(step) if R is None else self._launch_whole(step, R)
+
+    def _launch_whole(self, step: Step, R: int) -> Launched:
+        inputs = pack_tokens(step, self.plan.step_tokens(R), R, self.table)
+        drawing = pack_sampling(step, R, self.table, self._unused_arrays(R))
+        sampled, forward, self.kv, self.history = self._programs["step", R](
+            self.params, self.kv, self.history, inputs, drawing
+        )
+        return Launched(step, sampled, bool(drawing.flags[3]), bool(inputs.counts[1]), forward)
+
+    def _launch_parts(self, step: Step) -> Launched:
         T = self._bucket(step)
         inputs = pack_tokens(step, T, self.plan.rows(T), self.table)
         forward, self.kv = self._programs["forward", T](self.params, self.kv, self.history, inputs)
@@ -304,6 +310,11 @@ class Runner:
         )  # fmt: skip
         return Launched(step, Sampled(tokens, *(None,) * 4), False, False, None)
 
+    def _whole(self, step: Step) -> int | None:
+        """Rows of the smallest program that exists and is this whole step."""
+        fits = (r for r in self._ready("step") if r >= len(step.rows))
+        return next((r for r in fits if self.plan.step_tokens(r) >= step.num_tokens), None)
+
     def _bucket(self, step: Step) -> int:
         """Tokens of the smallest `forward` that exists and holds the step."""
         fits = [t for t in self._ready("forward") if self.plan.rows(t) >= len(step.rows)]
@@ -313,9 +324,9 @@ class Runner:
         """Rows of the smallest `sample` that exists and holds the step."""
         return next(r for r in self._ready("sample") if r >= len(step.rows))
 
-    def _ready(self, kind: str) -> list[int]:
-        """Sizes that exist, ascending. Another thread may be adding to them."""
-        return sorted(size for k, size in list(self._programs) if k == kind)
+    def _ready(self, kind: str) -> tuple[int, ...]:
+        """Sizes that exist, ascending."""
+        return self._sizes.get(kind, ())
 
     def _seed(self, seq: Any) -> None:
         self._wait_for("seed_history")

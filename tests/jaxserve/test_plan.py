@@ -190,7 +190,14 @@ def test_programs_are_few_and_counted(largest: int, seqs: int):
     buckets = made.token_buckets
     assert buckets[-1] == max(largest, seqs)
     assert all(b <= 2 * a for a, b in itertools.pairwise(buckets))
-    assert made.num_programs == len(buckets) + len(made.row_buckets) + 2
+    assert made.num_programs <= len(buckets) + 2 * len(made.row_buckets) + 3
+    kinds = {kind for kind, _ in made.programs}
+    assert kinds == {"forward", "sample", "step", "seed_history", "copy_pages"}
+    for tokens in range(1, buckets[-1] + 1):  # whatever fits the largest step fits a program
+        rows = made.rows(tokens)
+        steps = [made.step_tokens(r) for kind, r in made.programs if kind == "step" and r >= rows]
+        parts = [t for kind, t in made.programs if kind == "forward" and made.rows(t) >= rows]
+        assert max(steps + parts) >= tokens
     assert all(made.rows(t) <= made.max_num_seqs for t in buckets)
 
 

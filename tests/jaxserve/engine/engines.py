@@ -46,8 +46,10 @@ class Limited:
     """A runner that takes smaller steps than it could."""
 
     def __init__(self, runner: Runner, max_tokens: int):
-        self._runner, self.max_tokens = runner, min(max_tokens, runner.max_tokens)
-        self.max_rows = min(runner.max_rows, runner.plan.rows(self.max_tokens))
+        self._runner = runner
+        tokens, rows = runner.limits
+        tokens = min(max_tokens, tokens)
+        self.limits = tokens, min(rows, runner.plan.rows(tokens))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._runner, name)

@@ -62,8 +62,8 @@ class FakeRunner:
     num_programs = 0
 
     def __init__(self, plan: FakePlan, max_tokens: int, decode_steps: int):
-        self.plan, self.max_tokens, self.decode_steps = plan, max_tokens, decode_steps
-        self.max_rows = plan.rows(max_tokens)
+        self.plan, self.decode_steps = plan, decode_steps
+        self.limits = max_tokens, plan.rows(max_tokens)
         self.steps: list[Step] = []
         self.fails = False
         self.allocate()
@@ -75,8 +75,8 @@ class FakeRunner:
     def launch(self, step: Step) -> Launched:
         if self.fails:
             raise RuntimeError("the device is on fire")
-        assert len(step.rows) <= self.max_rows
-        assert step.num_tokens == sum(row.count for row in step.rows) <= self.max_tokens
+        assert len(step.rows) <= self.limits[1]
+        assert step.num_tokens == sum(row.count for row in step.rows) <= self.limits[0]
         sources, targets = [a for a, _ in step.copies], [b for _, b in step.copies]
         self.kv[targets] = self.kv[sources]
         written: set[tuple[int, int]] = set()
