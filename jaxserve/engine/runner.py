@@ -1,7 +1,7 @@
 """The device side of the engine: compiled steps, the page pool and per-sequence state.
 
-A step is two programs: `forward`, one per bucket of tokens, and `sample`, one per bucket of
-sequences. Everything is launched without waiting; results are read a step later.
+A step is one program, `step`, or two: `forward`, by tokens, and `sample`, by sequences. Everything
+is launched without waiting; results are read a step later.
 """
 
 from __future__ import annotations
