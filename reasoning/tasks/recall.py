@@ -1,0 +1,133 @@
+"""Recall: small tasks whose answers lie far back in the prompt, for experiments with the KV cache.
+
+Each kind reads another part of its context, so that what a cache policy throws away shows:
+
+    pairs   k3 v9 k1 v4 ... ? k1 : v4                           one pair among many
+    lookup  doc 2 k3 v9 k1 v4 doc 5 k1 v7 ... ? 5 k1 : v7       which document matters too
+    copy    v3 v9 v1 ... : v3 v9 v1 ...                         everything, in order
+    lemma   x = 3 ; y = x + 4 ; z = y + y ; ... ? z : 14        values that are used and then dead
+    text    sentences of a small grammar                        no question: what comes before helps
+
+As in "Mechanistic design and scaling of hybrid architectures" (Poli et al., 2024), these are the
+elementary skills of a language model, each in its purest form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from random import Random
+
+from reasoning.tasks.task import STEP, Grade, Problem
+
+KEYS = tuple(f"k{i}" for i in range(64))
+VALUES = tuple(f"v{i}" for i in range(64))
+NAMES = tuple("abcdefghijklmnopqrstuvwxyz")
+NUMBERS = tuple(map(str, range(100)))
+SUBJECTS = ("the cat", "a bird", "my friend", "the old man", "her sister", "no one")
+VERBS = ("sees", "likes", "follows", "remembers", "paints", "forgets")
+PLACES = ("in the garden", "by the sea", "at night", "under the bridge", "on the hill")
+SENTENCES = ("doc", "?", ":", "=", "+", ";", ".", STEP)
+
+_KINDS = ("pairs", "lookup", "copy", "lemma", "text")
+
+
+@dataclass(frozen=True)
+class Recall:
+    """A mixture of the kinds, or one of them.
+
+    Attributes:
+        size: facts in a prompt at most; at least a quarter of it are there.
+        kinds: names of what is mixed.
+    """
+
+    size: int = 24
+    kinds: tuple[str, ...] = _KINDS
+
+    def __post_init__(self):
+        if (
+            self.size < 4
+            or self.size > len(KEYS)
+            or not self.kinds
+            or set(self.kinds) - set(_KINDS)
+        ):
+            raise ValueError(f"{self}: size is 4 to {len(KEYS)}, and kinds are among {_KINDS}")
+
+    @property
+    def name(self) -> str:
+        return "recall"
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        phrases = " ".join((*SUBJECTS, *VERBS, *PLACES)).split()
+        words = (*KEYS, *VALUES, *NAMES, *NUMBERS, *SENTENCES, *phrases)
+        return tuple(dict.fromkeys(words))
+
+    def problem(self, rng: Random) -> Problem:
+        kind = rng.choice(self.kinds)
+        make: Callable[[Random, int], tuple[str, str]] = getattr(self, f"_{kind}")
+        prompt, answer = make(rng, rng.randint(max(2, self.size // 4), self.size))
+        return Problem(prompt, prompt, (kind, answer))
+
+    def solve(self, problem: Problem, rng: Random) -> str:
+        return f"{problem.facts[1]} {STEP}"
+
+    def grade(self, problem: Problem, solution: str) -> Grade:
+        """The answer is all that stands before the end of the step."""
+        said, closed, _ = f" {solution} ".partition(f" {STEP} ")
+        answer = " ".join(said.split()) if closed else None
+        right = answer == problem.facts[1]
+        return Grade(answer, right, (right,) if closed else ())
+
+    def _pairs(self, rng: Random, size: int) -> tuple[str, str]:
+        keys, values = rng.sample(KEYS, size), rng.choices(VALUES, k=size)
+        asked = rng.randrange(size)
+        facts = " ".join(f"{k} {v}" for k, v in zip(keys, values, strict=True))
+        return f"{facts} ? {keys[asked]} :", values[asked]
+
+    def _lookup(self, rng: Random, size: int) -> tuple[str, str]:
+        each = 4
+        names = rng.sample(range(100), max(2, size // each))
+        shared = rng.sample(KEYS, each)
+        values = {(doc, key): rng.choice(VALUES) for doc in names for key in shared}
+        docs = [
+            " ".join(
+                ["doc", str(doc), *(f"{k} {values[doc, k]}" for k in rng.sample(shared, each))]
+            )
+            for doc in names
+        ]
+        doc, key = rng.choice(names), rng.choice(shared)
+        return f"{' '.join(docs)} ? {doc} {key} :", values[doc, key]
+
+    def _copy(self, rng: Random, size: int) -> tuple[str, str]:
+        words = " ".join(rng.choices(VALUES, k=size))
+        return f"{words} :", words
+
+    def _lemma(self, rng: Random, size: int) -> tuple[str, str]:
+        """Each new name adds a digit or a fresh value; only the last two names are still used."""
+        names, known, lines = (
+            rng.sample(NAMES, min(size, len(NAMES))),
+            dict[str, int](),
+            list[str](),
+        )
+        for i, name in enumerate(names):
+            live = [other for other in names[max(0, i - 2) : i] if known[other] < 80]
+            if not live:
+                known[name] = rng.randrange(10)
+                lines.append(f"{name} = {known[name]}")
+                continue
+            other, digit = rng.choice(live), rng.randrange(10)
+            known[name] = known[other] + digit
+            lines.append(f"{name} = {other} + {digit}")
+        asked = rng.choice(names[-3:])
+        return f"{' ; '.join(lines)} ? {asked} :", str(known[asked])
+
+    def _text(self, rng: Random, size: int) -> tuple[str, str]:
+        """A text in which everyone keeps to one verb and one place."""
+        habits = {
+            who: (rng.choice(VERBS), rng.choice(SUBJECTS), rng.choice(PLACES)) for who in SUBJECTS
+        }
+        told = [rng.choice(SUBJECTS) for _ in range(max(2, size // 4))]
+        who = rng.choice(told)
+        before = " ".join(f"{one} {' '.join(habits[one])} ." for one in told)
+        return f"{before} {who} :", " ".join(habits[who])
