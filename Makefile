@@ -62,10 +62,10 @@ $(VENV)/.core: pyproject.toml | $(BIN)/python
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml | $(BIN)/python
-	$(PIP) --editable '.[dev$(PARITY)]'
+	$(PIP) --editable '.[dev,train$(PARITY)]'
 	$(BIN)/python -m kernels_pallas.cpu
 	@touch $@ $(VENV)/.core
 
 eval: $(VENV)/.dev  ## lm-eval against a live server
-	$(PIP) --editable '.[dev$(PARITY),eval]'
+	$(PIP) --editable '.[dev,train$(PARITY),eval]'
 	$(BIN)/python -m pytest -q tests/evaluation $(ARGS)

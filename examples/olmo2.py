@@ -80,5 +80,5 @@ def forward(
     """Hidden states [B, T, D] for tokens [B, T], and the cache with their keys."""
     x = ops.embed(params.embed, tokens)
     step = partial(layer, cfg, ops, cfg.rope.tables(positions))
-    x, kv = run_layers(step, params.stacks, x, kv)
+    x, kv = run_layers(ops, step, params.stacks, x, kv)
     return ops.rms_norm(x, params.final_norm, eps=cfg.norm_eps), kv

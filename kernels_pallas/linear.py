@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from kernels_pallas.op import Weight, as_array
+from kernels_pallas.op import LowRankWeight, Weight, as_array
 
 
 def linear(x: Array, *weights: Weight, num_in: int = 1) -> Array | tuple[Array, ...]:
@@ -23,8 +23,15 @@ def linear(x: Array, *weights: Weight, num_in: int = 1) -> Array | tuple[Array, 
     Returns:
         [..., *out] for each weight, in a tuple if there are several.
     """
-    outs = tuple(_product(x, as_array(w), num_in) for w in weights)
+    outs = tuple(_apply(x, w, num_in) for w in weights)
     return outs if len(weights) > 1 else outs[0]
+
+
+def _apply(x: Array, w: Weight, num_in: int) -> Array:
+    if not isinstance(w, LowRankWeight):
+        return _product(x, as_array(w), num_in)
+    added = _apply(_apply(x, w.down, num_in), w.up, 1)
+    return _apply(x, w.base, num_in) + (w.scale * added).astype(x.dtype)
 
 
 def _product(x: Array, w: Array, num_in: int) -> Array:

@@ -1,8 +1,10 @@
-"""What all ops share: weights that stay in their stack."""
+"""What all ops share: weights that stay in their stack, and weights with a low-rank addition."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import jax
 from jax import Array, lax
@@ -38,10 +40,47 @@ class StackedWeight:
         return lax.dynamic_index_in_dim(self.stack, self.index, keepdims=False)
 
 
-Weight = Array | StackedWeight
+@partial(
+    jax.tree_util.register_dataclass, meta_fields=["scale"], data_fields=["base", "down", "up"]
+)
+@dataclass(frozen=True)
+class LowRankWeight:
+    """base + scale * up @ down (LoRA; Hu et al., 2021).
+
+    Attributes:
+        base: [*out, *in].
+        down: [rank, *in].
+        up: [*out, rank].
+    """
+
+    base: Any
+    down: Any
+    up: Any
+    scale: float
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.base.shape
+
+    @property
+    def dtype(self):
+        return self.base.dtype
+
+    def merged(self) -> Array:
+        """The sum, as one array; also of whole stacks."""
+        base, down, up = (as_array(w) for w in (self.base, self.down, self.up))
+        lead = down.ndim - (base.ndim - (up.ndim - 1)) - 1  # stacked axes: 1 or 0
+        rows = up.reshape(*up.shape[:lead], -1, up.shape[-1])
+        cols = down.reshape(*down.shape[: lead + 1], -1)
+        return (base + self.scale * (rows @ cols).reshape(base.shape)).astype(base.dtype)
+
+
+Weight = Array | StackedWeight | LowRankWeight
 
 
 def as_array(w: Weight) -> Array:
+    if isinstance(w, LowRankWeight):
+        return w.merged()
     return w.take() if isinstance(w, StackedWeight) else w
 
 

@@ -55,6 +55,30 @@ def experts(x: Array, ids: Array, weights: Array, p: Experts, *, activation: str
     return (flat.reshape(T, A, -1) * weights[..., None]).sum(1).astype(x.dtype)
 
 
+def dense_experts(x: Array, ids: Array, weights: Array, p: Experts, *, activation: str) -> Array:
+    """The same sum, with every expert over every token: E / A times the work in three products.
+
+    For a few small experts that beats sorting, above all in the backward pass. Arguments as
+    `experts`, whose tokens it equals.
+    """
+    w_gate, w_up, w_down = (as_array(w) for w in (p.w_gate, p.w_up, p.w_down))
+    share = jnp.zeros((x.shape[0], w_gate.shape[0]), jnp.float32)
+    share = share.at[jnp.arange(x.shape[0])[:, None], ids].add(weights, mode="drop")
+
+    def product(spec: str, a: Array, w: Array, b: Weight | None) -> Array:
+        y = jnp.einsum(spec, a.astype(w.dtype), w, preferred_element_type=jnp.float32)
+        return y if b is None else y + as_array(b).astype(jnp.float32)
+
+    gate = product("td,efd->tef", x, w_gate, p.b_gate)
+    hidden = GATES[activation](gate, product("td,efd->tef", x, w_up, p.b_up)) * share[..., None]
+    y = jnp.einsum(
+        "tef,edf->td", hidden.astype(w_down.dtype), w_down, preferred_element_type=jnp.float32
+    )
+    if p.b_down is not None:
+        y = y + share @ as_array(p.b_down).astype(jnp.float32)
+    return y.astype(x.dtype)
+
+
 def _is_stacked(w: object) -> bool:
     return isinstance(w, StackedWeight)
 

@@ -35,6 +35,8 @@ class Weight:
         init: "normal", "ones" or "zeros".
         read: makes one tensor (of the axes that `name` does not enumerate) out of the checkpoint
             where its layout is not ours: `read(get, name, cfg)` with `get(name) -> np.ndarray`.
+        write: the way back: `write(tensors, name, cfg, array)` puts the leaf's part of a tensor
+            into the dict `tensors`, which another leaf may have begun.
         dtype: its element type, where the tree's would be too narrow.
         layers: numbers of the layers that the leaf stacks along its "layer" axis.
     """
@@ -43,6 +45,7 @@ class Weight:
     name: str = ""
     init: str = "normal"
     read: Callable[..., np.ndarray] | None = None
+    write: Callable[..., None] | None = None
     dtype: str | None = None
     layers: range = range(0)
 
@@ -71,10 +74,11 @@ def weight(
     init: str = "normal",
     when: str | None = None,
     read: Callable[..., np.ndarray] | None = None,
+    write: Callable[..., None] | None = None,
     dtype: str | None = None,
 ) -> Any:
     """Declares a leaf; with `when`, it is None unless that attribute of the config is true."""
-    spec = _Declared(Weight(tuple(axes.split()), name, init, read, dtype), when)
+    spec = _Declared(Weight(tuple(axes.split()), name, init, read, write, dtype), when)
     return dataclasses.field(metadata={"weight": spec})
 
 

@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "jaxserve.models": """jaxserve.errors jaxserve.checkpoint.mxfp4
         moe kernels_pallas sharding jax numpy""",
     "jaxserve.checkpoint": """jaxserve.errors jaxserve.models.family
-        sharding jax numpy ml_dtypes rich huggingface_hub""",
+        sharding jax numpy ml_dtypes rich huggingface_hub safetensors""",
     "jaxserve.checkpoint.mxfp4": "jaxserve.errors numpy ml_dtypes",
     "jaxserve.cache": "jaxserve.errors jaxserve.models.ops kernels_pallas sharding jax numpy",
     "jaxserve.plan": "jaxserve.config jaxserve.errors jaxserve.cache kernels_pallas sharding jax",
@@ -41,6 +41,8 @@ MAY_IMPORT = {
     "jaxserve.llm": """jaxserve.intake jaxserve.engine jaxserve.plan jaxserve.config
         jaxserve.cache jaxserve.models jaxserve.checkpoint jaxserve.text jaxserve.request
         jaxserve.errors kernels_pallas sharding jax numpy""",
+    "jaxserve.train": """jaxserve.checkpoint jaxserve.models jaxserve.errors
+        moe kernels_pallas sharding jax numpy optax orbax rich""",
     "jaxserve.server": """jaxserve.text jaxserve.request jaxserve.errors jaxserve.__version__
         jaxserve.engine.generation starlette uvicorn msgspec prometheus_client""",
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -101,21 +101,26 @@ def load_params(
 def _fill(w: Weight, shards: Shards, cfg: Any, dtype: np.dtype) -> np.ndarray:
     """The leaf's array: every tensor of its name read into its slice."""
     out = aligned_empty(w.shape(cfg.sizes), dtype)
-    if "{layer}" not in w.name and w.layers:
-        raise CheckpointError(f"{w.name!r} stacks layers but does not name them")
-    outer = [axis for axis in w.axes if f"{{{_PLACEHOLDER.get(axis)}}}" in w.name]
-    if w.axes[: len(outer)] != tuple(outer):
-        raise CheckpointError(f"{w.name!r}: enumerated axes must come first in {w.axes}")
-    for index in itertools.product(*(range(n) for n in out.shape[: len(outer)])):
-        numbers = {_PLACEHOLDER[axis]: i for axis, i in zip(outer, index, strict=True)}
-        if "layer" in numbers:
-            numbers["layer"] = w.layers[numbers["layer"]]
-        name = w.name.format(**numbers)
+    for index, name in tensor_names(w, out.shape):
         if w.read is None:
             shards.read(name, out[index])
         else:
             out[index] = _read(w.read, shards, name, cfg, out[index].shape)
     return out
+
+
+def tensor_names(w: Weight, shape: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], str]]:
+    """The tensors that a leaf is made of: where in the leaf each lies, and its name."""
+    if "{layer}" not in w.name and w.layers:
+        raise CheckpointError(f"{w.name!r} stacks layers but does not name them")
+    outer = [axis for axis in w.axes if f"{{{_PLACEHOLDER.get(axis)}}}" in w.name]
+    if w.axes[: len(outer)] != tuple(outer):
+        raise CheckpointError(f"{w.name!r}: enumerated axes must come first in {w.axes}")
+    for index in itertools.product(*(range(n) for n in shape[: len(outer)])):
+        numbers = {_PLACEHOLDER[axis]: i for axis, i in zip(outer, index, strict=True)}
+        if "layer" in numbers:
+            numbers["layer"] = w.layers[numbers["layer"]]
+        yield index, w.name.format(**numbers)
 
 
 def _read(

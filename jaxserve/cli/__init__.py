@@ -13,10 +13,10 @@ import sys
 from collections.abc import Sequence
 
 from jaxserve import __version__
-from jaxserve.cli import bench, chat, doctor, generate, serve
+from jaxserve.cli import bench, chat, doctor, generate, serve, train
 from jaxserve.errors import JaxServeError
 
-COMMANDS = (serve, generate, chat, bench, doctor)
+COMMANDS = (serve, generate, chat, train, bench, doctor)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -99,7 +99,7 @@ def _native_attention(q, k, v, k_pages, v_pages, layer, batch: Ragged, *, sinks=
 
 
 def _layer(w: Weight) -> tuple[Array, Array | int | None]:
-    return (w.stack, w.index) if isinstance(w, StackedWeight) else (w, None)
+    return (w.stack, w.index) if isinstance(w, StackedWeight) else (as_array(w), None)
 
 
 def _matrix(w: Array, num_in: int, stacked: bool) -> Array:

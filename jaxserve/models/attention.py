@@ -26,7 +26,7 @@ def packed(segments: Array, positions: Array) -> Attend:
         q: Array,
         k: Array,
         v: Array | None,
-        kv: None,
+        kv: Any,
         layer: Array | int,
         *,
         scale: float,
@@ -34,7 +34,7 @@ def packed(segments: Array, positions: Array) -> Attend:
         sinks: Any = None,
         soft_cap: float = 0.0,
         value_dim: int | None = None,
-    ) -> tuple[Array, None]:
+    ) -> tuple[Array, Any]:
         B, T, N, H = q.shape
         K = k.shape[2]
         v = k[..., :value_dim] if v is None else v
@@ -53,6 +53,6 @@ def packed(segments: Array, positions: Array) -> Attend:
             sink = as_array(sinks).astype(s.dtype).reshape(1, K, N // K, 1, 1)
             s = jnp.concatenate([s, jnp.broadcast_to(sink, (*s.shape[:-1], 1))], -1)
         p = jax.nn.softmax(s)[..., :T]
-        return jnp.einsum("bkgts,bskh->btkgh", p.astype(v.dtype), v).reshape(B, T, N, -1), None
+        return jnp.einsum("bkgts,bskh->btkgh", p.astype(v.dtype), v).reshape(B, T, N, -1), kv
 
     return attend

@@ -151,7 +151,8 @@ def layer(
     if isinstance(p.mlp, Mlp):
         return x + mlp(ops, p.mlp, h, cfg.activation), kv
     assert cfg.router is not None
-    return x + moe(ops, cfg.router, p.mlp, h, cfg.activation), kv
+    y, kv = moe(ops, cfg.router, p.mlp, h, kv, i, activation=cfg.activation)
+    return x + y, kv
 
 
 def forward(
@@ -171,7 +172,7 @@ def forward(
     """
     rope = cfg.rope.tables(positions)
     x = ops.embed(params.embed, tokens)
-    x, kv = run_layers(partial(layer, cfg, ops, attend, rope), params.stacks, x, kv)
+    x, kv = run_layers(ops, partial(layer, cfg, ops, attend, rope), params.stacks, x, kv)
     return ops.rms_norm(x, params.final_norm, eps=cfg.norm_eps), kv
 
 

@@ -102,7 +102,7 @@ def forward(
     tables = cfg.local_rope.tables(positions), cfg.rope.tables(positions)
     scale = jnp.asarray(cfg.embed**0.5, params.embed.dtype)  # rounded, as it was in training
     x = ops.embed(params.embed, tokens) * scale.astype(ops.dtype)
-    x, kv = run_layers(partial(layer, cfg, ops, tables), params.stacks, x, kv)
+    x, kv = run_layers(ops, partial(layer, cfg, ops, tables), params.stacks, x, kv)
     return ops.rms_norm(x, params.final_norm, eps=cfg.norm_eps, offset=cfg.norm_offset), kv
 
 

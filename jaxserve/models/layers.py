@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from jaxserve.models.ops import Ops
@@ -89,46 +90,52 @@ class Moe:
     experts: Experts = part(Experts, "experts.")
 
 
-def moe(ops: Ops, router: Router, p: Any, x: Array, activation: str) -> Array:
+def moe(
+    ops: Ops, router: Router, p: Any, x: Array, kv: Any, i: Array | int, *, activation: str
+) -> tuple[Array, Any]:
     """Routed experts over x [B, T, D]; `p` may carry `router_bias`, `correction` and `shared`."""
     flat = x.reshape(-1, x.shape[-1])
     scores = ops.linear(flat.astype(jnp.float32), p.router)
     scores = add_bias(scores, getattr(p, "router_bias", None))
     ids, weights = route(router, scores, getattr(p, "correction", None))
+    kv = ops.record(kv, i, router, scores, ids)
     y = ops.experts(flat, ids, weights, p.experts, activation=activation).reshape(x.shape)
     shared = getattr(p, "shared", None)  # a dense MLP that every token visits
-    return y if shared is None else y + mlp(ops, shared, x, activation)
+    return y if shared is None else y + mlp(ops, shared, x, activation), kv
 
 
 Layer = Callable[[Any, Array, Any, Array | int], tuple[Array, Any]]
 
 
-def run_layers(layer: Layer, stacks: Sequence[Any], x: Array, kv: Any) -> tuple[Array, Any]:
+def run_layers(
+    ops: Ops, layer: Layer, stacks: Sequence[Any], x: Array, kv: Any
+) -> tuple[Array, Any]:
     """Runs `layer(p, x, kv, i)` over every layer of every stack; i counts from the first stack on.
 
-    A stack of many is a scan, stacks of one are unrolled. With a cache, weights stay in their
-    stack (`StackedWeight`) and the cache is carried, so neither is copied. Without one (training)
-    the scan slices them, so that gradients are stacked rather than summed over whole stacks.
+    A stack of many is a scan, stacks of one are unrolled; `ops.layers` says how weights are taken.
+    Whatever `kv` is, it is carried from layer to layer.
     """
+    if ops.layers == "recomputed":
+        layer = jax.checkpoint(layer)
     first = 0
     for stack in stacks:
         n = jax.tree.leaves(stack)[0].shape[0]
         if n == 1:
             x, kv = layer(_at(stack, 0), x, kv, first)
-        elif kv is None:
-            x = _scan_slices(layer, stack, x, first)
-        else:
+        elif ops.layers == "indexed":
             x, kv = _scan_indices(layer, stack, x, kv, first, n)
+        else:
+            x, kv = _scan_slices(layer, stack, x, kv, first)
         first += n
     return x, kv
 
 
-def _scan_slices(layer: Layer, stack: Any, x: Array, first: int) -> Array:
+def _scan_slices(layer: Layer, stack: Any, x: Array, kv: Any, first: int) -> tuple[Array, Any]:
     def body(carry, p):
-        x, i = carry
-        return (layer(p, x, None, i)[0], i + 1), None
+        x, kv, i = carry
+        return (*layer(p, x, kv, i), i + 1), None
 
-    return lax.scan(jax.checkpoint(body), (x, jnp.int32(first)), stack)[0][0]
+    return lax.scan(body, (x, kv, jnp.int32(first)), stack)[0][:2]
 
 
 def _scan_indices(
@@ -153,7 +160,8 @@ def _at(stack: Any, i: Array | int) -> Any:
 def restack(params: Any, sizes: Sequence[int]) -> Any:
     """The same weights with their layers in stacks of these sizes; copies every layer.
 
-    Stacks of many are scanned and compile once; stacks of one are unrolled.
+    Stacks of many are scanned and compile once; stacks of one are unrolled. Arrays of the host stay
+    there.
 
     Raises:
         ValueError: the sizes do not add up, or a stack would join layers of different kinds.
@@ -170,9 +178,14 @@ def restack(params: Any, sizes: Sequence[int]) -> Any:
             raise ValueError(
                 f"layers {first} to {first + size - 1} differ, so they cannot be stacked"
             )
-        stacks.append(jax.tree.map(lambda *w: jnp.concatenate(w), *group))
+        stacks.append(jax.tree.map(_joined, *group))
         first += size
     return dataclasses.replace(params, stacks=tuple(stacks))
+
+
+def _joined(*layers: Any) -> Any:
+    on_host = isinstance(layers[0], np.ndarray)
+    return np.concatenate(layers) if on_host else jnp.concatenate(layers)
 
 
 def _split(stack: Any) -> list[Any]:

@@ -85,8 +85,25 @@ def _values(get: Callable[[str], np.ndarray], name: str, cfg: Config) -> np.ndar
     return _kv_b(get, name, cfg)[:, cfg.nope_dim :]
 
 
+def _put_keys(tensors: dict[str, np.ndarray], name: str, cfg: Config, x: np.ndarray) -> None:
+    _begin(tensors, name, cfg, x)[:, : cfg.nope_dim] = x
+
+
+def _put_values(tensors: dict[str, np.ndarray], name: str, cfg: Config, x: np.ndarray) -> None:
+    _begin(tensors, name, cfg, x)[:, cfg.nope_dim :] = x
+
+
+def _begin(tensors: dict[str, np.ndarray], name: str, cfg: Config, x: np.ndarray) -> np.ndarray:
+    lanes = cfg.nope_dim + cfg.v_dim
+    flat = tensors.setdefault(name, np.empty((cfg.heads * lanes, cfg.kv_lora), x.dtype))
+    return flat.reshape(cfg.heads, lanes, cfg.kv_lora)
+
+
 def _kv_b(get: Callable[[str], np.ndarray], name: str, cfg: Config) -> np.ndarray:
     return get(name).reshape(cfg.heads, cfg.nope_dim + cfg.v_dim, cfg.kv_lora)
+
+
+_KV_B = "kv_b_proj.weight"  # both halves of every head, one after the other
 
 
 @pytree
@@ -99,8 +116,10 @@ class Attention:
     wkv_a: Weight = weight("kv_row embed", "kv_a_proj_with_mqa.weight")
     bkv_a: Weight | None = weight("kv_row", "kv_a_proj_with_mqa.bias", when="qkv_bias")
     kv_norm: Weight = weight("kv_lora", "kv_a_layernorm.weight", init="ones")
-    w_uk: Weight = weight("heads nope_dim kv_lora", "kv_b_proj.weight", read=_keys)
-    w_uv: Weight = weight("heads v_dim kv_lora", "kv_b_proj.weight", read=_values)
+    w_uk: Weight = weight("heads nope_dim kv_lora", _KV_B, read=_keys, write=_put_keys)
+    w_uv: Weight = weight(
+        "heads v_dim kv_lora", "kv_b_proj.weight", read=_values, write=_put_values
+    )
     wo: Weight = weight("embed heads v_dim", "o_proj.weight")
     bo: Weight | None = weight("embed", "o_proj.bias", when="o_bias")
 

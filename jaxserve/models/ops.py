@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -18,6 +18,7 @@ import kernels_pallas.linear
 import kernels_pallas.rms_norm
 import kernels_pallas.rope
 import moe.experts
+from moe.router import Router
 
 
 class Attend(Protocol):
@@ -52,6 +53,11 @@ def embed(table: Array, tokens: Array, *, dtype: Any) -> Array:
     return table[tokens].astype(dtype)
 
 
+def unrecorded(kv: Any, layer: Array | int, router: Router, scores: Array, ids: Array) -> Any:
+    """Takes no notice of the routing of a layer's tokens: scores [T, E], ids [T, A]."""
+    return kv
+
+
 @dataclass(frozen=True)
 class Ops:
     """Implementations of every operation; the fields' signatures are those of the references.
@@ -59,6 +65,11 @@ class Ops:
     Attributes:
         attend: see `Attend`.
         dtype: element type of activations.
+        record: looks at every layer's routing, and returns `kv` with what it wants to keep.
+        layers: how a stack is run. "indexed": weights stay in their stack, so that none is copied
+            (serving). "sliced": a scan takes its slices, so that gradients are stacked rather than
+            summed over whole stacks (training). "recomputed": that, and a layer's activations are
+            computed again in the backward pass, which costs a third more time for much less memory.
     """
 
     attend: Attend
@@ -68,6 +79,8 @@ class Ops:
     rms_norm: Callable[..., Array] = kernels_pallas.rms_norm.rms_norm
     rotate: Callable[..., Array] = kernels_pallas.rope.rotate
     experts: Callable[..., Array] = moe.experts.experts
+    record: Callable[..., Any] = unrecorded
+    layers: Literal["indexed", "sliced", "recomputed"] = "indexed"
 
     def embed(self, table: Array, tokens: Array) -> Array:
         return embed(table, tokens, dtype=self.dtype)

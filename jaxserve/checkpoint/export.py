@@ -1,0 +1,121 @@
+"""Writes a Hugging Face folder: the way of `checkpoint.hf`, backwards."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from safetensors.numpy import save_file
+
+from jaxserve.checkpoint.hf import tensor_names
+from jaxserve.errors import CheckpointError
+from jaxserve.models.family import Family
+from sharding.tree import Weight, is_weight
+
+_SHARD_BYTES = 5 << 30
+_OURS = ("config.json", "model.safetensors", "model.safetensors.index.json")
+
+
+def save_pretrained(
+    folder: Path,
+    family: Family,
+    cfg: Any,
+    params: Any,
+    config: Mapping[str, Any],
+    *,
+    beside: Path | None = None,
+    more: Mapping[str, np.ndarray] | None = None,
+) -> None:
+    """Writes config.json and safetensors that `transformers` and `LLM` load.
+
+    The folder appears, or is replaced, only when everything has been written.
+
+    Args:
+        config: what config.json says.
+        beside: a folder whose other files (tokenizer, chat template) are copied along.
+        more: tensors besides the family's own.
+
+    Raises:
+        CheckpointError: a weight has no form in a checkpoint, or writing failed; `folder` is as
+            it was.
+    """
+    fresh = folder.with_name(f".{folder.name}.writing")
+    try:
+        shutil.rmtree(fresh, ignore_errors=True)
+        fresh.mkdir(parents=True)
+        if beside is not None:
+            _copy_rest(beside, fresh)
+        tensors = {**named_tensors(family, cfg, params), **(more or {})}
+        dtype = next(iter(tensors.values())).dtype.name
+        text = json.dumps({**config, "dtype": dtype}, indent=2)
+        (fresh / "config.json").write_text(text + "\n")
+        _write_shards(fresh, tensors)
+        if folder.exists():
+            shutil.rmtree(folder)
+        fresh.rename(folder)
+    except OSError as error:
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise CheckpointError(f"{folder} was not written: {error}") from error
+
+
+def named_tensors(family: Family, cfg: Any, params: Any) -> dict[str, np.ndarray]:
+    """Every weight under its name in a checkpoint.
+
+    Raises:
+        CheckpointError: a family's layout can only be read.
+    """
+    declared = jax.tree.leaves(family.declare_params(cfg), is_leaf=is_weight)
+    arrays = jax.tree.leaves(params)
+    tensors: dict[str, np.ndarray] = {}
+    for spec, array in zip(declared, arrays, strict=True):
+        whole = np.asarray(array)
+        for index, name in tensor_names(spec, whole.shape):
+            part = whole[index]
+            if spec.write is not None:
+                spec.write(tensors, name, cfg, part)
+            elif spec.read is not None:
+                raise CheckpointError(f"{name} is stored in a layout that can only be read")
+            else:
+                tensors[name] = part.reshape(_stored_shape(spec, part))
+    return {name: np.ascontiguousarray(x) for name, x in tensors.items()}
+
+
+def _stored_shape(spec: Weight, part: np.ndarray) -> tuple[int, ...]:
+    """Checkpoints know vectors and matrices: heads and their lanes are one axis there.
+
+    The axis "embed" is never joined with another one: it is what layers pass on.
+    """
+    axes = spec.axes[len(spec.axes) - part.ndim :]
+    if part.ndim < 3 or "embed" not in axes:
+        return part.shape if part.ndim < 3 else (part.shape[0] * part.shape[1], part.shape[2])
+    return (-1, part.shape[-1]) if axes[-1] == "embed" else (part.shape[0], -1)
+
+
+def _copy_rest(source: Path, target: Path) -> None:
+    for file in source.iterdir():
+        if file.is_file() and file.name not in _OURS and file.suffix != ".safetensors":
+            shutil.copy2(file, target / file.name)
+
+
+def _write_shards(folder: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    shards: list[dict[str, np.ndarray]] = [{}]
+    for name, x in tensors.items():
+        if shards[-1] and sum(t.nbytes for t in shards[-1].values()) + x.nbytes > _SHARD_BYTES:
+            shards.append({})
+        shards[-1][name] = x
+    if len(shards) == 1:
+        save_file(shards[0], folder / "model.safetensors", {"format": "pt"})
+        return
+    files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    for file, shard in zip(files, shards, strict=True):
+        save_file(shard, folder / file, {"format": "pt"})
+    index = {
+        "metadata": {"total_size": sum(x.nbytes for x in tensors.values())},
+        "weight_map": {name: f for f, s in zip(files, shards, strict=True) for name in s},
+    }
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))

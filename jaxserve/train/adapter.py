@@ -1,0 +1,125 @@
+"""What a run trains: all weights, or low-rank additions to some."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxserve.errors import ConfigError
+from jaxserve.train.config import AdapterConfig
+from kernels_pallas.op import LowRankWeight, as_array
+from sharding.tree import Weight, is_weight
+
+
+class Adapter(Protocol):
+    """Splits a model into what is trained and what is not."""
+
+    def start(self, params: Any, declared: Any, seed: int) -> tuple[Any, Any]:
+        """(trainable, frozen) trees for a run that begins with these weights."""
+        ...
+
+    def model(self, trainable: Any, frozen: Any) -> Any:
+        """The whole model, as a function of what is trained."""
+        ...
+
+    def decayed(self, declared: Any, trainable: Any) -> Any:
+        """For each trained leaf, whether it decays."""
+        ...
+
+
+def adapter(config: AdapterConfig) -> Adapter:
+    """The adapter that a config asks for."""
+    if config.kind == "lora":
+        return Lora(config.rank, config.alpha, config.targets)
+    return Full()
+
+
+@dataclass(frozen=True)
+class Full:
+    """Every weight is trained."""
+
+    def start(self, params: Any, declared: Any, seed: int) -> tuple[Any, Any]:
+        return params, None
+
+    def model(self, trainable: Any, frozen: Any) -> Any:
+        return trainable
+
+    def decayed(self, declared: Any, trainable: Any) -> Any:
+        """Matrices decay; norms and biases do not."""
+
+        def is_matrix(w: Weight) -> bool:
+            return len([axis for axis in w.axes if axis != "layer"]) > 1
+
+        return jax.tree.map(is_matrix, declared, is_leaf=is_weight)
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Low-rank additions to the weights named in `targets`, wherever the tree has one.
+
+    The second factor starts at zero, so a run starts at the model it was given.
+    """
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+
+    def start(self, params: Any, declared: Any, seed: int) -> tuple[Any, Any]:
+        rng = np.random.default_rng(seed)
+        specs = dict(jax.tree_util.tree_flatten_with_path(declared, is_leaf=is_weight)[0])
+        pairs: dict[str, dict[str, Any]] = {}
+        for path, w in jax.tree_util.tree_flatten_with_path(params)[0]:
+            if _last(path) in self.targets and "layer" in specs[path].axes:
+                num_in = _num_in(specs[path])
+                into, out = w.shape[w.ndim - num_in :], w.shape[1 : w.ndim - num_in]
+                down = rng.standard_normal((w.shape[0], self.rank, *into), np.float32)
+                pairs[_name(path)] = {
+                    "down": jnp.asarray(down / np.prod(into) ** 0.5),
+                    "up": jnp.zeros((w.shape[0], *out, self.rank), jnp.float32),
+                }
+        if not pairs:
+            names = sorted({_last(path) for path, spec in specs.items() if "layer" in spec.axes})
+            raise ConfigError(
+                f"[adapter] targets {list(self.targets)} name no weight; there are "
+                f"{', '.join(names)}"
+            )
+        return pairs, params
+
+    def model(self, trainable: Any, frozen: Any) -> Any:
+        scale = self.alpha / self.rank
+
+        def add(path: Any, w: Any) -> Any:
+            pair = trainable.get(_name(path))
+            return w if pair is None else LowRankWeight(w, pair["down"], pair["up"], scale)
+
+        return jax.tree_util.tree_map_with_path(add, frozen)
+
+    def decayed(self, declared: Any, trainable: Any) -> Any:
+        return jax.tree.map(lambda _: True, trainable)
+
+
+def merged(params: Any) -> Any:
+    """The same model without additions: what is exported."""
+
+    def is_low_rank(w: Any) -> bool:
+        return isinstance(w, LowRankWeight)
+
+    return jax.tree.map(as_array, params, is_leaf=is_low_rank)
+
+
+def _num_in(w: Weight) -> int:
+    """How many of the last axes a product contracts: all but "embed" where that is the output."""
+    axes = [axis for axis in w.axes if axis != "layer"]
+    return len(axes) - 1 if axes[0] == "embed" else 1
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path).lstrip(".")
+
+
+def _last(path: Any) -> str:
+    return _name(path).rpartition(".")[2]

@@ -1,0 +1,3 @@
+import pytest
+
+pytest.importorskip("optax", reason="the extra `train` is not installed")
