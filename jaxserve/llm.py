@@ -28,6 +28,7 @@ from jaxserve.engine.sequence import Sequence as Seq
 from jaxserve.errors import ConfigError, EngineError, RequestError
 from jaxserve.intake import Intake, Prompt, as_prompts, per_prompt
 from jaxserve.models.family import family
+from jaxserve.models.layers import restack
 from jaxserve.request import (
     CompletionOutput,
     EmbeddingOutput,
@@ -260,6 +261,25 @@ class LLM:
         """The tree of weights that is being served."""
         return self._runner.params
 
+    def load_params(self, params: Any, *, timeout: float | None = None) -> int:
+        """Serves other weights from now on, without a restart or a compilation; their version.
+
+        Requests that have begun end with the weights they began with, and later ones wait for them:
+        `RequestOutput.metrics.params_version` says which ones a request saw. The tree is copied, so
+        a training step may donate it afterwards.
+
+        Args:
+            params: a tree like `params`, in any float type, with its layers stacked in any way.
+            timeout: seconds to wait for requests that have begun.
+
+        Raises:
+            ConfigError: a leaf is missing or of another shape; the message names it.
+            TimeoutError: they took longer. The weights are served all the same once they are over.
+        """
+        tree = self._placed(params)
+        swap = self._loop.call(lambda engine: engine.load_params(tree))
+        return swap.result(timeout)
+
     def stats(self) -> EngineStats:
         """A snapshot of the engine's counters. Cheap and thread-safe."""
         return self._loop.stats()
@@ -354,6 +374,39 @@ class LLM:
             place=lambda x: jax.device_put(x, self._device),
             progress=self.engine_config.progress,
         )
+
+    def _placed(self, params: Any) -> Any:
+        """A copy of a tree in the form, the type and the place of the one that is served."""
+        self._loop.stats()  # raises after shut-down
+        if self._runner.params is None:
+            raise EngineError("the engine sleeps without weights; wake_up() first")
+        sizes = [jax.tree.leaves(stack)[0].shape[0] for stack in self.params.stacks]
+        if [jax.tree.leaves(stack)[0].shape[0] for stack in params.stacks] != sizes:
+            params = restack(jax.tree.map(np.asarray, params), sizes)
+        wanted, tree = jax.tree_util.tree_flatten_with_path(self.params)
+        given = dict(jax.tree_util.tree_flatten_with_path(params)[0])
+        leaves = []
+        for path, old in wanted:
+            new, name = given.pop(path, None), jax.tree_util.keystr(path).lstrip(".")
+            if new is None or new.shape != old.shape:
+                seen = "missing" if new is None else f"of shape {list(new.shape)}"
+                raise ConfigError(f"{name} is {seen}; the engine serves {list(old.shape)}")
+            leaves.append(_copied(new, old.dtype, self._device))
+        if given:
+            raise ConfigError(
+                f"{jax.tree_util.keystr(next(iter(given))).lstrip('.')} is not served"
+            )
+        return jax.tree.unflatten(tree, leaves)
+
+
+def _copied(x: Any, dtype: Any, device: Any) -> jax.Array:
+    """x in another buffer, without a program: none may be compiled while an engine serves."""
+    if x.dtype == dtype:
+        return jax.device_put(x, device, may_alias=False)
+    host = np.asarray(x)
+    out = hf.aligned_empty(host.shape, np.dtype(dtype))
+    out[...] = host.astype(dtype)
+    return jax.device_put(out, device)
 
 
 def _close(loop: EngineLoop) -> None:

@@ -179,12 +179,18 @@ class CompletionOutput:
 
 @dataclass
 class RequestMetrics:
-    """Clock readings of one request, in seconds of `time.monotonic`."""
+    """Clock readings of one request, in seconds of `time.monotonic`, and the weights it saw.
+
+    Attributes:
+        params_version: 0 for the weights that the engine started with, then what
+            `LLM.load_params` returned.
+    """
 
     arrival_time: float
     first_scheduled_time: float | None = None
     first_token_time: float | None = None
     finished_time: float | None = None
+    params_version: int | None = None
 
 
 @dataclass

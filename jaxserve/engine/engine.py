@@ -11,7 +11,9 @@ import logging
 import time
 from collections import Counter, deque
 from collections.abc import Iterable
+from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -61,6 +63,7 @@ class Engine:
         self._token_text = token_text
         self._in_flight: deque[Launched] = deque()
         self._requests: dict[str, list[Sequence]] = {}
+        self._swaps: deque[tuple[Any, Future[int]]] = deque()
         self._warm_compiles: int | None = None
         self._steps = self._prompt_tokens = self._output_tokens = 0
         self._host_seconds = 0.0
@@ -90,6 +93,12 @@ class Engine:
         for seq in list(sequences or [s for group in self._requests.values() for s in group]):
             self._end(seq, error)
 
+    def close(self, error: BaseException) -> None:
+        """Ends everything that waits for the engine."""
+        self.fail(error)
+        while self._swaps:
+            self._swaps.popleft()[1].set_exception(error)
+
     def _end(self, seq: Sequence, last: CompletionOutput | BaseException) -> None:
         if seq.finished:
             return
@@ -102,9 +111,28 @@ class Engine:
         self._finished[reason or "stop"] += 1
         seq.generation.put(last)
 
+    def load_params(self, params: Any) -> Future[int]:
+        """Serves other weights as soon as every request that has begun is over; their version.
+
+        Requests that have not begun wait for them, so no request sees two versions. What is cached
+        was computed with the old weights, and is forgotten.
+        """
+        future: Future[int] = Future()
+        self._swaps.append((params, future))
+        self.scheduler.held = True
+        return future
+
+    def _swap(self) -> None:
+        params, future = self._swaps.popleft()
+        self.runner.params = params
+        self.pages.forget()
+        self.scheduler.params_version += 1
+        self.scheduler.held = bool(self._swaps)
+        future.set_result(self.scheduler.params_version)
+
     @property
     def has_work(self) -> bool:
-        return bool(self._requests or self._in_flight)
+        return bool(self._requests or self._in_flight or self._swaps)
 
     # ---- steps --------------------------------------------------------------------------
 
@@ -114,6 +142,8 @@ class Engine:
         Raises:
             Exception: whatever the device raised; every request has been failed with it.
         """
+        while self._swaps and not self._in_flight and not self.scheduler.num_begun:
+            self._swap()
         started = time.perf_counter()
         try:
             launched = self._launch()
@@ -128,6 +158,8 @@ class Engine:
         step = self.scheduler.schedule(*self.runner.limits)
         if not step.rows:
             if not self._in_flight and self._requests:
+                if self.scheduler.held and not self.scheduler.num_begun:
+                    return False  # they wait for other weights, which come with the next step
                 stuck = [s for group in self._requests.values() for s in group]
                 self.fail(
                     EngineError("no pages are left for this request; raise num_pages"), stuck[:1]

@@ -97,8 +97,8 @@ class EngineLoop:
                     engine.step()
                 except Exception:
                     log.exception("the engine goes on without the requests of the failed step")
-        engine.fail(EngineError("the engine has been shut down"))
+        engine.close(EngineError("the engine has been shut down"))
         while self._inbox:  # calls that lost the race must not wait for ever
             self._inbox.popleft()()
-        engine.fail(EngineError("the engine has been shut down"))
+        engine.close(EngineError("the engine has been shut down"))
         engine.runner.close()

@@ -101,6 +101,8 @@ class Scheduler:
         self.pages = pages
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
+        self.held = False  # no request is begun; those that have been go on
+        self.params_version = 0  # of the weights that requests are begun with
         self.num_preemptions = 0
         self.prefix_queries = 0
         self.prefix_hits = 0
@@ -129,9 +131,16 @@ class Scheduler:
             if seq.slot >= 0 and len(step.rows) < room:
                 self._extend(seq, step, budget)
         while self.waiting and self._slots and len(step.rows) < room and step.num_tokens < budget:
+            if self.held and not self.waiting[0].begun:
+                break
             if not self._admit(self.waiting[0], step, budget):
                 break
         return step
+
+    @property
+    def num_begun(self) -> int:
+        """Sequences of requests that have had a token computed: they run, or wait at the head."""
+        return len(self.running) + sum(seq.begun for seq in self.waiting)
 
     def repeat(self, step: Step, most: int) -> None:
         """Lets a step decode up to `most` tokens a row in one launch, if nobody needs the host
@@ -232,6 +241,7 @@ class Scheduler:
         metrics = seq.generation.metrics
         if metrics.first_scheduled_time is None:  # a prefix hit after that is of the request's own
             metrics.first_scheduled_time = time.monotonic()
+            metrics.params_version = self.params_version
             seq.generation.num_cached_tokens = seq.computed
 
     def _match(self, seq: Sequence) -> list[int]:

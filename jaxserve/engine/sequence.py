@@ -63,6 +63,11 @@ class Sequence:
         return len(self.tokens) - self.prompt_len
 
     @property
+    def begun(self) -> bool:
+        """Whether some token of its request has been scheduled."""
+        return self.generation.metrics.first_scheduled_time is not None
+
+    @property
     def samples(self) -> bool:
         return self.pooling is None
 
