@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from jaxserve.errors import CheckpointError
@@ -36,13 +38,15 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, step: int, state: Any, cursor: int) -> None:
-        """Copies the state, and writes it while training goes on.
+        """Copies the state to the host, and writes it while training goes on.
+
+        The copy is made here: the next update is given the state's buffers to reuse.
 
         Raises:
             CheckpointError: this one or the one before could not be written.
         """
         items = ocp.args.Composite(
-            state=ocp.args.StandardSave(state),
+            state=ocp.args.StandardSave(jax.tree.map(np.array, state)),
             about=ocp.args.JsonSave({**self._about, "cursor": cursor}),
         )
         self._attempt(lambda: self._manager.save(step, args=items), step)
@@ -60,9 +64,11 @@ class Checkpoints:
             action()
         except Exception as error:  # Orbax and TensorStore raise what they like
             name = "the last checkpoint" if step is None else f"the checkpoint of step {step}"
+            last = self.latest
+            left = "there is none yet" if last is None else f"step {last} can be loaded"
             raise CheckpointError(
-                f"{name} could not be written to {self.folder}: {error}. "
-                f"Step {self.latest} can be loaded; make room and start again"
+                f"{name} could not be written to {self.folder}: {error}. Of the earlier ones "
+                f"{left}; make room and start again"
             ) from error
 
     def restore(self, abstract: Any) -> tuple[Any, int] | None:
