@@ -72,7 +72,8 @@ class LowRankWeight:
         lead = down.ndim - (base.ndim - (up.ndim - 1)) - 1  # stacked axes: 1 or 0
         rows = up.reshape(*up.shape[:lead], -1, up.shape[-1])
         cols = down.reshape(*down.shape[: lead + 1], -1)
-        return (base + self.scale * (rows @ cols).reshape(base.shape)).astype(base.dtype)
+        added = self.scale * (rows @ cols).reshape(base.shape)
+        return (base.astype(added.dtype) + added).astype(base.dtype)
 
 
 Weight = Array | StackedWeight | LowRankWeight

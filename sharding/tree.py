@@ -53,6 +53,19 @@ class Weight:
         """The leaf's shape, given the size of every axis but "layer"."""
         return tuple(len(self.layers) if axis == "layer" else sizes[axis] for axis in self.axes)
 
+    @property
+    def num_in(self) -> int:
+        """How many of the last axes a product contracts; 0 for norms, biases and other vectors.
+
+        A layer passes "embed" on: where that is the first axis it is the output, and all others are
+        contracted.
+        """
+        counted = {"layer"} | ({"experts"} if "{expert}" in self.name else set())
+        axes = [axis for axis in self.axes if axis not in counted]
+        if len(axes) < 2 or self.init != "normal" or self.name.endswith("bias"):
+            return 0
+        return len(axes) - 1 if axes[0] == "embed" else 1
+
 
 @dataclass(frozen=True)
 class _Declared:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,7 +30,6 @@ def save_pretrained(
     config: Mapping[str, Any],
     *,
     beside: Path | None = None,
-    more: Mapping[str, np.ndarray] | None = None,
 ) -> None:
     """Writes config.json and safetensors that `transformers` and `LLM` load.
 
@@ -38,7 +38,6 @@ def save_pretrained(
     Args:
         config: what config.json says.
         beside: a folder whose other files (tokenizer, chat template) are copied along.
-        more: tensors besides the family's own.
 
     Raises:
         CheckpointError: a weight has no form in a checkpoint, or writing failed; `folder` is as
@@ -50,7 +49,7 @@ def save_pretrained(
         fresh.mkdir(parents=True)
         if beside is not None:
             _copy_rest(beside, fresh)
-        tensors = {**named_tensors(family, cfg, params), **(more or {})}
+        tensors = named_tensors(family, cfg, params)
         dtype = next(iter(tensors.values())).dtype.name
         text = json.dumps({**config, "dtype": dtype}, indent=2)
         (fresh / "config.json").write_text(text + "\n")
@@ -86,14 +85,11 @@ def named_tensors(family: Family, cfg: Any, params: Any) -> dict[str, np.ndarray
 
 
 def _stored_shape(spec: Weight, part: np.ndarray) -> tuple[int, ...]:
-    """Checkpoints know vectors and matrices: heads and their lanes are one axis there.
-
-    The axis "embed" is never joined with another one: it is what layers pass on.
-    """
-    axes = spec.axes[len(spec.axes) - part.ndim :]
-    if part.ndim < 3 or "embed" not in axes:
-        return part.shape if part.ndim < 3 else (part.shape[0] * part.shape[1], part.shape[2])
-    return (-1, part.shape[-1]) if axes[-1] == "embed" else (part.shape[0], -1)
+    """Checkpoints know vectors and matrices: heads and their lanes are one axis there."""
+    if not spec.num_in:
+        return (part.size,)
+    inputs = math.prod(part.shape[part.ndim - spec.num_in :])
+    return (part.size // inputs, inputs)
 
 
 def _copy_rest(source: Path, target: Path) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from jaxserve.errors import ConfigError
 from jaxserve.train.config import AdapterConfig
 from kernels_pallas.op import LowRankWeight, as_array
-from sharding.tree import Weight, is_weight
+from sharding.tree import is_weight
 
 
 class Adapter(Protocol):
@@ -50,11 +50,7 @@ class Full:
 
     def decayed(self, declared: Any, trainable: Any) -> Any:
         """Matrices decay; norms and biases do not."""
-
-        def is_matrix(w: Weight) -> bool:
-            return len([axis for axis in w.axes if axis != "layer"]) > 1
-
-        return jax.tree.map(is_matrix, declared, is_leaf=is_weight)
+        return jax.tree.map(lambda w: w.num_in > 0, declared, is_leaf=is_weight)
 
 
 @dataclass(frozen=True)
@@ -73,8 +69,8 @@ class Lora:
         specs = dict(jax.tree_util.tree_flatten_with_path(declared, is_leaf=is_weight)[0])
         pairs: dict[str, dict[str, Any]] = {}
         for path, w in jax.tree_util.tree_flatten_with_path(params)[0]:
-            if _last(path) in self.targets and "layer" in specs[path].axes:
-                num_in = _num_in(specs[path])
+            if _last(path) in self.targets and specs[path].num_in and "layer" in specs[path].axes:
+                num_in = specs[path].num_in
                 into, out = w.shape[w.ndim - num_in :], w.shape[1 : w.ndim - num_in]
                 down = rng.standard_normal((w.shape[0], self.rank, *into), np.float32)
                 pairs[_name(path)] = {
@@ -82,7 +78,8 @@ class Lora:
                     "up": jnp.zeros((w.shape[0], *out, self.rank), jnp.float32),
                 }
         if not pairs:
-            names = sorted({_last(path) for path, spec in specs.items() if "layer" in spec.axes})
+            layered = (path for path, w in specs.items() if w.num_in and "layer" in w.axes)
+            names = sorted(set(map(_last, layered)))
             raise ConfigError(
                 f"[adapter] targets {list(self.targets)} name no weight; there are "
                 f"{', '.join(names)}"
@@ -109,12 +106,6 @@ def merged(params: Any) -> Any:
         return isinstance(w, LowRankWeight)
 
     return jax.tree.map(as_array, params, is_leaf=is_low_rank)
-
-
-def _num_in(w: Weight) -> int:
-    """How many of the last axes a product contracts: all but "embed" where that is the output."""
-    axes = [axis for axis in w.axes if axis != "layer"]
-    return len(axes) - 1 if axes[0] == "embed" else 1
 
 
 def _name(path: Any) -> str:

@@ -33,6 +33,14 @@ def test_a_low_rank_addition(out, into, stacked):
     np.testing.assert_allclose(y, linear(x, whole, num_in=len(into)), atol=1e-4)
 
 
+def test_the_sum_is_made_in_the_wider_type_and_comes_back():
+    base, down, up = normal(6, 5).astype(jnp.bfloat16), normal(2, 5), normal(6, 2)
+    whole = LowRankWeight(base, down, up, 0.5).merged()
+    assert whole.dtype == jnp.bfloat16
+    want = base.astype(jnp.float32) + 0.5 * up @ down
+    np.testing.assert_array_equal(whole, want.astype(jnp.bfloat16))
+
+
 def test_gradients_reach_both_factors():
     base, down, up, x = normal(6, 5), normal(2, 5), normal(6, 2), normal(3, 5)
 

@@ -1,0 +1,39 @@
+"""What is exported is what was loaded: every tensor, by name, shape and value."""
+
+import numpy as np
+import pytest
+
+from jaxserve.checkpoint.export import save_pretrained
+from jaxserve.checkpoint.hf import load_params, model_config, read_config
+from jaxserve.checkpoint.safetensors import Shards
+from jaxserve.errors import CheckpointError
+from jaxserve.models.family import FAMILIES, family
+from jaxserve.testing import write_checkpoint
+
+
+def exported(tmp_path, model_type, **settings):
+    source = write_checkpoint(tmp_path / "a", model_type, **settings)
+    raw, module = read_config(source), family(model_type)
+    cfg = model_config(module, raw)
+    params = load_params(source, module, cfg, np.float32, progress=False)
+    save_pretrained(tmp_path / "b", module, cfg, params, raw, beside=source)
+    return source, tmp_path / "b"
+
+
+@pytest.mark.parametrize("model_type", [name for name in FAMILIES if name != "gpt_oss"])
+def test_every_tensor_comes_back(tmp_path, model_type):
+    source, copy = exported(tmp_path, model_type)
+    before, after = Shards(source), Shards(copy)
+    assert set(after.tensors) <= set(before.tensors)
+    lost = set(before.tensors) - set(after.tensors)
+    assert all("lm_head" in name or ".layers." in name for name in lost), lost  # tied; MTP layers
+    for name in after.tensors:
+        assert after.tensors[name].shape == before.tensors[name].shape, name
+        np.testing.assert_array_equal(after.get(name), before.get(name).astype(np.float32), name)
+    assert (copy / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
+
+
+def test_a_layout_that_can_only_be_read_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match=r"experts.* can only be read"):
+        exported(tmp_path, "gpt_oss")
+    assert not (tmp_path / "b").exists()
