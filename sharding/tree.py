@@ -35,6 +35,7 @@ class Weight:
         init: "normal", "ones" or "zeros".
         read: makes one tensor (of the axes that `name` does not enumerate) out of the checkpoint
             where its layout is not ours: `read(get, name, cfg)` with `get(name) -> np.ndarray`.
+        also: further names under which a checkpoint has the same tensor.
         write: the way back: `write(tensors, name, cfg, array)` puts the leaf's part of a tensor
             into the dict `tensors`, which another leaf may have begun.
         dtype: its element type, where the tree's would be too narrow.
@@ -48,6 +49,7 @@ class Weight:
     write: Callable[..., None] | None = None
     dtype: str | None = None
     layers: range = range(0)
+    also: tuple[str, ...] = ()
 
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """The leaf's shape, given the size of every axis but "layer"."""

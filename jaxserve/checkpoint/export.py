@@ -81,6 +81,7 @@ def named_tensors(family: Family, cfg: Any, params: Any) -> dict[str, np.ndarray
                 raise CheckpointError(f"{name} is stored in a layout that can only be read")
             else:
                 tensors[name] = part.reshape(_stored_shape(spec, part))
+        tensors |= dict.fromkeys(spec.also, whole)
     return {name: np.ascontiguousarray(x) for name, x in tensors.items()}
 
 

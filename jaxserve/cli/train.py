@@ -10,6 +10,7 @@ from random import Random
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from jaxserve.models.family import Family
     from jaxserve.text.tokenizer import Tokenizer
     from jaxserve.train.config import TrainConfig
     from jaxserve.train.loop import Run
@@ -44,7 +45,6 @@ def prepare(config: TrainConfig) -> Run:
     """
     from jaxserve.checkpoint import hf, hub
     from jaxserve.errors import ConfigError
-    from jaxserve.models.family import family
     from jaxserve.text.tokenizer import Tokenizer
     from jaxserve.train.loop import Run
     from jaxserve.train.sources import Lines, Pairs
@@ -59,7 +59,7 @@ def prepare(config: TrainConfig) -> Run:
             raise ConfigError("[model] config needs a [data] task, whose words are the vocabulary")
         folder = _new_folder(Path(config.save.folder), task.words)
         raw = _completed(config.model.config, Tokenizer.from_folder(folder))
-    module = family(raw.get("model_type"))
+    raw, module = _trained(raw, config.ahead)
     cfg = hf.model_config(module, raw)
     tokenizer = Tokenizer.from_folder(folder)
     tokenizer.check_vocab(cfg.vocab)
@@ -76,6 +76,24 @@ def prepare(config: TrainConfig) -> Run:
     else:
         source = Lines(tuple(map(Path, config.data.files)), config.data.seed, tokenizer.encode, end)
     return Run(config, module, cfg, raw, params, source, folder)
+
+
+def _trained(raw: dict[str, Any], ahead: float) -> tuple[dict[str, Any], Family]:
+    """The family, with its layers for multi-token prediction if they are trained too."""
+    from jaxserve.errors import ConfigError
+    from jaxserve.models import deepseek_v3_mtp
+    from jaxserve.models.family import family
+
+    module = family(raw.get("model_type"))
+    num_ahead = raw.get("num_nextn_predict_layers") or 0
+    if not num_ahead or not ahead:
+        return {**raw, "num_nextn_predict_layers": 0} if num_ahead else raw, module
+    if num_ahead > 1 or raw["model_type"] != "deepseek_v3":
+        raise ConfigError(
+            f"{raw['model_type']} with num_nextn_predict_layers={num_ahead} cannot be trained: one "
+            "layer of deepseek_v3 can; ahead = 0 leaves such layers out"
+        )
+    return raw, deepseek_v3_mtp  # type: ignore[return-value]
 
 
 def _task(config: TrainConfig) -> Task | None:

@@ -108,16 +108,15 @@ Layer = Callable[[Any, Array, Any, Array | int], tuple[Array, Any]]
 
 
 def run_layers(
-    ops: Ops, layer: Layer, stacks: Sequence[Any], x: Array, kv: Any
+    ops: Ops, layer: Layer, stacks: Sequence[Any], x: Array, kv: Any, *, first: int = 0
 ) -> tuple[Array, Any]:
-    """Runs `layer(p, x, kv, i)` over every layer of every stack; i counts from the first stack on.
+    """Runs `layer(p, x, kv, i)` over every layer of every stack; i counts on from `first`.
 
     A stack of many is a scan, stacks of one are unrolled; `ops.layers` says how weights are taken.
     Whatever `kv` is, it is carried from layer to layer.
     """
     if ops.layers == "recomputed":
         layer = jax.checkpoint(layer)
-    first = 0
     for stack in stacks:
         n = jax.tree.leaves(stack)[0].shape[0]
         if n == 1:

@@ -68,7 +68,7 @@ class Config(decoder.Config):
         return {
             **super().sizes, "q_lora": self.q_lora, "kv_lora": self.kv_lora,
             "kv_row": self.kv_lora + self.rope_dim, "nope_dim": self.nope_dim,
-            "v_dim": self.v_dim, "shared_mlp": self.shared_mlp,
+            "v_dim": self.v_dim, "shared_mlp": self.shared_mlp, "two_states": 2 * self.embed,
         }  # fmt: skip
 
     @property

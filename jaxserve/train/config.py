@@ -120,6 +120,8 @@ class TrainConfig:
         steps: updates in all; the schedule ends with them.
         rows, length: shape of a batch.
         balance: weight of the loss that keeps experts evenly used.
+        ahead: weight of the loss of tokens two ahead (multi-token prediction), if config.json has
+            `num_nextn_predict_layers`; 0 leaves that layer out.
         layers: "sliced", or "recomputed" for less memory and a third more time.
         seed: of new weights and adapters.
     """
@@ -131,6 +133,7 @@ class TrainConfig:
     rows: int = 64
     length: int = 128
     balance: float = 0.01
+    ahead: float = 0.3
     layers: Literal["sliced", "recomputed"] = "sliced"
     seed: int = 0
     optimizer: OptimizerConfig = OptimizerConfig()

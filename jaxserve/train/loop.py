@@ -99,7 +99,10 @@ def _loss(run: Run, model: Any, trainable: Any, frozen: Any, batch: Batch) -> tu
     dtype, experts = jnp.dtype(run.config.model.dtype), num_experts(run.cfg)
     ops = training_ops(batch, dtype, num_experts=experts, layers=run.config.layers)
     params = model(trainable, frozen)
-    return next_token_loss(run.family, run.cfg, params, batch, ops, balance=run.config.balance)
+    ahead = run.config.ahead if hasattr(run.family, "predict") else 0.0
+    return next_token_loss(
+        run.family, run.cfg, params, batch, ops, balance=run.config.balance, ahead=ahead
+    )
 
 
 def _packed(config: TrainConfig, source: Source, cursor: int) -> Packed:

@@ -14,7 +14,7 @@ from jaxserve.models.family import Family
 from jaxserve.models.ops import Ops
 from jaxserve.train.data import Batch
 from moe.experts import dense_experts, experts
-from moe.losses import Tally, empty_tally, record
+from moe.losses import empty_tally, record
 
 _CHUNK = 4096  # tokens whose logits exist at a time
 _DENSE = 8  # experts up to which every token visits all of them
@@ -26,6 +26,7 @@ class Metrics(NamedTuple):
     loss: Any  # mean cross-entropy of the targets, nats
     accuracy: Any  # share of targets that are the most likely token
     balance: Any  # mean balance loss of a routed layer; 1 is even, 0 where nothing is routed
+    ahead: Any = 0.0  # mean cross-entropy of the tokens after those, where a layer predicts them
     grad_norm: Any = 0.0
 
 
@@ -44,14 +45,6 @@ def training_ops(
         record=record((jnp.asarray(batch.segments) > 0).reshape(-1).astype(jnp.float32)),
         layers=layers,
     )
-
-
-def hidden_states(
-    family: Family, cfg: Any, params: Any, batch: Batch, ops: Ops
-) -> tuple[Array, Tally]:
-    """Hidden states [B, T, D], and how tokens were routed."""
-    tally = empty_tally(cfg.num_layers, num_experts(cfg))
-    return family.forward(cfg, params, batch.tokens, batch.positions, ops, tally)
 
 
 def num_experts(cfg: Any) -> int:
@@ -107,13 +100,37 @@ def next_token_loss(
     ops: Ops,
     *,
     balance: float = 0.01,
+    ahead: float = 0.0,
 ) -> tuple[Array, Metrics]:
-    """What is minimised: cross-entropy plus `balance` times the layers' mean balance loss."""
-    hidden, tally = hidden_states(family, cfg, params, batch, ops)
+    """What is minimised: cross-entropy, and what shapes the model beside it.
+
+    Args:
+        balance: weight of the routed layers' mean balance loss.
+        ahead: weight of the cross-entropy of tokens two ahead; the family has `predict` for them.
+    """
 
     def head(x: Array) -> Array:
         return family.logits(cfg, params, x[None], ops)[0]
 
+    tally = empty_tally(cfg.num_layers + bool(ahead), num_experts(cfg))
+    hidden, tally = family.forward(cfg, params, batch.tokens, batch.positions, ops, tally)
     loss, accuracy = cross_entropy(head, hidden, batch.targets, batch.weights)
-    uneven = tally.balance / max(sum(getattr(cfg, "moe_layers", ())), 1)
-    return loss + balance * uneven, Metrics(loss, accuracy, uneven)
+    second = jnp.float32(0)
+    if ahead:
+        predict = family.predict  # type: ignore[attr-defined]
+        further, tally = predict(cfg, params, hidden, batch.targets, batch.positions, ops, tally)
+        second, _ = cross_entropy(head, further, *second_targets(batch))
+    num_routed = sum(getattr(cfg, "moe_layers", ())) + bool(ahead)
+    uneven = tally.balance / max(num_routed, 1)
+    metrics = Metrics(loss, accuracy, uneven, second)
+    return loss + balance * uneven + ahead * second, metrics
+
+
+def second_targets(batch: Batch) -> tuple[Array, Array]:
+    """The token two ahead of each, and its weight: 0 where the document ends before it."""
+    targets, weights = (
+        jnp.pad(jnp.asarray(x)[:, 1:], ((0, 0), (0, 1))) for x in (batch.targets, batch.weights)
+    )
+    segments = jnp.asarray(batch.segments)
+    inside = jnp.pad(segments[:, 1:] == segments[:, :-1], ((0, 0), (0, 1)))
+    return targets, jnp.where(inside, weights, 0.0)

@@ -21,7 +21,7 @@ Numbers = tuple[int, ...]  # ascending
 
 @dataclass(frozen=True)
 class Countdown:
-    """`length` numbers from 1 to `largest`, and a target.
+    """`length` numbers from 1 to `largest`, and a target. Splits share no multiset of numbers.
 
     Attributes:
         targets: the least and the greatest.
@@ -29,7 +29,7 @@ class Countdown:
     """
 
     length: int = 4
-    largest: int = 9
+    largest: int = 10
     targets: tuple[int, int] = (10, 49)
     limit: int = 64
 
@@ -54,7 +54,8 @@ class Countdown:
         target, shuffled = rng.choice(targets), list(numbers)
         rng.shuffle(shuffled)
         prompt = f"{' '.join(map(str, shuffled))} -> {target} :"
-        return Problem(prompt, f"{numbers} {target}", (numbers, target))
+        key = f"{numbers} {target}"
+        return Problem(prompt, key, (numbers, target), group=str(numbers))
 
     def solve(self, problem: Problem, rng: Random) -> str:
         numbers, target = problem.facts

@@ -24,13 +24,15 @@ class Problem:
 
     Attributes:
         prompt: as the model sees it.
-        key: equal for problems that are the same in all but spelling; decides the split.
+        key: equal for problems that are the same in all but spelling.
         facts: what the task's own methods need to know of it.
+        group: problems of a group are in the same split; each is its own unless this says more.
     """
 
     prompt: str
     key: str
     facts: Any
+    group: str = ""
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,8 @@ class Task(Protocol):
 
 def split_of(problem: Problem) -> Split:
     """Nine tenths of all problems are for training, a twentieth each for tuning and testing."""
-    twentieth = int.from_bytes(hashlib.sha256(problem.key.encode()).digest()[:8], "big") % 20
+    group = problem.group or problem.key
+    twentieth = int.from_bytes(hashlib.sha256(group.encode()).digest()[:8], "big") % 20
     return "test" if twentieth == 0 else "dev" if twentieth == 1 else "train"
 
 

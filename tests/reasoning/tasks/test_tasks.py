@@ -40,6 +40,8 @@ def test_splits_are_disjoint_and_made_of_the_tasks_words(task):
         assert {split_of(p) for p in found} == {split}
     keys = [{p.key for p in found} for found in splits.values()]
     assert not (keys[0] & keys[1] | keys[0] & keys[2] | keys[1] & keys[2])
+    groups = [{p.group or p.key for p in found} for found in splits.values()]
+    assert len(set().union(*groups)) == sum(map(len, groups))
     words = set(task.words)
     assert len(words) == len(task.words)
     for problem in splits["dev"]:
