@@ -1,12 +1,15 @@
-"""What all ops share: weights that stay in their stack, and weights with a low-rank addition."""
+"""What all ops share: kinds of weights, and the gradient that a kernel borrows."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 
@@ -91,3 +94,47 @@ def expert_of(w: Weight, expert: Array) -> Array:
         return lax.dynamic_index_in_dim(w, expert, keepdims=False)
     start = (w.index, expert) + (0,) * (w.stack.ndim - 2)
     return lax.dynamic_slice(w.stack, start, (1, 1, *w.stack.shape[2:]))[0, 0]
+
+
+def with_reference_gradient(
+    kernel: Callable[..., Any], reference: Callable[..., Any], **context: Any
+) -> Callable[..., Any]:
+    """`kernel`, whose backward pass is that of `reference`, computed from the arguments.
+
+    Both take the same arguments and return the same types. Options that are plain numbers or
+    words stay out of the trace; everything else may be differentiated.
+
+    Args:
+        context: integers that the kernel alone is given, such as the number of rows that are real.
+            They are arguments here because the trace of a backward pass sees no closures.
+    """
+
+    def op(*args: Any, **options: Any) -> Any:
+        fixed = {k: v for k, v in options.items() if isinstance(v, int | float | str | None)}
+        traced = {k: v for k, v in options.items() if k not in fixed}
+
+        @jax.custom_vjp
+        def call(args: Any, traced: Any, context: Any) -> Any:
+            return kernel(*args, **traced, **fixed, **context)
+
+        def forward(*operands: Any) -> tuple[Any, Any]:
+            return call(*operands), operands
+
+        def backward(operands: Any, cotangent: Any) -> Any:
+            args, traced, context = operands
+
+            def plain(args: Any, traced: Any) -> Any:
+                args, traced = jax.tree.map(jnp.asarray, (args, traced))  # constants are numpy's
+                return reference(*args, **traced, **fixed)
+
+            _, pull = jax.vjp(plain, args, traced)
+            return *pull(cotangent), jax.tree.map(_no_gradient, context)
+
+        call.defvjp(forward, backward)
+        return call(args, traced, context)
+
+    return op
+
+
+def _no_gradient(x: Array) -> Any:
+    return np.zeros(x.shape, jax.dtypes.float0)  # of integers, which is all that a context has

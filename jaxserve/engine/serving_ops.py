@@ -14,10 +14,13 @@ from jaxserve.cache.attend import paged
 from jaxserve.engine.sampler import argmax
 from jaxserve.models.ops import Ops
 from jaxserve.plan import Plan
+from kernels_pallas.linear import gated_linear as gated_linear_reference
 from kernels_pallas.linear import linear as linear_reference
-from kernels_pallas.op import StackedWeight, Weight, as_array
-from kernels_pallas.paged_attention import Ragged
+from kernels_pallas.op import StackedWeight, Weight, as_array, with_reference_gradient
+from kernels_pallas.paged_attention import Ragged, gathered
+from kernels_pallas.rms_norm import rms_norm as rms_norm_reference
 from kernels_pallas.rope import Table
+from kernels_pallas.rope import rotate as rotate_reference
 from moe.experts import Experts
 from moe.experts import experts as experts_reference
 
@@ -42,60 +45,77 @@ def argmax_op(plan: Plan, num_rows: Array) -> Callable[[Array], tuple[Array, Arr
 
 
 def _native(num_rows: Array, dtype: Any, batch: Ragged | None) -> Ops:
-    """The C++ kernels of `kernels_pallas.cpu`, given arrays as the models shape them."""
+    """The C++ kernels of `kernels_pallas.cpu`, given arrays as the models shape them.
 
-    def linear(x: Array, *weights: Weight, num_in: int = 1) -> Any:
-        if any(_layer(w)[0].dtype not in (jnp.float32, jnp.bfloat16) for w in weights):
-            return linear_reference(x, *weights, num_in=num_in)
-        layer = _layer(weights[0])[1]
-        lead = x.shape[: x.ndim - num_in]
-        flat = tuple(_matrix(_layer(w)[0], num_in, layer is not None) for w in weights)
-        ys = cpu.linear(x.reshape(-1, flat[0].shape[-1]), flat, layer=layer, num_rows=num_rows)
-        outs = tuple(
-            y.astype(x.dtype).reshape(*lead, *w.shape[: len(w.shape) - num_in])
-            for y, w in zip(ys, weights, strict=True)
-        )
-        return outs if len(weights) > 1 else outs[0]
-
-    def gated_linear(x: Array, w_gate: Weight, w_up: Weight, *, activation: str) -> Array:
-        (gate, layer), (up, _) = _layer(w_gate), _layer(w_up)
-        flat = x.reshape(-1, x.shape[-1])
-        y = cpu.gated_linear(flat, gate, up, layer=layer, num_rows=num_rows, activation=activation)
-        return y.astype(x.dtype).reshape(*x.shape[:-1], -1)
-
-    def rms_norm(x: Array, scale: Weight, *, eps: float, offset: float = 0.0) -> Array:
-        flat = x.reshape(-1, x.shape[-1])
-        per_row = flat.shape[0] // (x.shape[0] * x.shape[1])  # heads, where heads are normed
-        y = cpu.rms_norm(flat, as_array(scale), eps=eps, offset=offset, num_rows=num_rows * per_row)
-        return y.astype(x.dtype).reshape(x.shape)
-
-    def rotate(x: Array, table: Table, *, interleaved: bool = False) -> Array:
-        cos, sin = (t.reshape(-1, t.shape[-1]) for t in table)
-        flat = x.reshape(-1, *x.shape[2:])
-        y = cpu.rope(flat, cos, sin, num_rows=num_rows, interleaved=interleaved)
-        return y.astype(x.dtype).reshape(x.shape)
-
-    def experts(x: Array, ids: Array, weights: Array, p: Experts, *, activation: str) -> Array:
-        if p.b_gate is not None:
-            return experts_reference(x, ids, weights, p, activation=activation)
-        (gate, layer), (up, _), (down, _) = _layer(p.w_gate), _layer(p.w_up), _layer(p.w_down)
-        options = {"layer": layer, "num_rows": num_rows, "activation": activation}
-        return cpu.experts(x, ids, weights, gate, up, down, **options).astype(x.dtype)
-
+    They have the references' gradients, for rows that are not padding.
+    """
+    op = partial(with_reference_gradient, num_rows=num_rows)
     return Ops(
-        attend=_no_attention if batch is None else paged(batch, _native_attention),
+        attend=_no_attention if batch is None else paged(batch, _attention),
         dtype=dtype,
-        linear=linear,
-        gated_linear=gated_linear,
-        rms_norm=rms_norm,
-        rotate=rotate,
-        experts=experts,
+        linear=op(_linear, linear_reference),
+        gated_linear=op(_gated_linear, gated_linear_reference),
+        rms_norm=op(_rms_norm, rms_norm_reference),
+        rotate=op(_rotate, rotate_reference),
+        experts=op(_experts, experts_reference),
     )
+
+
+def _linear(x: Array, *weights: Weight, num_rows: Array, num_in: int = 1) -> Any:
+    if any(_layer(w)[0].dtype not in (jnp.float32, jnp.bfloat16) for w in weights):
+        return linear_reference(x, *weights, num_in=num_in)
+    layer = _layer(weights[0])[1]
+    lead = x.shape[: x.ndim - num_in]
+    flat = tuple(_matrix(_layer(w)[0], num_in, layer is not None) for w in weights)
+    ys = cpu.linear(x.reshape(-1, flat[0].shape[-1]), flat, layer=layer, num_rows=num_rows)
+    outs = tuple(
+        y.astype(x.dtype).reshape(*lead, *w.shape[: len(w.shape) - num_in])
+        for y, w in zip(ys, weights, strict=True)
+    )
+    return outs if len(weights) > 1 else outs[0]
+
+
+def _gated_linear(
+    x: Array, w_gate: Weight, w_up: Weight, *, num_rows: Array, activation: str
+) -> Array:
+    (gate, layer), (up, _) = _layer(w_gate), _layer(w_up)
+    flat = x.reshape(-1, x.shape[-1])
+    y = cpu.gated_linear(flat, gate, up, layer=layer, num_rows=num_rows, activation=activation)
+    return y.astype(x.dtype).reshape(*x.shape[:-1], -1)
+
+
+def _rms_norm(
+    x: Array, scale: Weight, *, num_rows: Array, eps: float, offset: float = 0.0
+) -> Array:
+    flat = x.reshape(-1, x.shape[-1])
+    per_row = flat.shape[0] // (x.shape[0] * x.shape[1])  # heads, where heads are normed
+    y = cpu.rms_norm(flat, as_array(scale), eps=eps, offset=offset, num_rows=num_rows * per_row)
+    return y.astype(x.dtype).reshape(x.shape)
+
+
+def _rotate(x: Array, table: Table, *, num_rows: Array, interleaved: bool = False) -> Array:
+    cos, sin = (t.reshape(-1, t.shape[-1]) for t in table)
+    flat = x.reshape(-1, *x.shape[2:])
+    y = cpu.rope(flat, cos, sin, num_rows=num_rows, interleaved=interleaved)
+    return y.astype(x.dtype).reshape(x.shape)
+
+
+def _experts(
+    x: Array, ids: Array, weights: Array, p: Experts, *, num_rows: Array, activation: str
+) -> Array:
+    if p.b_gate is not None:
+        return experts_reference(x, ids, weights, p, activation=activation)
+    (gate, layer), (up, _), (down, _) = _layer(p.w_gate), _layer(p.w_up), _layer(p.w_down)
+    options = {"layer": layer, "num_rows": num_rows, "activation": activation}
+    return cpu.experts(x, ids, weights, gate, up, down, **options).astype(x.dtype)
 
 
 def _native_attention(q, k, v, k_pages, v_pages, layer, batch: Ragged, *, sinks=None, **options):
     sinks = None if sinks is None else as_array(sinks)
     return cpu.paged_attention(q, k, v, k_pages, v_pages, layer, *batch, sinks=sinks, **options)
+
+
+_attention = with_reference_gradient(_native_attention, gathered.paged_attention)
 
 
 def _layer(w: Weight) -> tuple[Array, Array | int | None]:

@@ -4,7 +4,7 @@ Weights are used as Hugging Face stores them, [out, in], float32 or bfloat16 (al
 one layer or stacked `[L, ...]` and indexed by a traced `layer`, so a scan never copies a slice.
 `num_rows` says how many rows of a padded batch are real; the others cost nothing and come out 0.
 A row's result is the same bits whatever else is in the batch and however many threads run.
-All ops are forward only and need `available()` to be true.
+All ops are forward only (`op.with_reference_gradient` lends them one) and need `available()`.
 """
 
 import ctypes

@@ -4,6 +4,10 @@ Every implementation first writes the step's keys and values into their pages an
 that sequences which share a page written in this very step see it.
 """
 
-from kernels_pallas.paged_attention.reference import Ragged, paged_attention
+from kernels_pallas.op import with_reference_gradient
+from kernels_pallas.paged_attention import gathered, reference
+from kernels_pallas.paged_attention.ragged import Ragged
+
+paged_attention = with_reference_gradient(reference.paged_attention, gathered.paged_attention)
 
 __all__ = ["Ragged", "paged_attention"]

@@ -7,29 +7,17 @@ attended one after the other, so that no array is ever tokens x keys.
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
 
 from kernels_pallas.op import Weight, as_array
+from kernels_pallas.paged_attention.ragged import Ragged, from_stored, locate, write
 
 _KEYS = 128  # keys attended at a time
 _QUERIES = 128  # prompt tokens attended at a time
 _HIDDEN = -1e30  # finite: a row that sees nothing must not become NaN
-
-
-class Ragged(NamedTuple):
-    """Which tokens of a step belong to whom. All int32.
-
-    Sequence r owns tokens row_starts[r] to row_starts[r + 1] of the step, and they are the last
-    ones of its kv_lens[r]. Entries from num_seqs on are padding.
-    """
-
-    row_starts: Any  # [R + 1]
-    kv_lens: Any  # [R], with this step's tokens
-    tables: Any  # [R, M], pages of each sequence in order
-    num_seqs: Any  # []
 
 
 class _Softmax(NamedTuple):
@@ -93,40 +81,6 @@ def paged_attention(
     o, lse = jnp.take(o, row, axis=0), jnp.take(lse, row, axis=0)  # per sequence -> per token
     o, lse = _prompt_rows(heads, batch, Z, keys, logits, start, o, lse)
     return o.reshape(T, N, -1), lse.reshape(T, N), k_pages, v_pages
-
-
-def locate(batch: Ragged, num_tokens: int) -> tuple[Array, Array]:
-    """The sequence of each token [T], and its position there (negative: padding)."""
-    t = jnp.arange(num_tokens, dtype=jnp.int32)
-    row = jnp.searchsorted(batch.row_starts[1:], t, side="right").astype(jnp.int32)
-    real = row < batch.num_seqs
-    row = jnp.minimum(row, batch.kv_lens.shape[0] - 1)
-    position = batch.kv_lens[row] - (batch.row_starts[row + 1] - t)
-    return row, jnp.where(real, position, -1)
-
-
-def write(k_pages, v_pages, k, v, layer, batch: Ragged, row: Array, position: Array):
-    """The caches with this step's keys and values in their slots; padding goes nowhere."""
-    P, Z = k_pages.shape[1], k_pages.shape[3]
-    page = jnp.where(position >= 0, batch.tables[row, jnp.maximum(position, 0) // Z], P)
-    where = (layer, page, slice(None), position % Z)
-    k_pages = k_pages.at[where].set(to_stored(k, k_pages.dtype), mode="drop")
-    if v_pages is not None:
-        v_pages = v_pages.at[where].set(to_stored(v, v_pages.dtype), mode="drop")
-    return k_pages, v_pages
-
-
-def to_stored(x: Array, dtype) -> Array:
-    """x as the cache keeps it: uint16 is bfloat16, which jax 0.10 scatters slowly on CPU."""
-    if dtype == jnp.uint16:
-        return lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint16)
-    return x.astype(dtype)
-
-
-def from_stored(x: Array) -> Array:
-    if x.dtype == jnp.uint16:
-        x = lax.bitcast_convert_type(x, jnp.bfloat16)
-    return x.astype(jnp.float32)
 
 
 def _keys(k_pages, v_pages, layer, value_dim, pages: Array) -> tuple[Array, Array]:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels_pallas.op import StackedWeight
-from kernels_pallas.paged_attention import Ragged, paged_attention
+from kernels_pallas.paged_attention import Ragged, gathered, paged_attention
 
 L, LAYER, Z, M, R, T, H = 2, 1, 4, 5, 5, 16, 8
 P = R * M + 2
@@ -81,23 +81,28 @@ VARIANTS = {
     "latent bits and sinks": {"N": 2, "K": 1, "value_dim": 6, "dtype": np.uint16, "sinks": True},
 }
 
-attention = jax.jit(
-    paged_attention,
-    static_argnames=("scale", "soft_cap", "value_dim"),
-    compiler_options={"xla_backend_optimization_level": 0},
-)
+
+def compiled(kernel):
+    static, fast = ("scale", "soft_cap", "value_dim"), {"xla_backend_optimization_level": 0}
+    return jax.jit(kernel, static_argnames=static, compiler_options=fast)
 
 
+attention = compiled(paged_attention)
+KERNELS = {"reference": attention, "gathered": compiled(gathered.paged_attention)}
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("variant", VARIANTS)
 @given(batch=batches(), seed=st.integers(0, 2**32))
 @settings(max_examples=15, deadline=None)
-def test_it_is_the_plain_loop(variant, batch, seed):
-    check(batch, seed, **VARIANTS[variant])
+def test_it_is_the_plain_loop(variant, kernel, batch, seed):
+    check(batch, seed, kernel, **VARIANTS[variant])
 
 
 def check(
     batch,
     seed,
+    kernel="reference",
     *,
     N,
     K,
@@ -128,7 +133,7 @@ def check(
     )
     stored = [None if x is None else store(x, dtype) for x in (k_pages, v_pages)]
     ragged = Ragged(*(jnp.asarray(x, jnp.int32) for x in (starts, lens, tables, n)))
-    got_o, got_lse, got_k, got_v = attention(
+    got_o, got_lse, got_k, got_v = KERNELS[kernel](
         q, k, v, *stored, jnp.int32(LAYER), ragged, window=jnp.int32(window), sinks=sink, **options
     )
     assert got_o.dtype == got_lse.dtype == jnp.float32

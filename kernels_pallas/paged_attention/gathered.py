@@ -1,0 +1,67 @@
+"""The plainest form: every token gathers all pages of its sequence. It is what gradients follow."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from kernels_pallas.op import Weight, as_array
+from kernels_pallas.paged_attention.ragged import Ragged, locate, write
+
+_HIDDEN = -1e30  # finite: a row that sees nothing must not become NaN
+
+
+def paged_attention(
+    q: Array,
+    k: Array,
+    v: Array | None,
+    k_pages: Array,
+    v_pages: Array | None,
+    layer: Array | int,
+    batch: Ragged,
+    *,
+    scale: float,
+    window: Array | int = 0,
+    sinks: Weight | None = None,
+    soft_cap: float = 0.0,
+    value_dim: int | None = None,
+) -> tuple[Array, Array, Array, Array | None]:
+    """As `reference.paged_attention`; needs memory for tokens x longest context x heads.
+
+    Pages of bits carry no gradient; this step's own keys and values do, rounded as they are stored.
+    """
+    T, N, H = q.shape
+    row, position = locate(batch, T)
+    stored = write(k_pages, v_pages, k, v, layer, batch, row, position)
+    floats = tuple(None if x is None else _differentiable(x) for x in (k_pages, v_pages))
+    k_pages, v_pages = write(*floats, k, v, layer, batch, row, position)
+    at = jnp.arange(batch.tables.shape[1] * k_pages.shape[3])
+    exists = at < batch.kv_lens[row][:, None]  # [T, S]
+
+    def context(pages: Array) -> Array:  # [T, S, K, H]
+        x = jnp.moveaxis(pages[layer][batch.tables[row]].astype(jnp.float32), 2, 3)
+        return jnp.where(exists[..., None, None], x.reshape(T, -1, *x.shape[3:]), 0.0)
+
+    keys = context(k_pages)
+    values = keys[..., :value_dim] if v_pages is None else context(v_pages)
+    heads = q.astype(jnp.float32).reshape(T, keys.shape[2], -1, H) * scale
+    s = jnp.einsum("tkgh,tskh->tkgs", heads, keys)
+    s = soft_cap * jnp.tanh(s / soft_cap) if soft_cap else s
+    back = position[:, None] - at
+    seen = (back >= 0) & ((window == 0) | (back < window))
+    s = jnp.where(seen[:, None, None], s, _HIDDEN)
+    sink = jnp.full(N, _HIDDEN) if sinks is None else as_array(sinks).astype(jnp.float32)
+    sink = jnp.broadcast_to(sink.reshape(1, *s.shape[1:3], 1), (*s.shape[:3], 1))
+    lse = _logsumexp(jnp.concatenate([s, sink], -1))
+    o = jnp.einsum("tkgs,tskh->tkgh", jnp.exp(s - lse[..., None]), values)
+    return o.reshape(T, N, -1), lse.reshape(T, N), *stored
+
+
+def _differentiable(pages: Array) -> Array:
+    bits = pages.dtype == jnp.uint16
+    return lax.bitcast_convert_type(pages, jnp.bfloat16) if bits else pages
+
+
+def _logsumexp(s: Array) -> Array:
+    top = s.max(-1)
+    return top + jnp.log(jnp.exp(s - top[..., None]).sum(-1))
