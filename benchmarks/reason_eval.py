@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.records import record, write
-from reasoning.tasks import TASKS, Grade, Problem, Split, Task, distinct
+from reasoning.tasks import Grade, Problem, Split, Task, distinct, make_task
 
 KS = (1, 4, 16, 64)
 
@@ -37,8 +37,7 @@ class Sample:
 def task_of(folder: Path) -> Task:
     """The task that a shipped model was trained on."""
     data = tomllib.loads((folder / "recipe.toml").read_text())["data"]
-    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in data["settings"].items()}
-    return TASKS[data["task"]](**settings)
+    return make_task(data["task"], data["settings"])
 
 
 def draw_samples(

@@ -13,6 +13,7 @@ from typing import Any
 
 import tokenizers
 
+_SPACE = "\u2581"  # how sentencepiece spells a space
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -124,9 +125,17 @@ def _decoder_kinds(backend: tokenizers.Tokenizer) -> set[str]:
 
 
 def _find_anchor(backend: tokenizers.Tokenizer, special_ids: frozenset[int]) -> int | None:
-    """A plain word to put before a token, so that its text inside a sentence can be read off."""
+    """A plain word to put before a token, so that its text inside a sentence can be read off.
+
+    One without the mark of a space, if there is one: only some decoders drop that at the start.
+    """
+    marked = None
     for i in range(backend.get_vocab_size(with_added_tokens=True)):
         text = backend.id_to_token(i)
-        if text is not None and text.isascii() and text.isalpha() and i not in special_ids:
+        if text is None or (not text.isascii() and text[:1] != _SPACE) or i in special_ids:
+            continue
+        if text.isalpha():
             return i
-    return None
+        if marked is None and text[1:].isalnum():
+            marked = i
+    return marked

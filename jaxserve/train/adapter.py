@@ -1,16 +1,17 @@
-"""What a run trains: all weights, or low-rank additions to some."""
+"""What a run trains: all weights, low-rank additions to some, or a prompt of free embeddings."""
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array, lax
 
 from jaxserve.errors import ConfigError
-from jaxserve.train.config import AdapterConfig
 from kernels_pallas.op import LowRankWeight, as_array
 from sharding.tree import is_weight
 
@@ -29,13 +30,6 @@ class Adapter(Protocol):
     def decayed(self, declared: Any, trainable: Any) -> Any:
         """For each trained leaf, whether it decays."""
         ...
-
-
-def adapter(config: AdapterConfig) -> Adapter:
-    """The adapter that a config asks for."""
-    if config.kind == "lora":
-        return Lora(config.rank, config.alpha, config.targets)
-    return Full()
 
 
 @dataclass(frozen=True)
@@ -97,6 +91,57 @@ class Lora:
 
     def decayed(self, declared: Any, trainable: Any) -> Any:
         return jax.tree.map(lambda _: True, trainable)
+
+
+@dataclass(frozen=True)
+class SoftPrompt:
+    """Embeddings of tokens that stand before every text (Lester et al., 2021).
+
+    The model must have them in its vocabulary: `with_virtual_tokens`. Their rows of the head are
+    trained along, since only that keeps the model from saying them.
+
+    Attributes:
+        first: the id of the first.
+        count: how many there are.
+    """
+
+    first: int
+    count: int
+
+    def start(self, params: Any, declared: Any, seed: int) -> tuple[Any, Any]:
+        own = slice(self.first, self.first + self.count)
+        return {name: getattr(params, name)[own] for name in _BY_TOKEN}, params
+
+    def model(self, trainable: Any, frozen: Any) -> Any:
+        def put(name: str) -> Array:
+            table = getattr(frozen, name)
+            return lax.dynamic_update_slice_in_dim(table, trainable[name], self.first, 0)
+
+        return dataclasses.replace(frozen, **{name: put(name) for name in _BY_TOKEN})
+
+    def decayed(self, declared: Any, trainable: Any) -> Any:
+        return jax.tree.map(lambda _: False, trainable)
+
+
+_BY_TOKEN = ("embed", "lm_head")
+
+
+def with_virtual_tokens(params: Any, first: int, count: int, seed: int) -> Any:
+    """The same model with `count` tokens more, from id `first` on, and a head of its own.
+
+    Their embeddings begin as those of random tokens, their rows of the head as zeros.
+    """
+    end = max(first + count, len(params.embed))
+    alike = np.random.default_rng(seed).integers(0, first, count)
+
+    def grown(table: Array, rows: Array) -> Array:
+        table = jnp.pad(table, ((0, end - len(table)), (0, 0)))
+        return table.at[first : first + count].set(rows)
+
+    head = params.embed if params.lm_head is None else params.lm_head
+    embed = grown(params.embed, params.embed[alike])
+    head = grown(head, jnp.zeros((count, head.shape[1]), head.dtype))
+    return dataclasses.replace(params, embed=embed, lm_head=head)
 
 
 def merged(params: Any) -> Any:

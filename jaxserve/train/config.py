@@ -76,21 +76,27 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """What is trained: everything ("full"), or low-rank additions ("lora").
+    """What is trained: everything ("full"), low-rank additions ("lora") or a prompt of free
+    embeddings before every text ("soft_prompt").
 
     Attributes:
         rank, alpha: of LoRA, which adds alpha / rank * B @ A to a weight.
         targets: names of the weights that LoRA adds to, as the family's tree spells them.
+        num_virtual_tokens: length of a soft prompt.
     """
 
-    kind: Literal["full", "lora"] = "full"
+    kind: Literal["full", "lora", "soft_prompt"] = "full"
     rank: int = 8
     alpha: float = 16.0
     targets: tuple[str, ...] = ("wq", "wk", "wv", "wo")
+    num_virtual_tokens: int = 16
 
     def __post_init__(self):
-        if self.rank < 1:
-            raise ConfigError(f"[adapter] rank={self.rank} must be 1 or more")
+        if self.rank < 1 or self.num_virtual_tokens < 1:
+            raise ConfigError(
+                f"[adapter] rank={self.rank} and num_virtual_tokens={self.num_virtual_tokens} must "
+                "be 1 or more"
+            )
 
 
 @dataclass(frozen=True)

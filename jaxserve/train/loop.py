@@ -15,7 +15,7 @@ from jax import Array
 
 from jaxserve.checkpoint.export import save_pretrained
 from jaxserve.models.family import Family
-from jaxserve.train.adapter import adapter, merged
+from jaxserve.train.adapter import Adapter, merged
 from jaxserve.train.checkpoint import Checkpoints
 from jaxserve.train.config import TrainConfig
 from jaxserve.train.data import Batch, Packed, Source, ahead, pack
@@ -32,6 +32,7 @@ class Run:
         hf: the model's config.json.
         params: the weights that a fresh run begins with.
         source: documents.
+        adapter: what of the model is trained.
         beside: folder with the tokenizer, which goes along with the trained model.
     """
 
@@ -41,6 +42,7 @@ class Run:
     hf: dict[str, Any]
     params: Any
     source: Source
+    adapter: Adapter
     beside: Path | None = None
 
     @property
@@ -68,7 +70,7 @@ def fit(run: Run, *, progress: bool = True) -> Any:
     Raises:
         CheckpointError: a checkpoint belongs to another run, or cannot be written.
     """
-    config, chosen = run.config, adapter(run.config.adapter)
+    config, chosen = run.config, run.adapter
     declared = run.family.declare_params(run.cfg)
     trainable, frozen = chosen.start(run.params, declared, config.seed)
     tx = optimizer(config.optimizer, config.steps, chosen.decayed(declared, trainable))

@@ -80,13 +80,9 @@ def _pair(line: str, where: str) -> tuple[str, str]:
         entry = json.loads(line)
     except ValueError as error:
         raise ConfigError(f"{where} is not JSON ({error}); is the file truncated?") from None
-    texts = (
-        ("", entry.get("text"))
-        if isinstance(entry, dict) and "text" in entry
-        else (entry.get("prompt"), entry.get("completion"))
-        if isinstance(entry, dict)
-        else (None,)
-    )
-    if not all(isinstance(text, str) for text in texts):
-        raise ConfigError(f'{where} must have "text", or "prompt" and "completion", as strings')
-    return texts  # type: ignore[return-value]
+    if isinstance(entry, dict) and "text" in entry:
+        entry = {"prompt": "", "completion": entry["text"]}
+    match entry:
+        case {"prompt": str(prompt), "completion": str(completion)}:
+            return prompt, completion
+    raise ConfigError(f'{where} must have "text", or "prompt" and "completion", as strings')

@@ -6,6 +6,9 @@ solutions exactly. Nothing is evaluated: steps are parsed word by word.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from reasoning.tasks.countdown import Countdown
 from reasoning.tasks.modchain import ModChain
 from reasoning.tasks.path import Path
@@ -30,6 +33,22 @@ TASKS: dict[str, type] = {
 }
 """By the name that a training config uses; its other settings are the class's fields."""
 
+
+def make_task(name: str, settings: Mapping[str, Any]) -> Task:
+    """The task of that name; `settings` may hold lists where its fields are tuples.
+
+    Raises:
+        ValueError: there is no such task, or it has no such setting or value.
+    """
+    if name not in TASKS:
+        raise ValueError(f"task {name!r} is not known; there are {', '.join(TASKS)}")
+    tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
+    try:
+        return TASKS[name](**tuples)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"settings of {name!r}: {error}") from None
+
+
 __all__ = [
     "STEP",
     "TASKS",
@@ -43,6 +62,7 @@ __all__ = [
     "Task",
     "distinct",
     "draw",
+    "make_task",
     "problems",
     "split_of",
 ]

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from jaxserve.cli.train import prepare
+from jaxserve.cli.prepare import prepare
 from jaxserve.train.config import (
     AdapterConfig,
     DataConfig,

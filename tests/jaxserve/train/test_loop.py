@@ -16,11 +16,17 @@ import numpy as np
 import pytest
 
 from jaxserve import LLM, SamplingParams
-from jaxserve.cli.train import prepare
+from jaxserve.cli.prepare import prepare
 from jaxserve.errors import CheckpointError, ConfigError
 from jaxserve.models.attention import packed
 from jaxserve.models.ops import Ops
-from jaxserve.train.config import AdapterConfig, DataConfig, ModelConfig, SaveConfig
+from jaxserve.train.config import (
+    AdapterConfig,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    SaveConfig,
+)
 from jaxserve.train.loop import fit, train
 from tests.jaxserve.train import runs
 
@@ -228,3 +234,61 @@ def test_a_full_disk_is_one_error_and_the_last_checkpoint_stays(tmp_path):
     assert "could not be written" in full.stdout
     assert "can be loaded" in full.stdout
     assert finished(tmp_path).returncode == 0
+
+
+@pytest.fixture(scope="module")
+def prompted(trained, tmp_path_factory):
+    """A soft prompt's run over that model: (run, its folder, the exported model)."""
+    _, _, base = trained
+    folder = tmp_path_factory.mktemp("soft")
+    adapter = AdapterConfig("soft_prompt", num_virtual_tokens=4)
+    rate = OptimizerConfig(learning_rate=5e-2, warmup_steps=2)
+    run = prepare(runs.adapted(folder, base, adapter, optimizer=rate, length=60))
+    return run, folder, train(run, progress=False)
+
+
+def test_a_soft_prompt_trains_its_embeddings_alone(prompted):
+    run, folder, _ = prompted
+    params = fit(run, progress=False)  # nothing is left to do
+    first = run.adapter.first
+    for path, (a, b) in zip_leaves(params, run.params):
+        same = np.array_equal(a, b)
+        assert same == ("embed" not in path and "lm_head" not in path), path
+        if not same:
+            np.testing.assert_array_equal(a[:first], b[:first])
+    lines = runs.metrics(folder)
+    assert lines[-1]["loss"] < lines[0]["loss"]
+
+
+def zip_leaves(one, two):
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(one), jax.tree.leaves(two), strict=True
+    ):
+        yield jax.tree_util.keystr(path), (np.asarray(a), np.asarray(b))
+
+
+def test_a_soft_prompt_stands_before_every_text_that_is_served(prompted):
+    run, _, folder = prompted
+    own = list(range(run.adapter.first, run.adapter.first + 4))
+    with LLM(folder, progress=False) as llm:
+        prompt = "3 4 5 :"
+        (out,) = llm.generate([prompt], SamplingParams(temperature=0, max_tokens=8))
+        assert out.prompt_token_ids[:4] == own
+        chat = llm.chat([{"role": "user", "content": "3 4 5"}], SamplingParams(max_tokens=1))
+        assert chat[0].prompt_token_ids == out.prompt_token_ids
+        want = scores(run, llm.params, [*out.prompt_token_ids, *out.outputs[0].token_ids])
+        greedy = want[len(out.prompt_token_ids) - 1 : -1].argmax(-1).tolist()
+        assert out.outputs[0].token_ids == greedy
+
+
+def test_transformers_loads_a_soft_prompt_and_agrees(prompted):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    run, _, folder = prompted
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer("3 4 5 : 3 4 = 5")["input_ids"]
+    assert ids[:4] == list(range(run.adapter.first, run.adapter.first + 4))
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        want = model(torch.tensor([ids])).logits[0].numpy()
+    np.testing.assert_allclose(scores(run, fit(run, progress=False), ids), want, atol=2e-4)
