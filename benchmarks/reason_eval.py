@@ -9,11 +9,11 @@ from wrong. Intervals are 95 % bootstraps over problems.
 from __future__ import annotations
 
 import argparse
-import json
+import itertools
 import math
 import tomllib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,13 @@ from typing import Any
 import numpy as np
 
 from benchmarks.records import record, write
-from reasoning.tasks import Grade, Problem, Split, Task, distinct, make_task
+from jaxserve.checkpoint import hf
+from jaxserve.checkpoint.reward_head import load_reward_head
+from jaxserve.models.family import family
+from jaxserve.models.reward_head import log_odds
+from jaxserve.train.reward import Judged, judged
+from reasoning.step_labels import Generate, Labelled, label_steps
+from reasoning.tasks import STEP, Grade, Problem, Split, Task, distinct, make_task
 
 KS = (1, 4, 16, 64)
 
@@ -131,38 +137,99 @@ def _pooled_auroc(pairs: list[tuple[list[float], list[bool]]]) -> float:
     return auroc(scores, right)
 
 
+def evaluate_head(
+    llm: Any, folder: Path, task: Task, split: Split, num_problems: int
+) -> dict[str, tuple[float, float, float]]:
+    """How well the folder's reward heads tell right steps and right solutions from wrong ones."""
+    problems = distinct(task, split, 1, num_problems)
+    solutions = label_steps(task, problems, generator(llm, seed=1), samples=4, tries=8)
+    data, figures = judge(llm, folder, solutions), {}
+    ends = data.judged > 0
+    last = ends.shape[1] - 1 - np.argmax(ends[:, ::-1], axis=1)
+    correct = [s.correct for s in solutions if s.labels]
+    for file in sorted(folder.glob("reward_head*.safetensors")):
+        odds = np.asarray(log_odds(load_reward_head(file, data.hidden.shape[-1]), data.hidden))
+        name = file.stem
+        steps = [
+            (list(o[e]), list(x[e] > 0)) for o, e, x in zip(odds, ends, data.labels, strict=True)
+        ]
+        whole = [([o[at]], [c]) for o, at, c in zip(odds, last, correct, strict=True)]
+        figures[f"{name}_step_auroc"] = interval(steps, _pooled_auroc, rounds=50)
+        figures[f"{name}_outcome_auroc"] = interval(whole, _pooled_auroc, rounds=50)
+    return figures
+
+
+def generator(llm: Any, seed: int) -> Generate:
+    """Continuations for `label_steps`; every call draws anew, the same in each run."""
+    calls = itertools.count(seed * 1000)
+
+    def generate(prompts: Sequence[str], n: int) -> list[list[str]]:
+        from jaxserve import SamplingParams
+
+        params = SamplingParams(n=n, max_tokens=llm.max_model_len // 2, seed=next(calls))
+        return [[o.text for o in out.outputs] for out in llm.generate(list(prompts), params)]
+
+    return generate
+
+
+def judge(llm: Any, folder: Path, solutions: Sequence[Labelled]) -> Judged:
+    """What a reward head sees of solutions that have a step."""
+    raw = hf.read_config(folder)
+    module = family(raw["model_type"])
+    cfg = hf.model_config(module, raw)
+    params = hf.load_params(folder, module, cfg, "float32", progress=False)
+    some = [s for s in solutions if s.labels]
+    step = llm.tokenizer.encode(STEP, add_special_tokens=False)[-1]
+    texts = llm.tokenizer.encode_batch([s.text for s in some])
+    return judged(module, cfg, params, texts, step, [s.labels for s in some])
+
+
 def run(
     folder: Path, split: Split, num_problems: int, num_samples: int
 ) -> dict[str, tuple[float, float, float]]:
-    """Evaluates a shipped model."""
+    """Evaluates a shipped model, and its reward heads on a fifth as many problems."""
     from jaxserve import LLM
 
     task = task_of(folder)
     problems = distinct(task, split, 0, num_problems)
     with LLM(folder, progress=False) as llm:
-        return evaluate(draw_samples(llm, task, problems, num_samples))
+        figures = evaluate(draw_samples(llm, task, problems, num_samples))
+        if any(folder.glob("reward_head*.safetensors")):
+            figures |= evaluate_head(llm, folder, task, split, max(num_problems // 5, 20))
+    return figures
+
+
+def table(results: Mapping[str, Mapping[str, tuple[float, float, float]]]) -> str:
+    """Models down, figures across, in Markdown; "a (b-c)" is a value and its interval."""
+    names = list(dict.fromkeys(name for figures in results.values() for name in figures))
+    rows = [["figure", *results], ["---"] * (1 + len(results))]
+    for name in names:
+        found = [figures.get(name) for figures in results.values()]
+        rows.append(
+            [name, *("" if x is None else f"{x[0]:.3f} ({x[1]:.3f}-{x[2]:.3f})" for x in found)]
+        )
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("models", nargs="+", type=Path)
     parser.add_argument("--split", choices=("train", "dev", "test"), default="test")
-    parser.add_argument("--problems", type=int, default=200)
+    parser.add_argument("--problems", type=int, default=500)
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--out", type=Path, help="append the records to this file")
     args = parser.parse_args()
+    results = {}
     for folder in args.models:
-        figures = run(folder, args.split, args.problems, args.samples)
-        for name, (value, low, high) in figures.items():
-            about = {"interval": [round(low, 4), round(high, 4)], "problems": args.problems}
+        results[folder.name] = figures = run(folder, args.split, args.problems, args.samples)
+        about = {"versions": {}, "split": args.split, "samples_each": args.samples}
+        for name, (value, *bounds) in figures.items():
             line = record(
-                folder.name, name, [value], "", versions={}, split=args.split,
-                samples_each=args.samples, **about,
+                folder.name, name, [value], "", **about, problems=args.problems,
+                interval=[round(x, 4) for x in bounds],
             )  # fmt: skip
-            write(line)
-            if args.out:
-                write(line, args.out)
-        print(json.dumps({k: round(v[0], 3) for k, v in figures.items()}))
+            write(line, args.out)
+    print(table(results))
 
 
 if __name__ == "__main__":

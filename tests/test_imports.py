@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "jaxserve.testing": "safetensors tokenizers numpy ml_dtypes",
     "jaxserve.models": """jaxserve.errors jaxserve.checkpoint.mxfp4
         moe kernels_pallas sharding jax numpy""",
-    "jaxserve.checkpoint": """jaxserve.errors jaxserve.models.family
+    "jaxserve.checkpoint": """jaxserve.errors jaxserve.models.family jaxserve.models.reward_head
         sharding jax numpy ml_dtypes rich huggingface_hub safetensors""",
     "jaxserve.checkpoint.mxfp4": "jaxserve.errors numpy ml_dtypes",
     "jaxserve.cache": "jaxserve.errors jaxserve.models.ops kernels_pallas sharding jax numpy",

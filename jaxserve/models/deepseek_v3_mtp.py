@@ -45,7 +45,8 @@ class Params:
 
 def declare_params(cfg: mla.Config) -> Params:
     """The tree of `Weight`, in which embedding and head have a second name."""
-    main, n = mla.declare_params(cfg), cfg.num_layers
+    main: Any = mla.declare_params(cfg)  # whose leaves are still `Weight`
+    n = cfg.num_layers
     copies = (f"model.layers.{n}.embed_tokens.weight", f"model.layers.{n}.shared_head.head.weight")
     if main.lm_head is None:
         main = replace(main, embed=replace(main.embed, also=copies))

@@ -63,15 +63,17 @@ class Journal:
         """
         if not self._pending:
             return
-        losses, tokens = [], 0
-        for step, metrics, count in self._pending:
-            numbers = {name: round(float(x), 6) for name, x in metrics._asdict().items()}
-            self._file.write(json.dumps({"step": step, **numbers, "tokens": count}) + "\n")
-            losses.append(numbers["loss"])
-            tokens += count
-        self._file.flush()
+        lines = [
+            {"step": step, **_numbers(metrics), "tokens": num_tokens}
+            for step, metrics, num_tokens in self._pending
+        ]
         now = time.perf_counter()
-        rate, loss = tokens / (now - self._began), sum(losses) / len(losses)
+        seconds = (now - self._began) / len(lines)
+        for line in lines:
+            self._file.write(json.dumps({**line, "seconds": round(seconds, 4)}) + "\n")
+        self._file.flush()
+        rate = sum(line["tokens"] for line in lines) / (now - self._began)
+        loss = sum(line["loss"] for line in lines) / len(lines)
         self._bar.update(self._task, completed=self._pending[-1][0], loss=loss, rate=rate)
         self._pending, self._began = [], now
 
@@ -81,3 +83,7 @@ class Journal:
         self._file.seek(0)
         self._file.truncate()
         self._file.writelines(line for line in whole if json.loads(line)["step"] <= step)
+
+
+def _numbers(metrics: Metrics) -> dict[str, float]:
+    return {name: round(float(x), 6) for name, x in metrics._asdict().items()}

@@ -33,8 +33,9 @@ def paged_attention(
     T, N, H = q.shape
     row, position = locate(batch, T)
     stored = write(k_pages, v_pages, k, v, layer, batch, row, position)
-    floats = tuple(None if x is None else _differentiable(x) for x in (k_pages, v_pages))
-    k_pages, v_pages = write(*floats, k, v, layer, batch, row, position)
+    k_pages = _differentiable(k_pages)
+    v_pages = None if v_pages is None else _differentiable(v_pages)
+    k_pages, v_pages = write(k_pages, v_pages, k, v, layer, batch, row, position)
     at = jnp.arange(batch.tables.shape[1] * k_pages.shape[3])
     exists = at < batch.kv_lens[row][:, None]  # [T, S]
 

@@ -42,9 +42,10 @@ def make_task(name: str, settings: Mapping[str, Any]) -> Task:
     """
     if name not in TASKS:
         raise ValueError(f"task {name!r} is not known; there are {', '.join(TASKS)}")
-    tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
+    fields: dict[str, Any] = dict(settings)
+    fields |= {key: tuple(value) for key, value in fields.items() if type(value) is list}
     try:
-        return TASKS[name](**tuples)
+        return TASKS[name](**fields)
     except (TypeError, ValueError) as error:
         raise ValueError(f"settings of {name!r}: {error}") from None
 

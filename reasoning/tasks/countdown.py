@@ -70,16 +70,19 @@ class Countdown:
             steps.append(f"{move.text} ; {' '.join(map(str, left))} {STEP}")
         return " ".join(steps)
 
+    def answer(self, problem: Problem) -> str:
+        return str(problem.facts[1])
+
     def grade(self, problem: Problem, solution: str) -> Grade:
         """The answer is the single number left; it counts if every step was legal."""
-        numbers, target = problem.facts
+        numbers = problem.facts[0]
         legal, answer = list[bool](), None
         for step in closed_steps(solution):
             after = self._after(numbers, step)
             legal.append(after is not None)
             numbers = after or ()
             answer = str(numbers[0]) if len(numbers) == 1 else None
-        return Grade(answer, answer == str(target) and all(legal), tuple(legal))
+        return Grade(answer, answer == self.answer(problem) and all(legal), tuple(legal))
 
     def _after(self, before: Numbers, step: list[str]) -> Numbers | None:
         """The numbers that a legal step leaves; None if it is not legal."""

@@ -85,6 +85,9 @@ class ModChain:
             steps.append(f"{a} {b} = {c} ; {' '.join(map(str, numbers))} {STEP}")
         return " ".join(steps)
 
+    def answer(self, problem: Problem) -> str:
+        return str(prod(problem.facts) % self.modulus)
+
     def grade(self, problem: Problem, solution: str) -> Grade:
         """The answer is the single number that is left; only its value counts."""
         numbers, legal = list(problem.facts), list[bool]()
@@ -94,8 +97,7 @@ class ModChain:
             legal.append(after is not None and self._follows(numbers, step, after))
             numbers = after or []
             answer = str(numbers[0]) if len(numbers) == 1 else None
-        right = str(prod(problem.facts) % self.modulus)
-        return Grade(answer, answer == right, tuple(legal))
+        return Grade(answer, answer == self.answer(problem), tuple(legal))
 
     def _after(self, step: list[str]) -> list[int] | None:
         """The numbers that a step leaves; None if it is no step."""

@@ -70,13 +70,16 @@ class Recall:
         return Problem(prompt, prompt, (kind, answer))
 
     def solve(self, problem: Problem, rng: Random) -> str:
-        return f"{problem.facts[1]} {STEP}"
+        return f"{self.answer(problem)} {STEP}"
+
+    def answer(self, problem: Problem) -> str:
+        return problem.facts[1]
 
     def grade(self, problem: Problem, solution: str) -> Grade:
         """The answer is all that stands before the end of the step."""
         said, closed, _ = f" {solution} ".partition(f" {STEP} ")
         answer = " ".join(said.split()) if closed else None
-        right = answer == problem.facts[1]
+        right = answer == self.answer(problem)
         return Grade(answer, right, (right,) if closed else ())
 
     def _pairs(self, rng: Random, size: int) -> tuple[str, str]:

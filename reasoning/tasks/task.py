@@ -67,6 +67,10 @@ class Task(Protocol):
         """A solution to learn from. Tasks may teach errors on purpose."""
         ...
 
+    def answer(self, problem: Problem) -> str:
+        """The one right `Grade.answer`."""
+        ...
+
     def grade(self, problem: Problem, solution: str) -> Grade:
         """Never raises, whatever the solution says."""
         ...

@@ -54,6 +54,7 @@ def test_solutions_are_right_and_cut_ones_are_not(task):
         solution = task.solve(problem, Random(i))
         grade = task.grade(problem, solution)
         assert grade.correct
+        assert grade.answer == task.answer(problem)
         assert all(grade.legal)
         assert len(grade.legal) == solution.split().count(STEP)
         before_the_end = " ".join(solution.split()[:-1])
