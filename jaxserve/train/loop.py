@@ -74,7 +74,7 @@ def fit(run: Run, *, progress: bool = True) -> Any:
     declared = run.family.declare_params(run.cfg)
     trainable, frozen = chosen.start(run.params, declared, config.seed)
     tx = optimizer(config.optimizer, config.steps, chosen.decayed(declared, trainable))
-    update = compiled(tx, partial(_loss, run, chosen.model))
+    update = compiled(tx, partial(run_loss, run))
     state = start(tx, trainable)
     make = partial(_packed, config, run.source)
     about = {"trained": _shapes(trainable), **_identity(config)}
@@ -97,10 +97,11 @@ def fit(run: Run, *, progress: bool = True) -> Any:
     return merged(chosen.model(state.trainable, frozen))
 
 
-def _loss(run: Run, model: Any, trainable: Any, frozen: Any, batch: Batch) -> tuple[Array, Metrics]:
+def run_loss(run: Run, trainable: Any, frozen: Any, batch: Batch) -> tuple[Array, Metrics]:
+    """What a run minimises; its `adapter` makes (trainable, frozen)."""
     dtype, experts = jnp.dtype(run.config.model.dtype), num_experts(run.cfg)
     ops = training_ops(batch, dtype, num_experts=experts, layers=run.config.layers)
-    params = model(trainable, frozen)
+    params = run.adapter.model(trainable, frozen)
     ahead = run.config.ahead if hasattr(run.family, "predict") else 0.0
     return next_token_loss(
         run.family, run.cfg, params, batch, ops, balance=run.config.balance, ahead=ahead

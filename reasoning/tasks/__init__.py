@@ -7,7 +7,7 @@ solutions exactly. Nothing is evaluated: steps are parsed word by word.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from reasoning.tasks.countdown import Countdown
 from reasoning.tasks.modchain import ModChain
@@ -43,7 +43,9 @@ def make_task(name: str, settings: Mapping[str, Any]) -> Task:
     if name not in TASKS:
         raise ValueError(f"task {name!r} is not known; there are {', '.join(TASKS)}")
     fields: dict[str, Any] = dict(settings)
-    fields |= {key: tuple(value) for key, value in fields.items() if type(value) is list}
+    for key, value in settings.items():
+        if isinstance(value, list):
+            fields[key] = tuple(cast("list[Any]", value))
     try:
         return TASKS[name](**fields)
     except (TypeError, ValueError) as error:
