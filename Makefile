@@ -15,7 +15,7 @@ export JAX_PLATFORMS ?= cpu
 .PHONY: demo setup test test-all lint format format-check types imports bench eval clean
 .DEFAULT_GOAL := test
 
-demo: $(VENV)/.core  ## Writes a tiny model, generates with it, serves it, asks the server
+demo: $(VENV)/.demo  ## Serves a model of ours, and solves a problem through an OpenAI client
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/.dev  ## SLOW=600 starts slow tests too, until ten minutes have passed
@@ -63,6 +63,11 @@ $(VENV)/.core: pyproject.toml | $(BIN)/python
 
 $(VENV)/.dev: pyproject.toml | $(BIN)/python
 	$(PIP) --editable '.[dev,train$(PARITY)]'
+	$(BIN)/python -m kernels_pallas.cpu
+	@touch $@ $(VENV)/.core $(VENV)/.demo
+
+$(VENV)/.demo: pyproject.toml | $(BIN)/python
+	$(PIP) --editable '.[demo]'
 	$(BIN)/python -m kernels_pallas.cpu
 	@touch $@ $(VENV)/.core
 

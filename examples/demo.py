@@ -1,102 +1,93 @@
-"""The main job in one file: a checkpoint, an LLM, a server, and a client that streams from it.
+"""The main job in one file: serve a model of ours, and solve a problem through an OpenAI client.
 
-Run it with `make demo`. The model is tiny and its weights are random, so what it writes means
-nothing; `python examples/demo.py Qwen/Qwen3-0.6B` serves a trained one, from a folder or the hub.
+`make demo` runs it. The model was trained on a task with exact answers, so what it writes is
+checked: it multiplies numbers modulo 23, two neighbours at a time, and was taught gaps in its
+tables. It is asked held-out problems until one of its solutions is right.
 """
 
 from __future__ import annotations
 
-import json
 import socket
+import subprocess
 import sys
-import tempfile
-import threading
 import time
+import tomllib
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import uvicorn
+from openai import OpenAI
 
-from jaxserve import LLM, SamplingParams
-from jaxserve.server.app import create_app
-from jaxserve.testing import write_checkpoint
+from reasoning.tasks import Problem, Task, distinct, make_task
 
-
-def generate(llm: LLM) -> None:
-    prompts = ["The quick brown fox", "2 + 2 ="]
-    for output in llm.generate(prompts, SamplingParams(temperature=0, max_tokens=16)):
-        completion = output.outputs[0]
-        print(f"  {output.prompt!r} -> {completion.text!r} ({completion.finish_reason})")
-
-
-def stream(llm: LLM) -> None:
-    started = time.monotonic()
-    for delta in llm.stream("Where does the time go?", SamplingParams(seed=1, max_tokens=8)):
-        print(f"  {1e3 * (time.monotonic() - started):6.1f} ms  {delta.text!r}")
+MODEL = Path(__file__).parent.parent / "models" / "modchain-moe"
 
 
 @contextmanager
-def serving(llm: LLM) -> Iterator[str]:
-    """The server's address, while it runs beside us on a free port."""
-    listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(create_app(llm), log_level="warning"))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-    thread.start()
+def serving(model: Path) -> Iterator[str]:
+    """The address of `jaxserve serve`, while it runs on a free port.
+
+    Raises:
+        RuntimeError: it ended before it could be asked.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "jaxserve.cli", "serve", str(model), "--port", str(port)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    url = f"http://127.0.0.1:{port}"
     try:
-        yield "http://{}:{}".format(*listener.getsockname())
+        while not _answers(f"{url}/health"):
+            if process.poll() is not None:
+                raise RuntimeError(f"`{' '.join(command)}` ended with {process.returncode}")
+            time.sleep(0.05)
+        yield url
     finally:
-        server.should_exit = True
-        thread.join()
-        listener.close()
+        process.terminate()
+        process.wait()
 
 
-def chat(url: str) -> None:
-    """One streamed chat completion, as any OpenAI client asks for it."""
-    body = {
-        "messages": [{"role": "user", "content": "Hello!"}],
-        "max_tokens": 12,
-        "seed": 0,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-    }
-    with urllib.request.urlopen(f"{url}/v1/models") as answer:
-        body["model"] = json.load(answer)["data"][0]["id"]
-    request = urllib.request.Request(
-        f"{url}/v1/chat/completions",
-        json.dumps(body).encode(),
-        {"Content-Type": "application/json"},
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url) as answer:
+            return answer.status == 200
+    except (urllib.error.URLError, ConnectionError):
+        return False
+
+
+def solve(client: OpenAI, task: Task, problem: Problem) -> bool:
+    """Streams one chat completion, and says whether it is right."""
+    print(f"\n  {problem.prompt}", end="", flush=True)
+    stream = client.chat.completions.create(
+        model=client.models.list().data[0].id,
+        messages=[{"role": "user", "content": problem.prompt}],
+        temperature=0,
+        stream=True,
     )
-    with urllib.request.urlopen(request) as events:
-        for line in events:
-            data = line.decode().removeprefix("data:").strip()
-            if not data or data == "[DONE]":
-                continue
-            chunk = json.loads(data)
-            for choice in chunk["choices"]:
-                if text := choice["delta"].get("content"):
-                    print(f"  {text!r}")
-            if usage := chunk.get("usage"):
-                print(f"  {usage['prompt_tokens']} tokens in, {usage['completion_tokens']} out")
+    text = ""
+    for chunk in stream:
+        piece = chunk.choices[0].delta.content or ""
+        text += piece
+        print(piece.replace("|", "|\n   "), end="", flush=True)
+    grade = task.grade(problem, text)
+    print(f"\r  {grade.answer}: {'right' if grade.correct else 'wrong'}")
+    return grade.correct
 
 
-def main(model: str | None = None) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        path = model or write_checkpoint(Path(folder) / "tiny-qwen3", "qwen3")
-        print(f"== load {path}", flush=True)
-        started = time.monotonic()
-        with LLM(path) as llm:
-            print(f"  ready after {time.monotonic() - started:.1f} s")
-            print("== generate")
-            generate(llm)
-            print("== stream")
-            stream(llm)
-            with serving(llm) as url:
-                print(f"== serve on {url}, and stream a chat completion from it")
-                chat(url)
-    print("== done")
+def main() -> int:
+    data = tomllib.loads((MODEL / "recipe.toml").read_text())["data"]
+    task = make_task(data["task"], data["settings"])
+    began = time.monotonic()
+    print(f"== serve {MODEL.name}", flush=True)
+    with serving(MODEL) as url:
+        print(f"  ready on {url} after {time.monotonic() - began:.1f} s")
+        print("== chat completions, streamed by the openai client")
+        client = OpenAI(base_url=f"{url}/v1", api_key="none")
+        solved = any(solve(client, task, p) for p in distinct(task, "test", 0, 16))
+    print("== solved" if solved else "== none of 16 problems solved")
+    return 0 if solved else 1
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:2])
+    sys.exit(main())
