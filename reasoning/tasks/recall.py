@@ -2,11 +2,11 @@
 
 Each kind reads another part of its context, so that what a cache policy throws away shows:
 
-    pairs   k3 v9 k1 v4 ... ? k1 : v4                           one pair among many
-    lookup  doc 2 k3 v9 k1 v4 doc 5 k1 v7 ... ? 5 k1 : v7       which document matters too
-    copy    v3 v9 v1 ... : v3 v9 v1 ...                         everything, in order
-    lemma   x = 3 ; y = x + 4 ; z = y + y ; ... ? z : 14        values that are used and then dead
-    text    sentences of a small grammar                        no question: what comes before helps
+    pairs   k3 v9 k1 v4 ... ? k1 k3 : v4 v9                      a few pairs among many
+    lookup  doc 2 k3 v9 k1 v4 doc 5 k1 v7 ... ? 5 k1 : v7        which document matters too
+    copy    v3 v9 v1 ... : v3 v9 v1 ...                          everything, in order
+    lemma   x = 3 ; y = x + 4 ; z = x + 2 ? z : x 3 y 7 z 5      values that are used and then dead
+    text    sentences of a small grammar                         no question: what comes before helps
 
 As in "Mechanistic design and scaling of hybrid architectures" (Poli et al., 2024), these are the
 elementary skills of a language model, each in its purest form.
@@ -84,9 +84,10 @@ class Recall:
 
     def _pairs(self, rng: Random, size: int) -> tuple[str, str]:
         keys, values = rng.sample(KEYS, size), rng.choices(VALUES, k=size)
-        asked = rng.randrange(size)
-        facts = " ".join(f"{k} {v}" for k, v in zip(keys, values, strict=True))
-        return f"{facts} ? {keys[asked]} :", values[asked]
+        known = dict(zip(keys, values, strict=True))
+        facts = " ".join(f"{k} {v}" for k, v in known.items())
+        asked = rng.sample(keys, min(size, 4))
+        return f"{facts} ? {' '.join(asked)} :", " ".join(known[k] for k in asked)
 
     def _lookup(self, rng: Random, size: int) -> tuple[str, str]:
         each = 4
@@ -99,15 +100,16 @@ class Recall:
             )
             for doc in names
         ]
-        doc, key = rng.choice(names), rng.choice(shared)
-        return f"{' '.join(docs)} ? {doc} {key} :", values[doc, key]
+        doc, asked = rng.choice(names), rng.sample(shared, 2)
+        answer = " ".join(values[doc, key] for key in asked)
+        return f"{' '.join(docs)} ? {doc} {' '.join(asked)} :", answer
 
     def _copy(self, rng: Random, size: int) -> tuple[str, str]:
         words = " ".join(rng.choices(VALUES, k=size))
         return f"{words} :", words
 
     def _lemma(self, rng: Random, size: int) -> tuple[str, str]:
-        """Each new name adds a digit or a fresh value; only the last two names are still used."""
+        """Each new name adds a digit to one of the last two; the answer tells the way to it."""
         names, known, lines = (
             rng.sample(NAMES, min(size, len(NAMES))),
             dict[str, int](),
@@ -122,8 +124,9 @@ class Recall:
             other, digit = rng.choice(live), rng.randrange(10)
             known[name] = known[other] + digit
             lines.append(f"{name} = {other} + {digit}")
-        asked = rng.choice(names[-3:])
-        return f"{' ; '.join(lines)} ? {asked} :", str(known[asked])
+        asked = rng.randrange(max(0, len(names) - 3), len(names))
+        told = " ".join(f"{name} {known[name]}" for name in names[: asked + 1])
+        return f"{' ; '.join(lines)} ? {names[asked]} :", told
 
     def _text(self, rng: Random, size: int) -> tuple[str, str]:
         """A text in which everyone keeps to one verb and one place."""
