@@ -99,6 +99,11 @@ def _card(job: Run, name: str, figures: dict[str, Any], seconds: float) -> str:
         if seconds > trained
         else f"by `python -m models.make {name}`",
     }
+    if (MODELS / "recipes" / f"{name}-large.toml").exists():
+        about["larger"] = (
+            f"`python -m models.make {name}-large` trains its larger sibling where there is an "
+            "accelerator; it has not been trained yet"
+        )
     rows = "\n".join(f"| {key} | {value} |" for key, value in about.items())
     return f"""---
 library_name: transformers

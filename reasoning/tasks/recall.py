@@ -2,11 +2,11 @@
 
 Each kind reads another part of its context, so that what a cache policy throws away shows:
 
-    pairs   k3 v9 k1 v4 ... ? k1 k3 : v4 v9                      a few pairs among many
-    lookup  doc 2 k3 v9 k1 v4 doc 5 k1 v7 ... ? 5 k1 : v7        which document matters too
-    copy    v3 v9 v1 ... : v3 v9 v1 ...                          everything, in order
-    lemma   x = 3 ; y = x + 4 ; z = x + 2 ? z : x 3 y 7 z 5      values that are used and then dead
-    text    sentences of a small grammar                         no question: what comes before helps
+    pairs   k3 v9 k1 v4 ... ? k1 k3 : v4 v9                    a few pairs among many
+    lookup  doc 2 k3 v9 k1 v4 doc 5 k1 v7 ... ? 5 k1 : v7      which document matters too
+    copy    v3 v9 v1 ... : v3 v9 v1 ...                        everything, in order
+    lemma   x = 3 ; y = x + 4 ; z = x + 2 ? z : x 3 y 7 z 5    values that are used and then dead
+    text    sentences of a small grammar                       no question: what comes before helps
 
 As in "Mechanistic design and scaling of hybrid architectures" (Poli et al., 2024), these are the
 elementary skills of a language model, each in its purest form.
