@@ -48,8 +48,8 @@ def make(recipe: Path, out: Path, *, quick: bool = False) -> Path:
     shutil.copytree(source, folder)
     shutil.copy2(recipe, folder / "recipe.toml")
     task = make_task(job.config.data.task, job.config.data.settings)
-    with LLM(folder, progress=False) as llm:
-        if job.config.data.task in REASONERS:
+    if job.config.data.task in REASONERS:
+        with LLM(folder, progress=False) as llm:
             _reward_heads(llm, folder, task, 40 if quick else 800)
     _examples(folder, task)
     figures = run(folder, "test", *((20, 16) if quick else (500, 64)))
