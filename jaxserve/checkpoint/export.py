@@ -19,7 +19,10 @@ from jaxserve.models.family import Family
 from sharding.tree import Weight, is_weight
 
 _SHARD_BYTES = 5 << 30
-_OURS = ("config.json", "model.safetensors", "model.safetensors.index.json")
+_TEXT_FILES = (
+    "tokenizer*", "*.model", "vocab*", "merges.txt", "tekken.json", "special_tokens_map.json",
+    "added_tokens.json", "chat_template*", "generation_config.json",
+)  # fmt: skip
 
 
 def save_pretrained(
@@ -37,7 +40,7 @@ def save_pretrained(
 
     Args:
         config: what config.json says.
-        beside: a folder whose other files (tokenizer, chat template) are copied along.
+        beside: a folder whose tokenizer, chat template and generation defaults go along.
 
     Raises:
         CheckpointError: a weight has no form in a checkpoint, or writing failed; `folder` is as
@@ -48,7 +51,7 @@ def save_pretrained(
         shutil.rmtree(fresh, ignore_errors=True)
         fresh.mkdir(parents=True)
         if beside is not None:
-            _copy_rest(beside, fresh)
+            _copy_text_files(beside, fresh)
         tensors = named_tensors(family, cfg, params)
         dtype = next(iter(tensors.values())).dtype.name
         text = json.dumps({**config, "dtype": dtype}, indent=2)
@@ -93,10 +96,10 @@ def _stored_shape(spec: Weight, part: np.ndarray) -> tuple[int, ...]:
     return (part.size // inputs, inputs)
 
 
-def _copy_rest(source: Path, target: Path) -> None:
-    for file in source.iterdir():
-        if file.is_file() and file.name not in _OURS and file.suffix != ".safetensors":
-            shutil.copy2(file, target / file.name)
+def _copy_text_files(source: Path, target: Path) -> None:
+    """What makes tokens of text. A card stays behind: it speaks of another model."""
+    for file in {file for pattern in _TEXT_FILES for file in source.glob(pattern)}:
+        shutil.copy2(file, target / file.name)
 
 
 def _write_shards(folder: Path, tensors: Mapping[str, np.ndarray]) -> None:

@@ -37,3 +37,16 @@ def test_a_layout_that_can_only_be_read_is_named(tmp_path):
     with pytest.raises(CheckpointError, match=r"experts.* can only be read"):
         exported(tmp_path, "gpt_oss")
     assert not (tmp_path / "b").exists()
+
+
+def test_a_card_stays_behind(tmp_path):
+    source = write_checkpoint(tmp_path / "a", "qwen3")
+    for name in ("README.md", "recipe.toml"):
+        (source / name).write_text("of the model this one comes from")
+    (source / "chat_template.jinja").write_text("{{ messages }}")
+    raw, module = read_config(source), family("qwen3")
+    cfg = model_config(module, raw)
+    params = load_params(source, module, cfg, np.float32, progress=False)
+    save_pretrained(tmp_path / "b", module, cfg, params, raw, beside=source)
+    found = {path.name for path in (tmp_path / "b").iterdir()}
+    assert found == {path.name for path in source.iterdir()} - {"README.md", "recipe.toml"}
