@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from reasoning.tasks import STEP, Problem, Task
+from reasoning.tasks.task import closed_steps
 
 Generate = Callable[[Sequence[str], int], list[list[str]]]
 """(prompts, n) -> n continuations of each."""
@@ -66,7 +67,7 @@ def _legal_starts(task: Task, problem: Problem, solution: str) -> list[str]:
 
 def _steps(solution: str) -> list[str]:
     """Its closed steps, each with its end."""
-    return [f"{' '.join(part.split())} {STEP}" for part in f" {solution} ".split(f" {STEP} ")[:-1]]
+    return [" ".join([*words, STEP]) for words in closed_steps(solution)]
 
 
 def _labelled(task: Task, problem: Problem, solution: str, right: int) -> Labelled:

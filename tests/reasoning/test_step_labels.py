@@ -50,3 +50,10 @@ def test_what_is_left_open_is_cut_off():
     (found,) = label_steps(TASK, [PROBLEM], generate, 1, 1)
     assert found.text == "2 3 4 : 2 3 = 6 ; 6 4 |"
     assert found.labels == (True,)
+
+
+def test_empty_steps_are_steps():
+    generate, _ = fake("| | 2 3 = 6", {})
+    (found,) = label_steps(TASK, [PROBLEM], generate, 1, 1)
+    assert found.text == "2 3 4 : | |"
+    assert found.labels == (False, False)
