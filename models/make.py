@@ -50,7 +50,7 @@ def make(recipe: Path, out: Path, *, quick: bool = False) -> Path:
     task = make_task(job.config.data.task, job.config.data.settings)
     if job.config.data.task in REASONERS:
         with LLM(folder, progress=False) as llm:
-            _reward_heads(llm, folder, task, 40 if quick else 800)
+            _reward_heads(llm, folder, task, 40 if quick else 2400)
     _examples(folder, task)
     figures = run(folder, "test", *((20, 16) if quick else (500, 64)))
     card = _card(job, recipe.stem, figures, time.monotonic() - began)

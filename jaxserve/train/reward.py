@@ -62,9 +62,9 @@ def _hidden(family: Family, cfg: Any, params: Any, tokens: Array) -> Array:
 def fit_reward_head(
     data: Judged,
     *,
-    width: int = 64,
+    width: int = 512,
     steps: int = 3000,
-    rows: int = 64,
+    rows: int = 128,
     learning_rate: float = 3e-3,
     seed: int = 0,
 ) -> RewardHead:

@@ -46,7 +46,7 @@ def synthetic(seed, n=400):
 
 
 def test_a_head_learns_what_no_single_token_says():
-    head, held_out = fit_reward_head(synthetic(0), steps=1500), synthetic(1)
+    head, held_out = fit_reward_head(synthetic(0), steps=1500, width=32), synthetic(1)
     odds = np.asarray(log_odds(head, held_out.hidden))
     ends = held_out.judged > 0
     right = held_out.labels > 0
