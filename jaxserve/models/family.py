@@ -8,6 +8,7 @@ A family is a module with four functions::
     logits(cfg, params, hidden, ops) -> logits
 
 and its Config has `num_layers`, `vocab`, `embed`, `max_len`, `sizes` and `kv_shape`.
+`deepseek_v3_mtp`, which is trained and not served, also has `predict`, of tokens two ahead.
 """
 
 from __future__ import annotations
