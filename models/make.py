@@ -16,6 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from benchmarks.reason_eval import generator, judge, run, table
@@ -82,7 +83,7 @@ def _card(job: Run, name: str, figures: dict[str, Any], seconds: float) -> str:
     task = make_task(config.data.task, config.data.settings)
     lines = [json.loads(line) for line in (job.folder / "metrics.jsonl").read_text().splitlines()]
     trained, tokens = (sum(line[key] for line in lines) for key in ("seconds", "tokens"))
-    size = sum(np.asarray(x).size for x in _leaves(job.params))
+    size = sum(x.size for x in jax.tree.leaves(job.params))
     problem = distinct(task, "test", 0, 1)[0]
     about = {
         "architecture": f"`{job.hf['model_type']}`, {size / 1e6:.2f} M parameters, float32",
@@ -132,12 +133,6 @@ right solutions, from wrong ones. `python -m benchmarks.reason_eval models/{name
 
 {table({name: figures})}
 """
-
-
-def _leaves(params: Any) -> list[Any]:
-    import jax
-
-    return jax.tree.leaves(params)
 
 
 def _data_hash(job: Run) -> str:

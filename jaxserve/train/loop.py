@@ -75,7 +75,7 @@ def fit(run: Run, *, progress: bool = True) -> Any:
     trainable, frozen = chosen.start(run.params, declared, config.seed)
     tx = optimizer(config.optimizer, config.steps, chosen.decayed(declared, trainable))
     update = compiled(tx, partial(run_loss, run))
-    state = start(tx, trainable)
+    state = start(tx, jax.tree.map(jnp.copy, trainable))  # updates reuse its buffers
     make = partial(_packed, config, run.source)
     about = {"trained": _shapes(trainable), **_identity(config)}
     with closing(Checkpoints(run.folder / "checkpoints", config.save.keep, about)) as checkpoints:

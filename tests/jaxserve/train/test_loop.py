@@ -60,6 +60,11 @@ def trained(tmp_path_factory):
     return run, folder, train(run, progress=False)
 
 
+def test_the_weights_it_began_with_are_still_there(trained):
+    run, _, _ = trained
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(run.params))
+
+
 def test_a_run_learns_and_says_so(trained):
     _, folder, _ = trained
     lines = runs.metrics(folder)
