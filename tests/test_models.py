@@ -27,13 +27,12 @@ NAMES = [folder.name for folder in SHIPPED]
 BOUNDS = {  # of pass@1; what the issue of a search experiment needs
     "modchain-moe": (0.35, 0.65),
     "countdown-moe": (0.25, 0.80),
-    "recall-dense": (0.50, 1.0),
 }
 
 shipped = pytest.mark.parametrize("folder", SHIPPED, ids=NAMES)
 
 
-def test_there_are_three():
+def test_all_are_there():
     assert set(NAMES) == set(BOUNDS)
 
 
