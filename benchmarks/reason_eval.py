@@ -12,7 +12,6 @@ import argparse
 import itertools
 import math
 import tomllib
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,14 +72,19 @@ def pass_at(right: int, count: int, k: int) -> float:
 
 
 def majority(samples: Sequence[Sample]) -> float:
-    """Whether the answer most often given is right; ties are shared."""
-    votes = Counter(s.grade.answer for s in samples if s.grade.answer is not None)
-    if not votes:
+    """How likely a solution is right that says what most of them say; ties are shared.
+
+    Where the answer decides, as in ModChain, that is 1 or 0. Where the way to it counts too, as in
+    Countdown, whose answer is in the prompt, a vote does not tell ways apart.
+    """
+    groups: dict[str, list[bool]] = {}
+    for s in samples:
+        if s.grade.answer is not None:
+            groups.setdefault(s.grade.answer, []).append(s.grade.correct)
+    if not groups:
         return 0.0
-    most = max(votes.values())
-    leading = [answer for answer, n in votes.items() if n == most]
-    right = {s.grade.answer for s in samples if s.grade.correct}
-    return sum(answer in right for answer in leading) / len(leading)
+    most = max(map(len, groups.values()))
+    return _mean([_mean(group) for group in groups.values() if len(group) == most])
 
 
 def auroc(scores: np.ndarray, right: np.ndarray) -> float:
@@ -127,7 +131,7 @@ def evaluate(samples: list[list[Sample]]) -> dict[str, tuple[float, float, float
     return figures
 
 
-def _mean(values: list[float]) -> float:
+def _mean(values: Sequence[float]) -> float:
     return float(np.mean(values))
 
 

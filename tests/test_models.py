@@ -131,7 +131,7 @@ def test_the_layer_for_prediction_ahead_is_trained():
 
 def test_the_larger_recipe_is_of_the_size_it_says():
     config = read_config(MODELS / "recipes" / "countdown-moe-large.toml")
-    cfg = hf.model_config(deepseek_v3_mtp, {**config.model.config, "vocab_size": 80})
+    cfg = hf.model_config(deepseek_v3_mtp, {**config.model.hf, "vocab_size": 80})
     declared = deepseek_v3_mtp.declare_params(cfg)
     shapes = jax.tree.leaves(abstract(declared, cfg.sizes, config.model.dtype))
     assert 10e6 < sum(x.size for x in shapes) < 50e6

@@ -72,7 +72,7 @@ def _fresh(config: TrainConfig, task: Task) -> _Model:
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": min(tokenizer.eos_token_ids),
     }
-    raw, module = _trained({**known, **config.model.config}, config)
+    raw, module = _trained({**known, **config.model.hf}, config)
     cfg = hf.model_config(module, raw)
     declared = module.declare_params(cfg)
     params = initialise(declared, cfg.sizes, config.model.dtype, config.seed)

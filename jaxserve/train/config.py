@@ -21,7 +21,8 @@ class ModelConfig:
 
     Attributes:
         path: folder with a Hugging Face checkpoint.
-        config: what its `config.json` would say, for weights drawn from `TrainConfig.seed`.
+        config: what its `config.json` would say, for weights drawn from `TrainConfig.seed`. There
+            "null" stands for null, which TOML lacks and some families need.
         dtype: of weights and activations.
     """
 
@@ -32,6 +33,11 @@ class ModelConfig:
     def __post_init__(self):
         if bool(self.path) == bool(self.config):
             raise ConfigError("[model] needs either path or config, and not both")
+
+    @property
+    def hf(self) -> dict[str, Any]:
+        """`config`, with its nulls."""
+        return {key: None if value == "null" else value for key, value in self.config.items()}
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,10 @@ def test_majority_shares_ties_and_ignores_those_without_an_answer():
     assert majority([none]) == 0
 
 
+def test_majority_of_one_answer_by_right_and_wrong_ways():
+    assert majority([sample("5", True), sample("5", False), sample("5", False)]) == 1 / 3
+
+
 def test_auroc_counts_pairs():
     rng = np.random.default_rng(0)
     scores, right = rng.integers(0, 5, 60).astype(float), rng.random(60) < 0.4
@@ -52,4 +56,4 @@ def test_a_table_of_two_models():
     assert figures["confidence_auroc"][0] == 0
     text = table({"a": figures, "b": {"pass@1": (0.25, 0.2, 0.3)}})
     assert "| pass@1 | 0.500 (0.500-0.500) | 0.250 (0.200-0.300) |" in text
-    assert "| majority@16 | 1.000 (1.000-1.000) |  |" in text
+    assert "| majority@16 | 0.500 (0.500-0.500) |  |" in text

@@ -3,7 +3,7 @@
 import pytest
 
 from jaxserve.errors import ConfigError
-from jaxserve.train.config import read_config
+from jaxserve.train.config import ModelConfig, read_config
 
 GOOD = """
 steps = 10
@@ -63,3 +63,10 @@ def test_what_is_wrong_is_named(tmp_path, change, says):
 def test_no_file(tmp_path):
     with pytest.raises(ConfigError, match=r"cannot read .*none\.toml"):
         read_config(tmp_path / "none.toml")
+
+
+def test_null_can_be_said():
+    assert ModelConfig(config={"q_lora_rank": "null", "vocab_size": 3}).hf == {
+        "q_lora_rank": None,
+        "vocab_size": 3,
+    }
