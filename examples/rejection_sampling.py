@@ -88,7 +88,7 @@ def gain(before: list[float], after: list[float]) -> tuple[float, float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model", type=Path, nargs="?", default=MODELS / "modchain-moe")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--problems", type=int, default=2000, help="sampled in each round")
