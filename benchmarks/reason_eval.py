@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.stats import rankdata
 
 from benchmarks.records import record, write
 from jaxserve.checkpoint import hf
@@ -46,14 +47,12 @@ def task_of(folder: Path) -> Task:
 
 
 def draw_samples(
-    llm: Any, task: Task, problems: Sequence[Problem], count: int, *, temperature: float = 1.0
+    llm: Any, task: Task, problems: Sequence[Problem], count: int
 ) -> list[list[Sample]]:
-    """`count` solutions of each problem."""
+    """`count` solutions of each problem, at temperature 1."""
     from jaxserve import SamplingParams
 
-    params = SamplingParams(
-        n=count, temperature=temperature, max_tokens=llm.max_model_len // 2, logprobs=0, seed=0
-    )
+    params = SamplingParams(n=count, max_tokens=llm.max_model_len // 2, logprobs=0, seed=0)
     outs = llm.generate([problem.prompt for problem in problems], params)
 
     def sample(problem: Problem, o: Any) -> Sample:
@@ -91,13 +90,7 @@ def auroc(scores: np.ndarray, right: np.ndarray) -> float:
     """Probability that a right sample scores above a wrong one; NaN if there is only one kind."""
     if right.all() or not right.any():
         return float("nan")
-    order = np.argsort(scores, kind="stable")
-    ranks = np.empty(len(scores))
-    ranks[order] = np.arange(1, len(scores) + 1)
-    for value in np.unique(scores):  # ties share their mean rank
-        same = scores == value
-        ranks[same] = ranks[same].mean()
-    n = right.sum()
+    ranks, n = rankdata(scores), right.sum()  # ties share their mean rank
     return float((ranks[right].sum() - n * (n + 1) / 2) / (n * (len(right) - n)))
 
 
@@ -204,7 +197,7 @@ def run(
 
 
 def table(results: Mapping[str, Mapping[str, tuple[float, float, float]]]) -> str:
-    """Models down, figures across, in Markdown; "a (b-c)" is a value and its interval."""
+    """Figures down, models across, in Markdown; "a (b-c)" is a value and its interval."""
     names = list(dict.fromkeys(name for figures in results.values() for name in figures))
     rows = [["figure", *results], ["---"] * (1 + len(results))]
     for name in names:
