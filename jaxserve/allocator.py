@@ -22,7 +22,8 @@ def keep_freed_memory() -> bool:
     """Asks glibc not to return memory to the system; whether it could be asked.
 
     The process then stays as large as it has been at most. The setting holds for the whole
-    process and has no way back. Without glibc nothing is changed.
+    process and has no way back. It must come before JAX's first computation, as threads that have
+    taken memory before keep their ways. Without glibc nothing is changed.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is None:

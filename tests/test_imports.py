@@ -42,7 +42,7 @@ MAY_IMPORT = {
     "jaxserve.llm": """jaxserve.intake jaxserve.engine jaxserve.plan jaxserve.config
         jaxserve.cache jaxserve.models jaxserve.checkpoint jaxserve.text jaxserve.request
         jaxserve.errors kernels_pallas sharding jax numpy""",
-    "jaxserve.train": """jaxserve.checkpoint jaxserve.models jaxserve.errors jaxserve.allocator
+    "jaxserve.train": """jaxserve.checkpoint jaxserve.models jaxserve.errors
         moe kernels_pallas sharding jax numpy optax orbax rich""",
     "jaxserve.server": """jaxserve.text jaxserve.request jaxserve.errors jaxserve.__version__
         jaxserve.engine.generation starlette uvicorn msgspec prometheus_client""",

@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxserve.allocator import keep_freed_memory
 from jaxserve.checkpoint.export import save_pretrained
 from jaxserve.models.family import Family
 from jaxserve.train.adapter import Adapter, merged
@@ -71,7 +70,6 @@ def fit(run: Run, *, progress: bool = True) -> Any:
     Raises:
         CheckpointError: a checkpoint belongs to another run, or cannot be written.
     """
-    keep_freed_memory()
     config, chosen = run.config, run.adapter
     declared = run.family.declare_params(run.cfg)
     trainable, frozen = chosen.start(run.params, declared, config.seed)
