@@ -12,17 +12,20 @@ PIP     := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: demo setup test test-all lint format format-check types imports bench eval clean
+.PHONY: demo setup test test-all aot lint format format-check types imports bench eval clean
 .DEFAULT_GOAL := test
 
 demo: $(VENV)/.demo  ## Serves a model of ours, and solves a problem through an OpenAI client
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/.dev  ## SLOW=600 starts slow tests too, until ten minutes have passed
-	$(BIN)/python -m pytest -q -m "not gpu and not tpu" --slow $(SLOW) $(ARGS)
+	$(BIN)/python -m pytest -q -m "not gpu and not tpu and not aot" --slow $(SLOW) $(ARGS)
 
 test-all:
 	@$(MAKE) --no-print-directory test SLOW=inf
+
+aot: $(VENV)/.aot  ## Compiles for TPUs and for Hopper, none of which need be there
+	$(BIN)/python -m pytest -q -m aot $(ARGS)
 
 setup: $(VENV)/.dev
 
@@ -65,6 +68,10 @@ $(VENV)/.dev: pyproject.toml | $(BIN)/python
 	$(PIP) --editable '.[dev,train$(PARITY)]'
 	$(BIN)/python -m kernels_pallas.cpu
 	@touch $@ $(VENV)/.core $(VENV)/.demo
+
+$(VENV)/.aot: pyproject.toml | $(VENV)/.dev
+	$(PIP) --editable '.[aot]'
+	@touch $@
 
 $(VENV)/.demo: pyproject.toml | $(BIN)/python
 	$(PIP) --editable '.[demo]'

@@ -16,8 +16,8 @@ from jaxserve.models import decoder, llama
 from jaxserve.models.decoder import Config, Params, logits
 from jaxserve.models.layers import Mlp, mlp, run_layers
 from jaxserve.models.ops import Ops
-from kernels_pallas.op import Weight, as_array
 from kernels_pallas.rope import Table
+from kernels_pallas.weight import Weight, as_array
 from sharding.tree import part, pytree, weight
 
 __all__ = ["config", "declare_params", "forward", "logits"]

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from kernels_pallas.op import LowRankWeight, Weight, as_array
+from kernels_pallas.weight import LowRankWeight, Weight, as_array
 
 
 def linear(x: Array, *weights: Weight, num_in: int = 1) -> Array | tuple[Array, ...]:

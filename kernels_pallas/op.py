@@ -1,99 +1,131 @@
-"""What all ops share: kinds of weights, and the gradient that a kernel borrows."""
+"""What all ops share: several bodies, how one is chosen, and the gradient that a kernel borrows."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import Array
+
+from kernels_pallas import tuning
+from kernels_pallas.target import Platform, Target
 
 
-@jax.tree_util.register_dataclass
+class UnsupportedError(NotImplementedError):
+    """A body cannot take these shapes, types or options. The chooser tries the next one."""
+
+
 @dataclass(frozen=True)
-class StackedWeight:
-    """One layer's weight, still inside the stack of all layers.
-
-    A scan over layers that slices its weights copies each of them before use wherever the compiler
-    does not fuse the slice into the product (on CPU it never does). So serving hands kernels the
-    whole stack and the index.
+class Body:
+    """One implementation of an op.
 
     Attributes:
-        stack: [L, ...].
-        index: which layer; int32 scalar.
+        platform: where it runs.
+        run: takes the op's arguments and options, and `tile` (a `tile`, or None for the tuned one)
+            and `interpret`. What it cannot take it refuses with `UnsupportedError` as it is traced.
+        tile: its tile sizes: a frozen dataclass of integers with defaults.
     """
 
-    stack: Array
-    index: Array | int
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.stack.shape[1:]
-
-    @property
-    def dtype(self):
-        return self.stack.dtype
-
-    def take(self) -> Array:
-        """The layer's own array."""
-        return lax.dynamic_index_in_dim(self.stack, self.index, keepdims=False)
+    platform: Platform
+    run: Callable[..., Any]
+    tile: type
 
 
-@partial(
-    jax.tree_util.register_dataclass, meta_fields=["scale"], data_fields=["base", "down", "up"]
-)
 @dataclass(frozen=True)
-class LowRankWeight:
-    """base + scale * up @ down (LoRA; Hu et al., 2021).
+class Cost:
+    """What a case cannot do without: the floor of its time.
 
     Attributes:
-        base: [*out, *in].
-        down: [rank, *in].
-        up: [*out, rank].
+        bytes: read and written at least.
+        flops: of multiplications and additions, two for each pair.
+        dtype: of the products, which decides the peak rate.
     """
 
-    base: Any
-    down: Any
-    up: Any
-    scale: float
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.base.shape
-
-    @property
-    def dtype(self):
-        return self.base.dtype
-
-    def merged(self) -> Array:
-        """The sum, as one array; also of whole stacks."""
-        base, down, up = (as_array(w) for w in (self.base, self.down, self.up))
-        lead = down.ndim - (base.ndim - (up.ndim - 1)) - 1  # stacked axes: 1 or 0
-        rows = up.reshape(*up.shape[:lead], -1, up.shape[-1])
-        cols = down.reshape(*down.shape[: lead + 1], -1)
-        added = self.scale * (rows @ cols).reshape(base.shape)
-        return (base.astype(added.dtype) + added).astype(base.dtype)
+    bytes: float
+    flops: float = 0.0
+    dtype: str = "bfloat16"
 
 
-Weight = Array | StackedWeight | LowRankWeight
+@dataclass(frozen=True)
+class Case:
+    """Shapes at which an op is tested, timed and tuned.
+
+    Attributes:
+        make: key -> (args, keyword arrays). Traceable: absent hardware is given shapes only.
+        options: static options.
+        shipped: a size that users meet: compiled for every target and timed. Others are small
+            enough to be simulated, which takes milliseconds for each step of a grid.
+        cost: of a shipped case.
+        tolerance: relative to the largest value of the reference; 0 for equality.
+    """
+
+    name: str
+    make: Callable[[Array], tuple[tuple[Any, ...], dict[str, Any]]]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    shipped: bool = False
+    cost: Cost | None = None
+    tolerance: float = 1e-5
 
 
-def as_array(w: Weight) -> Array:
-    if isinstance(w, LowRankWeight):
-        return w.merged()
-    return w.take() if isinstance(w, StackedWeight) else w
+@dataclass(frozen=True)
+class Op:
+    """A contract, the bodies that keep it, and the cases that show it.
+
+    Attributes:
+        reference: plain JAX, on any platform. Its docstring is the contract.
+        bodies: by name, the preferred first: "mosaic_tpu", "mosaic_gpu", or "xla" where there is
+            a faster form in plain JAX.
+    """
+
+    name: str
+    reference: Callable[..., Any]
+    bodies: Mapping[str, Body]
+    cases: tuple[Case, ...]
+
+    def __call__(
+        self, *args: Any, target: Target, implementation: str | None = None, **options: Any
+    ) -> Any:
+        """The best body's result for `target`, or that of the `implementation` named.
+
+        Raises:
+            UnsupportedError: no body takes these arguments, or not the one that was named.
+        """
+        won, sizes = tuning.tuned(target.device, self.name, signature(*args))
+        declined = dict[str, str]()
+        for name in self._candidates(target, implementation, won):
+            tile = self.bodies[name].tile(**sizes) if name == won and name in self.bodies else None
+            try:
+                return self.run(name, *args, tile=tile, **options)
+            except UnsupportedError as error:
+                declined[name] = str(error)
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in declined.items())
+        raise UnsupportedError(f"{self.name}: nothing can run this. {reasons}")
+
+    def run(self, name: str, *args: Any, tile: Any = None, interpret: Any = False, **options: Any):
+        """The result of one implementation."""
+        if name == "reference":
+            return self.reference(*args, **options)
+        return self.bodies[name].run(*args, tile=tile, interpret=interpret, **options)
+
+    def _candidates(self, target: Target, named: str | None, won: str | None) -> list[str]:
+        """What is tried, in order: what was faster when it was measured, then the op's order."""
+        known = [*self.bodies, "reference"]
+        if named is not None:
+            if named not in known:
+                raise UnsupportedError(f"{self.name}: implementation={named!r}, not in {known}")
+            return [named]
+        here = [n for n, body in self.bodies.items() if body.platform == target.platform]
+        return sorted([*here, "reference"], key=lambda name: name != won)
 
 
-def expert_of(w: Weight, expert: Array) -> Array:
-    """One expert's matrix out of [E, ...], read straight from the stack where there is one."""
-    if not isinstance(w, StackedWeight):
-        return lax.dynamic_index_in_dim(w, expert, keepdims=False)
-    start = (w.index, expert) + (0,) * (w.stack.ndim - 2)
-    return lax.dynamic_slice(w.stack, start, (1, 1, *w.stack.shape[2:]))[0, 0]
+def signature(*args: Any) -> str:
+    """Types and shapes of arguments in a word, as tuned tables write them."""
+    leaves = [x for x in jax.tree.leaves(args) if hasattr(x, "shape")]
+    return " ".join(f"{x.dtype}[{','.join(map(str, x.shape))}]" for x in leaves)
 
 
 def with_reference_gradient(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax import Array, lax
 
-from kernels_pallas.op import Weight, as_array
+from kernels_pallas.weight import Weight, as_array
 
 
 def rms_norm(x: Array, scale: Weight, *, eps: float, offset: float = 0.0) -> Array:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from kernels_pallas.linear import GATES
-from kernels_pallas.op import StackedWeight, Weight, as_array, expert_of
+from kernels_pallas.weight import StackedWeight, Weight, as_array, expert_of
 from sharding.tree import pytree, weight
 
 BLOCK_ROWS = 16

@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,19 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     over = time.monotonic() - _START > item.config.getoption("--slow")
     if over and item.get_closest_marker("slow"):
         pytest.skip("slow, and its time is over: --slow")
+
+
+@pytest.fixture
+def no_compilation_cache() -> Iterator[None]:
+    """For tests that compile for absent devices: their programs cannot be read back."""
+    import jax
+    from jax.experimental.compilation_cache import compilation_cache
+
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)
+    compilation_cache.reset_cache()
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -16,11 +16,12 @@ from jaxserve.models.ops import Ops
 from jaxserve.plan import Plan
 from kernels_pallas.linear import gated_linear as gated_linear_reference
 from kernels_pallas.linear import linear as linear_reference
-from kernels_pallas.op import StackedWeight, Weight, as_array, with_reference_gradient
+from kernels_pallas.op import with_reference_gradient
 from kernels_pallas.paged_attention import Ragged, gathered
 from kernels_pallas.rms_norm import rms_norm as rms_norm_reference
 from kernels_pallas.rope import Table
 from kernels_pallas.rope import rotate as rotate_reference
+from kernels_pallas.weight import StackedWeight, Weight, as_array
 from moe.experts import Experts
 from moe.experts import experts as experts_reference
 

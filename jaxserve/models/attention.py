@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxserve.models.ops import Attend
-from kernels_pallas.op import as_array
+from kernels_pallas.weight import as_array
 
 
 def packed(segments: Array, positions: Array) -> Attend:

@@ -22,8 +22,8 @@ from jaxserve.models.layers import (
 )
 from jaxserve.models.ops import Ops
 from jaxserve.models.rope import Rope
-from kernels_pallas.op import Weight
 from kernels_pallas.rope import Table
+from kernels_pallas.weight import Weight
 from moe.router import Router
 from sharding.tree import declare, part, pytree, weight
 

@@ -19,8 +19,8 @@ from jaxserve.models import decoder, mla
 from jaxserve.models.deepseek_v3 import config
 from jaxserve.models.layers import run_layers
 from jaxserve.models.ops import Ops
-from kernels_pallas.op import Weight
 from kernels_pallas.rope import Table
+from kernels_pallas.weight import Weight
 from sharding.tree import declare, part, pytree, weight
 
 __all__ = ["Params", "config", "declare_params", "forward", "logits", "predict"]

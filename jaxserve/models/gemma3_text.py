@@ -17,8 +17,8 @@ from jaxserve.models.layers import Attention, Mlp, attention, mlp, per_layer, ru
 from jaxserve.models.ops import Ops
 from jaxserve.models.rope import Rope
 from jaxserve.models.settings import ACTIVATIONS, check, choice
-from kernels_pallas.op import Weight
 from kernels_pallas.rope import Table
+from kernels_pallas.weight import Weight
 from sharding.tree import part, pytree, weight
 
 __all__ = ["config", "declare_params", "forward", "logits"]

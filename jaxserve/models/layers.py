@@ -13,8 +13,8 @@ from jax import Array, lax
 
 from jaxserve.models.ops import Ops
 from kernels_pallas.linear import GATES
-from kernels_pallas.op import StackedWeight, Weight, as_array
 from kernels_pallas.rope import Table
+from kernels_pallas.weight import StackedWeight, Weight, as_array
 from moe.experts import Experts
 from moe.router import Router, route
 from sharding.tree import part, pytree, weight

@@ -10,7 +10,7 @@ from jaxserve.models import decoder, llama
 from jaxserve.models.decoder import Config, forward, logits
 from jaxserve.models.layers import Attention
 from jaxserve.models.settings import check
-from kernels_pallas.op import Weight
+from kernels_pallas.weight import Weight
 from moe.experts import Experts
 from moe.router import Router
 from sharding.tree import part, pytree, weight

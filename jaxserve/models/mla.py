@@ -21,8 +21,8 @@ from jaxserve.models.decoder import logits
 from jaxserve.models.layers import Mlp, add_bias
 from jaxserve.models.ops import Ops
 from jaxserve.models.settings import choice
-from kernels_pallas.op import Weight, as_array
 from kernels_pallas.rope import Table
+from kernels_pallas.weight import Weight, as_array
 from moe.experts import Experts
 from moe.router import Router
 from sharding.tree import part, pytree, weight

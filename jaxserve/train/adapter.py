@@ -12,7 +12,7 @@ import numpy as np
 from jax import Array, lax
 
 from jaxserve.errors import ConfigError
-from kernels_pallas.op import LowRankWeight, as_array
+from kernels_pallas.weight import LowRankWeight, as_array
 from sharding.tree import is_weight
 
 

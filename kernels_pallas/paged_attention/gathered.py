@@ -5,8 +5,8 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax import Array, lax
 
-from kernels_pallas.op import Weight, as_array
 from kernels_pallas.paged_attention.ragged import Ragged, locate, write
+from kernels_pallas.weight import Weight, as_array
 
 _HIDDEN = -1e30  # finite: a row that sees nothing must not become NaN
 

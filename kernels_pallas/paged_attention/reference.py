@@ -12,8 +12,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array, lax
 
-from kernels_pallas.op import Weight, as_array
 from kernels_pallas.paged_attention.ragged import Ragged, from_stored, locate, write
+from kernels_pallas.weight import Weight, as_array
 
 _KEYS = 128  # keys attended at a time
 _QUERIES = 128  # prompt tokens attended at a time

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels_pallas.linear import GATES, gated_linear, linear
-from kernels_pallas.op import StackedWeight, as_array, expert_of
+from kernels_pallas.weight import StackedWeight, as_array, expert_of
 
 
 def draw(shape, seed=0, dtype=np.float32):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from kernels_pallas.linear import gated_linear, linear
-from kernels_pallas.op import LowRankWeight, StackedWeight, as_array
+from kernels_pallas.weight import LowRankWeight, StackedWeight, as_array
 
 RNG = np.random.default_rng(0)
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels_pallas.op import StackedWeight
 from kernels_pallas.paged_attention import Ragged, gathered, paged_attention
+from kernels_pallas.weight import StackedWeight
 
 L, LAYER, Z, M, R, T, H = 2, 1, 4, 5, 5, 16, 8
 P = R * M + 2

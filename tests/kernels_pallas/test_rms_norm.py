@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels_pallas.op import StackedWeight
 from kernels_pallas.rms_norm import rms_norm
+from kernels_pallas.weight import StackedWeight
 
 
 def formula(x, scale, eps, offset=0.0):

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels_pallas.op import StackedWeight
+from kernels_pallas.weight import StackedWeight
 from moe.experts import BLOCK_ROWS, Experts, experts
 
 D, F = 8, 6

@@ -13,8 +13,8 @@ from jaxserve.engine.serving_ops import serving_ops
 from jaxserve.models import deepseek_v3, qwen3_moe
 from jaxserve.models.attention import packed
 from jaxserve.models.ops import Ops
-from kernels_pallas.op import StackedWeight
 from kernels_pallas.paged_attention import Ragged
+from kernels_pallas.weight import StackedWeight
 from moe.experts import Experts
 from sharding.tree import initialise
 from tests.jaxserve.train import runs

@@ -1,0 +1,105 @@
+"""RMSNorm whose result leaves as eight-bit rows with a scale each: the input of a W8A8 product."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+
+from kernels_pallas.op import Body, Case, Cost, Op, UnsupportedError
+
+
+def quantize_rows(x: Array) -> tuple[Array, Array]:
+    """Rows [..., D] as int8 [..., D] and scales [...]: x is close to values * scale.
+
+    The largest magnitude of a row becomes 127; halves round to even; a row of zeros has scale 0.
+    """
+    x = x.astype(jnp.float32)
+    top = jnp.max(jnp.abs(x), -1, keepdims=True)
+    steps = jnp.where(top > 0, 127.0 / top, 0.0)
+    return lax.round(x * steps, lax.RoundingMethod.TO_NEAREST_EVEN).astype(jnp.int8), (
+        top[..., 0] * (1 / 127.0)
+    )
+
+
+def reference(x: Array, scale: Array, *, eps: float, offset: float = 0.0) -> tuple[Array, Array]:
+    """`quantize_rows` of x / rms(x) * (offset + scale), computed in float32.
+
+    Args:
+        x: [T, D].
+        scale: [D].
+
+    Returns:
+        int8 [T, D] and float32 [T].
+    """
+    y = x.astype(jnp.float32)
+    y = y * lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + eps)
+    return quantize_rows(y * (offset + scale.astype(jnp.float32)))
+
+
+@dataclass(frozen=True)
+class TpuTile:
+    """rows: of tokens in a program."""
+
+    rows: int = 256
+
+
+def _tpu_kernel(x_ref, scale_ref, values_ref, scales_ref, *, eps: float, offset: float):
+    values, scales = reference(x_ref[...], scale_ref[0], eps=eps, offset=offset)
+    values_ref[...] = values
+    scales_ref[...] = scales[:, None]
+
+
+def tpu(
+    x: Array, scale: Array, *, eps: float, offset: float = 0.0,
+    tile: TpuTile | None = None, interpret: Any = False,
+) -> tuple[Array, Array]:  # fmt: skip
+    """`reference` as a TPU kernel: one pass over memory."""
+    T, D = x.shape
+    if D % 128:
+        raise UnsupportedError(f"rows of {D=} must be whole lanes of 128")
+    wanted = (tile or TpuTile(rows=min(256, 2**20 // D))).rows  # wide rows fill VMEM sooner
+    rows = max(32, min(wanted, T + 31) // 32 * 32)  # an int8 tile has 32 rows
+    block = pl.BlockSpec((rows, D), lambda t: (t, 0))
+    values, scales = pl.pallas_call(
+        partial(_tpu_kernel, eps=eps, offset=offset),
+        grid=(pl.cdiv(T, rows),),
+        in_specs=[block, pl.BlockSpec((1, D), lambda t: (0, 0))],
+        out_specs=[block, pl.BlockSpec((rows, 1), lambda t: (t, 0))],
+        out_shape=[
+            jax.ShapeDtypeStruct((T, D), jnp.int8),
+            jax.ShapeDtypeStruct((T, 1), jnp.float32),
+        ],
+        interpret=interpret,
+        name="rms_norm_quantize",
+    )(x, scale[None])
+    return values, scales[:, 0]
+
+
+def _case(T: int, D: int, dtype: Any = jnp.bfloat16, *, shipped: bool = False, **options) -> Case:
+    def make(key: Array) -> tuple[tuple[Array, Array], dict[str, Array]]:
+        a, b = jax.random.split(key)
+        x, scale = jax.random.normal(a, (T, D), dtype), jax.random.normal(b, (D,), dtype)
+        return (x, scale), {}
+
+    cost = Cost(T * D * (jnp.dtype(dtype).itemsize + 1) + 4 * T)
+    name = f"{T}x{D}-{jnp.dtype(dtype).name}"
+    return Case(name, make, {"eps": 1e-6, **options}, shipped, cost, tolerance=0.008)
+
+
+CASES = (
+    _case(40, 128),
+    _case(3, 256, jnp.float32),
+    _case(64, 384, offset=1.0),
+    _case(64, 4096, shipped=True),
+    _case(8192, 7168, shipped=True),
+)
+
+rms_norm_quantize = Op(
+    "rms_norm_quantize", reference, {"mosaic_tpu": Body("tpu", tpu, TpuTile)}, CASES
+)

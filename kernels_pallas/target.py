@@ -1,0 +1,59 @@
+"""What a program is compiled for. It comes from a mesh, never from a query of what is attached."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from jax.sharding import AbstractMesh, Mesh
+
+Platform = Literal["cpu", "gpu", "tpu"]
+
+_DEVICES = {
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+    "TPU7x": "tpu7x",
+    "NVIDIA H100 80GB HBM3": "h100",
+    "NVIDIA H200": "h200",
+}
+"""Short names of device kinds: those of files under tuned/."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """The hardware that a program is compiled for.
+
+    Attributes:
+        platform: as JAX calls it.
+        device: the model, such as "v6e" or "h200"; "" where it does not matter or is not known.
+    """
+
+    platform: Platform
+    device: str = ""
+
+    @classmethod
+    def of(cls, mesh: Mesh | AbstractMesh) -> Target:
+        """The target of a mesh's devices, which may be absent ones.
+
+        Raises:
+            ValueError: the mesh does not say what its devices are.
+        """
+        if isinstance(mesh, AbstractMesh):
+            device: Any = mesh.abstract_device
+            if device is None:
+                raise ValueError(f"{mesh} does not say what its devices are: give abstract_device")
+            platform, kind = device.platform, device.device_kind
+        else:
+            device = mesh.devices.flat[0]
+            platform, kind = device.platform, device.device_kind
+        platform = {"cuda": "gpu"}.get(platform, platform)
+        if platform not in get_args(Platform):
+            raise ValueError(f"devices of {platform=}: expected one of {get_args(Platform)}")
+        return cls(platform, "" if platform == "cpu" else _DEVICES.get(kind, kind))
+
+
+CPU = Target("cpu")

@@ -1,0 +1,103 @@
+"""Every body of every op: against its reference, in a simulator, lowered, and compiled."""
+
+from __future__ import annotations
+
+import re
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from kernels_pallas import versions
+from kernels_pallas.op import Case, Op
+from kernels_pallas.registry import OPS
+from sharding import compile_only
+
+PLATFORMS = {"mosaic_tpu": "tpu", "mosaic_gpu": "cuda"}
+TARGETS = {
+    "mosaic_tpu": ("v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"),
+    "mosaic_gpu": ("h200:1x1x1",),
+}
+
+
+def table(shipped: bool | None, *bodies: str):
+    """Parameters (op, body, case) for cases of one kind or of both."""
+    return pytest.mark.parametrize(
+        ("op", "body", "case"),
+        [
+            pytest.param(op, body, case, id=f"{op.name}-{body}-{case.name}")
+            for op in OPS
+            for body in op.bodies
+            for case in op.cases
+            if body in (bodies or op.bodies) and shipped in (None, case.shipped)
+        ],
+    )
+
+
+def simulated(body: str):
+    return {"mosaic_tpu": True, "mosaic_gpu": versions.simulated_gpu()}.get(body, False)
+
+
+def agree(found, expected, tolerance: float) -> None:
+    """Equality up to `tolerance` of the largest expected value, leaf by leaf."""
+    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert (x.shape, x.dtype) == (y.shape, y.dtype)
+        x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+        bound = tolerance * max(1e-30, np.abs(y, where=np.isfinite(y), out=np.zeros_like(y)).max())
+        np.testing.assert_allclose(x, y, rtol=0, atol=bound)
+
+
+@table(False)
+def test_matches_its_reference(op: Op, body: str, case: Case):
+    args, arrays = case.make(jax.random.key(0))
+    found = op.run(body, *args, interpret=simulated(body), **arrays, **case.options)
+    agree(found, op.reference(*args, **arrays, **case.options), case.tolerance)
+
+
+@pytest.mark.parametrize(
+    "op", [op for op in OPS if "mosaic_tpu" in op.bodies], ids=lambda o: o.name
+)
+def test_has_no_race_on_a_simulated_tpu(op: Op):
+    """Mosaic GPU kernels are always simulated with race detection, by the test above."""
+    case = next(case for case in op.cases if not case.shipped)
+    args, arrays = case.make(jax.random.key(0))
+    try:
+        found = op.run(
+            "mosaic_tpu", *args, interpret=versions.simulated_tpu(), **arrays, **case.options
+        )
+        agree(found, op.reference(*args, **arrays, **case.options), case.tolerance)
+        assert not versions.tpu_races_found()
+    finally:
+        versions.reset_simulated_tpu()
+
+
+def abstract(case: Case, sharding=None):
+    shapes = jax.eval_shape(case.make, jax.random.key(0))
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
+
+
+def callable_of(op: Op, body: str, case: Case):
+    return lambda args, arrays: op.run(body, *args, **arrays, **case.options)
+
+
+@table(True, *PLATFORMS)
+def test_lowers_with_nothing_but_jaxlib(op: Op, body: str, case: Case):
+    exported = jax.export.export(
+        jax.jit(callable_of(op, body, case)),
+        platforms=[PLATFORMS[body]],
+        disabled_checks=[jax.export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")],
+    )(*abstract(case))
+    assert re.search(r"tpu_custom_call|mosaic_gpu", exported.mlir_module())
+
+
+@pytest.mark.aot
+@pytest.mark.usefixtures("no_compilation_cache")
+@table(True, *PLATFORMS)
+def test_compiles_for_absent_hardware(op: Op, body: str, case: Case):
+    for target in TARGETS[body]:
+        mesh = compile_only.mesh(target)
+        args = abstract(case, NamedSharding(mesh, PartitionSpec()))
+        compiled = jax.jit(callable_of(op, body, case)).lower(*args).compile()
+        memory = compiled.memory_analysis()
+        assert memory.temp_size_in_bytes <= 0.1 * case.cost.bytes + 2**20, target
