@@ -2,16 +2,16 @@
 
 Each kind reads another part of its context, so that what a cache policy throws away shows:
 
-    pairs   k3 v9 k1 v4 ... ? k1 k3 : k1 v4 k3 v9              some pairs, maybe few, of many
-    lookup  doc 2 k3 v9 k1 v4 doc 5 k1 v7 ... ? 5 k1 : k1 v7   which document matters too
+    pairs   k3 v9 k1 v4 ... ? k1 v4                            one pair of many
+    lookup  doc 2 k3 v9 k1 v4 doc 5 k1 v7 ... ? 5 k1 v7        which document matters too
     copy    v3 k9 v1 ... : v3 k9 v1 ...                        everything, in order
     lemma   x = 3 ; y = x + 4 ? y : x = 3 ; y = 3 + 4 = 7      values that are used and then dead
-    text    the cat likes ... ? the cat : the cat likes ...    the same, in words
+    text    the cat likes a bird . ... ? the cat likes a bird  the same, in words
 
-Answers repeat what is asked, so that a value is the word after its key. Small models learn to look
-that up within minutes only if many words of a text train it: half of the prompts are short, a
-question asks for any number of things, and keys are copied too. (Bare values, and then four values
-of six facts or more, were tried, and not learnt in half an hour.)
+A question asks for one thing, and its answer begins behind it at once. Small models then learn all
+of this in minutes, given copying beside it, which teaches their heads to look for "the same again".
+With several questions in a row the same heads say the next question: that was not learnt in half
+an hour, nor were answers without any copying of keys.
 
 As in "Mechanistic design and scaling of hybrid architectures" (Poli et al., 2024), these are the
 elementary skills of a language model, each in its purest form.
@@ -91,8 +91,8 @@ class Recall:
         keys, values = rng.sample(KEYS, size), rng.choices(VALUES, k=size)
         known = dict(zip(keys, values, strict=True))
         facts = " ".join(f"{k} {v}" for k, v in known.items())
-        asked = rng.sample(keys, rng.randint(1, size))
-        return f"{facts} ? {' '.join(asked)} :", " ".join(f"{k} {known[k]}" for k in asked)
+        asked = rng.choice(keys)
+        return f"{facts} ? {asked}", known[asked]
 
     def _lookup(self, rng: Random, size: int) -> tuple[str, str]:
         each = 4
@@ -105,9 +105,8 @@ class Recall:
             )
             for doc in names
         ]
-        doc, asked = rng.choice(names), rng.sample(shared, rng.randint(1, each))
-        answer = " ".join(f"{key} {values[doc, key]}" for key in asked)
-        return f"{' '.join(docs)} ? {doc} {' '.join(asked)} :", answer
+        doc, asked = rng.choice(names), rng.choice(shared)
+        return f"{' '.join(docs)} ? {doc} {asked}", values[doc, asked]
 
     def _copy(self, rng: Random, size: int) -> tuple[str, str]:
         words = " ".join(rng.choices(KEYS + VALUES, k=size))
@@ -138,8 +137,6 @@ class Recall:
             who: (rng.choice(VERBS), rng.choice(SUBJECTS), rng.choice(PLACES)) for who in SUBJECTS
         }
         told = [rng.choice(SUBJECTS) for _ in range(max(2, size // 4))]
-        sentences = {who: f"{who} {' '.join(habits[who])} ." for who in SUBJECTS}
-        known = sorted(set(told))
-        asked = rng.sample(known, rng.randint(1, len(known)))
-        before = " ".join(sentences[who] for who in told)
-        return f"{before} ? {' ; '.join(asked)} :", " ".join(sentences[who] for who in asked)
+        before = " ".join(f"{who} {' '.join(habits[who])} ." for who in told)
+        who = rng.choice(told)
+        return f"{before} ? {who}", " ".join(habits[who])

@@ -169,6 +169,16 @@ def test_recall_kinds(kind):
         assert task.grade(problem, answer).answer is None
 
 
+def test_recall_draws_short_prompts_and_long_ones():
+    sizes = [
+        len(draw(Recall(24, kinds=("copy",)), "train", 0, i).facts[1].split()) for i in range(400)
+    ]
+    assert min(sizes) == 2 and max(sizes) == 24
+    assert 6 <= sorted(sizes)[200] <= 8, "the median is the geometric mean"
+    problem = draw(Recall(24, least=24, kinds=("pairs",)), "test", 0, 0)
+    assert len(problem.prompt.split()) == 2 * 24 + 2
+
+
 @pytest.mark.parametrize(
     "make",
     [
@@ -178,6 +188,7 @@ def test_recall_kinds(kind):
         lambda: Countdown(targets=(10, 80)),
         lambda: Path(layers=30),
         lambda: Recall(kinds=("riddles",)),
+        lambda: Recall(8, least=9),
     ],
 )
 def test_settings_that_cannot_work_are_named(make):
