@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from kernels_pallas.weight import LowRankWeight, Weight, as_array
+from kernels_pallas.quantize import quantize_rows
+from kernels_pallas.weight import Int8Weight, LowRankWeight, Weight, unstacked
 
 
 def linear(x: Array, *weights: Weight, num_in: int = 1) -> Array | tuple[Array, ...]:
@@ -18,7 +19,8 @@ def linear(x: Array, *weights: Weight, num_in: int = 1) -> Array | tuple[Array, 
     Args:
         x: [..., *in]; its last `num_in` axes are contracted.
         weights: [*out, *in] each, of one element type. On a narrower type than x's, x is rounded
-            to it first, as the hardware's own matrix units do.
+            to it first, as the hardware's own matrix units do; on `Int8Weight` every row of x is
+            rounded to eight bits with a scale of its own.
 
     Returns:
         [..., *out] for each weight, in a tuple if there are several.
@@ -29,19 +31,27 @@ def linear(x: Array, *weights: Weight, num_in: int = 1) -> Array | tuple[Array, 
 
 def _apply(x: Array, w: Weight, num_in: int) -> Array:
     if not isinstance(w, LowRankWeight):
-        return _product(x, as_array(w), num_in)
+        return _product(x, unstacked(w), num_in).astype(x.dtype)
     added = _apply(_apply(x, w.down, num_in), w.up, 1)
     return _apply(x, w.base, num_in) + (w.scale * added).astype(x.dtype)
 
 
-def _product(x: Array, w: Array, num_in: int) -> Array:
+def _product(x: Array, w: Array | Int8Weight, num_in: int) -> Array:
     lead, out = x.shape[: x.ndim - num_in], w.shape[: w.ndim - num_in]
-    k = math.prod(x.shape[x.ndim - num_in :])
-    rows, cols = x.reshape(-1, k), w.reshape(-1, k)
-    y = lax.dot_general(
-        rows.astype(cols.dtype), cols, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
-    )
-    return y.astype(x.dtype).reshape(*lead, *out)
+    return product(x.reshape(-1, math.prod(x.shape[x.ndim - num_in :])), w).reshape(*lead, *out)
+
+
+def product(x: Array, w: Array | Int8Weight) -> Array:
+    """x [T, K] @ w.T in float32, [T, N]; the axes of w [*out, *in] may be any that make K and N."""
+    dims = (((1,), (1,)), ((), ()))
+    if isinstance(w, Int8Weight):
+        values, scale = quantize_rows(x)
+        y = lax.dot_general(
+            values, w.values.reshape(-1, x.shape[1]), dims, preferred_element_type=jnp.int32
+        )
+        return y.astype(jnp.float32) * scale[:, None] * w.scale.reshape(-1)
+    w = w.reshape(-1, x.shape[1])
+    return lax.dot_general(x.astype(w.dtype), w, dims, preferred_element_type=jnp.float32)
 
 
 def _swiglu_oai(gate: Array, up: Array) -> Array:

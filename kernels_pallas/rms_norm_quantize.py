@@ -12,19 +12,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 
 from kernels_pallas.op import Body, Case, Cost, Op, UnsupportedError
-
-
-def quantize_rows(x: Array) -> tuple[Array, Array]:
-    """Rows [..., D] as int8 [..., D] and scales [...]: x is close to values * scale.
-
-    The largest magnitude of a row becomes 127; halves round to even; a row of zeros has scale 0.
-    """
-    x = x.astype(jnp.float32)
-    top = jnp.max(jnp.abs(x), -1, keepdims=True)
-    steps = jnp.where(top > 0, 127.0 / top, 0.0)
-    return lax.round(x * steps, lax.RoundingMethod.TO_NEAREST_EVEN).astype(jnp.int8), (
-        top[..., 0] * (1 / 127.0)
-    )
+from kernels_pallas.quantize import quantize_rows
 
 
 def reference(x: Array, scale: Array, *, eps: float, offset: float = 0.0) -> tuple[Array, Array]:

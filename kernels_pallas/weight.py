@@ -7,7 +7,39 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import Array, lax
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Int8Weight:
+    """values * scale, in products with rows of x that are rounded to eight bits too (W8A8).
+
+    Attributes:
+        values: int8 [..., *out, *in].
+        scale: float32 [..., *out].
+    """
+
+    values: Array
+    scale: Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.values.shape
+
+    @property
+    def ndim(self) -> int:
+        return self.values.ndim
+
+    @property
+    def dtype(self):
+        return self.values.dtype
+
+    def dequantized(self) -> Array:
+        """The weight as float32."""
+        scale = self.scale.reshape(self.scale.shape + (1,) * (self.ndim - self.scale.ndim))
+        return self.values.astype(jnp.float32) * scale
 
 
 @jax.tree_util.register_dataclass
@@ -24,7 +56,7 @@ class StackedWeight:
         index: which layer; int32 scalar.
     """
 
-    stack: Array
+    stack: Array | Int8Weight
     index: Array | int
 
     @property
@@ -35,9 +67,12 @@ class StackedWeight:
     def dtype(self):
         return self.stack.dtype
 
-    def take(self) -> Array:
-        """The layer's own array."""
-        return lax.dynamic_index_in_dim(self.stack, self.index, keepdims=False)
+    def take(self) -> Any:
+        """The layer's own weight."""
+        return jax.tree.map(self._layer, self.stack)
+
+    def _layer(self, x: Array) -> Array:
+        return lax.dynamic_index_in_dim(x, self.index, keepdims=False)
 
 
 @partial(
@@ -76,18 +111,29 @@ class LowRankWeight:
         return (base.astype(added.dtype) + added).astype(base.dtype)
 
 
-Weight = Array | StackedWeight | LowRankWeight
+Weight = Array | Int8Weight | StackedWeight | LowRankWeight
 
 
-def as_array(w: Weight) -> Array:
-    if isinstance(w, LowRankWeight):
-        return w.merged()
+def unstacked(w: Weight) -> Any:
+    """One layer's weight, of whatever kind it is."""
     return w.take() if isinstance(w, StackedWeight) else w
 
 
-def expert_of(w: Weight, expert: Array) -> Array:
-    """One expert's matrix out of [E, ...], read straight from the stack where there is one."""
+def as_array(w: Weight) -> Array:
+    """One layer's weight as a plain array."""
+    if isinstance(w, LowRankWeight):
+        return w.merged()
+    w = unstacked(w)
+    return w.dequantized() if isinstance(w, Int8Weight) else w
+
+
+def expert_of(w: Weight, expert: Array) -> Any:
+    """One expert's weight out of [E, ...], read straight from the stack where there is one."""
     if not isinstance(w, StackedWeight):
-        return lax.dynamic_index_in_dim(w, expert, keepdims=False)
-    start = (w.index, expert) + (0,) * (w.stack.ndim - 2)
-    return lax.dynamic_slice(w.stack, start, (1, 1, *w.stack.shape[2:]))[0, 0]
+        return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, expert, keepdims=False), w)
+
+    def take(x: Array) -> Array:
+        start = (w.index, expert) + (0,) * (x.ndim - 2)
+        return lax.dynamic_slice(x, start, (1, 1, *x.shape[2:]))[0, 0]
+
+    return jax.tree.map(take, w.stack)

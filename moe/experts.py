@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from kernels_pallas.linear import GATES
-from kernels_pallas.weight import StackedWeight, Weight, as_array, expert_of
+from kernels_pallas.linear import product as matrix_product
+from kernels_pallas.weight import Int8Weight, StackedWeight, Weight, as_array, expert_of, unstacked
 from sharding.tree import pytree, weight
 
 BLOCK_ROWS = 16
@@ -46,7 +47,7 @@ def experts(x: Array, ids: Array, weights: Array, p: Experts, *, activation: str
 
     def block(_, inputs):
         rows, e = inputs
-        one = jax.tree.map(lambda w: expert_of(w, e), p, is_leaf=_is_stacked)
+        one = jax.tree.map(lambda w: expert_of(w, e), p, is_leaf=_is_weight)
         h = x.at[rows // A].get(mode="fill", fill_value=0)
         return None, _mlp(h, one, activation)
 
@@ -79,8 +80,8 @@ def dense_experts(x: Array, ids: Array, weights: Array, p: Experts, *, activatio
     return y.astype(x.dtype)
 
 
-def _is_stacked(w: object) -> bool:
-    return isinstance(w, StackedWeight)
+def _is_weight(w: object) -> bool:
+    return isinstance(w, StackedWeight | Int8Weight)
 
 
 def _blocks(ids: Array, num_experts: int) -> tuple[Array, Array]:
@@ -110,8 +111,7 @@ def _blocks(ids: Array, num_experts: int) -> tuple[Array, Array]:
 
 def _mlp(h: Array, p: Experts, activation: str) -> Array:  # [rows, D] -> [rows, D] float32
     def product(a: Array, w: Weight, b: Weight | None) -> Array:
-        w = as_array(w)
-        y = jnp.einsum("td,fd->tf", a.astype(w.dtype), w, preferred_element_type=jnp.float32)
+        y = matrix_product(a, unstacked(w))
         return y if b is None else y + as_array(b).astype(jnp.float32)
 
     hidden = GATES[activation](product(h, p.w_gate, p.b_gate), product(h, p.w_up, p.b_up))

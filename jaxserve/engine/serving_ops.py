@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -21,9 +22,12 @@ from kernels_pallas.paged_attention import Ragged, gathered
 from kernels_pallas.rms_norm import rms_norm as rms_norm_reference
 from kernels_pallas.rope import Table
 from kernels_pallas.rope import rotate as rotate_reference
-from kernels_pallas.weight import StackedWeight, Weight, as_array
+from kernels_pallas.weight import Int8Weight, StackedWeight, Weight, as_array
 from moe.experts import Experts
 from moe.experts import experts as experts_reference
+
+
+_NATIVE = (jnp.float32, jnp.bfloat16, jnp.int8)
 
 
 def serving_ops(plan: Plan, batch: Ragged) -> Ops:
@@ -63,12 +67,13 @@ def _native(num_rows: Array, dtype: Any, batch: Ragged | None) -> Ops:
 
 
 def _linear(x: Array, *weights: Weight, num_rows: Array, num_in: int = 1) -> Any:
-    if any(_layer(w)[0].dtype not in (jnp.float32, jnp.bfloat16) for w in weights):
+    if any(w.dtype not in _NATIVE for w in weights):
         return linear_reference(x, *weights, num_in=num_in)
     layer = _layer(weights[0])[1]
     lead = x.shape[: x.ndim - num_in]
-    flat = tuple(_matrix(_layer(w)[0], num_in, layer is not None) for w in weights)
-    ys = cpu.linear(x.reshape(-1, flat[0].shape[-1]), flat, layer=layer, num_rows=num_rows)
+    flat, scales = _matrices([_layer(w)[0] for w in weights], num_in, layer is not None)
+    rows = x.reshape(-1, flat[0].shape[-1])
+    ys = cpu.linear(rows, flat, scales=scales, layer=layer, num_rows=num_rows)
     outs = tuple(
         y.astype(x.dtype).reshape(*lead, *w.shape[: len(w.shape) - num_in])
         for y, w in zip(ys, weights, strict=True)
@@ -79,9 +84,10 @@ def _linear(x: Array, *weights: Weight, num_rows: Array, num_in: int = 1) -> Any
 def _gated_linear(
     x: Array, w_gate: Weight, w_up: Weight, *, num_rows: Array, activation: str
 ) -> Array:
-    (gate, layer), (up, _) = _layer(w_gate), _layer(w_up)
-    flat = x.reshape(-1, x.shape[-1])
-    y = cpu.gated_linear(flat, gate, up, layer=layer, num_rows=num_rows, activation=activation)
+    layer = _layer(w_gate)[1]
+    pair, scales = _matrices([_layer(w)[0] for w in (w_gate, w_up)], 1, layer is not None)
+    options = {"layer": layer, "num_rows": num_rows, "activation": activation}
+    y = cpu.gated_linear(x.reshape(-1, x.shape[-1]), *pair, scales=scales, **options)
     return y.astype(x.dtype).reshape(*x.shape[:-1], -1)
 
 
@@ -106,9 +112,12 @@ def _experts(
 ) -> Array:
     if p.b_gate is not None:
         return experts_reference(x, ids, weights, p, activation=activation)
-    (gate, layer), (up, _), (down, _) = _layer(p.w_gate), _layer(p.w_up), _layer(p.w_down)
+    layer = _layer(p.w_gate)[1]
+    stored = [_layer(w)[0] for w in (p.w_gate, p.w_up, p.w_down)]
+    values = (w.values if isinstance(w, Int8Weight) else w for w in stored)
+    scales = tuple(w.scale for w in stored if isinstance(w, Int8Weight))
     options = {"layer": layer, "num_rows": num_rows, "activation": activation}
-    return cpu.experts(x, ids, weights, gate, up, down, **options).astype(x.dtype)
+    return cpu.experts(x, ids, weights, *values, scales=scales, **options).astype(x.dtype)
 
 
 def _native_attention(q, k, v, k_pages, v_pages, layer, batch: Ragged, *, sinks=None, **options):
@@ -119,16 +128,24 @@ def _native_attention(q, k, v, k_pages, v_pages, layer, batch: Ragged, *, sinks=
 _attention = with_reference_gradient(_native_attention, gathered.paged_attention)
 
 
-def _layer(w: Weight) -> tuple[Array, Array | int | None]:
-    return (w.stack, w.index) if isinstance(w, StackedWeight) else (as_array(w), None)
+def _layer(w: Weight) -> tuple[Any, Array | int | None]:
+    """What is stored, and which layer of it is meant if it is a stack."""
+    if isinstance(w, StackedWeight):
+        return w.stack, w.index
+    return (w if isinstance(w, Int8Weight) else as_array(w)), None
 
 
-def _matrix(w: Array, num_in: int, stacked: bool) -> Array:
-    """[*out, *in] as [out, in], a stack of them as [L, out, in]."""
-    inner = 1
-    for size in w.shape[w.ndim - num_in :]:
-        inner *= size
-    return w.reshape(w.shape[0], -1, inner) if stacked else w.reshape(-1, inner)
+def _matrices(weights: list[Any], num_in: int, stacked: bool) -> tuple[tuple[Array, ...], Any]:
+    """Weights [*out, *in] as [out, in], stacks of them as [L, out, in]; and scales alike."""
+    lead = 1 if stacked else 0
+
+    def flat(w: Array) -> Array:
+        inner = math.prod(w.shape[w.ndim - num_in :])
+        return w.reshape(*w.shape[:lead], -1, inner)
+
+    values = tuple(flat(w.values if isinstance(w, Int8Weight) else w) for w in weights)
+    scales = (w.scale for w in weights if isinstance(w, Int8Weight))
+    return values, tuple(s.reshape(*s.shape[:lead], -1) for s in scales)
 
 
 def _no_attention(*_: Any, **__: Any) -> Any:

@@ -14,7 +14,7 @@ from jax import Array, lax
 from jaxserve.models.ops import Ops
 from kernels_pallas.linear import GATES
 from kernels_pallas.rope import Table
-from kernels_pallas.weight import StackedWeight, Weight, as_array
+from kernels_pallas.weight import Int8Weight, StackedWeight, Weight, as_array
 from moe.experts import Experts
 from moe.router import Router, route
 from sharding.tree import part, pytree, weight
@@ -150,10 +150,10 @@ def _scan_indices(
 def _at(stack: Any, i: Array | int) -> Any:
     """Layer i of a stack: vectors are sliced out, which is cheap; the rest stays where it is."""
 
-    def take(w: Array) -> Weight:
-        return StackedWeight(w, i) if w.ndim > 2 else lax.dynamic_index_in_dim(w, i, keepdims=False)
+    def take(w: Array | Int8Weight) -> Weight:
+        return StackedWeight(w, i) if w.ndim > 2 else StackedWeight(w, i).take()
 
-    return jax.tree.map(take, stack)
+    return jax.tree.map(take, stack, is_leaf=lambda w: isinstance(w, Int8Weight))
 
 
 def restack(params: Any, sizes: Sequence[int]) -> Any:

@@ -2,6 +2,8 @@
 
 Weights are used as Hugging Face stores them, [out, in], float32 or bfloat16 (also as uint16 bits),
 one layer or stacked `[L, ...]` and indexed by a traced `layer`, so a scan never copies a slice.
+Weights of int8 come with `scales`, one for each output; rows of x are then quantised on their way in
+(kernels_pallas.quantize), sums are exact integers, and the result is the reference's to the bit.
 `num_rows` says how many rows of a padded batch are real; the others cost nothing and come out 0.
 A row's result is the same bits whatever else is in the batch and however many threads run.
 All ops are forward only (`op.with_reference_gradient` lends them one) and need `available()`.
@@ -71,6 +73,7 @@ def linear(
     x: Array,  # [T, D]
     weights: tuple[Array, ...],  # each [N, D] or [L, N, D]
     *,
+    scales: tuple[Array, ...] = (),  # of int8 weights: each [N] or [L, N] float32
     layer: Array | int | None = None,
     num_rows: Array | int | None = None,
 ) -> tuple[Array, ...]:  # each [T, N] float32
@@ -79,7 +82,8 @@ def linear(
     With bfloat16 weights x is rounded to bfloat16 once; sums are float32.
     """
     outs = tuple(_floats(x.shape[0], w.shape[-2]) for w in weights)
-    return tuple(_call("linear", outs)(x, _rows(num_rows, x), _int(layer), *weights))
+    rows, index = _rows(num_rows, x), _int(layer)
+    return tuple(_call("linear", outs)(x, rows, index, *weights, *scales))
 
 
 def gated_linear(
@@ -87,6 +91,7 @@ def gated_linear(
     w_gate: Array,  # [F, D] or [L, F, D]
     w_up: Array,  # as w_gate
     *,
+    scales: tuple[Array, ...] = (),  # of int8 weights: each [F] or [L, F] float32
     layer: Array | int | None = None,
     num_rows: Array | int | None = None,
     activation: str = "silu",
@@ -94,7 +99,8 @@ def gated_linear(
     """act(x @ w_gate.T) * (x @ w_up.T); `activation` is "silu" or "gelu_tanh"."""
     _check_activation(activation)
     call = _call("gated_linear", _floats(x.shape[0], w_gate.shape[-2]))
-    return call(x, _rows(num_rows, x), _int(layer), w_gate, w_up, activation=activation)
+    rows, index = _rows(num_rows, x), _int(layer)
+    return call(x, rows, index, w_gate, w_up, *scales, activation=activation)
 
 
 def rms_norm(
@@ -189,6 +195,7 @@ def experts(
     w_up: Array,  # as w_gate
     w_down: Array,  # [E, D, F] or [L, E, D, F]
     *,
+    scales: tuple[Array, ...] = (),  # of int8 weights: without their last axis, float32
     layer: Array | int | None = None,
     num_rows: Array | int | None = None,
     activation: str = "silu",
@@ -197,7 +204,8 @@ def experts(
     _check_activation(activation)
     call = _call("experts", _floats(*x.shape))
     weights, rows, index = weights.astype(jnp.float32), _rows(num_rows, x), _int(layer)
-    return call(x, ids, weights, rows, index, w_gate, w_up, w_down, activation=activation)
+    operands = (x, ids, weights, rows, index, w_gate, w_up, w_down, *scales)
+    return call(*operands, activation=activation)
 
 
 def _call(target: str, outs, **options):

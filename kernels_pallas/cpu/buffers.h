@@ -30,13 +30,21 @@ ffi::Error visit(ffi::AnyBuffer array, const Fn& fn) {
   }
 }
 
+// The same for weights, which may also be of eight bits.
+template <class Fn>
+ffi::Error visit_weights(ffi::AnyBuffer array, const Fn& fn) {
+  if (array.element_type() == ffi::S8) return fn(static_cast<int8_t*>(array.untyped_data()));
+  return visit(array, fn);
+}
+
 // The last `rank` axes of an array that may be stacked over layers; `offset` is in elements.
 struct Slice {
   ffi::AnyBuffer::Dimensions dims;
   int64_t offset;
 };
 
-inline Slice slice(ffi::AnyBuffer array, Scalar layer, size_t rank) {
+template <class Array>
+Slice slice(const Array& array, Scalar layer, size_t rank) {
   auto dims = array.dimensions();
   if (dims.size() <= rank) return {dims, 0};
   const int64_t count = int64_t(array.element_count());

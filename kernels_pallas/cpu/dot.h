@@ -9,10 +9,11 @@
 #pragma once
 
 #include <algorithm>
-#include <array>
+#include <type_traits>
 #include <utility>
 
 #include "outer.h"
+#include "quantize.h"
 #include "scratch.h"
 #include "transpose.h"
 
@@ -28,11 +29,26 @@ inline int64_t block_words(int64_t words) {
   return round_up(ceil_div(words, count), 16);
 }
 
-// Rows of x in the weights' type, zero-padded to whole quarters. A view: owns nothing.
+template <class T>
+constexpr bool kIsInt8 = std::is_same_v<T, int8_t>;
+
+// Weights as they are stored. Eight-bit ones have a scale for each row, others none.
+template <class T>
+struct Matrix {
+  const T* data;
+  const float* scales;
+  int64_t k;
+
+  Matrix from_row(int64_t i) const { return {data + i * k, scales ? scales + i : nullptr, k}; }
+};
+
+// Rows of x in the weights' type, zero-padded to whole quarters; for eight-bit weights every row is
+// divided by a step of its own. A view: owns nothing.
 template <class T>
 struct Packed {
   T* data;
   int64_t num_rows, k;
+  RowScale* scales;  // of eight-bit rows
 
   static int64_t words(int64_t k) { return round_up(words_of<T>(k), kQuarter); }
   // One more line between rows: a power of two would put all of them into one set of L1.
@@ -42,10 +58,14 @@ struct Packed {
 
   T* row(int64_t i) const { return data + i * stride(k); }
 
-  // Writes elements [begin, begin + n) of a row.
+  // Writes elements [begin, begin + n) of a row; eight-bit rows are written whole.
   template <class From>
   void put(int64_t i, int64_t begin, const From* from, int64_t n) const {
-    convert(row(i) + begin, from, n);
+    if constexpr (kIsInt8<T>) {
+      scales[i] = quantize(from, n, row(i));
+    } else {
+      convert(row(i) + begin, from, n);
+    }
     const int64_t padding = words(k) * Vec<T>::kPerLane - k;
     if (begin + n == k) std::memset(row(i) + k, 0, padding * sizeof(T));
   }
@@ -57,14 +77,14 @@ template <class T, int R>
 void strip(const T* x, int64_t x_stride, const T* w, int64_t w_stride, int64_t words, float* out,
            int64_t out_stride, int64_t rows, Start start, const char* ahead) {
   constexpr int64_t kPerLane = Vec<T>::kPerLane;
-  F sum[R] = {};
+  typename Vec<T>::Sum sum[R] = {};
   for (int64_t i = 0; i < words; i += kQuarter, w += kQuarter * kPerLane) {
     U weights[kQuarter];
     load_transposed(w, w_stride * int64_t(sizeof(T)), weights);
     for (int j = 0; j < kQuarter * kLanes / 16; ++j, ahead += 64) __builtin_prefetch(ahead, 0, 2);
 #pragma GCC unroll 4
     for (int j = 0; j < kQuarter; ++j, x += kPerLane) {
-      const auto cols = bitcast<typename Vec<T>::Reg>(weights[j]);
+      const auto cols = bitcast<typename Vec<T>::Reg>(Vec<T>::weights(weights[j]));
 #pragma GCC unroll 32
       for (int r = 0; r < R; ++r) {
         sum[r] = Vec<T>::dot(sum[r], Vec<T>::broadcast(x + r * x_stride), cols);
@@ -105,13 +125,15 @@ void pack_panel(const T* w, int64_t w_stride, int64_t cols, int64_t words, T* to
     int64_t i = 0;
     for (; i + kLanes <= words; i += kLanes) {
       transpose_lines(w + c * w_stride + i * kPerLane, stride, [&](int j, U weights) {
-        store(to + ((i + j) * cols + c) * kPerLane, weights);
+        store(to + ((i + j) * cols + c) * kPerLane, Vec<T>::weights(weights));
       });
     }
     for (; i < words; i += kQuarter) {
       U weights[kQuarter];
       load_transposed(w + c * w_stride + i * kPerLane, stride, weights);
-      for (int j = 0; j < kQuarter; ++j) store(to + ((i + j) * cols + c) * kPerLane, weights[j]);
+      for (int j = 0; j < kQuarter; ++j) {
+        store(to + ((i + j) * cols + c) * kPerLane, Vec<T>::weights(weights[j]));
+      }
     }
   }
 }
@@ -174,7 +196,9 @@ void multiply_odd(const Packed<T>& x, int64_t begin, int64_t end, const T* w, in
   for (int64_t c = 0; c < cols; c += kLanes) {
     const int64_t width = std::min<int64_t>(kLanes, cols - c);
     std::memset(padded, 0, kLanes * stride * sizeof(T));
-    for (int64_t i = 0; i < width; ++i) convert(padded + i * stride, w + (c + i) * x.k, x.k);
+    for (int64_t i = 0; i < width; ++i) {
+      std::memcpy(padded + i * stride, w + (c + i) * x.k, x.k * sizeof(T));
+    }
     for (int64_t r = begin; r < end; r += kStripRows) {
       const int64_t rows = std::min<int64_t>(kStripRows, end - r);
       const Weights<T> weights{padded, stride, words, kLanes};
@@ -186,10 +210,23 @@ void multiply_odd(const Packed<T>& x, int64_t begin, int64_t end, const T* w, in
   }
 }
 
+// Sums of integers, which lie where their floats shall be, times both scales.
+inline void apply_scales(const RowScale* rows, int64_t num_rows, const float* scales, int64_t cols,
+                         float* out, int64_t out_stride) {
+  for (int64_t r = 0; r < num_rows; ++r, out += out_stride) {
+    const int32_t extra = 128 * rows[r].sum;  // see Vec<int8_t>
+    for (int64_t c = 0; c < cols; ++c) {
+      const int32_t sum = bitcast<int32_t>(out[c]) - extra;
+      out[c] = float(sum) * rows[r].scale * scales[c];
+    }
+  }
+}
+
 // out[r][c] = x[begin + r] . w[c] for rows [begin, end) of x and the first `cols` rows of w.
 template <class T>
-void dot_block(const Packed<T>& x, int64_t begin, int64_t end, const T* w, int64_t cols, float* out,
-               int64_t out_stride) {
+void dot_block(const Packed<T>& x, int64_t begin, int64_t end, const Matrix<T>& matrix, int64_t cols,
+               float* out, int64_t out_stride) {
+  const T* w = matrix.data;
   const bool odd = x.k % (kQuarter * Vec<T>::kPerLane) != 0;
   const int64_t whole = odd ? 0 : cols / kLanes * kLanes, rows = end - begin;
   if (whole > 0) {
@@ -199,6 +236,9 @@ void dot_block(const Packed<T>& x, int64_t begin, int64_t end, const T* w, int64
   }
   if (whole < cols) {
     multiply_odd(x, begin, end, w + whole * x.k, cols - whole, out + whole, out_stride);
+  }
+  if constexpr (kIsInt8<T>) {
+    apply_scales(x.scales + begin, rows, matrix.scales, cols, out, out_stride);
   }
 }
 

@@ -55,7 +55,7 @@ std::vector<Chunk> cut(const Grouping& groups, int64_t cols, int64_t width) {
 
 template <class T>
 struct Experts {
-  const T *w_gate, *w_up, *w_down;  // [E, F, D], [E, F, D], [E, D, F]
+  Matrix<T> w_gate, w_up, w_down;  // [E * F, D], [E * F, D], [E * D, F]
   int64_t num_experts, mlp, embed, num_active;
   Activation activation;
 };
@@ -65,30 +65,44 @@ template <class T>
 struct PackedGroups {
   T* data;
   int64_t k;
+  RowScale* scales;
 
   Packed<T> of(const Grouping& groups, int64_t expert) const {
-    return {data + groups.starts[expert] * Packed<T>::stride(k), groups.size(expert), k};
+    const int64_t first = groups.starts[expert];
+    return {data + first * Packed<T>::stride(k), groups.size(expert), k, scales + first};
   }
 };
 
 // hidden = act(x @ w_gate.T) * (x @ w_up.T)
+//
+// Rows of eight bits need their largest value before their first can be written, so they wait in
+// `floats` [slots, F] until all of it is there.
 template <class T>
 void expand(const Experts<T>& moe, const Grouping& groups, const PackedGroups<T>& x,
-            const PackedGroups<T>& hidden) {
+            const PackedGroups<T>& hidden, float* floats) {
   constexpr int64_t kWidth = 2 * kPanelCols;
   const auto chunks = cut(groups, moe.mlp, kWidth);
   Pool::shared().run(int64_t(chunks.size()), [&](int64_t i) {
     thread_local float gate[kRowsPerChunk * kWidth], up[kRowsPerChunk * kWidth];
     const auto [e, begin, end, first, cols] = chunks[i];
-    const int64_t weight = (e * moe.mlp + first) * moe.embed;
+    const int64_t weight = e * moe.mlp + first;
     const Packed<T> rows = x.of(groups, e), out = hidden.of(groups, e);
-    dot_block(rows, begin, end, moe.w_gate + weight, cols, gate, kWidth);
-    dot_block(rows, begin, end, moe.w_up + weight, cols, up, kWidth);
+    dot_block(rows, begin, end, moe.w_gate.from_row(weight), cols, gate, kWidth);
+    dot_block(rows, begin, end, moe.w_up.from_row(weight), cols, up, kWidth);
     for (int64_t r = 0; r < end - begin; ++r) {
       gate_in_place(moe.activation, gate + r * kWidth, up + r * kWidth, cols);
-      out.put(begin + r, first, gate + r * kWidth, cols);
+      if constexpr (kIsInt8<T>) {
+        const int64_t row = groups.starts[e] + begin + r;
+        convert(floats + row * moe.mlp + first, gate + r * kWidth, cols);
+      } else {
+        out.put(begin + r, first, gate + r * kWidth, cols);
+      }
     }
   });
+  if constexpr (kIsInt8<T>) {
+    pack_rows(Packed<T>{hidden.data, int64_t(groups.order.size()), moe.mlp, hidden.scales},
+              [&](int64_t i) { return floats + i * moe.mlp; });
+  }
 }
 
 // y[rank] = hidden[rank] @ w_down.T
@@ -98,8 +112,8 @@ void contract(const Experts<T>& moe, const Grouping& groups, const PackedGroups<
   const auto chunks = cut(groups, moe.embed, 2 * kPanelCols);
   Pool::shared().run(int64_t(chunks.size()), [&](int64_t i) {
     const auto [e, begin, end, first, cols] = chunks[i];
-    dot_block(hidden.of(groups, e), begin, end, moe.w_down + (e * moe.embed + first) * moe.mlp,
-              cols, y + (groups.starts[e] + begin) * moe.embed + first, moe.embed);
+    dot_block(hidden.of(groups, e), begin, end, moe.w_down.from_row(e * moe.embed + first), cols,
+              y + (groups.starts[e] + begin) * moe.embed + first, moe.embed);
   });
 }
 
@@ -129,11 +143,15 @@ void forward(const Experts<T>& moe, const X* x, const int32_t* ids, const float*
   const int64_t slots = int64_t(groups.order.size());
   const int64_t x_count = Packed<T>::count(slots, moe.embed);
   const int64_t hidden_count = Packed<T>::count(slots, moe.mlp);
+  const int64_t waiting = kIsInt8<T> ? slots * moe.mlp : 0;
   scratch.reset(Scratch::bytes<T>(x_count) + Scratch::bytes<T>(hidden_count) +
-                Scratch::bytes<float>(slots * moe.embed));
-  const PackedGroups<T> rows{scratch.take<T>(x_count), moe.embed};
-  const PackedGroups<T> hidden{scratch.take<T>(hidden_count), moe.mlp};
+                Scratch::bytes<float>(slots * moe.embed) + Scratch::bytes<float>(waiting) +
+                2 * Scratch::bytes<RowScale>(slots));
+  const PackedGroups<T> rows{scratch.take<T>(x_count), moe.embed, scratch.take<RowScale>(slots)};
+  const PackedGroups<T> hidden{scratch.take<T>(hidden_count), moe.mlp,
+                               scratch.take<RowScale>(slots)};
   float* y = scratch.take<float>(slots * moe.embed);
+  float* floats = scratch.take<float>(waiting);
   Pool::shared().run(moe.num_experts, [&](int64_t e) {
     const Packed<T> to = rows.of(groups, e);
     for (int64_t i = 0; i < to.num_rows; ++i) {
@@ -141,29 +159,46 @@ void forward(const Experts<T>& moe, const X* x, const int32_t* ids, const float*
       to.put(i, 0, x + token * moe.embed, moe.embed);
     }
   });
-  expand(moe, groups, rows, hidden);
+  expand(moe, groups, rows, hidden, floats);
   contract(moe, groups, hidden, y);
   combine(groups, weights, moe.num_active, y, num_rows, moe.embed, out);
 }
 
+// The rows of all experts, one matrix after the other; [E, N] or [L, E, N] are scales of int8.
+template <class T>
+ffi::ErrorOr<Matrix<T>> matrices(ffi::AnyBuffer weight, ffi::RemainingArgs scales, size_t i,
+                                 Scalar layer) {
+  auto [dims, offset] = slice(weight, layer, 3);
+  const float* found = nullptr;
+  if constexpr (kIsInt8<T>) {
+    auto scale = scales.get<Floats>(i);
+    if (scale.has_error()) return ffi::Unexpected(scale.error());
+    auto [scale_dims, scale_offset] = slice(*scale, layer, 2);
+    if (scale_dims[0] != dims[0] || scale_dims[1] != dims[1]) {
+      return ffi::Unexpected(ffi::Error::InvalidArgument("scales must be [E, N] or [L, E, N]"));
+    }
+    found = scale->typed_data() + scale_offset;
+  }
+  return Matrix<T>{static_cast<T*>(weight.untyped_data()) + offset, found, dims[2]};
+}
+
 ffi::Error experts(ffi::AnyBuffer x, Ints ids, Floats weights, Scalar num_rows, Scalar layer,
-                   ffi::AnyBuffer w_gate, ffi::AnyBuffer w_up, ffi::AnyBuffer w_down, FloatsOut out,
-                   std::string_view activation) {
+                   ffi::AnyBuffer w_gate, ffi::AnyBuffer w_up, ffi::AnyBuffer w_down,
+                   ffi::RemainingArgs scales, FloatsOut out, std::string_view activation) {
   const int64_t all_rows = x.dimensions()[0], embed = x.dimensions()[1];
   const int64_t rows = std::clamp<int64_t>(value(num_rows), 0, all_rows);
   const int64_t active = ids.dimensions()[1];
-  const auto up = slice(w_gate, layer, 3), down = slice(w_down, layer, 3);
+  const auto dims = slice(w_gate, layer, 3).dims;
   float* y = out->typed_data();
   std::memset(y + rows * embed, 0, (all_rows - rows) * embed * sizeof(float));
-  return visit(w_gate, [&](auto* gate) {
-    using T = std::remove_pointer_t<decltype(gate)>;
-    const Experts<T> moe{gate + up.offset,
-                         static_cast<T*>(w_up.untyped_data()) + up.offset,
-                         static_cast<T*>(w_down.untyped_data()) + down.offset,
-                         up.dims[0],
-                         up.dims[1],
-                         embed,
-                         active,
+  return visit_weights(w_gate, [&](auto* typed) {
+    using T = std::remove_pointer_t<decltype(typed)>;
+    auto gate = matrices<T>(w_gate, scales, 0, layer), up = matrices<T>(w_up, scales, 1, layer);
+    auto down = matrices<T>(w_down, scales, 2, layer);
+    if (gate.has_error()) return gate.error();
+    if (up.has_error()) return up.error();
+    if (down.has_error()) return down.error();
+    const Experts<T> moe{*gate, *up, *down, dims[0], dims[1], embed, active,
                          activation_of(activation)};
     return visit(x, [&](auto* from) {
       for (int64_t first = 0; first < rows; first += kRowsPerPass) {
@@ -188,6 +223,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxserve_experts, experts,
                                   .Arg<ffi::AnyBuffer>()  // w_gate
                                   .Arg<ffi::AnyBuffer>()  // w_up
                                   .Arg<ffi::AnyBuffer>()  // w_down
+                                  .RemainingArgs()        // scales of the three
                                   .Ret<ffi::Buffer<ffi::F32>>()
                                   .Attr<std::string_view>("activation"));
 

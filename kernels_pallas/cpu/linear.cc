@@ -13,18 +13,18 @@ namespace {
 // Columns of one weight that one chunk computes for some rows.
 template <class T>
 struct Piece {
-  const T* weight;  // its first row
-  const T* up;      // the paired row of w_up, or null
+  Matrix<T> weight;  // from its first row on
+  Matrix<T> up;      // the paired rows of w_up, or nothing
   float* out;       // row 0, first column of the piece
   int64_t out_stride;
   int64_t num_cols;
 };
 
 template <class T>
-void cut(std::vector<Piece<T>>* pieces, const T* weight, const T* up, int64_t k, float* out,
+void cut(std::vector<Piece<T>>* pieces, Matrix<T> weight, Matrix<T> up, float* out,
          int64_t num_cols, int64_t width) {
   for (int64_t c = 0; c < num_cols; c += width) {
-    pieces->push_back({weight + c * k, up ? up + c * k : nullptr, out + c, num_cols,
+    pieces->push_back({weight.from_row(c), up.data ? up.from_row(c) : up, out + c, num_cols,
                        std::min(width, num_cols - c)});
   }
 }
@@ -56,7 +56,7 @@ void multiply(const Packed<T>& x, int64_t first, const std::vector<Piece<T>>& pi
     const int64_t end = std::min(x.num_rows, begin + height);
     float* out = piece.out + (first + begin) * piece.out_stride;
     dot_block(x, begin, end, piece.weight, piece.num_cols, out, piece.out_stride);
-    if (piece.up) apply_gate(x, begin, end, piece, activation, out);
+    if (piece.up.data) apply_gate(x, begin, end, piece, activation, out);
   });
 }
 
@@ -67,8 +67,8 @@ void multiply_all(const X* x, int64_t num_rows, int64_t k, const std::vector<Pie
   for (int64_t first = 0; first < num_rows; first += kRowsPerPass) {
     const int64_t rows = std::min(kRowsPerPass, num_rows - first);
     const int64_t count = Packed<T>::count(rows, k);
-    scratch.reset(Scratch::bytes<T>(count));
-    const Packed<T> packed{scratch.take<T>(count), rows, k};
+    scratch.reset(Scratch::bytes<T>(count) + Scratch::bytes<RowScale>(rows));
+    const Packed<T> packed{scratch.take<T>(count), rows, k, scratch.take<RowScale>(rows)};
     pack_rows(packed, [&](int64_t i) { return x + (first + i) * k; });
     multiply(packed, first, pieces, activation);
   }
@@ -79,7 +79,29 @@ void zero_padding(float* out, int64_t num_rows, int64_t all_rows, int64_t cols) 
 }
 
 ffi::Error bad_shapes() {
-  return ffi::Error::InvalidArgument("weights must be [N, K] or [L, N, K], all of one dtype");
+  return ffi::Error::InvalidArgument(
+      "weights must be [N, K] or [L, N, K], all of one dtype; those of int8 with scales [N] or "
+      "[L, N] behind them");
+}
+
+// Weight i of several, whose scales follow all of them if they are of eight bits.
+template <class T>
+ffi::ErrorOr<Matrix<T>> matrix(ffi::RemainingArgs args, size_t i, size_t count, Scalar layer,
+                               int64_t k) {
+  auto weight = *args.get<ffi::AnyBuffer>(i);
+  auto [dims, offset] = slice(weight, layer, 2);
+  if (dims[1] != k || ffi::ByteWidth(weight.element_type()) != sizeof(T)) {
+    return ffi::Unexpected(bad_shapes());
+  }
+  const float* scales = nullptr;
+  if constexpr (kIsInt8<T>) {
+    auto found = args.get<Floats>(count + i);
+    if (found.has_error()) return ffi::Unexpected(found.error());
+    auto [scale_dims, scale_offset] = slice(*found, layer, 1);
+    if (scale_dims[0] != dims[0]) return ffi::Unexpected(bad_shapes());
+    scales = found->typed_data() + scale_offset;
+  }
+  return Matrix<T>{static_cast<T*>(weight.untyped_data()) + offset, scales, k};
 }
 
 ffi::Error linear(ffi::AnyBuffer x, Scalar num_rows, Scalar layer, ffi::RemainingArgs weights,
@@ -88,21 +110,20 @@ ffi::Error linear(ffi::AnyBuffer x, Scalar num_rows, Scalar layer, ffi::Remainin
   const int64_t rows = std::clamp<int64_t>(value(num_rows), 0, all_rows);
   auto first = weights.get<ffi::AnyBuffer>(0);
   if (first.has_error()) return first.error();
-  return visit(*first, [&](auto* typed) {
+  return visit_weights(*first, [&](auto* typed) {
     using T = std::remove_pointer_t<decltype(typed)>;
     std::vector<Piece<T>> pieces;
     int64_t all_cols = 0;
-    for (size_t i = 0; i < weights.size(); ++i) {
+    for (size_t i = 0; i < outs.size(); ++i) {
       all_cols += slice(*weights.get<ffi::AnyBuffer>(i), layer, 2).dims[0];
     }
-    for (size_t i = 0; i < weights.size(); ++i) {
-      auto weight = *weights.get<ffi::AnyBuffer>(i);
+    for (size_t i = 0; i < outs.size(); ++i) {
+      auto weight = matrix<T>(weights, i, outs.size(), layer, k);
+      if (weight.has_error()) return weight.error();
       auto out = *outs.get<ffi::Buffer<ffi::F32>>(i);
-      auto [dims, offset] = slice(weight, layer, 2);
-      if (dims[1] != k || ffi::ByteWidth(weight.element_type()) != sizeof(T)) return bad_shapes();
-      zero_padding(out->typed_data(), rows, all_rows, dims[0]);
-      cut<T>(&pieces, static_cast<T*>(weight.untyped_data()) + offset, nullptr, k,
-             out->typed_data(), dims[0], chunk_cols(all_cols));
+      const int64_t cols = out->dimensions()[1];
+      zero_padding(out->typed_data(), rows, all_rows, cols);
+      cut<T>(&pieces, *weight, {}, out->typed_data(), cols, chunk_cols(all_cols));
     }
     return visit(x, [&](auto* from) {
       multiply_all<T>(from, rows, k, pieces);
@@ -111,18 +132,21 @@ ffi::Error linear(ffi::AnyBuffer x, Scalar num_rows, Scalar layer, ffi::Remainin
   });
 }
 
-ffi::Error gated_linear(ffi::AnyBuffer x, Scalar num_rows, Scalar layer, ffi::AnyBuffer w_gate,
-                        ffi::AnyBuffer w_up, FloatsOut out, std::string_view activation) {
+ffi::Error gated_linear(ffi::AnyBuffer x, Scalar num_rows, Scalar layer, ffi::RemainingArgs weights,
+                        FloatsOut out, std::string_view activation) {
   const int64_t all_rows = x.dimensions()[0], k = x.dimensions()[1];
   const int64_t rows = std::clamp<int64_t>(value(num_rows), 0, all_rows);
-  auto [dims, offset] = slice(w_gate, layer, 2);
-  if (dims[1] != k || w_gate.element_type() != w_up.element_type()) return bad_shapes();
-  zero_padding(out->typed_data(), rows, all_rows, dims[0]);
-  return visit(w_gate, [&, cols = dims[0], offset = offset](auto* gate) {
-    using T = std::remove_pointer_t<decltype(gate)>;
+  const int64_t cols = out->dimensions()[1];
+  zero_padding(out->typed_data(), rows, all_rows, cols);
+  auto first = weights.get<ffi::AnyBuffer>(0);
+  if (first.has_error()) return first.error();
+  return visit_weights(*first, [&](auto* typed) {
+    using T = std::remove_pointer_t<decltype(typed)>;
+    auto gate = matrix<T>(weights, 0, 2, layer, k), up = matrix<T>(weights, 1, 2, layer, k);
+    if (gate.has_error()) return gate.error();
+    if (up.has_error()) return up.error();
     std::vector<Piece<T>> pieces;
-    cut<T>(&pieces, gate + offset, static_cast<T*>(w_up.untyped_data()) + offset, k,
-           out->typed_data(), cols, chunk_cols(cols));
+    cut<T>(&pieces, *gate, *up, out->typed_data(), cols, chunk_cols(cols));
     return visit(x, [&](auto* from) {
       multiply_all<T>(from, rows, k, pieces, activation_of(activation));
       return ffi::Error::Success();
@@ -145,8 +169,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxserve_gated_linear, gated_linear,
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<Scalar>()
                                   .Arg<Scalar>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
+                                  .RemainingArgs()
                                   .Ret<ffi::Buffer<ffi::F32>>()
                                   .Attr<std::string_view>("activation"));
 

@@ -43,13 +43,18 @@ inline void add_to(float* c, F sum, Start start, int row) {
   store(c, sum);
 }
 
+// Sums of integers wait as integers where their floats will be.
+inline void add_to(float* c, I sum, Start start, int) {
+  store(c, start.keep ? sum + load<I>(c) : sum);
+}
+
 // c[r] = start + sum over words of a[r][word] * b[word]
 template <class T, int R, int C>
 void outer_tile(const T* a, int64_t a_stride, const T* b, int64_t b_stride, int64_t words, float* c,
                 int64_t c_stride, Start start, Ahead ahead) {
   using Reg = typename Vec<T>::Reg;
   constexpr int64_t kLine = 16;  // words
-  F sum[R][C] = {};
+  typename Vec<T>::Sum sum[R][C] = {};
   for (int64_t w = 0; w < words;) {
     for (int64_t i = 0; i < ahead.count; ++i) {
       __builtin_prefetch(ahead.rows + i * ahead.stride + w * 4, 0, 2);

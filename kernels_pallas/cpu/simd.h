@@ -107,22 +107,26 @@ inline void convert(bf16* to, const float* from, int64_t n) {
 #endif
 }
 
-// A register full of T, as the dot products see it: bf16 travels in pairs, one pair per lane.
+// A register full of T, as the dot products see it: bf16 travels in pairs, int8 in fours, so that a
+// lane always takes in a word of 32 bits. `weights` makes of the second operand what `dot` expects.
 template <class T>
 struct Vec;
 
 template <>
 struct Vec<float> {
   using Reg = F;
+  using Sum = F;
   static constexpr int kPerLane = 1;
   static constexpr int kSize = kLanes;
   static F dot(F sum, F a, F b) { return sum + a * b; }
   static F broadcast(const float* p) { return splat(*p); }
+  static U weights(U words) { return words; }
 };
 
 template <>
 struct Vec<bf16> {
   using Reg = U;
+  using Sum = F;
   static constexpr int kPerLane = 2;
   static constexpr int kSize = 2 * kLanes;
   static U broadcast(const bf16* p) { return U{} + bitcast<uint32_t>(load<uint32_t>(p)); }
@@ -132,6 +136,49 @@ struct Vec<bf16> {
 #else
     sum += bitcast<F>(a << 16) * bitcast<F>(b << 16);
     return sum + bitcast<F>(a & 0xffff0000u) * bitcast<F>(b & 0xffff0000u);
+#endif
+  }
+  static U weights(U words) { return words; }
+};
+
+// The instruction wants one operand without sign: weights come with 128 added, which makes sums too
+// large by 128 times the sum of the row of x. Whoever scales the sums takes that off again.
+template <>
+struct Vec<int8_t> {
+  using Reg = U;
+  using Sum = I;
+  static constexpr int kPerLane = 4;
+  static constexpr int kSize = 4 * kLanes;
+  static U broadcast(const int8_t* p) { return U{} + load<uint32_t>(p); }
+  static U weights(U words) { return words ^ 0x80808080u; }
+  static I dot(I sum, U x, U weights) {
+#if defined(__AVX512VNNI__)
+    return bitcast<I>(_mm512_dpbusd_epi32(bitcast<__m512i>(sum), bitcast<__m512i>(weights),
+                                          bitcast<__m512i>(x)));
+#elif defined(__AVXVNNI__)
+    return bitcast<I>(_mm256_dpbusd_avx_epi32(bitcast<__m256i>(sum), bitcast<__m256i>(weights),
+                                              bitcast<__m256i>(x)));
+#else
+    // Sixteen bits for every factor: products of pairs then fit, as the plain instruction's do not.
+    using S16 = int16_t __attribute__((vector_size(4 * kLanes)));
+    const S16 a = bitcast<S16>(x), b = bitcast<S16>(weights);
+    const S16 even = (a << 8) >> 8, odd = a >> 8;
+    const S16 low = b & 255, high = bitcast<S16>(bitcast<U>(b & int16_t(0xff00)) >> 8);
+    return sum + multiply_pairs(even, low) + multiply_pairs(odd, high);
+#endif
+  }
+
+ private:
+  // Sums of neighbours' products.
+  template <class S16>
+  static I multiply_pairs(S16 a, S16 b) {
+#if defined(__AVX512BW__)
+    return bitcast<I>(_mm512_madd_epi16(bitcast<__m512i>(a), bitcast<__m512i>(b)));
+#elif defined(__AVX2__)
+    return bitcast<I>(_mm256_madd_epi16(bitcast<__m256i>(a), bitcast<__m256i>(b)));
+#else
+    const I x = bitcast<I>(a), y = bitcast<I>(b);
+    return ((x << 16) >> 16) * ((y << 16) >> 16) + (x >> 16) * (y >> 16);
 #endif
   }
 };
