@@ -19,6 +19,7 @@ class EngineConfig:
 
     Attributes:
         dtype: of weights and cache; "auto" is the checkpoint's own, where the device is good at it.
+        quantization: "int8" holds large weights in eight bits and rounds activations token by token.
         max_model_len: longest prompt and output together.
         max_num_seqs: most sequences in one step.
         max_num_batched_tokens: most tokens in one step.
@@ -36,6 +37,7 @@ class EngineConfig:
     """
 
     dtype: str = "auto"
+    quantization: Literal["int8"] | None = None
     max_model_len: int | None = None
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
@@ -66,6 +68,7 @@ _FLAG: _Rule = (bool, lambda _: True, "true or false")
 
 _RULES: dict[str, _Rule] = {
     "dtype": (str, lambda d: d in DTYPES, f"one of {', '.join(DTYPES)}"),
+    "quantization": (str, lambda q: q == "int8", "int8, or nothing"),
     "max_model_len": _COUNT,
     "max_num_seqs": _COUNT,
     "max_num_batched_tokens": _COUNT,
@@ -87,4 +90,11 @@ _RULES: dict[str, _Rule] = {
 }
 """What each field of `EngineConfig` may be."""
 
-_OPTIONAL = {"max_model_len", "max_num_seqs", "max_num_batched_tokens", "page_size", "num_pages"}
+_OPTIONAL = {
+    "quantization",
+    "max_model_len",
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "page_size",
+    "num_pages",
+}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import gc
 import logging
-import math
 import time
 import weakref
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -29,6 +28,7 @@ from jaxserve.errors import ConfigError, EngineError, RequestError
 from jaxserve.intake import Intake, Prompt, as_prompts, per_prompt
 from jaxserve.models.family import family
 from jaxserve.models.layers import restack
+from jaxserve.quant import weights as quant
 from jaxserve.request import (
     CompletionOutput,
     EmbeddingOutput,
@@ -36,7 +36,7 @@ from jaxserve.request import (
     SamplingParams,
 )
 from jaxserve.text.tokenizer import Tokenizer
-from sharding.tree import initialise, is_weight, unstack
+from sharding.tree import Weight, initialise, is_weight, unstack
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ class LLM:
         device = device or planning.default_device()
         keep_programs()
         self.plan = planning.resolve(
-            self.engine_config, raw, self.model_config, self._num_params(), device
+            self.engine_config, raw, self.model_config, self._weight_bytes, device
         )
         self._folder, self._device = folder, device
         runner = Runner(self.plan, self._family, self.model_config, self._weights(), device)
@@ -354,26 +354,44 @@ class LLM:
 
     # ---- weights --------------------------------------------------------------------------
 
-    def _num_params(self) -> int:
-        declared = self._family.declare_params(self.model_config)
-        leaves = jax.tree.leaves(declared, is_leaf=is_weight)
-        return sum(math.prod(w.shape(self.model_config.sizes)) for w in leaves)
+    def _weight_bytes(self, dtype: Any) -> int:
+        return quant.weight_bytes(
+            self._family, self.model_config, dtype, self.engine_config.quantization
+        )
 
     def _weights(self) -> Any:
         cfg, plan = self.model_config, self.plan
         if self.engine_config.load_format == "dummy":
-            declared = self._family.declare_params(cfg)
-            declared = unstack(declared) if plan.unrolled else declared
-            return initialise(declared, cfg.sizes, plan.dtype, self.engine_config.seed)
-        return hf.load_params(
+            declared = self._declared()
+            return self._quantized(
+                initialise(declared, cfg.sizes, plan.dtype, self.engine_config.seed)
+            )
+        params = hf.load_params(
             self._folder,
             self._family,
             cfg,
             plan.dtype,
             unrolled=plan.unrolled,
+            convert=quant.quantize if self.engine_config.quantization else lambda w, x: x,
             place=lambda x: jax.device_put(x, self._device),
             progress=self.engine_config.progress,
         )
+        return quant.with_own_head(params) if self.engine_config.quantization else params
+
+    def _declared(self) -> Any:
+        declared = self._family.declare_params(self.model_config)
+        return unstack(declared) if self.plan.unrolled else declared
+
+    def _quantized(self, params: Any) -> Any:
+        """A tree of floats as it is served."""
+        if not self.engine_config.quantization:
+            return params
+
+        def leaf(w: Weight, x: Any) -> Any:
+            return jax.device_put(quant.quantize(w, np.asarray(x)), self._device)
+
+        leaves = jax.tree.map(leaf, self._declared(), params, is_leaf=is_weight)
+        return quant.with_own_head(leaves)
 
     def _placed(self, params: Any) -> Any:
         """A copy of a tree in the form, the type and the place of the one that is served."""
@@ -383,6 +401,7 @@ class LLM:
         sizes = [jax.tree.leaves(stack)[0].shape[0] for stack in self.params.stacks]
         if [jax.tree.leaves(stack)[0].shape[0] for stack in params.stacks] != sizes:
             params = restack(jax.tree.map(np.asarray, params), sizes)
+        params = self._quantized(params)
         wanted, tree = jax.tree_util.tree_flatten_with_path(self.params)
         given = dict(jax.tree_util.tree_flatten_with_path(params)[0])
         leaves = []

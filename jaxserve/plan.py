@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,14 +105,18 @@ class Plan:
 
 
 def resolve(
-    config: EngineConfig, hf: Mapping[str, Any], cfg: Any, num_params: int, device: Any
+    config: EngineConfig,
+    hf: Mapping[str, Any],
+    cfg: Any,
+    weight_bytes: Callable[[Any], int],
+    device: Any,
 ) -> Plan:
     """Decides everything.
 
     Args:
         hf: `config.json`.
         cfg: the family's config.
-        num_params: elements of the weights, which are not loaded yet.
+        weight_bytes: memory of the weights, which are not loaded yet, in an element type.
 
     Raises:
         ConfigError: the model and one sequence do not fit; the message names what would.
@@ -124,11 +128,9 @@ def resolve(
     page_size = config.page_size or (32 if platform == "cpu" else 64)
     max_seqs = config.max_num_seqs or (64 if platform == "cpu" else 256)
     batched = config.max_num_batched_tokens or (512 if platform == "cpu" else 2048)
-    weight_bytes = num_params * jnp.dtype(dtype).itemsize
+    weights = weight_bytes(dtype)
     per_page = page_bytes(cfg.num_layers, page_size, cfg.kv_shape, kv_dtype)
-    max_len, num_pages = _cache(
-        config, cfg.max_len, page_size, per_page, max_seqs, weight_bytes, device
-    )
+    max_len, num_pages = _cache(config, cfg.max_len, page_size, per_page, max_seqs, weights, device)
     max_seqs = min(max_seqs, num_pages)  # each has a page of its own
     batched = min(batched, num_pages * page_size)
     return Plan(
@@ -144,7 +146,7 @@ def resolve(
         kernels=kernels,
         unrolled=platform == "cpu" and kernels == "reference",
         decode_steps=config.decode_steps,
-        weight_bytes=weight_bytes,
+        weight_bytes=weights,
         kv_bytes=num_pages * per_page,
     )
 

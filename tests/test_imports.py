@@ -32,6 +32,7 @@ MAY_IMPORT = {
     "jaxserve.checkpoint": """jaxserve.errors jaxserve.models.family jaxserve.models.reward_head
         sharding jax numpy ml_dtypes rich huggingface_hub safetensors""",
     "jaxserve.checkpoint.mxfp4": "jaxserve.errors numpy ml_dtypes",
+    "jaxserve.quant": "jaxserve.models.family kernels_pallas sharding jax numpy",
     "jaxserve.cache": "jaxserve.errors jaxserve.models.ops kernels_pallas sharding jax numpy",
     "jaxserve.plan": "jaxserve.config jaxserve.errors jaxserve.cache kernels_pallas sharding jax",
     "jaxserve.text": "jaxserve.errors jaxserve.request tokenizers jinja2 llguidance numpy",
@@ -40,7 +41,7 @@ MAY_IMPORT = {
     "jaxserve.intake": """jaxserve.engine jaxserve.plan jaxserve.cache jaxserve.text
         jaxserve.request jaxserve.errors""",
     "jaxserve.llm": """jaxserve.intake jaxserve.engine jaxserve.plan jaxserve.config
-        jaxserve.cache jaxserve.models jaxserve.checkpoint jaxserve.text jaxserve.request
+        jaxserve.cache jaxserve.models jaxserve.checkpoint jaxserve.quant jaxserve.text jaxserve.request
         jaxserve.errors kernels_pallas sharding jax numpy""",
     "jaxserve.train": """jaxserve.checkpoint jaxserve.models jaxserve.errors
         moe kernels_pallas sharding jax numpy optax orbax rich""",

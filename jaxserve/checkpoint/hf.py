@@ -64,10 +64,14 @@ def load_params(
     dtype: Any,
     *,
     unrolled: bool = False,
-    place: Callable[[np.ndarray], jax.Array] = jax.device_put,
+    convert: Callable[[Weight, np.ndarray], Any] = lambda w, x: x,
+    place: Callable[[Any], Any] = jax.device_put,
     progress: bool = True,
 ) -> Any:
     """The family's tree of weights, in `dtype`; with `unrolled`, every layer is its own stack.
+
+    Args:
+        convert: what is made of each leaf before it is placed, such as an eight-bit weight.
 
     One leaf at a time is on its way: host memory stays within the tree plus one leaf (and on CPU
     within the tree, since its buffers are handed over rather than copied).
@@ -91,9 +95,9 @@ def load_params(
         task = bar.add_task(folder.name, total=total)
 
         def load(w: Weight) -> jax.Array:
-            out = place(_fill(w, shards, cfg, np.dtype(w.dtype or dtype)))
-            bar.advance(task, out.nbytes)
-            return out
+            leaf = _fill(w, shards, cfg, np.dtype(w.dtype or dtype))
+            bar.advance(task, leaf.nbytes)
+            return place(convert(w, leaf))
 
         return jax.tree.map(load, declared, is_leaf=is_weight)
 

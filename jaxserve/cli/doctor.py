@@ -142,34 +142,43 @@ class Checkpoint:
     folder: Path
     raw: dict[str, Any]
     model: Any
-    num_params: int
+    family: Any
 
     @classmethod
     def read(cls, name: str, revision: str | None) -> Checkpoint:
         """Reads `config.json`; raises CheckpointError where it cannot be served at all."""
-        import jax
-
         from jaxserve.checkpoint import hf, hub
         from jaxserve.models.family import family
-        from sharding.tree import is_weight
 
         folder = hub.resolve(name, revision)
         raw = hf.read_config(folder)
         kind = family(raw.get("model_type", ""))
         model = hf.model_config(kind, raw)
-        leaves = jax.tree.leaves(kind.declare_params(model), is_leaf=is_weight)
-        return cls(folder, raw, model, sum(math.prod(w.shape(model.sizes)) for w in leaves))
+        return cls(folder, raw, model, kind)
+
+    def num_params(self) -> int:
+        """Elements of the weights."""
+        import jax
+
+        from sharding.tree import is_weight
+
+        leaves = jax.tree.leaves(self.family.declare_params(self.model), is_leaf=is_weight)
+        return sum(math.prod(w.shape(self.model.sizes)) for w in leaves)
 
     def plan(self, config: EngineConfig) -> Any:
         """What an engine would decide; raises ConfigError if it cannot work."""
         from jaxserve import plan
+        from jaxserve.quant import weights
 
-        return plan.resolve(config, self.raw, self.model, self.num_params, plan.default_device())
+        def size(dtype: Any) -> int:
+            return weights.weight_bytes(self.family, self.model, dtype, config.quantization)
+
+        return plan.resolve(config, self.raw, self.model, size, plan.default_device())
 
     def rows(self) -> Rows:
         """The checkpoint in words."""
         yield "family", self.raw["model_type"]
-        yield "parameters", f"{self.num_params / 1e6:,.1f} M in {self.model.num_layers} layers"
+        yield "parameters", f"{self.num_params() / 1e6:,.1f} M in {self.model.num_layers} layers"
         yield "positions", f"{self.model.max_len:,}"
         files = list(self.folder.glob("*.safetensors"))
         size = sum(file.stat().st_size for file in files) / 2**20

@@ -26,7 +26,6 @@ from kernels_pallas.weight import Int8Weight, StackedWeight, Weight, as_array
 from moe.experts import Experts
 from moe.experts import experts as experts_reference
 
-
 _NATIVE = (jnp.float32, jnp.bfloat16, jnp.int8)
 
 

@@ -39,7 +39,12 @@ class Device:
 
 def plan(device: Any = None, num_params: int = WEIGHTS, **asked: Any) -> Plan:
     device = device or jax.devices()[0]
-    return resolve(EngineConfig(**asked), RAW, CFG, num_params, device)
+    return resolve(EngineConfig(**asked), RAW, CFG, stored_as(num_params), device)
+
+
+def stored_as(num_params: int) -> Any:
+    """Bytes of as many weights in an element type."""
+    return lambda dtype: num_params * jnp.dtype(dtype).itemsize
 
 
 WRONG: list[tuple[str, list[Any]]] = [
@@ -134,7 +139,7 @@ def test_element_types(stored: str, asked: str, kernels: str, platform: str, ser
     device = jax.devices()[0] if platform == "cpu" else Device()
     raw = {**RAW, "torch_dtype": stored, "dtype": None}
     config = EngineConfig(dtype=asked, kernels=kernels)  # type: ignore[arg-type]
-    assert resolve(config, raw, CFG, WEIGHTS, device).dtype == jnp.dtype(served)
+    assert resolve(config, raw, CFG, stored_as(WEIGHTS), device).dtype == jnp.dtype(served)
 
 
 def test_native_kernels_need_a_cpu():

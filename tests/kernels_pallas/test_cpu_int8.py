@@ -34,7 +34,9 @@ def test_quantized_rows_are_within_half_a_step():
     x = normal(0, 40, 300)
     values, scale = quantize_rows(x)
     assert values.dtype == jnp.int8 and jnp.abs(values.astype(jnp.int32)).max() == 127
-    assert (jnp.abs(values.astype(jnp.float32) * scale[:, None] - x) <= 0.5001 * scale[:, None]).all()
+    assert (
+        jnp.abs(values.astype(jnp.float32) * scale[:, None] - x) <= 0.5001 * scale[:, None]
+    ).all()
     assert (jnp.abs(values.astype(jnp.int32)).max(1) == 127).all()
 
 
@@ -105,5 +107,5 @@ def test_scales_that_do_not_fit_are_refused():
     w = weight(0, 32, 64)
     with pytest.raises(jax.errors.JaxRuntimeError, match="scales"):
         linear(normal(1, 2, 64), Int8Weight(w.values, w.scale[:-1]))
-    with pytest.raises(jax.errors.JaxRuntimeError, match="argument|scales"):
+    with pytest.raises(jax.errors.JaxRuntimeError, match="index|range|scales"):
         cpu.linear(normal(1, 2, 64), (w.values,))[0].block_until_ready()

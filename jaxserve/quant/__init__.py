@@ -1,0 +1,1 @@
+"""Eight-bit weights: which of them, and how they are rounded."""

@@ -1,0 +1,78 @@
+"""W8A8: large products in eight bits, everything small and sensitive as it was.
+
+The first of the five measures of CloudMatrix-Infer's scheme (mixed precision) and the form of its
+kernels: activations with a scale for each token, made as they come; weights with a scale for each
+output, made here; exact integer sums in between.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxserve.models.family import Family
+from kernels_pallas.weight import Int8Weight
+from sharding.tree import Weight, is_weight
+
+KEPT = ("embed_tokens", "gate.weight", "router", "kv_b_proj", "eh_proj")
+"""Parts of names that stay as they are: tables, which are looked up; routers, whose near ties decide
+which expert works; matrices that latent attention absorbs into its queries."""
+
+
+def is_quantized(w: Weight) -> bool:
+    """Whether a leaf is held in eight bits."""
+    return w.num_in > 0 and not any(part in w.name for part in KEPT)
+
+
+def quantize(w: Weight, array: np.ndarray) -> Int8Weight | np.ndarray:
+    """The leaf as it is served: `Int8Weight` of numpy arrays, or itself if it is to be kept."""
+    return round_to_int8(array, w.num_in) if is_quantized(w) else array
+
+
+def round_to_int8(array: np.ndarray, num_in: int) -> Int8Weight:
+    """The nearest eight-bit weight with a scale for each output: the largest becomes 127.
+
+    Args:
+        array: [..., *out, *in].
+        num_in: how many of the last axes are contracted.
+    """
+    lead = array.shape[: array.ndim - num_in]
+    rows = array.reshape(*lead, -1)
+    values, scale = np.empty(rows.shape, np.int8), np.empty(lead, np.float32)
+    for i in np.ndindex(lead[:1]):  # a part at a time: floats need four times the room
+        part = rows[i].astype(np.float32)
+        top = np.abs(part).max(-1, keepdims=True)
+        steps = np.divide(127.0, top, out=np.zeros_like(top), where=top > 0)
+        values[i], scale[i] = np.rint(part * steps), top[..., 0] / 127.0
+    return Int8Weight(values.reshape(array.shape), scale)
+
+
+def with_own_head(params: Any) -> Any:
+    """Params whose output head, if it is tied to the embedding, is an eight-bit copy of that.
+
+    A lookup wants the table and a product wants eight bits: where one array served for both, both
+    are kept, and each step reads half or a quarter of what it did.
+    """
+    if params.lm_head is not None:
+        return params
+    head = round_to_int8(np.asarray(params.embed), 1)
+    device = next(iter(params.embed.devices()))
+    return dataclasses.replace(params, lm_head=jax.device_put(head, device))
+
+
+def weight_bytes(family: Family, cfg: Any, dtype: Any, quantization: str | None) -> int:
+    """Memory of a family's weights."""
+    declared, total = family.declare_params(cfg), 0
+    for w in jax.tree.leaves(declared, is_leaf=is_weight):
+        shape = w.shape(cfg.sizes)
+        size = int(np.prod(shape))
+        if quantization and is_quantized(w):
+            total += size + 4 * int(np.prod(shape[: len(shape) - w.num_in]))
+        else:
+            total += size * np.dtype(w.dtype or dtype).itemsize
+    if quantization and declared.lm_head is None:
+        total += int(np.prod(declared.embed.shape(cfg.sizes)))
+    return total
