@@ -19,7 +19,7 @@ class EngineConfig:
 
     Attributes:
         dtype: of weights and cache; "auto" is the checkpoint's own, where the device is good at it.
-        quantization: "int8" holds large weights in eight bits and rounds activations token by token.
+        quantization: "int8": large weights in eight bits, and activations token by token.
         max_model_len: longest prompt and output together.
         max_num_seqs: most sequences in one step.
         max_num_batched_tokens: most tokens in one step.

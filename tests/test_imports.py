@@ -41,8 +41,8 @@ MAY_IMPORT = {
     "jaxserve.intake": """jaxserve.engine jaxserve.plan jaxserve.cache jaxserve.text
         jaxserve.request jaxserve.errors""",
     "jaxserve.llm": """jaxserve.intake jaxserve.engine jaxserve.plan jaxserve.config
-        jaxserve.cache jaxserve.models jaxserve.checkpoint jaxserve.quant jaxserve.text jaxserve.request
-        jaxserve.errors kernels_pallas sharding jax numpy""",
+        jaxserve.cache jaxserve.models jaxserve.checkpoint jaxserve.quant jaxserve.text
+        jaxserve.request jaxserve.errors kernels_pallas sharding jax numpy""",
     "jaxserve.train": """jaxserve.checkpoint jaxserve.models jaxserve.errors
         moe kernels_pallas sharding jax numpy optax orbax rich""",
     "jaxserve.server": """jaxserve.text jaxserve.request jaxserve.errors jaxserve.__version__

@@ -18,7 +18,7 @@ from kernels_pallas.weight import Int8Weight
 from sharding.tree import Weight, is_weight
 
 KEPT = ("embed_tokens", "gate.weight", "router", "kv_b_proj", "eh_proj")
-"""Parts of names that stay as they are: tables, which are looked up; routers, whose near ties decide
+"""Parts of names that stay as they are: tables, which are looked up; routers, whose near ties say
 which expert works; matrices that latent attention absorbs into its queries."""
 
 

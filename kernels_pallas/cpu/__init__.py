@@ -2,7 +2,7 @@
 
 Weights are used as Hugging Face stores them, [out, in], float32 or bfloat16 (also as uint16 bits),
 one layer or stacked `[L, ...]` and indexed by a traced `layer`, so a scan never copies a slice.
-Weights of int8 come with `scales`, one for each output; rows of x are then quantised on their way in
+Weights of int8 come with `scales`, one for each output; rows of x are then rounded on their way in
 (kernels_pallas.quantize), sums are exact integers, and the result is the reference's to the bit.
 `num_rows` says how many rows of a padded batch are real; the others cost nothing and come out 0.
 A row's result is the same bits whatever else is in the batch and however many threads run.
