@@ -8,6 +8,7 @@ import logging
 import time
 import weakref
 from collections.abc import AsyncIterator, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,9 +76,8 @@ class LLM:
         self.tokenizer: Tokenizer | None = _tokenizer(folder, tokenizer, self.model_config.vocab)
         device = device or planning.default_device()
         keep_programs()
-        self.plan = planning.resolve(
-            self.engine_config, raw, self.model_config, self._weight_bytes, device
-        )
+        size = partial(quant.weight_bytes, self._family, self.model_config)
+        self.plan = planning.resolve(self.engine_config, raw, self.model_config, size, device)
         self._folder, self._device = folder, device
         runner = Runner(self.plan, self._family, self.model_config, self._weights(), device)
         self._progress = Progress(self.plan, self.engine_config.progress, started)
@@ -354,11 +354,6 @@ class LLM:
 
     # ---- weights --------------------------------------------------------------------------
 
-    def _weight_bytes(self, dtype: Any) -> int:
-        return quant.weight_bytes(
-            self._family, self.model_config, dtype, self.engine_config.quantization
-        )
-
     def _weights(self) -> Any:
         cfg, plan = self.model_config, self.plan
         if self.engine_config.load_format == "dummy":
@@ -372,11 +367,11 @@ class LLM:
             cfg,
             plan.dtype,
             unrolled=plan.unrolled,
-            convert=quant.quantize if self.engine_config.quantization else lambda w, x: x,
+            convert=quant.quantize if plan.quantization else None,
             place=lambda x: jax.device_put(x, self._device),
             progress=self.engine_config.progress,
         )
-        return quant.with_own_head(params) if self.engine_config.quantization else params
+        return quant.with_own_head(params) if plan.quantization else params
 
     def _declared(self) -> Any:
         declared = self._family.declare_params(self.model_config)
@@ -384,7 +379,7 @@ class LLM:
 
     def _quantized(self, params: Any) -> Any:
         """A tree of floats as it is served."""
-        if not self.engine_config.quantization:
+        if not self.plan.quantization:
             return params
 
         def leaf(w: Weight, x: Any) -> Any:

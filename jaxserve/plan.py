@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 import kernels_pallas.cpu
 from jaxserve.cache.kv_cache import page_bytes, storage_dtype
+from jaxserve.checkpoint.quantized import scheme
 from jaxserve.config import EngineConfig
 from jaxserve.errors import ConfigError
 
@@ -29,6 +30,7 @@ class Plan:
 
     Attributes:
         dtype: of weights.
+        quantization: "int8" where large weights are held in eight bits.
         activation_dtype: of hidden states. On CPU float32, which its vector units are quicker at.
         kv_dtype: in which pages are stored.
         token_buckets: tokens per step that have a program, ascending.
@@ -39,6 +41,7 @@ class Plan:
 
     platform: str
     dtype: Any
+    quantization: str | None
     activation_dtype: Any
     kv_dtype: Any
     max_model_len: int
@@ -95,8 +98,9 @@ class Plan:
         return len(self.programs)
 
     def describe(self) -> str:
+        types = " + ".join(filter(None, [self.quantization, jnp.dtype(self.dtype).name]))
         return (
-            f"{self.platform} {jnp.dtype(self.dtype).name} ({self.kernels} kernels), "
+            f"{self.platform} {types} ({self.kernels} kernels), "
             f"weights {_size(self.weight_bytes)}, cache {_size(self.kv_bytes)} = "
             f"{self.num_pages} pages x {self.page_size} tokens, context {self.max_model_len}, "
             f"up to {self.max_num_seqs} sequences and {self.max_num_batched_tokens} tokens a step, "
@@ -108,7 +112,7 @@ def resolve(
     config: EngineConfig,
     hf: Mapping[str, Any],
     cfg: Any,
-    weight_bytes: Callable[[Any], int],
+    weight_bytes: Callable[[Any, str | None], int],
     device: Any,
 ) -> Plan:
     """Decides everything.
@@ -116,7 +120,8 @@ def resolve(
     Args:
         hf: `config.json`.
         cfg: the family's config.
-        weight_bytes: memory of the weights, which are not loaded yet, in an element type.
+        weight_bytes: memory of the weights, which are not loaded yet, in an element type and
+            with large ones quantised or not.
 
     Raises:
         ConfigError: the model and one sequence do not fit; the message names what would.
@@ -128,7 +133,8 @@ def resolve(
     page_size = config.page_size or (32 if platform == "cpu" else 64)
     max_seqs = config.max_num_seqs or (64 if platform == "cpu" else 256)
     batched = config.max_num_batched_tokens or (512 if platform == "cpu" else 2048)
-    weights = weight_bytes(dtype)
+    quantization = config.quantization or _stored_quantization(hf)
+    weights = weight_bytes(dtype, quantization)
     per_page = page_bytes(cfg.num_layers, page_size, cfg.kv_shape, kv_dtype)
     max_len, num_pages = _cache(config, cfg.max_len, page_size, per_page, max_seqs, weights, device)
     max_seqs = min(max_seqs, num_pages)  # each has a page of its own
@@ -136,6 +142,7 @@ def resolve(
     return Plan(
         platform=platform,
         dtype=dtype,
+        quantization=quantization,
         activation_dtype=jnp.dtype(jnp.float32) if platform == "cpu" else dtype,
         kv_dtype=kv_dtype,
         max_model_len=max_len,
@@ -159,6 +166,12 @@ def _kernels(config: EngineConfig, platform: str) -> str:
             f"{platform}. Use kernels='auto'"
         )
     return "reference" if config.kernels == "reference" or not native else "native"
+
+
+def _stored_quantization(hf: Mapping[str, Any]) -> str | None:
+    """A checkpoint that was made for products of int8 is served so; float8 becomes floats."""
+    stored = scheme(hf)
+    return "int8" if stored and stored.kind == "int8" and stored.rounds_activations else None
 
 
 def _dtype(config: EngineConfig, hf: Mapping[str, Any], platform: str, kernels: str) -> Any:

@@ -32,9 +32,11 @@ MAY_IMPORT = {
     "jaxserve.checkpoint": """jaxserve.errors jaxserve.models.family jaxserve.models.reward_head
         sharding jax numpy ml_dtypes rich huggingface_hub safetensors""",
     "jaxserve.checkpoint.mxfp4": "jaxserve.errors numpy ml_dtypes",
-    "jaxserve.quant": "jaxserve.models.family kernels_pallas sharding jax numpy",
+    "jaxserve.quant": """jaxserve.models.family jaxserve.checkpoint.quantized
+        kernels_pallas sharding jax numpy""",
     "jaxserve.cache": "jaxserve.errors jaxserve.models.ops kernels_pallas sharding jax numpy",
-    "jaxserve.plan": "jaxserve.config jaxserve.errors jaxserve.cache kernels_pallas sharding jax",
+    "jaxserve.plan": """jaxserve.config jaxserve.errors jaxserve.cache
+        jaxserve.checkpoint.quantized kernels_pallas sharding jax""",
     "jaxserve.text": "jaxserve.errors jaxserve.request tokenizers jinja2 llguidance numpy",
     "jaxserve.engine": """jaxserve.plan jaxserve.config jaxserve.cache jaxserve.models
         jaxserve.request jaxserve.errors moe kernels_pallas sharding jax numpy""",

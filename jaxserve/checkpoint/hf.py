@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import jax
 import numpy as np
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
+from jaxserve.checkpoint.quantized import EightBits, QuantizedShards, scheme
 from jaxserve.checkpoint.safetensors import Shards
 from jaxserve.errors import CheckpointError
 from jaxserve.models.family import Family
@@ -48,7 +50,9 @@ def model_config(family: Family, hf: Mapping[str, Any]) -> Any:
         CheckpointError: a key that the family needs is missing or out of range.
     """
     try:
-        return family.config({key: value for key, value in hf.items() if value is not None})
+        cfg = family.config({key: value for key, value in hf.items() if value is not None})
+        scheme(hf)  # what it says of eight-bit weights is understood, or refused
+        return cfg
     except KeyError as error:
         raise CheckpointError(f"config.json of {hf.get('model_type')!r} lacks {error}") from None
     except (TypeError, ValueError, ZeroDivisionError) as error:
@@ -64,14 +68,15 @@ def load_params(
     dtype: Any,
     *,
     unrolled: bool = False,
-    convert: Callable[[Weight, np.ndarray], Any] = lambda w, x: x,
+    convert: Callable[[Weight, Any], Any] | None = None,
     place: Callable[[Any], Any] = jax.device_put,
     progress: bool = True,
 ) -> Any:
     """The family's tree of weights, in `dtype`; with `unrolled`, every layer is its own stack.
 
     Args:
-        convert: what is made of each leaf before it is placed, such as an eight-bit weight.
+        convert: makes of each leaf what is placed, such as an eight-bit weight. It is given an
+            array, or `EightBits` where the checkpoint itself stores int8.
 
     One leaf at a time is on its way: host memory stays within the tree plus one leaf (and on CPU
     within the tree, since its buffers are handed over rather than copied).
@@ -79,7 +84,8 @@ def load_params(
     Raises:
         CheckpointError: a tensor is missing, misshapen or not finite.
     """
-    shards = Shards(folder)
+    stored = scheme(read_config(folder))
+    shards = Shards(folder) if stored is None else QuantizedShards(folder, stored)
     declared = family.declare_params(cfg)
     declared = unstack(declared) if unrolled else declared
     dtype = np.dtype(dtype)
@@ -95,9 +101,11 @@ def load_params(
         task = bar.add_task(folder.name, total=total)
 
         def load(w: Weight) -> jax.Array:
-            leaf = _fill(w, shards, cfg, np.dtype(w.dtype or dtype))
-            bar.advance(task, leaf.nbytes)
-            return place(convert(w, leaf))
+            bar.advance(task, math.prod(w.shape(cfg.sizes)) * np.dtype(w.dtype or dtype).itemsize)
+            leaf = None if convert is None else _fill_int8(w, shards, cfg)
+            if leaf is None:
+                leaf = _fill(w, shards, cfg, np.dtype(w.dtype or dtype))
+            return place(leaf if convert is None else convert(w, leaf))
 
         return jax.tree.map(load, declared, is_leaf=is_weight)
 
@@ -110,6 +118,23 @@ def _fill(w: Weight, shards: Shards, cfg: Any, dtype: np.dtype) -> np.ndarray:
             shards.read(name, out[index])
         else:
             out[index] = _read(w.read, shards, name, cfg, out[index].shape)
+    return out
+
+
+def _fill_int8(w: Weight, shards: Shards, cfg: Any) -> EightBits | None:
+    """The leaf as the checkpoint stores it; None if any part of it is not int8."""
+    if not isinstance(shards, QuantizedShards) or shards.scheme.kind != "int8" or w.read:
+        return None
+    shape = w.shape(cfg.sizes)
+    parts = list(tensor_names(w, shape))
+    if not w.num_in or not all(shards.is_quantized(name) for _, name in parts):
+        return None
+    out = EightBits(
+        aligned_empty(shape, np.dtype(np.int8)),
+        aligned_empty(shape[: len(shape) - w.num_in], np.dtype(np.float32)),
+    )
+    for index, name in parts:
+        shards.read_int8(name, EightBits(out.values[index], out.scale[index]))
     return out
 
 

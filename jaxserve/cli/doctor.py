@@ -9,6 +9,7 @@ import math
 import os
 import platform
 from collections.abc import Iterator
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -170,9 +171,7 @@ class Checkpoint:
         from jaxserve import plan
         from jaxserve.quant import weights
 
-        def size(dtype: Any) -> int:
-            return weights.weight_bytes(self.family, self.model, dtype, config.quantization)
-
+        size = partial(weights.weight_bytes, self.family, self.model)
         return plan.resolve(config, self.raw, self.model, size, plan.default_device())
 
     def rows(self) -> Rows:

@@ -33,7 +33,11 @@ def choice(hf: Mapping[str, Any], key: str, known: Mapping[Any, T], default: Any
     return known[value]
 
 
-def refuse_quantised(hf: Mapping[str, Any], supported: tuple[str, ...] = ()) -> str | None:
+EIGHT_BITS = ("compressed-tensors", "fp8")
+"""Quantisations that `checkpoint.quantized` reads as floats, for any family."""
+
+
+def refuse_quantised(hf: Mapping[str, Any], supported: tuple[str, ...] = EIGHT_BITS) -> str | None:
     """The checkpoint's `quant_method`; CheckpointError unless it is None or one of `supported`."""
     known = {name: name for name in (None, *supported)}
     return choice(hf, "quantization_config.quant_method", known, None)

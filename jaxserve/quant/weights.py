@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxserve.checkpoint.quantized import EightBits
 from jaxserve.models.family import Family
 from kernels_pallas.weight import Int8Weight
 from sharding.tree import Weight, is_weight
@@ -27,9 +28,12 @@ def is_quantized(w: Weight) -> bool:
     return w.num_in > 0 and not any(part in w.name for part in KEPT)
 
 
-def quantize(w: Weight, array: np.ndarray) -> Int8Weight | np.ndarray:
+def quantize(w: Weight, leaf: np.ndarray | EightBits) -> Int8Weight | np.ndarray:
     """The leaf as it is served: `Int8Weight` of numpy arrays, or itself if it is to be kept."""
-    return round_to_int8(array, w.num_in) if is_quantized(w) else array
+    if isinstance(leaf, EightBits):
+        stored = Int8Weight(*leaf)
+        return stored if is_quantized(w) else np.asarray(stored.dequantized())
+    return round_to_int8(leaf, w.num_in) if is_quantized(w) else leaf
 
 
 def round_to_int8(array: np.ndarray, num_in: int) -> Int8Weight:

@@ -44,10 +44,11 @@ def plan(device: Any = None, num_params: int = WEIGHTS, **asked: Any) -> Plan:
 
 def stored_as(num_params: int) -> Any:
     """Bytes of as many weights in an element type."""
-    return lambda dtype: num_params * jnp.dtype(dtype).itemsize
+    return lambda dtype, quantization: num_params * jnp.dtype(dtype).itemsize
 
 
 WRONG: list[tuple[str, list[Any]]] = [
+    ("quantization", ["int3", 8, "INT8", ""]),
     ("dtype", ["int8", "fp32", None, 4]),
     ("max_model_len", [0, -1, 1.5, "100"]),
     ("max_num_seqs", [0, -1, 2.5, "8"]),

@@ -42,7 +42,7 @@ class AbsentDevice:
 def planned(platform: str) -> tuple[Plan, object]:
     cfg = family("qwen3_moe").config(HF)
     config = EngineConfig(max_num_seqs=8, max_num_batched_tokens=32)
-    return resolve(config, HF, cfg, lambda _: 2_000_000, AbsentDevice(platform)), cfg
+    return resolve(config, HF, cfg, lambda *_: 2_000_000, AbsentDevice(platform)), cfg
 
 
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])

@@ -1,0 +1,156 @@
+"""Checkpoints in eight bits are served as they are stored, or as the floats they stand for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from jaxserve import LLM, SamplingParams
+from jaxserve.checkpoint import hf
+from jaxserve.checkpoint.quantized import scheme
+from jaxserve.errors import CheckpointError
+from jaxserve.models.family import family
+from jaxserve.quant import weights
+from jaxserve.testing import write_checkpoint
+from kernels_pallas.weight import Int8Weight
+
+SMALL = {"num_hidden_layers": 2, "hidden_size": 64, "vocab_size": 96}
+NAME = "model.layers.1.self_attn.q_proj.weight"
+INT8 = {"num_bits": 8, "type": "int", "symmetric": True}
+W8A8 = {
+    "quant_method": "compressed-tensors",
+    "format": "int-quantized",
+    "ignore": ["lm_head"],
+    "config_groups": {
+        "group_0": {
+            "targets": ["Linear"],
+            "weights": {**INT8, "strategy": "channel", "dynamic": False},
+            "input_activations": {**INT8, "strategy": "token", "dynamic": True},
+        }
+    },
+}
+WEIGHTS_ONLY = json.loads(json.dumps(W8A8))
+WEIGHTS_ONLY["config_groups"]["group_0"]["input_activations"] = None
+FP8_ROWS = json.loads(json.dumps(W8A8).replace('"int"', '"float"'))
+FP8_BLOCKS = {
+    "quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic",
+    "weight_block_size": [16, 32],
+}  # fmt: skip
+
+
+def stored(x: np.ndarray, config: dict[str, Any]) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """The tensors, by what follows the name, and the floats that they stand for."""
+    x = x.astype(np.float32)
+    if config is FP8_BLOCKS:
+        tiles = [-(-n // b) for n, b in zip(x.shape, (16, 32), strict=True)]
+        scale = np.random.default_rng(0).uniform(0.5, 2, tiles).astype(np.float32)
+        whole = scale.repeat(16, 0).repeat(32, 1)[: x.shape[0], : x.shape[1]]
+        values = (x / whole).astype(ml_dtypes.float8_e4m3fn)
+        return {"": values, "_scale_inv": scale}, values.astype(np.float32) * whole
+    if config is FP8_ROWS:
+        scale = np.abs(x).max(1, keepdims=True) / 448
+        values = (x / scale).astype(ml_dtypes.float8_e4m3fn)
+    else:
+        scale = np.abs(x).max(1, keepdims=True) / 120  # not what we would have chosen
+        values = np.rint(x / scale).astype(np.int8)
+    return {"": values, "_scale": scale}, values.astype(np.float32) * scale
+
+
+def write(folder: Path, config: dict[str, Any], model_type: str = "llama") -> dict[str, np.ndarray]:
+    """A checkpoint in eight bits; returns the floats of its large weights by name."""
+    write_checkpoint(folder, model_type, tokenizer=False, **SMALL, quantization_config=config)
+    path, floats = folder / "model.safetensors", {}
+    tensors = load_file(path)
+    for name in [n for n in tensors if n.endswith("proj.weight")]:
+        parts, floats[name] = stored(tensors.pop(name), config)
+        tensors |= {name + suffix: x for suffix, x in parts.items()}
+    save_file(tensors, path)
+    return floats
+
+
+def load(folder: Path, **options: Any) -> Any:
+    raw = hf.read_config(folder)
+    f = family(raw["model_type"])
+    return hf.load_params(folder, f, hf.model_config(f, raw), "float32", progress=False, **options)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "deepseek_v3", "qwen3_moe"])
+@pytest.mark.parametrize("config", [W8A8, WEIGHTS_ONLY, FP8_ROWS, FP8_BLOCKS])
+def test_floats_are_what_the_bits_stand_for(tmp_path, config, model_type):
+    floats = write(tmp_path / "eight", config, model_type)
+    write_checkpoint(tmp_path / "plain", model_type, tokenizer=False, **SMALL)
+    path = tmp_path / "plain" / "model.safetensors"
+    save_file({**load_file(path), **floats}, path)
+    for found, want in zip(
+        jax.tree.leaves(load(tmp_path / "eight")), jax.tree.leaves(load(tmp_path / "plain")),
+        strict=True,
+    ):  # fmt: skip
+        np.testing.assert_array_equal(found, want)
+
+
+def test_int8_is_kept_to_the_bit(tmp_path):
+    floats = write(tmp_path, W8A8)
+    params = load(tmp_path, convert=weights.quantize)
+    wq = params.stacks[0].attn.wq
+    assert isinstance(wq, Int8Weight) and wq.values.dtype == np.int8
+    assert np.abs(np.asarray(wq.values, np.int32)).max() == 120, "not rounded a second time"
+    np.testing.assert_array_equal(wq.dequantized()[1].reshape(-1, 64), floats[NAME])
+    assert isinstance(params.lm_head, Int8Weight), "stored as floats, so it is rounded here"
+    assert not isinstance(params.embed, Int8Weight)
+
+
+def test_what_a_checkpoint_is_made_for_is_how_it_is_served(tmp_path):
+    for config, expected in ((W8A8, "int8"), (WEIGHTS_ONLY, None), (FP8_BLOCKS, None)):
+        write(tmp_path, config)
+        with LLM(tmp_path, tokenizer=False, num_pages=8, progress=False) as llm:
+            assert llm.plan.quantization == expected
+            prompt = {"prompt_token_ids": [1, 2, 3]}
+            (out,) = llm.generate([prompt], SamplingParams(max_tokens=4, ignore_eos=True))
+            assert len(out.outputs[0].token_ids) == 4
+
+
+def rewrite(folder: Path, **changes: np.ndarray | None) -> None:
+    path = folder / "model.safetensors"
+    tensors = {**load_file(path), **changes}
+    save_file({name: x for name, x in tensors.items() if x is not None}, path)
+
+
+@pytest.mark.parametrize("convert", [None, weights.quantize])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({NAME + "_scale": None}, f"{NAME}_scale is missing"),
+        ({NAME + "_scale": np.ones((7, 1), np.float32)}, rf"{NAME}_scale has shape \[7, 1\]"),
+        ({NAME + "_scale": np.full((64, 1), np.nan, np.float32)}, f"{NAME}_scale .*NaN"),
+        ({NAME: np.zeros((64, 63), np.int8)}, rf"{NAME} has shape \[64, 63\]; expected \[.*64\]"),
+    ],
+)
+def test_a_corrupt_checkpoint_is_refused_by_name(tmp_path, changes, message, convert):
+    write(tmp_path, W8A8)
+    rewrite(tmp_path, **changes)
+    with pytest.raises(CheckpointError, match=message):
+        load(tmp_path, convert=convert)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"config_groups": {}}, "config_groups"),
+        ({"config_groups": [1]}, "config_groups"),
+        ({"config_groups": {"a": {"weights": {**INT8, "num_bits": 4}}}}, "num_bits 4"),
+        ({"config_groups": {"a": {"weights": {**INT8, "strategy": "group"}}}}, "strategy 'group'"),
+        ({"config_groups": {"a": {"weights": {**INT8, "symmetric": False}}}}, "symmetric False"),
+        ({"quant_method": "fp8", "weight_block_size": 128}, "weight_block_size 128"),
+        ({"quant_method": "fp8", "activation_scheme": "odd"}, "activation_scheme 'odd'"),
+    ],
+)
+def test_what_is_not_supported_is_named(change, message):
+    with pytest.raises(CheckpointError, match=message):
+        scheme({"quantization_config": {**W8A8, **change}})

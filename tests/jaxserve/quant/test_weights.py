@@ -1,0 +1,124 @@
+"""`quantization="int8"`: what is rounded, what it costs, and that all else goes on as before."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxserve import LLM, SamplingParams
+from jaxserve.checkpoint import hf
+from jaxserve.errors import ConfigError
+from jaxserve.models.family import family
+from jaxserve.quant.weights import is_quantized, round_to_int8, weight_bytes
+from jaxserve.testing import FAMILIES, write_checkpoint
+from kernels_pallas.quantize import quantize_rows
+from sharding.tree import is_weight
+
+PROMPTS = [{"prompt_token_ids": list(range(3, 3 + n))} for n in (1, 9, 40)]
+GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+SHIPPED = Path(__file__).parents[3] / "models"
+
+
+def serve(folder: Path, **settings) -> LLM:
+    settings = {"num_pages": 16, "progress": False, "tokenizer": False, **settings}
+    return LLM(folder, quantization="int8", **settings)
+
+
+def tokens(llm: LLM) -> list[list[int]]:
+    return [out.outputs[0].token_ids for out in llm.generate(PROMPTS, GREEDY)]
+
+
+@pytest.fixture(scope="module", params=["qwen3", "qwen3_moe", "deepseek_v3", "gpt_oss"])
+def folder(request, tmp_path_factory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("m"), request.param, tokenizer=False)
+
+
+@pytest.mark.parametrize("num_in", [1, 2])
+def test_rounding_on_the_host_is_that_of_the_device(num_in):
+    x = np.random.default_rng(0).normal(size=(3, 5, 8, 16)).astype(np.float32)
+    x[1, 2] = 0
+    found, want = round_to_int8(x, num_in), quantize_rows(jnp.asarray(x), num_in)
+    np.testing.assert_array_equal(found.values, want[0])
+    np.testing.assert_allclose(found.scale, want[1], rtol=1e-6)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_tables_routers_and_vectors_are_kept(model_type, tmp_path):
+    raw = hf.read_config(write_checkpoint(tmp_path, model_type, tokenizer=False))
+    f = family(model_type)
+    declared = jax.tree.leaves(f.declare_params(hf.model_config(f, raw)), is_leaf=is_weight)
+    rounded = {w.name.rsplit("layer}.")[-1] for w in declared if is_quantized(w)}
+    assert "self_attn.o_proj.weight" in rounded
+    assert not any(
+        part in name
+        for name in rounded
+        for part in ("embed_tokens", "norm", "bias", "router", "mlp.gate.weight", "kv_b_proj")
+    )
+    assert all("proj" in n or "lm_head" in n or "block_sparse_moe.experts" in n for n in rounded)
+
+
+def test_it_takes_as_much_memory_as_planned(folder):
+    with serve(folder) as llm:
+        held = sum(x.nbytes for x in jax.tree.leaves(llm.params))
+        f, cfg = family(llm.model_type), llm.model_config
+        assert llm.plan.weight_bytes == held
+        assert held < 0.75 * weight_bytes(f, cfg, llm.plan.dtype, None)
+        assert "int8" in llm.plan.describe()
+
+
+def test_native_kernels_and_the_reference_agree(folder):
+    with serve(folder, kernels="reference") as llm:
+        want = tokens(llm)
+    with serve(folder) as llm:
+        if llm.plan.kernels != "native":
+            pytest.skip("no C++ compiler")
+        llm.wait_until_warm()
+        found = tokens(llm)
+    same = [a == b for x, y in zip(found, want, strict=True) for a, b in zip(x, y, strict=True)]
+    assert np.mean(same) > 0.8, "they may part where a rounding tips a near tie"
+
+
+def test_alone_or_in_a_batch(folder):
+    with serve(folder) as llm:
+        llm.wait_until_warm()
+        together = tokens(llm)
+        alone = [llm.generate([p], GREEDY)[0].outputs[0].token_ids for p in PROMPTS]
+    assert alone == together
+
+
+def test_trained_weights_are_swapped_in_and_sleep_gives_them_back(tmp_path):
+    old = write_checkpoint(tmp_path / "a", "qwen3", tokenizer=False)
+    new = write_checkpoint(tmp_path / "b", "qwen3", tokenizer=False, seed=1)
+    f = family("qwen3")
+    cfg = hf.model_config(f, hf.read_config(new))
+    with serve(new) as llm:
+        want = tokens(llm)
+    with serve(old) as llm:
+        before = tokens(llm)
+        llm.load_params(hf.load_params(new, f, cfg, "float32", progress=False))
+        assert tokens(llm) == want != before
+        llm.sleep(2)
+        llm.wake_up()
+        assert tokens(llm) == before, "the checkpoint's own"
+
+
+def test_a_shipped_model_says_nearly_the_same():
+    """Log-probabilities of a held-out text; accuracy proper is measured by benchmarks."""
+    scores = []
+    for quantization in (None, "int8"):
+        with LLM(SHIPPED / "modchain-moe", quantization=quantization, progress=False) as llm:
+            asked = SamplingParams(temperature=0, max_tokens=60, logprobs=0)
+            examples = (SHIPPED / "modchain-moe" / "examples.json").read_text()
+            prompts = [line.split('"')[3] for line in examples.splitlines() if '"prompt"' in line]
+            outs = llm.generate(prompts, asked)
+            scores.append(np.mean([o.outputs[0].cumulative_logprob for o in outs]))
+    assert scores[0] == pytest.approx(scores[1], abs=0.5)
+
+
+def test_other_quantizations_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="quantization='int3' must be int8"):
+        LLM(tmp_path, quantization="int3")
