@@ -27,7 +27,7 @@ from jaxserve.models.family import family
 from jaxserve.models.reward_head import log_odds
 from jaxserve.train.reward import Judged, judged
 from reasoning.step_labels import Generate, Labelled, label_steps
-from reasoning.tasks import STEP, Grade, Problem, Split, Task, distinct, make_task
+from reasoning.tasks import STEP, Grade, Problem, Recall, Split, Task, distinct, make_task
 
 KS = (1, 4, 16, 64)
 
@@ -124,6 +124,20 @@ def evaluate(samples: list[list[Sample]]) -> dict[str, tuple[float, float, float
     return figures
 
 
+def evaluate_kinds(
+    problems: Sequence[Problem], samples: list[list[Sample]]
+) -> dict[str, tuple[float, float, float]]:
+    """pass@1 of each kind of problem in a mixture of Recall's."""
+    kinds = [problem.facts[0] for problem in problems]
+    right = [_mean([s.grade.correct for s in group]) for group in samples]
+    return {
+        f"{kind}_pass@1": interval(
+            [r for r, k in zip(right, kinds, strict=True) if k == kind], _mean
+        )
+        for kind in sorted(set(kinds))
+    }
+
+
 def _mean(values: Sequence[float]) -> float:
     return float(np.mean(values))
 
@@ -190,7 +204,10 @@ def run(
     task = task_of(folder)
     problems = distinct(task, split, 0, num_problems)
     with LLM(folder, progress=False) as llm:
-        figures = evaluate(draw_samples(llm, task, problems, num_samples))
+        samples = draw_samples(llm, task, problems, num_samples)
+        figures = evaluate(samples)
+        if isinstance(task, Recall):
+            figures |= evaluate_kinds(problems, samples)
         if any(folder.glob("reward_head*.safetensors")):
             figures |= evaluate_head(llm, folder, task, split, max(num_problems // 5, 20))
     return figures

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.records import ROOT, record, write
+from jaxserve.cli.huge_pages import restart_with_huge_pages
 from jaxserve.cli.prepare import prepare
 from jaxserve.train.config import ModelConfig, SaveConfig, TrainConfig, read_config
 from jaxserve.train.data import Batch, pack
@@ -102,6 +103,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--out", type=Path, help="append the records to this file")
     args = parser.parse_args()
+    restart_with_huge_pages()
     for width in args.widths:
         with tempfile.TemporaryDirectory() as folder:
             run = prepare(at_width(read_config(args.recipe), width, Path(folder)))

@@ -23,6 +23,7 @@ from benchmarks.reason_eval import generator, judge, run, table
 from benchmarks.records import machine
 from jaxserve import LLM
 from jaxserve.checkpoint.reward_head import save_reward_head
+from jaxserve.cli.huge_pages import restart_with_huge_pages
 from jaxserve.cli.prepare import prepare
 from jaxserve.train.config import read_config
 from jaxserve.train.loop import Run, train
@@ -149,6 +150,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=MODELS)
     parser.add_argument("--quick", action="store_true", help="a rough evaluation")
     args = parser.parse_args()
+    restart_with_huge_pages()
     for name in args.names:
         print(make(MODELS / "recipes" / f"{name}.toml", args.out, quick=args.quick))
 

@@ -22,7 +22,6 @@ MAY_IMPORT = {
     "reasoning": "jaxserve.protocol",
     "jaxserve": "jaxserve.llm jaxserve.request",
     "jaxserve.errors": "",
-    "jaxserve.allocator": "",
     "jaxserve.request": "jaxserve.errors",
     "jaxserve.protocol": "jaxserve.request",
     "jaxserve.config": "jaxserve.errors",

@@ -27,6 +27,7 @@ NAMES = [folder.name for folder in SHIPPED]
 BOUNDS = {  # of pass@1; what the issue of a search experiment needs
     "modchain-moe": (0.35, 0.65),
     "countdown-moe": (0.25, 0.80),
+    "recall-dense": (0.75, 1.00),
 }
 
 shipped = pytest.mark.parametrize("folder", SHIPPED, ids=NAMES)

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 from jaxserve import __version__
 from jaxserve.cli import bench, chat, doctor, generate, serve, train
+from jaxserve.cli.huge_pages import restart_with_huge_pages
 from jaxserve.errors import JaxServeError
 
 COMMANDS = (serve, generate, chat, train, bench, doctor)
@@ -26,6 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments; those of the process by default.
     """
     args = parser().parse_args(argv)
+    if argv is None and args.run is train.run:
+        restart_with_huge_pages()
     if args.verbose:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     try:

@@ -7,7 +7,6 @@ from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
 
-from jaxserve.allocator import keep_freed_memory
 from jaxserve.checkpoint import hf, hub
 from jaxserve.errors import ConfigError
 from jaxserve.models import deepseek_v3_mtp
@@ -33,12 +32,11 @@ class _Model(NamedTuple):
 
 
 def prepare(config: TrainConfig) -> Run:
-    """The model and the data that a config names; the process keeps the memory that steps free.
+    """The model and the data that a config names.
 
     Raises:
         ConfigError, CheckpointError: one of them is not what the config says.
     """
-    keep_freed_memory()
     task = _task(config.data)
     if config.model.path:
         model = _checkpoint(config)
