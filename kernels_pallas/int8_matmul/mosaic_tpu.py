@@ -93,6 +93,7 @@ def tpu(
     if layer is None:
         layer, weights = 0, [w[None] for w in weights]
         per_column = [s[None] for s in per_column]
+    layer = jnp.asarray(layer, jnp.int32).reshape(1)
     scale_rows = min(_SCALE_ROWS, w_scale.shape[0] if w_scale.ndim > 1 else 1)
     weight = pl.BlockSpec((None, cols, depth), lambda t, n, k, i: (i[0], n, k))
     column = pl.BlockSpec((scale_rows, cols), lambda t, n, k, i: (lax.div(i[0], _SCALE_ROWS), n))
@@ -115,9 +116,10 @@ def tpu(
             dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=_VMEM
         ),
         cost_estimate=pl.CostEstimate(
-            flops=2 * T * N * K * (1 + gated), transcendentals=T * N * gated,
+            flops=2 * T * N * K * (1 + gated),
+            transcendentals=T * N * gated,
             bytes_accessed=math.prod((N, K)) * (1 + gated) + T * K + T * N * 2,
         ),
         interpret=interpret,
         name="int8_matmul",
-    )(jnp.asarray(layer, jnp.int32).reshape(1), x, x_scale[:, None], *weights, *per_column)  # fmt: skip
+    )(layer, x, x_scale[:, None], *weights, *per_column)
