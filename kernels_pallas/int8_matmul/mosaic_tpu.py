@@ -16,6 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 from kernels_pallas.int8_matmul.reference import check
 from kernels_pallas.linear import GATES
 from kernels_pallas.op import UnsupportedError
+from kernels_pallas.tiling import divisor
 
 _SCALE_ROWS = 8  # layers whose scales are read together: rows of a tile in VMEM
 _VMEM = 40 * 2**20  # of 64 MiB on the smallest part
@@ -34,11 +35,6 @@ class Tile:
         if T <= 128:  # weights are read once and decide the time: few, long reads
             return cls(128, 256 if gated else 512, 2048)
         return cls()  # sums stay in the MXU over all of a deep block
-
-
-def divisor(size: int, limit: int, unit: int) -> int:
-    """The largest multiple of `unit` up to `limit` that divides `size`, itself such a multiple."""
-    return unit * max(d for d in range(1, max(1, limit // unit) + 1) if size // unit % d == 0)
 
 
 def _kernel(

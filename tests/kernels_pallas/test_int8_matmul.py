@@ -12,7 +12,6 @@ from kernels_pallas.int8_matmul import int8_matmul
 from kernels_pallas.int8_matmul.cases import case
 from kernels_pallas.int8_matmul.mosaic_gpu import Tile as GpuTile
 from kernels_pallas.int8_matmul.mosaic_tpu import Tile as TpuTile
-from kernels_pallas.int8_matmul.mosaic_tpu import divisor
 from kernels_pallas.op import UnsupportedError
 from kernels_pallas.rms_norm_quantize import quantize_rows
 
@@ -100,10 +99,3 @@ def test_what_is_refused():
         run(x, one, w, one, up=w, up_scale=one)
     with pytest.raises(ValueError, match="gelu_tanh"):
         run(x, one, w, one, up=w, up_scale=one, activation="relu")
-
-
-def test_divisor():
-    assert divisor(14336, 4096, 128) == 3584
-    assert divisor(7168, 4096, 128) == 3584
-    assert divisor(384, 128, 128) == 128
-    assert divisor(128, 4096, 128) == 128
