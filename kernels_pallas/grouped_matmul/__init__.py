@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kernels_pallas.grouped_matmul import mosaic_tpu
+from kernels_pallas.grouped_matmul import mosaic_gpu, mosaic_tpu
 from kernels_pallas.grouped_matmul.cases import CASES
 from kernels_pallas.grouped_matmul.reference import grouped_matmul as reference
 from kernels_pallas.op import Body, Op
@@ -14,6 +14,7 @@ grouped_matmul = Op(
     reference,
     {
         "mosaic_tpu": Body("tpu", mosaic_tpu.tpu, mosaic_tpu.Tile),
+        "mosaic_gpu": Body("gpu", mosaic_gpu.gpu, mosaic_gpu.Tile),
     },
     CASES,
 )

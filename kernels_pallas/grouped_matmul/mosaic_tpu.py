@@ -44,7 +44,9 @@ def _kernel(block_ref, group_ref, row_ref, starts_ref, x_ref, w_ref, *refs, scal
     def _():
         sum_ref[...] = jnp.zeros_like(sum_ref)
 
-    @pl.when(group < starts_ref.shape[0] - 2)  # padding has no weights
+    real = group < starts_ref.shape[0] - 2  # padding has no weights
+
+    @pl.when(real)
     def _():
         sum_ref[...] += lax.dot_general(
             x_ref[...], w_ref[...], (((1,), (1,)), ((), ())), preferred_element_type=sum_ref.dtype
@@ -55,7 +57,8 @@ def _kernel(block_ref, group_ref, row_ref, starts_ref, x_ref, w_ref, *refs, scal
         y = sum_ref[...]
         if scaled:
             w_scale = w_scale_ref[pl.ds(lax.rem(row_ref[v], _SCALE_ROWS), 1)]
-            y = y.astype(jnp.float32) * x_scale_ref[...] * w_scale
+            x_scale = jnp.where(real, x_scale_ref[...], 0.0)  # of padding it may be NaN
+            y = y.astype(jnp.float32) * x_scale * w_scale
         at = block_ref[v] * y.shape[0] + lax.broadcasted_iota(jnp.int32, y.shape, 0)
         mine = (at >= starts_ref[group]) & (at < starts_ref[group + 1])
         # What is kept is another visit's, or nothing yet: every row is some group's.

@@ -13,7 +13,7 @@ from jax import Array
 
 
 class Blocks(NamedTuple):
-    """Blocks that begin at a group's first row and hold rows of that group alone.
+    """Blocks that hold consecutive rows of one group.
 
     Attributes:
         group: of each block; E for padding.
@@ -51,21 +51,32 @@ def _starts(group_sizes: Array, rows: int) -> Array:
 
 
 def _owner(i: Array, counts: Array) -> tuple[Array, Array]:
-    """Which of consecutive runs of `counts` things holds thing i, and the things before that."""
-    ends = jnp.cumsum(counts, dtype=jnp.int32)
+    """Which of consecutive runs of `counts` things holds thing i, and the things before that run.
+
+    The last run holds whatever is past the end.
+    """
+    ends = jnp.cumsum(counts[:-1], dtype=jnp.int32)
     past = i[:, None] >= ends  # not a binary search: that is a loop of small kernels on GPU
-    owner = jnp.minimum(past.sum(1, dtype=jnp.int32), counts.shape[0] - 1)
-    return owner, jnp.where(past, counts, 0).sum(1, dtype=jnp.int32)
+    return past.sum(1, dtype=jnp.int32), jnp.where(past, counts[:-1], 0).sum(1, dtype=jnp.int32)
 
 
-def blocks(group_sizes: Array, rows: int, size: int) -> Blocks:
-    """Blocks of up to `size` of the `rows` rows."""
+def blocks(group_sizes: Array, rows: int, size: int, align: int = 1) -> Blocks:
+    """Blocks of up to `size` of the `rows` rows.
+
+    Args:
+        align: a divisor of `size`: a block's rows lie within `size` rows that begin at a multiple.
+    """
     starts = _starts(group_sizes, rows)
-    counts = -(-jnp.diff(starts) // size)  # [E + 1]
-    i = jnp.arange(rows // size + min(counts.shape[0], rows), dtype=jnp.int32)
+    first = starts[:-1] // align * align
+    counts = jnp.where(jnp.diff(starts) > 0, -(-(starts[1:] - first) // size), 0)  # [E + 1]
+    groups = min(counts.shape[0], rows)
+    i = jnp.arange((rows + groups * (align - 1)) // size + groups, dtype=jnp.int32)
     group, before = _owner(i, counts)
-    start = starts[group] + (i - before) * size
-    return Blocks(group, start, jnp.clip(starts[group + 1] - start, 0, size))
+    begin = first[group] + (i - before) * size
+    start = jnp.maximum(begin, starts[group])
+    return Blocks(
+        group, start, jnp.maximum(jnp.minimum(begin + size, starts[group + 1]) - start, 0)
+    )
 
 
 def visits(group_sizes: Array, rows: int, size: int) -> Visits:

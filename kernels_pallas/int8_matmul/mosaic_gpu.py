@@ -144,14 +144,13 @@ def gpu(
     per_row = [*scales, *([] if bias is None else [bias.astype(jnp.float32)])]
     if layer is None:
         layer, weights, per_row = 0, [w[None] for w in weights], [s[None] for s in per_row]
+    threads = {"num_threads": tile.warpgroups + 1, "thread_name": "wg"}
     y = plgpu.kernel(
         partial(_kernel, tile=tile, gated=gated, biased=bias is not None, activation=activation),
         out_type=jax.ShapeDtypeStruct((T + padding, N), out_dtype),
         grid=(N // (64 * tile.warpgroups), (T + padding) // tile.tokens),
         grid_names=("n", "t"),
-        **(
-            {"num_threads": tile.warpgroups + 1, "thread_name": "wg"} if tile.warpgroups > 1 else {}
-        ),
+        **(threads if tile.warpgroups > 1 else {}),
         scratch_types=[
             plgpu.SMEM((tile.warpgroups, min(tile.tokens, _STORED), 64), out_dtype),
             plgpu.SMEM((tile.warpgroups, tile.tokens), jnp.float32),
