@@ -86,7 +86,8 @@ def _kernel(group_ref, start_ref, size_ref, layer_ref, x_ref, w_ref, *refs, tile
             if scale_refs:
                 plgpu.barrier_wait(arrived.at[wg])
                 y = y.astype(jnp.float32)
-                x_scale = jnp.where(group < E, x_scale_smem[wg], 0.0)  # of padding it may be NaN
+                real = lax.broadcast(group < E, (tile.tokens,))  # a scale of padding may be NaN
+                x_scale = jnp.where(real, x_scale_smem[wg], 0.0)
                 y *= lax.broadcast_in_dim(x_scale, shape, (1,))
                 y *= lax.broadcast_in_dim(w_scale_smem[wg], shape, (0,))
             y = y.astype(out_ref.dtype)
