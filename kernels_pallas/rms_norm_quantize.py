@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.op import Body, Case, Cost, Op, UnsupportedError
 from kernels_pallas.quantize import quantize_rows
@@ -69,6 +70,45 @@ def tpu(
     return values, scales[:, 0]
 
 
+@dataclass(frozen=True)
+class GpuTile:
+    """Nothing to choose: a row is a block of the grid, and stays in one warpgroup's registers."""
+
+
+def _gpu_kernel(x_ref, scale_ref, values_ref, scales_ref, *, eps: float, offset: float):
+    row = lax.axis_index("t")
+    y = x_ref[row].astype(jnp.float32)
+    y = y * lax.rsqrt(jnp.sum(y * y) * (1 / y.size) + eps)
+    y = y * (offset + scale_ref[...].astype(jnp.float32))
+    top = jnp.max(jnp.abs(y))
+    steps = jnp.where(top > 0, 127.0 / top, 0.0)
+    rounded = lax.round(y * steps, lax.RoundingMethod.TO_NEAREST_EVEN)
+    values_ref[row] = rounded.astype(jnp.int8)
+    scales_ref[row] = top * (1 / 127.0)
+
+
+def gpu(
+    x: Array, scale: Array, *, eps: float, offset: float = 0.0,
+    tile: GpuTile | None = None, interpret: Any = False,
+) -> tuple[Array, Array]:  # fmt: skip
+    """`reference` as a Hopper kernel: one pass over memory."""
+    T, D = x.shape
+    if D % 128 or D > 16384:
+        raise UnsupportedError(f"rows of {D=} must be multiples of 128 up to 16384")
+    return plgpu.kernel(
+        partial(_gpu_kernel, eps=eps, offset=offset),
+        out_type=[
+            jax.ShapeDtypeStruct((T, D), jnp.int8),
+            jax.ShapeDtypeStruct((T,), jnp.float32),
+        ],
+        grid=(T,),
+        grid_names=("t",),
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+        interpret=interpret,
+        kernel_name="rms_norm_quantize",
+    )(x, scale)
+
+
 def _case(T: int, D: int, dtype: Any = jnp.bfloat16, *, shipped: bool = False, **options) -> Case:
     def make(key: Array) -> tuple[tuple[Array, Array], dict[str, Array]]:
         a, b = jax.random.split(key)
@@ -89,5 +129,8 @@ CASES = (
 )
 
 rms_norm_quantize = Op(
-    "rms_norm_quantize", reference, {"mosaic_tpu": Body("tpu", tpu, TpuTile)}, CASES
+    "rms_norm_quantize",
+    reference,
+    {"mosaic_tpu": Body("tpu", tpu, TpuTile), "mosaic_gpu": Body("gpu", gpu, GpuTile)},
+    CASES,
 )

@@ -1,0 +1,20 @@
+"""Grouped product: rows sorted by expert, each times its own expert's weight."""
+
+from __future__ import annotations
+
+from kernels_pallas.grouped_matmul import mosaic_gpu, mosaic_tpu
+from kernels_pallas.grouped_matmul.cases import CASES
+from kernels_pallas.grouped_matmul.reference import grouped_matmul as reference
+from kernels_pallas.op import Body, Op
+
+__all__ = ["grouped_matmul"]
+
+grouped_matmul = Op(
+    "grouped_matmul",
+    reference,
+    {
+        "mosaic_tpu": Body("tpu", mosaic_tpu.tpu, mosaic_tpu.Tile),
+        "mosaic_gpu": Body("gpu", mosaic_gpu.gpu, mosaic_gpu.Tile),
+    },
+    CASES,
+)
