@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from kernels_pallas.op import Op
+from kernels_pallas.paged_attention import page_attention
 from kernels_pallas.rms_norm_quantize import rms_norm_quantize
 
-OPS: tuple[Op, ...] = (rms_norm_quantize,)
+OPS: tuple[Op, ...] = (rms_norm_quantize, page_attention)

@@ -7,7 +7,7 @@ attended one after the other, so that no array is ever tokens x keys.
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -46,14 +46,44 @@ def paged_attention(
     v_pages: Array | None,  # [L, P, K, Z, Hv]
     layer: Array | int,
     batch: Ragged,
+    **options: Any,
+) -> tuple[Array, Array, Array, Array | None]:
+    """Writes k and v to their pages, then attends causally: `page_write` and `page_attention`.
+
+    Returns:
+        o, lse, k_pages and v_pages.
+    """
+    k_pages, v_pages = page_write(k_pages, v_pages, k, v, layer, batch)
+    return *page_attention(q, k_pages, v_pages, layer, batch, **options), k_pages, v_pages
+
+
+def page_write(
+    k_pages: Array,  # [L, P, K, Z, H]
+    v_pages: Array | None,  # [L, P, K, Z, Hv]
+    k: Array,  # [T, K, H]
+    v: Array | None,  # [T, K, Hv]
+    layer: Array | int,
+    batch: Ragged,
+) -> tuple[Array, Array | None]:
+    """The caches with the step's keys and values in the slots of their positions."""
+    row, position = locate(batch, k.shape[0])
+    return write(k_pages, v_pages, k, v, layer, batch, row, position)
+
+
+def page_attention(
+    q: Array,  # [T, N, H]
+    k_pages: Array,  # [L, P, K, Z, H]; uint16 holds bfloat16 bits
+    v_pages: Array | None,  # [L, P, K, Z, Hv]; None: the first `value_dim` lanes of k_pages
+    layer: Array | int,
+    batch: Ragged,
     *,
     scale: float,
     window: Array | int = 0,
     sinks: Weight | None = None,  # [N]
     soft_cap: float = 0.0,
     value_dim: int | None = None,
-) -> tuple[Array, Array, Array, Array | None]:
-    """Writes k and v to their pages, then attends causally.
+) -> tuple[Array, Array]:
+    """Causal attention over pages that hold this step's keys and values already.
 
     Args:
         window: keys at least this far back are hidden; 0 hides none.
@@ -61,13 +91,12 @@ def paged_attention(
         soft_cap: logits become cap * tanh(logits / cap); 0 leaves them.
 
     Returns:
-        o [T, N, Hv] and lse [T, N], both float32, k_pages and v_pages. `(o, lse)` of disjoint sets
-        of keys merge exactly. Rows of padding are unspecified.
+        o [T, N, Hv] and lse [T, N], both float32. `(o, lse)` of disjoint sets of keys merge
+        exactly. Rows of padding are unspecified.
     """
     T, N, H = q.shape
     K, Z = k_pages.shape[2:4]
-    row, position = locate(batch, T)
-    k_pages, v_pages = write(k_pages, v_pages, k, v, layer, batch, row, position)
+    row, _ = locate(batch, T)
     heads = q.astype(jnp.float32).reshape(T, K, N // K, H) * scale
     keys = partial(_keys, k_pages, v_pages, layer, value_dim)
     logits = partial(_mask, window=window, soft_cap=soft_cap)
@@ -75,12 +104,12 @@ def paged_attention(
         sink = jnp.full((K, N // K), _HIDDEN)
     else:
         sink = as_array(sinks).astype(jnp.float32).reshape(K, N // K)
-    values = value_dim or (k if v is None else v).shape[-1]
+    values = (value_dim or H) if v_pages is None else v_pages.shape[-1]
     start = partial(_start, sink, 0.0 if sinks is None else 1.0, values)
     o, lse = _decode_rows(heads, batch, Z, keys, logits, start)
     o, lse = jnp.take(o, row, axis=0), jnp.take(lse, row, axis=0)  # per sequence -> per token
     o, lse = _prompt_rows(heads, batch, Z, keys, logits, start, o, lse)
-    return o.reshape(T, N, -1), lse.reshape(T, N), k_pages, v_pages
+    return o.reshape(T, N, -1), lse.reshape(T, N)
 
 
 def _keys(k_pages, v_pages, layer, value_dim, pages: Array) -> tuple[Array, Array]:
