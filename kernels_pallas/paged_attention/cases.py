@@ -30,19 +30,20 @@ def _case(
     dtype: Any = jnp.bfloat16, idle: int = 0, sinks: bool = False, window: int = 0,
     shipped: bool = False, **options: Any,
 ) -> Case:  # fmt: skip
-    L, T, values = 2, sum(new), options.get("value_dim")
+    L, T, values, W = 2, sum(new), options.get("value_dim"), -(-H // 128) * 128  # whole lanes
+    latent = values is not None and values < H
     step, P = batch(new, lens, Z, idle)
 
     def make(key: Array) -> tuple[tuple[Any, ...], dict[str, Any]]:
         a, b, c, d = jax.random.split(key, 4)
-        k_pages = jax.random.normal(a, (L, P, K, Z, H), dtype)
-        v_pages = None if values else jax.random.normal(b, (L, P, K, Z, H), dtype)
+        k_pages = jax.random.normal(a, (L, P, K, Z, W), dtype)
+        v_pages = None if latent else jax.random.normal(b, (L, P, K, Z, W), dtype)
         arrays = {"sinks": jax.random.normal(d, (N,))} if sinks else {}
         arrays |= {"window": jnp.int32(window)} if window else {}
         q = jax.random.normal(c, (T, N, H), dtype)
         return (q, k_pages, v_pages, jnp.int32(1), jax.tree.map(jnp.asarray, step)), arrays
 
-    width = H if values else 2 * H
+    width = W if latent else 2 * W
     size = jnp.dtype(dtype).itemsize
     read = sum(lens) * K * width * size + T * N * (H * size + 4 * (values or H) + 4)
     pairs = sum(n * s - n * (n - 1) / 2 for n, s in zip(new, lens, strict=True))
@@ -56,7 +57,7 @@ _F32 = {"dtype": jnp.float32, "Z": 8}
 CASES = (
     _case("mixed-grouped", (1, 20, 1, 3), (70, 20, 9, 64), N=8, K=2, H=128, Z=16, idle=2),
     _case("decode-f32", (1, 1, 1), (33, 1, 17), N=4, K=4, H=128, **_F32),
-    _case("window", (1, 30, 1), (90, 70, 5), N=4, K=1, H=64, window=21, **_F32),
+    _case("window", (1, 30, 1), (90, 70, 5), N=4, K=1, H=64, window=21, value_dim=64, **_F32),
     _case("sinks-capped", (2, 9), (40, 25), N=6, K=2, H=128, sinks=True, soft_cap=5.0, **_F32),
     _case("latent", (1, 5, 1), (40, 37, 16), N=16, K=1, H=192, Z=16, value_dim=128),
     _case("decode-32k", (1,) * 32, (32768,) * 32, N=32, K=8, H=128, shipped=True),

@@ -5,7 +5,7 @@ has tokens among them is an *item*: its pages pass by, a block of keys at a time
 is attended the next one is on its way, be it of the next item or of the next program. The softmax
 of all tokens of a program is kept in VMEM; an item changes the rows of its own tokens only.
 
-Few tokens (decode rows) are attended as one aligned tile of rows, more as the whole program. Logits
+Few tokens (decode rows) are attended as one aligned tile of rows, more by larger ones. Logits
 stay as the product gives them, in units of `Shape.unit`, so that exp costs one multiplication.
 """
 
@@ -33,9 +33,11 @@ _TABLE = 2**17  # entries: half of a v5e's SMEM
 
 @dataclass(frozen=True)
 class TpuTile:
-    """keys: attended at a time; tokens: in a program; heads: of keys in a program, 0 for all."""
+    """keys: and rows of queries attended at a time (rows: whole lanes); tokens: in a program;
+    heads: of keys in a program, 0 for all."""
 
     keys: int = 512
+    rows: int = 128
     tokens: int = 64
     heads: int = 0
 
@@ -48,7 +50,8 @@ class Shape:
         heads: of keys.
         group: heads of queries for each of them.
         tokens: of the step.
-        few: tokens whose rows fill tiles; sequences with so few are attended in one such group.
+        few: tokens whose rows fill tiles; a decode row is attended in such a group.
+        some: tokens whose rows are attended at a time otherwise.
         page: keys in a page.
         pages: in a block of keys.
         row: entries in a row of the block table.
@@ -61,6 +64,7 @@ class Shape:
     group: int
     tokens: int
     few: int
+    some: int
     page: int
     pages: int
     row: int
@@ -76,13 +80,15 @@ def page_attention(
 ) -> tuple[Array, Array]:  # fmt: skip
     """`reference.page_attention` as one TPU kernel."""
     T, K, G = q.shape[0], k_pages.shape[2], q.shape[1] // k_pages.shape[2]
-    values = (value_dim or q.shape[2]) if v_pages is None else v_pages.shape[-1]
+    caches = [k_pages] if v_pages is None else [k_pages, v_pages]
+    value_dim = value_dim or (q.shape[2] if v_pages is None else v_pages.shape[-1])
+    values = pl.cdiv(value_dim, _LANES) * _LANES  # lanes past value_dim are cut off at the end
     squash, unit = (scale / soft_cap, soft_cap) if soft_cap else (0.0, scale)
-    shape = _shape(tile or TpuTile(), T, K, G, k_pages, batch, values, squash, unit)
+    shape = _shape(tile or TpuTile(), T, K, G, caches, batch, values, squash, unit)
     blocks = pl.cdiv(T, shape.tokens)
-    if blocks == 1:  # rows fill tiles
-        q = jnp.pad(q, ((0, shape.tokens - T), (0, 0), (0, 0)))
-    queries = q.reshape(-1, K, G, q.shape[2]).swapaxes(0, 1).reshape(K, -1, q.shape[2])
+    H, tokens = k_pages.shape[-1], shape.tokens if blocks == 1 else T  # one block fills tiles
+    q = jnp.pad(q.astype(k_pages.dtype), ((0, tokens - T), (0, 0), (0, H - q.shape[2])))
+    queries = q.reshape(-1, K, G, H).swapaxes(0, 1).reshape(K, -1, H)
     heads, rows, keys = shape.heads, shape.tokens * G, shape.pages * shape.page
     o = jax.ShapeDtypeStruct((K, queries.shape[1], values), jnp.float32)
     lse = jax.ShapeDtypeStruct((K, 1, queries.shape[1]), jnp.float32)
@@ -95,7 +101,6 @@ def page_attention(
     def at(h: Array, b: Array, *scalars: Any):  # padding stays where the last real program was
         return h, jnp.minimum(b, scalars[6][scalars[6].shape[0] - 1])
 
-    caches = [k_pages] if v_pages is None else [k_pages, v_pages]
     buffers = [pltpu.VMEM((2, heads, keys, x.shape[-1]), x.dtype) for x in caches]
     state = pltpu.VMEM((heads, rows, _LANES), jnp.float32)
     extra, extra_specs = (), ()
@@ -110,7 +115,7 @@ def page_attention(
             num_scalar_prefetch=len(scalars),
             grid=(K // heads, blocks),
             in_specs=[
-                pl.BlockSpec((heads, rows, q.shape[2]), lambda *i: (*at(*i), 0)),
+                pl.BlockSpec((heads, rows, H), lambda *i: (*at(*i), 0)),
                 *extra_specs,
                 *(pl.BlockSpec(memory_space=pltpu.MemorySpace.HBM) for _ in caches),
             ],
@@ -129,24 +134,25 @@ def page_attention(
         ),
         interpret=interpret,
         name="page_attention",
-    )(*scalars, queries.astype(k_pages.dtype), *extra, *caches)  # fmt: skip
+    )(*scalars, queries, *extra, *caches)  # fmt: skip
     o = o.reshape(K, -1, G, values).swapaxes(0, 1).reshape(-1, K * G, values)
-    return o[:T], lse.reshape(K, -1, G).swapaxes(0, 1).reshape(-1, K * G)[:T]
+    return o[:T, :, :value_dim], lse.reshape(K, -1, G).swapaxes(0, 1).reshape(-1, K * G)[:T]
 
 
 def _shape(
-    tile: TpuTile, T: int, K: int, G: int, k_pages: Array, batch: Ragged, values: int,
+    tile: TpuTile, T: int, K: int, G: int, caches: list[Array], batch: Ragged, values: int,
     squash: float, unit: float,
 ) -> Shape:  # fmt: skip
     """The kernel's sizes, or what speaks against it."""
-    dtype, Z, H = k_pages.dtype, k_pages.shape[3], k_pages.shape[4]
+    dtype, Z = caches[0].dtype, caches[0].shape[3]
     if dtype not in (jnp.bfloat16, jnp.float32):
         raise UnsupportedError(f"pages of {dtype}: keep them in bfloat16 or float32")
     sublanes = 32 // dtype.itemsize
     if Z % sublanes:
         raise UnsupportedError(f"{Z=} keys in a page of {dtype} must be a multiple of {sublanes}")
-    if H % 64 or values % 64:
-        raise UnsupportedError(f"heads of {H} and values of {values} must be multiples of 64")
+    lanes = [x.shape[-1] for x in caches]
+    if any(n % _LANES for n in lanes):  # by default they are laid out otherwise, and copied
+        raise UnsupportedError(f"pages of {lanes} lanes: pad them to multiples of {_LANES}")
     if batch.tables.size > _TABLE:
         raise UnsupportedError(
             f"a block table {batch.tables.shape} has more than {_TABLE} entries: take larger pages"
@@ -155,13 +161,14 @@ def _shape(
     if K % heads:
         raise UnsupportedError(f"{K=} heads of keys are not groups of {heads}")
     few = sublanes // math.gcd(G, sublanes)
+    some = math.lcm(few, tile.rows // math.gcd(G, tile.rows))
     tokens = pl.cdiv(T, few) * few
-    if tokens > tile.tokens:  # a block of lse is whole lanes
-        whole = math.lcm(few, _LANES // math.gcd(G, _LANES))
-        tokens = min(tokens, pl.cdiv(tile.tokens, whole) * whole)
+    if tokens > some:  # a block of lse is whole lanes
+        tokens = pl.cdiv(min(tokens, tile.tokens), some) * some
+    some = min(some, tokens)
     row = batch.tables.shape[1]
     pages = max(1, min(tile.keys // Z, row))
-    return Shape(heads, G, tokens, few, Z, pages, row, values, squash, unit)
+    return Shape(heads, G, tokens, few, some, Z, pages, row, values, squash, unit)
 
 
 def _items(batch: Ragged, blocks: int, tokens: int) -> tuple[Array, Array, Array]:
@@ -262,16 +269,20 @@ def _kernel(*refs: Any, shape: Shape, has_sinks: bool, caches: int) -> None:
 
             each(item, page, slot, "wait")
             pl.when(~more)(lambda: _silence(buffers[-1].at[slot], item, page, shape))
-            few = _div(item.end - 1, shape.few) == _div(item.first, shape.few)
             blocks = [buffer.at[slot] for buffer in buffers]
-            softmax = partial(
+            attend = partial(
                 _attend, q, blocks[0], blocks[-1], top, total, o, shape, item, page,
                 scalars.window[0], program * shape.tokens,
             )  # fmt: skip
-            within = item.first - program * shape.tokens
-            pl.when(few)(lambda: softmax(_div(within, shape.few) * shape.few, shape.few))
-            if shape.few < shape.tokens:
-                pl.when(~few)(lambda: softmax(0, shape.tokens))
+            first, last = (t - program * shape.tokens for t in (item.first, item.end - 1))
+            few = (_div(first, shape.few) == _div(last, shape.few)) & (shape.few < shape.some)
+            pl.when(few)(lambda: attend(_div(first, shape.few), shape.few))
+
+            @pl.when(~few)
+            def _() -> None:
+                tiles = pl.loop(_div(first, shape.some), _div(last, shape.some) + 1)
+                tiles(partial(attend, tokens=shape.some))
+
             return 1 - slot
 
         blocks = _div(item.end_page - item.page + shape.pages - 1, shape.pages)
@@ -281,11 +292,30 @@ def _kernel(*refs: Any, shape: Shape, has_sinks: bool, caches: int) -> None:
 
     @pl.when(first < end)
     def _() -> None:
-        top[...] = jnp.full_like(top, _HIDDEN) if sinks is None else sinks[...]
-        total[...] = jnp.full_like(total, 0.0 if sinks is None else 1.0)
-        o[...] = jnp.zeros_like(o)
+        count = shape.some * shape.group
+        tiles = pl.loop(0, shape.heads), pl.loop(0, shape.tokens // shape.some)
+
+        @tiles[0]
+        def _(h: Array) -> None:
+            @tiles[1]
+            def _(i: Array) -> None:
+                at = h, pl.ds(pl.multiple_of(i * count, count), count)
+                none = jnp.full((count, _LANES), _HIDDEN, jnp.float32)
+                top[at] = none if sinks is None else sinks[at]
+                total[at] = jnp.full_like(none, 0.0 if sinks is None else 1.0)
+                o[at] = jnp.zeros((count, o.shape[-1]), jnp.float32)
+
         turn[0] = lax.fori_loop(first, end, attend_item, turn[0])
-        pl.loop(0, shape.heads)(partial(_finish, top, total, o, lse, shape.unit))
+
+        @tiles[0]
+        def _(h: Array) -> None:
+            @tiles[1]
+            def _(i: Array) -> None:
+                rows = pl.ds(pl.multiple_of(i * count, count), count)
+                sum_ = jnp.maximum(total[h, rows], 1e-30)
+                o[h, rows] = o[h, rows] / _lanes(sum_, o.shape[-1])
+                found = top[h, rows] * shape.unit + jnp.log(sum_)
+                lse[h, :, rows] = jnp.transpose(found)[:1]
 
 
 def _silence(values: Any, item: _Item, page: Array, shape: Shape) -> None:
@@ -303,25 +333,29 @@ def _silence(values: Any, item: _Item, page: Array, shape: Shape) -> None:
 
 def _attend(
     q: Any, keys: Any, values: Any, top: Any, total: Any, o: Any, shape: Shape, item: _Item,
-    page: Array, window: Array, base: Array, token: Any, tokens: int,
+    page: Array, window: Array, base: Array, i: Array, tokens: int,
 ) -> None:  # fmt: skip
-    """Adds a block of keys to the softmax of an item, for `tokens` from `token` of the program,
-    whose first one is the step's `base`."""
+    """Adds a block of keys to the softmax of the i-th `tokens` of a program, whose first one is
+    the step's `base`, as far as they are the item's."""
     count, S = tokens * shape.group, keys.shape[1]
-    rows = pl.ds(pl.multiple_of(token * shape.group, 8) if tokens < shape.tokens else 0, count)
-    t = base + token + _div(lax.broadcasted_iota(jnp.int32, (count, 1), 0), shape.group)
-    own = (t >= item.first) & (t < item.end)
-    position = jnp.where(own, t + item.shift, -1)  # [rows, 1]
-    back = position - (page * shape.page + lax.broadcasted_iota(jnp.int32, (count, S), 1))
-    seen = (back >= 0) & ((window == 0) | (back < window))
+    rows = pl.ds(pl.multiple_of(i * count, count), count)
+    first, key = base + i * tokens, page * shape.page
+    at = first + item.shift, first + tokens - 1 + item.shift  # positions of the outermost tokens
+    reach = jnp.where(window > 0, window, 2**30)
+    all_own = (first >= item.first) & (first + tokens <= item.end)
+    all_seen = all_own & (key + S - 1 <= at[0]) & (key > at[1] - reach)
     precision = lax.Precision.HIGHEST if keys.dtype == jnp.float32 else None
     dot = partial(lax.dot_general, precision=precision, preferred_element_type=jnp.float32)
 
-    @pl.loop(0, shape.heads)
-    def _(h: Array) -> None:
+    def head(h: Array, masked: bool) -> None:
         s = dot(q[h, rows], keys[h], (((1,), (1,)), ((), ())))  # [rows, S]
         s = jnp.tanh(s * shape.squash) if shape.squash else s
-        s = jnp.where(seen, s, _HIDDEN)
+        if masked:
+            t = first + _div(lax.broadcasted_iota(jnp.int32, (count, 1), 0), shape.group)
+            own = (t >= item.first) & (t < item.end)
+            last = jnp.where(own, t + item.shift, -1) - key  # of the block's keys, the last seen
+            z = lax.broadcasted_iota(jnp.int32, s.shape, 1)
+            s = jnp.where((z <= last) & (z > last - reach), s, _HIDDEN)
         before = top[h, rows]  # in every lane the same
         now = jnp.maximum(before, jnp.max(s, 1, keepdims=True))
         p = _exp(s - _lanes(now, S), shape.unit)
@@ -330,12 +364,17 @@ def _attend(
         total[h, rows] = total[h, rows] * shrink + jnp.sum(p, 1, keepdims=True)
         v = values[h][:, : shape.value_dim]
         added = dot(p.astype(v.dtype), v, (((1,), (0,)), ((), ())))
-        kept = o[h, rows]  # of others' rows too, to which this item's values are nothing
-        o[h, rows] = jnp.where(own, kept * _lanes(shrink, shape.value_dim) + added, kept)
+        added += o[h, rows] * _lanes(shrink, shape.value_dim)
+        # others' rows have no business with these values, which might be NaN
+        o[h, rows] = jnp.where(own, added, o[h, rows]) if masked else added
+
+    pl.when(all_seen)(lambda: pl.loop(0, shape.heads)(partial(head, masked=False)))
+    some_seen = ~all_seen & (key <= jnp.minimum(at[1], item.end - 1 + item.shift))
+    pl.when(some_seen)(lambda: pl.loop(0, shape.heads)(partial(head, masked=True)))
 
 
 def _div(x: Array, by: int) -> Array:
-    """Of what is not negative: `//` would ask for signs, and lowering that for the device's kind."""
+    """Of what is not negative: `//` would ask for signs, whose lowering asks for a device."""
     return lax.div(x, jnp.full_like(x, by))
 
 
@@ -346,9 +385,3 @@ def _exp(x: Array, unit: float) -> Array:
 def _lanes(x: Array, width: int) -> Array:
     """x [rows, 128], in every lane the same, with another width."""
     return jnp.concatenate([x] * pl.cdiv(width, _LANES), 1)[:, :width]
-
-
-def _finish(top: Any, total: Any, o: Any, lse: Any, unit: float, h: Array) -> None:
-    sum_ = jnp.maximum(total[h], 1e-30)
-    o[h] = o[h] / _lanes(sum_, o.shape[-1])
-    lse[h] = jnp.transpose(top[h] * unit + jnp.log(sum_))[:1]

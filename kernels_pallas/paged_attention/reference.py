@@ -89,22 +89,23 @@ def page_attention(
         window: keys at least this far back are hidden; 0 hides none.
         sinks: a logit per head that joins the softmax and carries no value.
         soft_cap: logits become cap * tanh(logits / cap); 0 leaves them.
+        value_dim: lanes of a value that count, where pages have more. Those of a key are q's.
 
     Returns:
-        o [T, N, Hv] and lse [T, N], both float32. `(o, lse)` of disjoint sets of keys merge
+        o [T, N, value_dim] and lse [T, N], both float32. `(o, lse)` of disjoint sets of keys merge
         exactly. Rows of padding are unspecified.
     """
     T, N, H = q.shape
     K, Z = k_pages.shape[2:4]
     row, _ = locate(batch, T)
     heads = q.astype(jnp.float32).reshape(T, K, N // K, H) * scale
-    keys = partial(_keys, k_pages, v_pages, layer, value_dim)
+    values = value_dim or (H if v_pages is None else v_pages.shape[-1])
+    keys = partial(_keys, k_pages, v_pages, layer, H, values)
     logits = partial(_mask, window=window, soft_cap=soft_cap)
     if sinks is None:
         sink = jnp.full((K, N // K), _HIDDEN)
     else:
         sink = as_array(sinks).astype(jnp.float32).reshape(K, N // K)
-    values = (value_dim or H) if v_pages is None else v_pages.shape[-1]
     start = partial(_start, sink, 0.0 if sinks is None else 1.0, values)
     o, lse = _decode_rows(heads, batch, Z, keys, logits, start)
     o, lse = jnp.take(o, row, axis=0), jnp.take(lse, row, axis=0)  # per sequence -> per token
@@ -112,10 +113,11 @@ def page_attention(
     return o.reshape(T, N, -1), lse.reshape(T, N)
 
 
-def _keys(k_pages, v_pages, layer, value_dim, pages: Array) -> tuple[Array, Array]:
+def _keys(k_pages, v_pages, layer, key_dim, value_dim, pages: Array) -> tuple[Array, Array]:
     """Keys and values [..., pages, K, Z, H] of the given pages [..., pages]."""
     k = from_stored(k_pages[layer, pages])
-    return k, k[..., :value_dim] if v_pages is None else from_stored(v_pages[layer, pages])
+    v = k if v_pages is None else from_stored(v_pages[layer, pages])
+    return k[..., :key_dim], v[..., :value_dim]
 
 
 def _written(v: Array, at: Array, length: Array) -> Array:
