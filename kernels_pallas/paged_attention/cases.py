@@ -59,9 +59,11 @@ CASES = (
     _case("decode-f32", (1, 1, 1), (33, 1, 17), N=4, K=4, H=128, **_F32),
     _case("window", (1, 30, 1), (90, 70, 5), N=4, K=1, H=64, window=21, value_dim=64, **_F32),
     _case("sinks-capped", (2, 9), (40, 25), N=6, K=2, H=128, sinks=True, soft_cap=5.0, **_F32),
+    _case("mass", (1, 3, 40), (300, 17, 50), N=8, K=2, H=128, window=60, mass=True, **_F32),
     _case("latent", (1, 5, 1), (40, 37, 16), N=16, K=1, H=192, Z=16, value_dim=128),
     _case("decode-32k", (1,) * 32, (32768,) * 32, N=32, K=8, H=128, shipped=True),
     _case("decode-32k-8-to-1", (1,) * 32, (32768,) * 32, N=32, K=4, H=128, shipped=True),
+    _case("decode-32k-mass", (1,) * 32, (32768,) * 32, N=32, K=4, H=128, mass=True, shipped=True),
     _case(
         "mixed-2048", (2048, *(1,) * 32), (2048, *(8192,) * 32), N=32, K=8, H=128, shipped=True
     ),

@@ -82,7 +82,8 @@ def page_attention(
     sinks: Weight | None = None,  # [N]
     soft_cap: float = 0.0,
     value_dim: int | None = None,
-) -> tuple[Array, Array]:
+    mass: bool = False,
+) -> tuple[Array, ...]:
     """Causal attention over pages that hold this step's keys and values already.
 
     Args:
@@ -90,14 +91,16 @@ def page_attention(
         sinks: a logit per head that joins the softmax and carries no value.
         soft_cap: logits become cap * tanh(logits / cap); 0 leaves them.
         value_dim: lanes of a value that count, where pages have more. Those of a key are q's.
+        mass: whether to say how much attention each page gets.
 
     Returns:
         o [T, N, value_dim] and lse [T, N], both float32. `(o, lse)` of disjoint sets of keys merge
-        exactly. Rows of padding are unspecified.
+        exactly. With `mass` also [T, N, M]: of each page in a token's row of the table, the sum of
+        its exponentials relative to lse. Rows of padding are unspecified.
     """
     T, N, H = q.shape
     K, Z = k_pages.shape[2:4]
-    row, _ = locate(batch, T)
+    row, position = locate(batch, T)
     heads = q.astype(jnp.float32).reshape(T, K, N // K, H) * scale
     values = value_dim or (H if v_pages is None else v_pages.shape[-1])
     keys = partial(_keys, k_pages, v_pages, layer, H, values)
@@ -110,7 +113,11 @@ def page_attention(
     o, lse = _decode_rows(heads, batch, Z, keys, logits, start)
     o, lse = jnp.take(o, row, axis=0), jnp.take(lse, row, axis=0)  # per sequence -> per token
     o, lse = _prompt_rows(heads, batch, Z, keys, logits, start, o, lse)
-    return o.reshape(T, N, -1), lse.reshape(T, N)
+    out = o.reshape(T, N, -1), lse.reshape(T, N)
+    if not mass:
+        return out
+    found = _page_mass(heads, batch.tables[row], position, Z, keys, logits, lse)
+    return *out, found.reshape(T, N, -1)
 
 
 def _keys(k_pages, v_pages, layer, key_dim, value_dim, pages: Array) -> tuple[Array, Array]:
@@ -201,6 +208,19 @@ def _prompt_rows(heads: Array, batch: Ragged, Z: int, keys, logits, start, o: Ar
         return lax.fori_loop(0, chunks, chunk, carry)
 
     return lax.fori_loop(0, batch.num_seqs, sequence, (o, lse))
+
+
+def _page_mass(
+    heads: Array, tables: Array, position: Array, Z: int, keys, logits, lse: Array
+) -> Array:
+    """[T, K, G, M]; one page of every token at a time."""
+
+    def page(j: Array) -> Array:
+        s = jnp.einsum("tkgh,tkzh->tkgz", heads, keys(tables[:, j])[0])
+        s = logits(s, position[:, None, None, None], j * Z + jnp.arange(Z))
+        return jnp.exp(s - lse[..., None]).sum(-1)
+
+    return jnp.moveaxis(lax.map(page, jnp.arange(tables.shape[1])), 0, -1)
 
 
 def _whole_blocks(tables: Array, Z: int) -> tuple[Array, int]:
