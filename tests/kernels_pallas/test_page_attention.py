@@ -1,4 +1,4 @@
-"""The TPU kernel of attention over pages, on drawn steps; what it refuses; and masses of pages."""
+"""The kernels that write and attend pages on drawn steps, what they refuse, masses of pages."""
 
 import functools
 
@@ -8,9 +8,18 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import NamedSharding, PartitionSpec
 
 from kernels_pallas.op import UnsupportedError
-from kernels_pallas.paged_attention import Ragged, mosaic_tpu, page_attention, reference
+from kernels_pallas.paged_attention import (
+    Ragged,
+    mosaic_tpu,
+    page_attention,
+    page_write,
+    reference,
+    writing,
+)
+from sharding import compile_only
 
 L, LAYER, M, R, T, H = 2, 1, 4, 5, 24, 128
 
@@ -156,3 +165,55 @@ def test_heads_may_be_split_over_programs():
     )
     for x, y in zip(found, reference.page_attention(*args, **arrays, **case.options), strict=True):
         np.testing.assert_allclose(x, y, rtol=0.01, atol=0.02)
+
+
+@functools.cache
+def both_writes(tile):
+    def run(*args):
+        found = page_write.run("mosaic_tpu", *args, tile=tile, interpret=True)
+        return found, page_write.reference(*args)
+
+    return jax.jit(run, compiler_options={"xla_backend_optimization_level": 0})
+
+
+WRITERS = [
+    writing.TpuTile(slots=8, items=2),
+    writing.TpuTile(slots=16, items=3),
+    writing.TpuTile(slots=32),
+]
+
+
+@pytest.mark.parametrize("tile", WRITERS, ids=lambda tile: f"{tile.slots} slots")
+@given(step=steps(Z=32), seed=st.integers(0, 2**32 - 1))
+@settings(max_examples=12, deadline=None)
+def test_slots_of_new_tokens_and_no_others_are_written(tile, step, seed):
+    rng = np.random.default_rng(seed)
+    pages = jnp.asarray(rng.standard_normal((2, L, R * M, 2, 32, 128)), jnp.float32)
+    k, v = jnp.asarray(rng.standard_normal((2, T, 2, 100)), jnp.float32)
+    step = jax.tree.map(jnp.asarray, step)
+    found, expected = both_writes(tile)(*pages, k, v, jnp.int32(LAYER), step)
+    np.testing.assert_array_equal(found[0], expected[0])
+    np.testing.assert_array_equal(found[1], expected[1])
+
+
+def test_writing_says_what_it_cannot_take():
+    pages, k = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((1, 4, 2, 24, 128), (3, 2, 128)))
+    step = Ragged(*(jax.ShapeDtypeStruct(s, jnp.int32) for s in ((4,), (3,), (3, 2), ())))
+    with pytest.raises(UnsupportedError, match="16 slots: take a divisor of Z=24, whole 8s"):
+        jax.eval_shape(lambda *a: page_write.run("mosaic_tpu", *a[:4], 0, a[4]),
+                       pages, pages, k, k, step)  # fmt: skip
+
+
+@pytest.mark.aot
+@pytest.mark.usefixtures("no_compilation_cache")
+def test_donated_caches_stay_where_they_are():
+    mesh = NamedSharding(compile_only.mesh("v6e:2x2"), PartitionSpec())
+    case = next(case for case in page_write.cases if case.name == "decode-256")
+    args, _ = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=mesh),
+        jax.eval_shape(case.make, jax.random.key(0)),
+    )
+    write = jax.jit(lambda *args: page_write.run("mosaic_tpu", *args), donate_argnums=(0, 1))
+    memory = write.lower(*args).compile().memory_analysis()
+    assert memory.alias_size_in_bytes >= 2 * args[0].size * 2
+    assert memory.temp_size_in_bytes < 2**21
