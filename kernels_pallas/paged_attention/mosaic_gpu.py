@@ -27,7 +27,7 @@ from kernels_pallas.weight import Weight, as_array
 _HIDDEN = -1e30  # finite: a row that has seen nothing yet must not become NaN
 _LOG2E = math.log2(math.e)
 _ROWS = 64  # of a warpgroup: what wgmma fixes
-_SHARED = 226 * 1024  # bytes of shared memory that a block may take
+_SHARED = 224 * 1024  # bytes of shared memory that a block may take
 _CORES = 132
 
 
@@ -102,25 +102,29 @@ def page_attention(
     value_dim = value_dim or (H if v_pages is None else v_pages.shape[-1])
     shape = _shape(tile or GpuTile(), q, k_pages, v_pages, batch, value_dim, scale, soft_cap)
     G, heads = shape.group, K * shape.heads
-    size = shape.groups * shape.tokens
-    padding = (0, size + _ROWS // G), (0, 0), (0, W - H)  # the last tiles exist as a whole
-    queries = jnp.pad(q.astype(k_pages.dtype), padding).reshape(-1, heads, G, W)
-    queries = queries.swapaxes(0, 1).reshape(heads, -1, W)
     seqs, firsts, first_item = _items(batch, T, shape)
+    queries = jnp.pad(q.astype(k_pages.dtype), ((0, 0), (0, 0), (0, W - H)))
+    row = jnp.arange(_ROWS)
+    token = jnp.arange(shape.groups)[:, None] * shape.tokens + row // G
+    token = jnp.minimum(firsts[:, None] + token.reshape(-1), T - 1)  # [items, rows]; some idle
+    head = jnp.arange(heads)[:, None] * G + jnp.tile(row % G, shape.groups)  # [heads, rows]
+    queries = queries[token[:, None], head]  # [items, heads, rows, W]
     caches = [k_pages] if v_pages is None else [k_pages, v_pages]
     o, lse = _launch(
         (
             jnp.asarray(layer, jnp.int32).reshape(1), jnp.asarray(window, jnp.int32).reshape(1),
             batch.row_starts, batch.kv_lens, batch.tables.reshape(-1), seqs, firsts,
         ),
-        queries, caches, (T, N), shape, interpret,
+        queries, caches, shape, interpret,
     )  # fmt: skip
     seq, _ = locate(batch, T)
+    size = shape.groups * shape.tokens
     at = jnp.arange(T) - batch.row_starts[seq]  # of each token, in its sequence's share of the step
     item, at = first_item[seq] + at // size, at % size
-    lse = lse.reshape(shape.splits, -1, heads, shape.groups, _ROWS)
-    lse = lse[..., : shape.tokens * G].reshape(*lse.shape[:3], -1, G)
-    lse = lse[:, item, :, at].swapaxes(0, 1).reshape(shape.splits, T, N)
+    row = at // shape.tokens * _ROWS + at % shape.tokens * G
+    row = row[:, None, None] + jnp.arange(G)  # [T, 1, G]
+    where = slice(None), item[:, None, None], jnp.arange(heads)[:, None], row
+    o, lse = (x[where].reshape(shape.splits, T, N, *x.shape[4:]) for x in (o, lse))
     return _merge(o[..., :value_dim], lse, None if sinks is None else as_array(sinks))
 
 
@@ -159,11 +163,9 @@ def _shape(
     wanted = 1 if many else min(16, -(-2 * _CORES // (items * K * heads)), M * Z // (4 * keys))
     splits = tile.splits or max(1, wanted)
     block = keys * 2 * (W + (0 if v_pages is None else values))
-    fixed = groups * _ROWS * (2 * W + 4) + 1024  # and barriers
+    fixed = groups * _ROWS * (2 * W + 4 + wide * 2 * keys) + 1024  # and barriers
     stored = 64 if fixed + groups * wide * _ROWS * 4 * 64 + 3 * block < _SHARED else 16
     fixed += groups * wide * _ROWS * 4 * stored
-    if stored * G * 4 % 128:
-        raise UnsupportedError(f"{stored} lanes of {G} heads stored at a time: too few for a copy")
     stages = tile.stages or max(2, min(6, (_SHARED - fixed) // block))
     if fixed + stages * block > _SHARED:
         raise UnsupportedError(
@@ -191,17 +193,15 @@ def _items(batch: Ragged, T: int, shape: Shape) -> tuple[Array, Array, Array]:
 
 
 def _launch(
-    scalars: tuple[Array, ...], queries: Array, caches: list[Array], out: tuple[int, int],
-    shape: Shape, interpret: Any,
-) -> tuple[Array, Array]:  # fmt: skip
-    """o [splits, T, N, values] and lse [splits, items, heads, rows]."""
-    heads, items, dtype = queries.shape[0], scalars[-1].shape[0], queries.dtype
-    rows = shape.groups * _ROWS
+    scalars: tuple[Array, ...], queries: Array, caches: list[Array], shape: Shape, interpret: Any
+) -> tuple[Array, Array]:
+    """o [splits, items, heads, rows, values] and lse, without lanes."""
+    (items, heads, rows, _), dtype = queries.shape, queries.dtype
     ready = plgpu.Barrier(num_arrivals=shape.count, num_barriers=shape.stages)
     return plgpu.kernel(
         partial(_kernel, shape=shape),
         out_type=[
-            jax.ShapeDtypeStruct((shape.splits, *out, shape.values), jnp.float32),
+            jax.ShapeDtypeStruct((shape.splits, items, heads, rows, shape.values), jnp.float32),
             jax.ShapeDtypeStruct((shape.splits, items, heads, rows), jnp.float32),
         ],
         grid=(heads, shape.splits, items),
@@ -210,6 +210,7 @@ def _launch(
         thread_name="wg",
         scratch_types=[
             plgpu.SMEM((shape.groups, _ROWS, shape.lanes), dtype),
+            plgpu.SMEM((shape.warpgroups, _ROWS, shape.keys), dtype),
             plgpu.SMEM((shape.warpgroups, _ROWS, shape.stored), jnp.float32),
             plgpu.SMEM((shape.groups, _ROWS), jnp.float32),
             plgpu.Barrier(num_barriers=shape.groups),
@@ -231,7 +232,7 @@ def _kernel(
 ) -> None:  # fmt: skip
     n = 1 if shape.in_keys else 2
     stacks, (o_ref, lse_ref), refs = refs[:n], refs[n : n + 2], refs[n + 2 :]
-    q_smem, o_smem, lse_smem, arrived, silenced, free, *rest = refs
+    q_smem, p_smem, o_smem, lse_smem, arrived, silenced, free, *rest = refs
     blocks, ready = rest[:n], rest[n:]
     head, split, item = (lax.axis_index(name) for name in ("head", "split", "item"))
     wg, seq = lax.axis_index("wg"), seqs[item]
@@ -276,8 +277,8 @@ def _kernel(
 
             @pl.when(side == 0)
             def _() -> None:
-                rows = pl.ds(base * shape.group, _ROWS)
-                plgpu.copy_gmem_to_smem(q_ref.at[head, rows], q_smem.at[tile], arrived.at[tile])
+                rows = q_ref.at[item, head, pl.ds(tile * _ROWS, _ROWS)]
+                plgpu.copy_gmem_to_smem(rows, q_smem.at[tile], arrived.at[tile])
 
             plgpu.barrier_wait(arrived.at[tile])
 
@@ -310,7 +311,9 @@ def _kernel(
                     pl.when(tile == 0)(lambda: _silence(values, past))
                     together()
 
-                added = _product(p.astype(values.dtype), values, value.shape)
+                p_smem[wg] = p.astype(values.dtype)
+                plgpu.commit_smem()
+                added = _product(p_smem.at[wg], values, value.shape)
                 plgpu.barrier_arrive(free.at[slot])
                 return value * _down(shrink, value.shape) + added, now, total
 
@@ -334,13 +337,12 @@ def _kernel(
                 o_smem[wg] = value[:, begin : begin + shape.stored]
                 plgpu.commit_smem()
                 lanes = pl.ds(side * width + begin, shape.stored)
-                for t in range(shape.tokens):  # the rows behind the item's are of other tokens
+                for row in range(0, _ROWS, 8):  # none without a token
 
-                    @pl.when(base + t < end)
-                    def _(t: int = t, lanes: Any = lanes) -> None:
-                        rows, heads = (pl.ds(i * shape.group, shape.group) for i in (t, head))
-                        out = o_ref.at[split, base + t, heads, lanes]
-                        plgpu.copy_smem_to_gmem(o_smem.at[wg, rows], out)
+                    @pl.when(base + row // shape.group < end)
+                    def _(row: int = row, lanes: Any = lanes) -> None:
+                        out = o_ref.at[split, item, head, pl.ds(tile * _ROWS + row, 8), lanes]
+                        plgpu.copy_smem_to_gmem(o_smem.at[wg, pl.ds(row, 8)], out)
 
                 plgpu.wait_smem_to_gmem(0, wait_read_only=begin + shape.stored < width)
 
