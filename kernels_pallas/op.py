@@ -61,6 +61,7 @@ class Case:
             enough to be simulated, which takes milliseconds for each step of a grid.
         cost: of a shipped case.
         tolerance: relative to the largest value of the reference; 0 for equality.
+        bodies: that take it, where some refuse.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Case:
     shipped: bool = False
     cost: Cost | None = None
     tolerance: float = 1e-5
+    bodies: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)

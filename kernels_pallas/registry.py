@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+from kernels_pallas.flash_attention import flash_attention, flash_attention_gradient
 from kernels_pallas.grouped_matmul import grouped_matmul
 from kernels_pallas.int8_matmul import int8_matmul
 from kernels_pallas.op import Op
+from kernels_pallas.paged_attention import page_attention, page_write
 from kernels_pallas.rms_norm_quantize import rms_norm_quantize
+from kernels_pallas.sample import sample
 
-OPS: tuple[Op, ...] = (grouped_matmul, int8_matmul, rms_norm_quantize)
+OPS: tuple[Op, ...] = (
+    rms_norm_quantize,
+    int8_matmul,
+    grouped_matmul,
+    page_write,
+    page_attention,
+    flash_attention,
+    flash_attention_gradient,
+    sample,
+)
+"""All that have cases, small before large."""

@@ -44,7 +44,8 @@ def paged_attention(
         return jnp.where(exists[..., None, None], x.reshape(T, -1, *x.shape[3:]), 0.0)
 
     keys = context(k_pages)
-    values = keys[..., :value_dim] if v_pages is None else context(v_pages)
+    values = (keys if v_pages is None else context(v_pages))[..., :value_dim]
+    keys = keys[..., :H]
     heads = q.astype(jnp.float32).reshape(T, keys.shape[2], -1, H) * scale
     s = jnp.einsum("tkgh,tskh->tkgs", heads, keys)
     s = soft_cap * jnp.tanh(s / soft_cap) if soft_cap else s

@@ -32,21 +32,26 @@ def locate(batch: Ragged, num_tokens: int) -> tuple[Array, Array]:
 
 
 def write(k_pages, v_pages, k, v, layer, batch: Ragged, row: Array, position: Array):
-    """The caches with this step's keys and values in their slots; padding goes nowhere."""
+    """The caches with this step's keys and values in their slots; padding goes nowhere.
+
+    Pages may have more lanes than keys, since a TPU wants whole ones: those become 0.
+    """
     P, Z = k_pages.shape[1], k_pages.shape[3]
     page = jnp.where(position >= 0, batch.tables[row, jnp.maximum(position, 0) // Z], P)
     where = (layer, page, slice(None), position % Z)
-    k_pages = k_pages.at[where].set(to_stored(k, k_pages.dtype), mode="drop")
+    k_pages = k_pages.at[where].set(to_stored(k, k_pages), mode="drop")
     if v_pages is not None:
-        v_pages = v_pages.at[where].set(to_stored(v, v_pages.dtype), mode="drop")
+        v_pages = v_pages.at[where].set(to_stored(v, v_pages), mode="drop")
     return k_pages, v_pages
 
 
-def to_stored(x: Array, dtype) -> Array:
+def to_stored(x: Array, pages: Array) -> Array:
     """x as the cache keeps it: uint16 is bfloat16, which jax 0.10 scatters slowly on CPU."""
-    if dtype == jnp.uint16:
+    if x.shape[-1] < pages.shape[-1]:
+        x = jnp.pad(x, ((0, 0), (0, 0), (0, pages.shape[-1] - x.shape[-1])))
+    if pages.dtype == jnp.uint16:
         return lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint16)
-    return x.astype(dtype)
+    return x.astype(pages.dtype)
 
 
 def from_stored(x: Array) -> Array:

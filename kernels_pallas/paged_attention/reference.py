@@ -7,12 +7,13 @@ attended one after the other, so that no array is ever tokens x keys.
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
 
-from kernels_pallas.paged_attention.ragged import Ragged, from_stored, locate, write
+from kernels_pallas.paged_attention import writing
+from kernels_pallas.paged_attention.ragged import Ragged, from_stored, locate
 from kernels_pallas.weight import Weight, as_array
 
 _KEYS = 128  # keys attended at a time
@@ -46,47 +47,72 @@ def paged_attention(
     v_pages: Array | None,  # [L, P, K, Z, Hv]
     layer: Array | int,
     batch: Ragged,
+    **options: Any,
+) -> tuple[Array, Array, Array, Array | None]:
+    """Writes k and v to their pages, then attends causally: `page_write` and `page_attention`.
+
+    Returns:
+        o, lse, k_pages and v_pages.
+    """
+    k_pages, v_pages = writing.reference(k_pages, v_pages, k, v, layer, batch)
+    return *page_attention(q, k_pages, v_pages, layer, batch, **options), k_pages, v_pages
+
+
+def page_attention(
+    q: Array,  # [T, N, H]
+    k_pages: Array,  # [L, P, K, Z, H]; uint16 holds bfloat16 bits
+    v_pages: Array | None,  # [L, P, K, Z, Hv]; None: the first `value_dim` lanes of k_pages
+    layer: Array | int,
+    batch: Ragged,
     *,
     scale: float,
     window: Array | int = 0,
     sinks: Weight | None = None,  # [N]
     soft_cap: float = 0.0,
     value_dim: int | None = None,
-) -> tuple[Array, Array, Array, Array | None]:
-    """Writes k and v to their pages, then attends causally.
+    mass: bool = False,
+) -> tuple[Array, ...]:
+    """Causal attention over pages that hold this step's keys and values already.
 
     Args:
         window: keys at least this far back are hidden; 0 hides none.
         sinks: a logit per head that joins the softmax and carries no value.
         soft_cap: logits become cap * tanh(logits / cap); 0 leaves them.
+        value_dim: lanes of a value that count, where pages have more. Those of a key are q's.
+        mass: whether to say how much attention each page gets.
 
     Returns:
-        o [T, N, Hv] and lse [T, N], both float32, k_pages and v_pages. `(o, lse)` of disjoint sets
-        of keys merge exactly. Rows of padding are unspecified.
+        o [T, N, value_dim] and lse [T, N], both float32. `(o, lse)` of disjoint sets of keys merge
+        exactly. With `mass` also [T, N, M]: of each page in a token's row of the table, the sum of
+        its exponentials relative to lse. Rows of padding are unspecified.
     """
     T, N, H = q.shape
     K, Z = k_pages.shape[2:4]
     row, position = locate(batch, T)
-    k_pages, v_pages = write(k_pages, v_pages, k, v, layer, batch, row, position)
     heads = q.astype(jnp.float32).reshape(T, K, N // K, H) * scale
-    keys = partial(_keys, k_pages, v_pages, layer, value_dim)
+    values = value_dim or (H if v_pages is None else v_pages.shape[-1])
+    keys = partial(_keys, k_pages, v_pages, layer, H, values)
     logits = partial(_mask, window=window, soft_cap=soft_cap)
     if sinks is None:
         sink = jnp.full((K, N // K), _HIDDEN)
     else:
         sink = as_array(sinks).astype(jnp.float32).reshape(K, N // K)
-    values = value_dim or (k if v is None else v).shape[-1]
     start = partial(_start, sink, 0.0 if sinks is None else 1.0, values)
     o, lse = _decode_rows(heads, batch, Z, keys, logits, start)
     o, lse = jnp.take(o, row, axis=0), jnp.take(lse, row, axis=0)  # per sequence -> per token
     o, lse = _prompt_rows(heads, batch, Z, keys, logits, start, o, lse)
-    return o.reshape(T, N, -1), lse.reshape(T, N), k_pages, v_pages
+    out = o.reshape(T, N, -1), lse.reshape(T, N)
+    if not mass:
+        return out
+    found = _page_mass(heads, batch.tables[row], position, Z, keys, logits, lse)
+    return *out, found.reshape(T, N, -1)
 
 
-def _keys(k_pages, v_pages, layer, value_dim, pages: Array) -> tuple[Array, Array]:
+def _keys(k_pages, v_pages, layer, key_dim, value_dim, pages: Array) -> tuple[Array, Array]:
     """Keys and values [..., pages, K, Z, H] of the given pages [..., pages]."""
     k = from_stored(k_pages[layer, pages])
-    return k, k[..., :value_dim] if v_pages is None else from_stored(v_pages[layer, pages])
+    v = k if v_pages is None else from_stored(v_pages[layer, pages])
+    return k[..., :key_dim], v[..., :value_dim]
 
 
 def _written(v: Array, at: Array, length: Array) -> Array:
@@ -170,6 +196,19 @@ def _prompt_rows(heads: Array, batch: Ragged, Z: int, keys, logits, start, o: Ar
         return lax.fori_loop(0, chunks, chunk, carry)
 
     return lax.fori_loop(0, batch.num_seqs, sequence, (o, lse))
+
+
+def _page_mass(
+    heads: Array, tables: Array, position: Array, Z: int, keys, logits, lse: Array
+) -> Array:
+    """[T, K, G, M]; one page of every token at a time."""
+
+    def page(j: Array) -> Array:
+        s = jnp.einsum("tkgh,tkzh->tkgz", heads, keys(tables[:, j])[0])
+        s = logits(s, position[:, None, None, None], j * Z + jnp.arange(Z))
+        return jnp.exp(s - lse[..., None]).sum(-1)
+
+    return jnp.moveaxis(lax.map(page, jnp.arange(tables.shape[1])), 0, -1)
 
 
 def _whole_blocks(tables: Array, Z: int) -> tuple[Array, int]:

@@ -30,7 +30,8 @@ def table(shipped: bool | None, *bodies: str):
             for op in OPS
             for body in op.bodies
             for case in op.cases
-            if body in (bodies or op.bodies) and shipped in (None, case.shipped)
+            if body in (bodies or op.bodies) and body in (case.bodies or op.bodies)
+            if shipped in (None, case.shipped)
         ],
     )
 

@@ -1,0 +1,282 @@
+"""The TPU kernel of attention over pages: what one program does.
+
+A program is given some consecutive tokens of the step (and some heads of keys). Each sequence that
+has tokens among them is an *item*: its pages pass by, a block of keys at a time, and while a block
+is attended the next one is on its way, be it of the next item or of the next program. The softmax
+of all tokens of a program is kept in VMEM; an item changes the rows of its own tokens only.
+
+Few tokens (decode rows) are attended as one aligned tile of rows, more by larger ones. Logits
+stay as the product gives them, in units of `Shape.unit`, so that exp costs one multiplication.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+HIDDEN = -1e30  # finite: a row that has seen nothing yet must not become NaN
+LANES = 128
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a program knows while it is traced.
+
+    Attributes:
+        heads: of keys.
+        group: heads of queries for each of them.
+        tokens: of the step.
+        few: tokens whose rows fill tiles; a decode row is attended in such a group.
+        some: tokens whose rows are attended at a time otherwise.
+        page: keys in a page.
+        pages: in a block of keys.
+        row: entries in a row of the block table.
+        value_dim: of the outputs.
+        squash: what logits are multiplied with before tanh; 0 for no tanh.
+        unit: of the logits as the softmax keeps them.
+        mass: whether the sum of every page is kept. Then blocks of pages and tiles of rows are
+            whole tiles of that array, pages along its sublanes.
+    """
+
+    heads: int
+    group: int
+    tokens: int
+    few: int
+    some: int
+    page: int
+    pages: int
+    row: int
+    value_dim: int
+    squash: float
+    unit: float
+    mass: bool
+
+
+class Item(NamedTuple):
+    """The tokens of one sequence in one program. Token t has position t + shift."""
+
+    seq: Array
+    first: Array
+    end: Array
+    shift: Array
+    page: Array  # the first one that a token sees
+    end_page: Array
+
+    def owns(self, token: Array) -> Array:
+        return (token >= self.first) & (token < self.end)
+
+
+class Scalars(NamedTuple):
+    layer: Any
+    window: Any
+    starts: Any
+    lens: Any
+    tables: Any
+    seqs: Any
+    blocks: Any
+    first: Any
+
+    def item(self, i: Array, shape: Shape) -> Item:
+        seq, block = self.seqs[i], self.blocks[i]
+        first = jnp.maximum(self.starts[seq], block * shape.tokens)
+        end = jnp.minimum(self.starts[seq + 1], (block + 1) * shape.tokens)
+        shift = self.lens[seq] - self.starts[seq + 1]
+        window = self.window[0]
+        page = jnp.where(window > 0, jnp.maximum(first + shift - window + 1, 0), 0)
+        page = _div(page, shape.page)
+        page = _div(page, shape.pages) * shape.pages if shape.mass else page
+        return Item(seq, first, end, shift, page, _div(end - 1 + shift, shape.page) + 1)
+
+
+def kernel(*refs: Any, shape: Shape, has_sinks: bool, caches: int) -> None:
+    scalars, refs = Scalars(*refs[:8]), iter(refs[8:])
+    q, sinks = next(refs), next(refs) if has_sinks else None
+    stacks = [next(refs) for _ in range(caches)]
+    o, lse, mass = next(refs), next(refs), next(refs) if shape.mass else None
+    buffers = [next(refs) for _ in range(caches)]
+    top, total, arrived, turn = refs
+    head = pl.program_id(0) * shape.heads
+    program = pl.program_id(1)
+    num_items = scalars.first[pl.num_programs(1)]
+
+    def copies(seq: Array, page: Array, p: Array, slot: Array) -> list[Any]:
+        """The copy of the p-th page of a block that begins at `page`, from each cache."""
+        at = scalars.layer[0], scalars.tables[seq * shape.row + page + p], pl.ds(head, shape.heads)
+        to = slot, slice(None), pl.ds(pl.multiple_of(p * shape.page, shape.page), shape.page)
+        return [
+            pltpu.make_async_copy(stack.at[at], buffer.at[to], arrived.at[slot, c])
+            for c, (stack, buffer) in enumerate(zip(stacks, buffers, strict=True))
+        ]
+
+    def each(item: Item, page: Array, slot: Array, act: str) -> None:
+        @pl.loop(0, jnp.minimum(shape.pages, item.end_page - page))
+        def _(p: Array) -> None:
+            for copy in copies(item.seq, page, p, slot):
+                getattr(copy, act)()
+
+    @pl.when((program == 0) & (num_items > 0))
+    def _() -> None:
+        turn[0] = 0
+        item = scalars.item(jnp.int32(0), shape)
+        each(item, item.page, jnp.int32(0), "start")
+
+    def attend_item(i: Array, slot: Array) -> Array:
+        item = scalars.item(i, shape)
+        following = scalars.item(jnp.minimum(i + 1, num_items - 1), shape)
+
+        def attend_block(j: Array, slot: Array) -> Array:
+            page = item.page + j * shape.pages
+            more = page + shape.pages < item.end_page
+            ahead = jax.tree.map(partial(jnp.where, more), item, following)
+
+            @pl.when(more | (i + 1 < num_items))
+            def _() -> None:
+                each(ahead, jnp.where(more, page + shape.pages, ahead.page), 1 - slot, "start")
+
+            each(item, page, slot, "wait")
+            pl.when(~more)(lambda: _silence(buffers[-1].at[slot], item, page, shape))
+            blocks = [buffer.at[slot] for buffer in buffers]
+            attend = partial(
+                _attend, q, blocks[0], blocks[-1], top, total, o, mass, shape, item, page,
+                scalars.window[0], program * shape.tokens,
+            )  # fmt: skip
+            first, last = (t - program * shape.tokens for t in (item.first, item.end - 1))
+            few = (_div(first, shape.few) == _div(last, shape.few)) & (shape.few < shape.some)
+            pl.when(few)(lambda: attend(_div(first, shape.few), shape.few))
+
+            @pl.when(~few)
+            def _() -> None:
+                tiles = pl.loop(_div(first, shape.some), _div(last, shape.some) + 1)
+                tiles(partial(attend, tokens=shape.some))
+
+            return 1 - slot
+
+        blocks = _div(item.end_page - item.page + shape.pages - 1, shape.pages)
+        return lax.fori_loop(0, blocks, attend_block, slot)
+
+    first, end = scalars.first[program], scalars.first[program + 1]
+
+    @pl.when(first < end)
+    def _() -> None:
+        count = shape.some * shape.group
+        tiles = pl.loop(0, shape.heads), pl.loop(0, shape.tokens // shape.some)
+
+        @tiles[0]
+        def _(h: Array) -> None:
+            @tiles[1]
+            def _(i: Array) -> None:
+                at = h, pl.ds(pl.multiple_of(i * count, count), count)
+                none = jnp.full((count, LANES), HIDDEN, jnp.float32)
+                top[at] = none if sinks is None else sinks[at]
+                total[at] = jnp.full_like(none, 0.0 if sinks is None else 1.0)
+                o[at] = jnp.zeros((count, o.shape[-1]), jnp.float32)
+                if mass is not None:
+                    mass[h, :, at[1]] = jnp.full((mass.shape[1], count), HIDDEN, jnp.float32)
+
+        turn[0] = lax.fori_loop(first, end, attend_item, turn[0])
+
+        @tiles[0]
+        def _(h: Array) -> None:
+            @tiles[1]
+            def _(i: Array) -> None:
+                rows = pl.ds(pl.multiple_of(i * count, count), count)
+                sum_ = jnp.maximum(total[h, rows], 1e-30)
+                o[h, rows] = o[h, rows] / _lanes(sum_, o.shape[-1])
+                found = top[h, rows] * shape.unit + jnp.log(sum_)
+                lse[h, :, rows] = jnp.transpose(found)[:1]
+
+
+def _silence(values: Any, item: Item, page: Array, shape: Shape) -> None:
+    """Zeros behind the last value that an item sees: a weight of 0 would not silence a NaN there,
+    in a slot that nobody has written since its page changed hands."""
+    end = item.end + item.shift - page * shape.page
+
+    @pl.loop(_div(end, shape.page), shape.pages)
+    def _(p: Array) -> None:
+        at = slice(None), pl.ds(pl.multiple_of(p * shape.page, shape.page), shape.page)
+        x = values[at]
+        slot = p * shape.page + lax.broadcasted_iota(jnp.int32, x.shape, 1)
+        values[at] = jnp.where(slot < end, x, jnp.zeros_like(x))
+
+
+def _attend(
+    q: Any, keys: Any, values: Any, top: Any, total: Any, o: Any, mass: Any, shape: Shape,
+    item: Item, page: Array, window: Array, base: Array, i: Array, tokens: int,
+) -> None:  # fmt: skip
+    """Adds a block of keys to the softmax of the i-th `tokens` of a program, whose first one is
+    the step's `base`, as far as they are the item's."""
+    count, S = tokens * shape.group, keys.shape[1]
+    rows = pl.ds(pl.multiple_of(i * count, count) if tokens < shape.tokens else 0, count)
+    first, key = base + i * tokens, page * shape.page
+    at = first + item.shift, first + tokens - 1 + item.shift  # positions of the outermost tokens
+    reach = jnp.where(window > 0, window, 2**30)
+    all_own = (first >= item.first) & (first + tokens <= item.end)
+    all_seen = all_own & (key + S - 1 <= at[0]) & (key > at[1] - reach)
+    precision = lax.Precision.HIGHEST if keys.dtype == jnp.float32 else None
+    dot = partial(lax.dot_general, precision=precision, preferred_element_type=jnp.float32)
+
+    def token(shape_: tuple[int, int], axis: int) -> Array:  # the step's, of each row
+        return first + _div(lax.broadcasted_iota(jnp.int32, shape_, axis), shape.group)
+
+    def head(h: Array, masked: bool) -> None:
+        s = dot(q[h, rows], keys[h], (((1,), (1,)), ((), ())))  # [rows, S]
+        s = jnp.tanh(s * shape.squash) if shape.squash else s
+        if masked:
+            t = token((count, 1), 0)
+            own = item.owns(t)
+            last = jnp.where(own, t + item.shift, -1) - key  # of the block's keys, the last seen
+            z = lax.broadcasted_iota(jnp.int32, s.shape, 1)
+            s = jnp.where((z <= last) & (z > last - reach), s, HIDDEN)
+        before = top[h, rows]  # in every lane the same
+        now = jnp.maximum(before, jnp.max(s, 1, keepdims=True))
+        p = _exp(s - _lanes(now, S), shape.unit)
+        shrink = _exp(before - now, shape.unit)
+        top[h, rows] = now
+        total[h, rows] = total[h, rows] * shrink + jnp.sum(p, 1, keepdims=True)
+        if mass is not None:
+            at = h, pl.ds(pl.multiple_of(page, shape.pages), shape.pages), rows
+            found = _page_sums(p, now, shape)
+            mass[at] = jnp.where(item.owns(token(found.shape, 1)), found, mass[at])
+        v = values[h][:, : shape.value_dim]
+        added = dot(p.astype(v.dtype), v, (((1,), (0,)), ((), ())))
+        added += o[h, rows] * _lanes(shrink, shape.value_dim)
+        # others' rows have no business with these values, which might be NaN
+        o[h, rows] = jnp.where(own, added, o[h, rows]) if masked else added
+
+    pl.when(all_seen)(lambda: pl.loop(0, shape.heads)(partial(head, masked=False)))
+    some_seen = ~all_seen & (key <= jnp.minimum(at[1], item.end - 1 + item.shift))
+    pl.when(some_seen)(lambda: pl.loop(0, shape.heads)(partial(head, masked=True)))
+
+
+def _page_sums(p: Array, top: Array, shape: Shape) -> Array:
+    """Logarithms of the sums of the exponentials of each page [pages, rows]."""
+    page = lax.broadcasted_iota(jnp.int32, (shape.pages, p.shape[1]), 0) * shape.page
+    back = lax.broadcasted_iota(jnp.int32, page.shape, 1) - page
+    pick = jnp.where((back >= 0) & (back < shape.page), 1.0, 0.0)
+    sums = lax.dot_general(
+        pick, p, (((1,), (1,)), ((), ())), precision=lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )  # fmt: skip
+    return jnp.log(jnp.maximum(sums, 1e-30)) + jnp.transpose(top)[:1] * shape.unit
+
+
+def _div(x: Array, by: int) -> Array:
+    """Of what is not negative: `//` would ask for signs, whose lowering asks for a device."""
+    return lax.div(x, jnp.full_like(x, by))
+
+
+def _exp(x: Array, unit: float) -> Array:
+    return jnp.exp2(x * (unit * math.log2(math.e)))
+
+
+def _lanes(x: Array, width: int) -> Array:
+    """x [rows, 128], in every lane the same, with another width."""
+    return jnp.concatenate([x] * pl.cdiv(width, LANES), 1)[:, :width]

@@ -1,0 +1,219 @@
+"""The kernels that write and attend pages on drawn steps, what they refuse, masses of pages."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import NamedSharding, PartitionSpec
+
+from kernels_pallas.op import UnsupportedError
+from kernels_pallas.paged_attention import (
+    Ragged,
+    mosaic_tpu,
+    page_attention,
+    page_write,
+    reference,
+    writing,
+)
+from sharding import compile_only
+
+L, LAYER, M, R, T, H = 2, 1, 4, 5, 24, 128
+
+VARIANTS = {
+    "one to one": {"N": 2, "K": 2},
+    "three to one": {"N": 6, "K": 2, "sinks": True},
+    "windowed": {"N": 4, "K": 2, "window": 11},
+    "capped": {"N": 4, "K": 1, "soft_cap": 3.0, "window": 1},
+    "latent": {"N": 16, "K": 1, "value_dim": 100, "latent": True},
+    "short heads": {"N": 4, "K": 2, "H": 64, "value_dim": 80},
+    "bfloat16": {"N": 4, "K": 2, "dtype": jnp.bfloat16, "Z": 16},
+    "masses": {"N": 4, "K": 2, "mass": True, "window": 20, "sinks": True},
+}
+
+
+@st.composite
+def steps(draw, Z=8):
+    """Row starts, lengths, tables and count: chunks, decodes, idle rows, padding, shared pages."""
+    n = draw(st.integers(0, R))
+    starts, lens = [0], []
+    tables = np.array(draw(st.permutations(range(R * M))), np.int32).reshape(R, M)
+    for r in range(n):
+        new = draw(st.integers(0, T - starts[-1]) | st.integers(0, min(1, T - starts[-1])))
+        new = min(new, M * Z)
+        lens.append(new + draw(st.integers(0, M * Z - new)))
+        starts.append(starts[-1] + new)
+        if r and draw(st.booleans()):
+            tables[r, : (lens[-1] - new) // Z] = tables[r - 1, : (lens[-1] - new) // Z]
+    starts += [starts[-1]] * (R - n)
+    lens += [0] * (R - n)
+    return Ragged(np.array(starts, np.int32), np.array(lens, np.int32), tables, np.int32(n))
+
+
+@functools.cache
+def both(**options):
+    def run(arrays, step, window, sinks):
+        q, k_pages, v_pages = arrays
+        rest = {"window": window, "sinks": sinks, "scale": 0.2, **options}
+        args = (q, k_pages, v_pages, jnp.int32(LAYER), step)
+        tile = mosaic_tpu.TpuTile(keys=16, tokens=16)
+        found = mosaic_tpu.page_attention(*args, **rest, tile=tile, interpret=True)
+        return found, reference.page_attention(*args, **rest)
+
+    return jax.jit(run, compiler_options={"xla_backend_optimization_level": 0})
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@given(data=st.data(), seed=st.integers(0, 2**32 - 1))
+@settings(max_examples=12, deadline=None)
+def test_it_is_the_reference(variant, data, seed):
+    found, expected, step = run_both(data, seed, **VARIANTS[variant])
+    tolerance = 0.02 if VARIANTS[variant].get("dtype") else 1e-4
+    real = int(step.row_starts[step.num_seqs])
+    for x, y in zip(found, expected, strict=True):
+        assert (x.shape, x.dtype) == (y.shape, y.dtype)
+        np.testing.assert_allclose(x[:real], y[:real], rtol=tolerance, atol=tolerance)
+
+
+def run_both(
+    data, seed, *, N, K, H=H, Z=8, dtype=jnp.float32, window=0, sinks=False, latent=False, **options
+):
+    """The kernel and the reference, where what nobody has written yet is NaN."""
+    step = data.draw(steps(Z))
+    rng = np.random.default_rng(seed)
+    written = np.zeros((R * M, Z), bool)
+    for r in range(step.num_seqs):
+        for at in range(step.kv_lens[r]):
+            written[step.tables[r, at // Z], at % Z] = True
+
+    def pages():
+        x = rng.standard_normal((L, R * M, K, Z, 128)).astype(np.float32)
+        return jnp.asarray(np.where(written[None, :, None, :, None], x, np.nan), dtype)
+
+    q = jnp.asarray(rng.standard_normal((T, N, H)), dtype)
+    sinks = jnp.asarray(rng.standard_normal(N), jnp.float32) if sinks else None
+    arrays = q, pages(), None if latent else pages()
+    step = jax.tree.map(jnp.asarray, step)
+    return *both(**options)(arrays, step, jnp.int32(window), sinks), step
+
+
+def test_a_neighbours_nan_stays_there():
+    """A sequence whose values are NaN shares every tile of rows with one that is sound."""
+    rng = np.random.default_rng(0)
+    pages = jnp.asarray(rng.standard_normal((1, 3, 1, 8, 128)), jnp.float32).at[:, 1].set(jnp.nan)
+    q = jnp.asarray(rng.standard_normal((6, 2, 128)), jnp.float32)
+    starts, lens = jnp.array([0, 2, 4, 6], jnp.int32), jnp.array([5, 6, 7], jnp.int32)
+    step = Ragged(starts, lens, jnp.arange(3, dtype=jnp.int32)[:, None], jnp.int32(3))
+    args = (q, pages, pages, 0, step)
+    o, lse = mosaic_tpu.page_attention(*args, scale=0.1, interpret=True)
+    expected, expected_lse = reference.page_attention(*args, scale=0.1)
+    sound = np.array([0, 1, 4, 5])
+    assert np.isnan(o[2:4]).all()
+    np.testing.assert_allclose(o[sound], expected[sound], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(lse[sound], expected_lse[sound], rtol=1e-5, atol=1e-5)
+
+
+def test_masses_are_sums_of_probabilities():
+    rng = np.random.default_rng(0)
+    pages = rng.standard_normal((1, 3, 1, 8, 128)).astype(np.float32)
+    q = rng.standard_normal((2, 2, 128)).astype(np.float32)
+    starts, lens = jnp.array([0, 2], jnp.int32), jnp.array([19], jnp.int32)
+    step = Ragged(starts, lens, jnp.array([[2, 0, 1]], jnp.int32), jnp.int32(1))
+    stored = jnp.asarray(pages)
+    *_, mass = reference.page_attention(q, stored, stored, 0, step, scale=0.3, mass=True)
+    keys = pages[0, [2, 0, 1], 0].reshape(24, 128)
+    for t, last in enumerate((17, 18)):
+        p = np.exp(q[t] @ keys[: last + 1].T * 0.3)
+        p = np.pad(p / p.sum(1, keepdims=True), ((0, 0), (0, 23 - last)))
+        np.testing.assert_allclose(mass[t], p.reshape(2, 3, 8).sum(2), rtol=1e-4, atol=1e-6)
+
+
+REFUSED = {
+    "pages of 64 lanes": ({"W": 64}, r"\[64, 64\] lanes"),
+    "small pages": ({"Z": 4}, r"Z=4 keys in a page of float32 must be a multiple of 8"),
+    "bits": ({"dtype": jnp.uint16, "Z": 16}, "pages of uint16"),
+    "long tables": ({"M": 2**16}, "more than 131072 entries: take larger pages"),
+    "groups of heads": ({"heads": 3}, "K=2 heads of keys are not groups of 3"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_it_says_what_it_cannot_take(name):
+    sizes = {"W": 128, "Z": 8, "dtype": jnp.float32, "M": 2, "heads": 0} | REFUSED[name][0]
+    pages = jax.ShapeDtypeStruct((1, 4, 2, sizes["Z"], sizes["W"]), sizes["dtype"])
+    q = jax.ShapeDtypeStruct((3, 4, sizes["W"]), jnp.float32)
+    step = Ragged(*(jax.ShapeDtypeStruct(s, jnp.int32) for s in ((4,), (3,), (3, sizes["M"]), ())))
+    tile = mosaic_tpu.TpuTile(heads=sizes["heads"])
+
+    def run(q, pages, step):
+        return page_attention.run("mosaic_tpu", q, pages, pages, 0, step, scale=1.0, tile=tile)
+
+    with pytest.raises(UnsupportedError, match=REFUSED[name][1]):
+        jax.eval_shape(run, q, pages, step)
+
+
+def test_heads_may_be_split_over_programs():
+    """As a chip of two cores wants it."""
+    case = next(case for case in page_attention.cases if case.name == "mixed-grouped")
+    args, arrays = case.make(jax.random.key(0))
+    tile = mosaic_tpu.TpuTile(keys=32, tokens=16, heads=1)
+    found = page_attention.run(
+        "mosaic_tpu", *args, tile=tile, interpret=True, **arrays, **case.options
+    )
+    for x, y in zip(found, reference.page_attention(*args, **arrays, **case.options), strict=True):
+        np.testing.assert_allclose(x, y, rtol=0.01, atol=0.02)
+
+
+@functools.cache
+def both_writes(tile):
+    def run(*args):
+        found = page_write.run("mosaic_tpu", *args, tile=tile, interpret=True)
+        return found, page_write.reference(*args)
+
+    return jax.jit(run, compiler_options={"xla_backend_optimization_level": 0})
+
+
+WRITERS = [
+    writing.TpuTile(slots=8, items=2),
+    writing.TpuTile(slots=16, items=3),
+    writing.TpuTile(slots=32),
+]
+
+
+@pytest.mark.parametrize("tile", WRITERS, ids=lambda tile: f"{tile.slots} slots")
+@given(step=steps(Z=32), seed=st.integers(0, 2**32 - 1))
+@settings(max_examples=12, deadline=None)
+def test_slots_of_new_tokens_and_no_others_are_written(tile, step, seed):
+    rng = np.random.default_rng(seed)
+    pages = jnp.asarray(rng.standard_normal((2, L, R * M, 2, 32, 128)), jnp.float32)
+    k, v = jnp.asarray(rng.standard_normal((2, T, 2, 100)), jnp.float32)
+    step = jax.tree.map(jnp.asarray, step)
+    found, expected = both_writes(tile)(*pages, k, v, jnp.int32(LAYER), step)
+    np.testing.assert_array_equal(found[0], expected[0])
+    np.testing.assert_array_equal(found[1], expected[1])
+
+
+def test_writing_says_what_it_cannot_take():
+    pages, k = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((1, 4, 2, 24, 128), (3, 2, 128)))
+    step = Ragged(*(jax.ShapeDtypeStruct(s, jnp.int32) for s in ((4,), (3,), (3, 2), ())))
+    with pytest.raises(UnsupportedError, match="16 slots: take a divisor of Z=24, whole 8s"):
+        jax.eval_shape(lambda *a: page_write.run("mosaic_tpu", *a[:4], 0, a[4]),
+                       pages, pages, k, k, step)  # fmt: skip
+
+
+@pytest.mark.aot
+@pytest.mark.usefixtures("no_compilation_cache")
+def test_donated_caches_stay_where_they_are():
+    mesh = NamedSharding(compile_only.mesh("v6e:2x2"), PartitionSpec())
+    case = next(case for case in page_write.cases if case.name == "decode-256")
+    args, _ = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=mesh),
+        jax.eval_shape(case.make, jax.random.key(0)),
+    )
+    write = jax.jit(lambda *args: page_write.run("mosaic_tpu", *args), donate_argnums=(0, 1))
+    memory = write.lower(*args).compile().memory_analysis()
+    assert memory.alias_size_in_bytes >= 2 * args[0].size * 2
+    assert memory.temp_size_in_bytes < 2**21
