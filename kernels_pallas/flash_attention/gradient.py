@@ -1,4 +1,4 @@
-"""What the backward passes of all bodies share: how they are joined, and what no kernel computes."""
+"""How the backward passes of all bodies are joined to an op, and what no kernel computes."""
 
 from __future__ import annotations
 

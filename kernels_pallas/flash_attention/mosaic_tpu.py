@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -21,14 +21,16 @@ from kernels_pallas.flash_attention.reference import (
     query_major,
 )
 from kernels_pallas.flash_attention.tpu_blocks import (
-    LANES,
     LOG2E,
     Blocks,
     Shape,
     TpuTile,
-    column,
+    columns,
+    is_turned,
     logits,
     product,
+    rows,
+    width_axis,
 )
 
 _NOTHING = -1e30  # a maximum before any logit: finite, so that hidden logits of -inf weigh 0
@@ -52,30 +54,24 @@ def forward(
     tile: TpuTile | None, interpret: Any,
 ) -> tuple[Array, Array]:  # fmt: skip
     shape = Shape.of(q, k, v, tile or TpuTile())
-    B, N, K, T, G, bq = shape.B, shape.N, shape.K, shape.T, shape.G, shape.bq
-    blocks = Blocks(shape, keys_inside=True)
+    B, N, K, T, G, bq, Hv = shape.B, shape.N, shape.K, shape.T, shape.G, shape.bq, shape.Hv
     first = first_seen(segments, window)
-    operands = [
-        (q, blocks.queries(shape.H)),
-        (k, blocks.keys(shape.H)),
-        (v, blocks.keys(shape.Hv)),
-        (first[:, None], blocks.first()),
-    ]
+    operands = [("queries", q), ("keys", k), ("keys", v), ("first", first[:, None])]
     if sinks is not None:
-        operands.append((sinks.astype(jnp.float32), pl.BlockSpec(memory_space=pltpu.SMEM)))
+        operands.append(("scalars", sinks.astype(jnp.float32)))
+    blocks = Blocks(shape, keys_inside=True)
     o, lse = blocks.run(
         partial(_kernel, blocks=blocks, scale=scale, soft_cap=soft_cap),
         query_major(first, bq, shape.bk),
         operands,
         [
-            (jax.ShapeDtypeStruct((B, N, T, shape.Hv), q.dtype), blocks.queries(shape.Hv)),
-            (jax.ShapeDtypeStruct((B, K, G, T), jnp.float32), blocks.rows()),
+            ("queries", jax.ShapeDtypeStruct((B, N, T, Hv), q.dtype)),
+            ("rows", jax.ShapeDtypeStruct((B, K, G, T), jnp.float32)),
         ],
         [
-            pltpu.VMEM((G, bq, shape.Hv), jnp.float32),
-            pltpu.VMEM((G, bq, LANES), jnp.float32),
-            pltpu.VMEM((G, bq, LANES), jnp.float32),
-            pltpu.VMEM((bq, LANES), jnp.int32),
+            pltpu.VMEM((G, Hv, bq), jnp.float32),
+            pltpu.VMEM((G, 1, bq), jnp.float32),
+            pltpu.VMEM((G, 1, bq), jnp.float32),
         ],
         name="flash_attention",
         interpret=interpret,
@@ -87,8 +83,8 @@ def _kernel(
     outer_ref, inner_ref, flags_ref, q_ref, k_ref, v_ref, first_ref, *refs,
     blocks: Blocks, scale: float, soft_cap: float,
 ):  # fmt: skip
-    *sinks, o_ref, lse_ref, value_ref, top_ref, total_ref, first_column_ref = refs
-    G, bq, bk = blocks.shape.G, blocks.shape.bq, blocks.shape.bk
+    *sinks, o_ref, lse_ref, value_ref, top_ref, total_ref = refs
+    shape = blocks.shape
     head, step = pl.program_id(0), pl.program_id(1)
     flags = flags_ref[step]
 
@@ -96,37 +92,32 @@ def _kernel(
     def _start():
         value_ref[...] = jnp.zeros_like(value_ref)
         total_ref[...] = jnp.full_like(total_ref, 1.0 if sinks else 0.0)
-        for g in range(G):
-            sink = sinks[0][head * G + g] * LOG2E if sinks else _NOTHING
-            top_ref[g] = jnp.full((bq, LANES), sink, jnp.float32)
-        first_column_ref[...] = column(first_ref[0])
+        for g in range(shape.G):
+            sink = sinks[0][head * shape.G + g] * LOG2E if sinks else _NOTHING
+            top_ref[g] = jnp.full((1, shape.bq), sink, jnp.float32)
 
     def attend(masked: bool) -> None:
-        if masked:
-            query, key = blocks.starts(outer_ref[step], inner_ref[step])
-            query += lax.broadcasted_iota(jnp.int32, (bq, bk), 0)
-            key += lax.broadcasted_iota(jnp.int32, (bq, bk), 1)
-            seen = (first_column_ref[:, :1] <= key) & (key <= query)
-        for g in range(G):
-            s = logits(product(q_ref[0, g], k_ref[0, 0], (1, 1)), scale, soft_cap)  # [bq, bk]
-            s = jnp.where(seen, s, -jnp.inf) if masked else s
-            before = top_ref[g, :, :1]
-            top = jnp.maximum(before, jnp.max(s, 1, keepdims=True))
-            p, shrink = jnp.exp2(s - top), jnp.exp2(before - top)
-            total = total_ref[g, :, :1] * shrink + jnp.sum(p, 1, keepdims=True)
-            value = product(p.astype(v_ref.dtype), v_ref[0, 0], (1, 0))
-            value_ref[g] = value_ref[g] * shrink + value
-            top_ref[g] = jnp.broadcast_to(top, (bq, LANES))
-            total_ref[g] = jnp.broadcast_to(total, (bq, LANES))
+        seen = blocks.seen(outer_ref[step], inner_ref[step], first_ref[0]) if masked else None
+        k, v = rows(k_ref[0, 0], shape.H), columns(v_ref[0, 0], shape.Hv)
+        for g in range(shape.G):
+            s = product(k, q_ref[0, g], (1, width_axis(shape.H)))
+            s = logits(s, scale, soft_cap)  # [bk, bq]
+            s = s if seen is None else jnp.where(seen, s, -jnp.inf)
+            top = jnp.maximum(top_ref[g], jnp.max(s, 0, keepdims=True))
+            p, shrink = jnp.exp2(s - top), jnp.exp2(top_ref[g] - top)
+            top_ref[g] = top
+            total_ref[g] = total_ref[g] * shrink + jnp.sum(p, 0, keepdims=True)
+            value_ref[g] = value_ref[g] * shrink + product(v, p.astype(v.dtype), (1, 0))
 
     pl.when(flags & MASKED != 0)(partial(attend, True))
     pl.when(flags & MASKED == 0)(partial(attend, False))
 
     @pl.when(flags & LAST != 0)
     def _finish():
-        for g in range(G):
+        for g in range(shape.G):
             total = total_ref[g]
             some = jnp.where(total > 0, total, 1.0)
             lse = jnp.where(total > 0, top_ref[g] * (1 / LOG2E) + jnp.log(some), -jnp.inf)
-            o_ref[0, g] = (value_ref[g] / some[:, :1]).astype(o_ref.dtype)
-            lse_ref[0, 0, g : g + 1] = lse.T[:1]
+            o = value_ref[g] * (1 / some)
+            o_ref[0, g] = (o if is_turned(shape.Hv) else o.T).astype(o_ref.dtype)
+            lse_ref[0, 0, g : g + 1] = lse

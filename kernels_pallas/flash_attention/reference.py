@@ -115,7 +115,7 @@ FIRST, LAST, MASKED = 1, 2, 4
 
 def query_major(first: Array, bq: int, bk: int) -> Steps:
     """For each block of queries the blocks of keys that any of them sees, from `first_seen`."""
-    B, T = first.shape
+    T = first.shape[1]
     highest = (jnp.arange(1, T // bq + 1, dtype=jnp.int32) * bq - 1) // bk
     lowest = jnp.minimum(first[:, ::bq] // bk, highest)  # at least one, which writes the result
     return _steps(first, lowest, jnp.broadcast_to(highest, lowest.shape), bq, bk, keys_inside=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -75,6 +76,9 @@ def _dividing(T: int, wanted: int) -> int:
 class Blocks:
     """How blocks of arrays follow the list of steps.
 
+    Scores lie with keys in rows and queries in lanes: the softmax then adds whole registers rather
+    than lanes of one, and a number per query is a row of it, as it is in memory.
+
     Attributes:
         keys_inside: the outer axis of the steps is that of queries.
     """
@@ -82,47 +86,17 @@ class Blocks:
     shape: Shape
     keys_inside: bool
 
-    def queries(self, width: int) -> pl.BlockSpec:
-        """Of [B, N, T, width]: the tokens of all heads that share keys."""
-        s = self.shape
-        return self._spec((1, s.G, s.bq, width), lambda b, h, i, j: (b, h, i, 0))
-
-    def keys(self, width: int) -> pl.BlockSpec:
-        """Of [B, K, T, width]."""
-        return self._spec((1, 1, self.shape.bk, width), lambda b, h, i, j: (b, h, j, 0))
-
-    def rows(self) -> pl.BlockSpec:
-        """Of [B, K, G, T]: a number per query."""
-        s = self.shape
-        return self._spec((1, 1, s.G, s.bq), lambda b, h, i, j: (b, h, 0, i))
-
-    def first(self) -> pl.BlockSpec:
-        """Of [B, 1, T]: `first_seen` of each query."""
-        return self._spec((1, 1, self.shape.bq), lambda b, h, i, j: (b, 0, i))
-
-    def _spec(self, block: tuple[int, ...], index: Any) -> pl.BlockSpec:
-        def at(h: Array, step: Array, outer: Any, inner: Any, flags: Any) -> tuple[Array, ...]:
-            return index(*self._place(outer[step], h, inner[step]))
-
-        return pl.BlockSpec(block, at)
-
-    def _place(self, outer: Array, h: Array, inner: Array) -> tuple[Array, ...]:
-        """(row of the batch, KV head, block of queries, block of keys)."""
-        size = self.shape.T // (self.shape.bq if self.keys_inside else self.shape.bk)
-        row, mine = lax.div(outer, size), lax.rem(outer, size)
-        return (row, h, mine, inner) if self.keys_inside else (row, h, inner, mine)
-
-    def starts(self, outer: Array, inner: Array) -> tuple[Array, Array]:
-        """The first query and the first key of a step."""
-        _, _, i, j = self._place(outer, 0, inner)
-        return i * self.shape.bq, j * self.shape.bk
-
     def run(
-        self, kernel: Any, steps: Steps, operands: Sequence[tuple[Array, pl.BlockSpec]],
-        out: Sequence[tuple[jax.ShapeDtypeStruct, pl.BlockSpec]], scratch: Sequence[Any],
+        self, kernel: Any, steps: Steps, operands: Sequence[tuple[str, Array]],
+        out: Sequence[tuple[str, Array | jax.ShapeDtypeStruct]], scratch: Sequence[Any],
         *, name: str, interpret: Any,
-    ) -> Any:  # fmt: skip
-        """A kernel's results over all KV heads and steps."""
+    ) -> list[Array]:  # fmt: skip
+        """A kernel's results over all KV heads and steps.
+
+        Args:
+            operands: what each array is (see `_spec`), and the array.
+            out: the same, with types and shapes of the results.
+        """
         if steps.outer.size > _MOST_STEPS:
             raise UnsupportedError(
                 f"T={self.shape.T} has {steps.outer.size} pairs of blocks, of which scalar memory "
@@ -131,15 +105,88 @@ class Blocks:
         grid = pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
             grid=(self.shape.K, steps.count),
-            in_specs=[spec for _, spec in operands],
-            out_specs=[spec for _, spec in out],
+            in_specs=[self._spec(kind, x) for kind, x in operands],
+            out_specs=[self._spec(kind, x) for kind, x in out],
             scratch_shapes=scratch,
         )
-        semantics = pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"))
-        return pl.pallas_call(
-            kernel, grid_spec=grid, out_shape=[shape for shape, _ in out],
-            compiler_params=semantics, interpret=interpret, name=name,
-        )(*steps[:3], *(x for x, _ in operands))  # fmt: skip
+        results = pl.pallas_call(
+            kernel,
+            grid_spec=grid,
+            out_shape=[jax.eval_shape(partial(_laid, kind, x.shape[-1]), x) for kind, x in out],
+            compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+            interpret=interpret,
+            name=name,
+        )(*steps[:3], *(_laid(kind, x.shape[-1], x) for kind, x in operands))
+        return [_laid(kind, y.shape[-1], x) for (kind, y), x in zip(out, results, strict=True)]
+
+    def _spec(self, kind: str, x: Array | jax.ShapeDtypeStruct) -> pl.BlockSpec:
+        """The block of an array that a step is given.
+
+        queries [B, N, T, H or Hv], keys [B, K, T, H or Hv], rows [B, K, G, T] of a number per
+        query, first [B, 1, T] from `first_seen`, scalars of any shape.
+        """
+        s, width = self.shape, x.shape[-1]
+        if kind == "scalars":
+            return pl.BlockSpec(memory_space=pltpu.SMEM)
+        block, index = {
+            "queries": ((1, s.G, s.bq, width), lambda b, h, i, j: (b, h, i, 0)),
+            "keys": ((1, 1, s.bk, width), lambda b, h, i, j: (b, h, j, 0)),
+            "rows": ((1, 1, s.G, s.bq), lambda b, h, i, j: (b, h, 0, i)),
+            "first": ((1, 1, s.bq), lambda b, h, i, j: (b, 0, i)),
+        }[kind]
+        turned = kind in ("queries", "keys") and is_turned(width)
+
+        def at(h: Array, step: Array, outer: Any, inner: Any, flags: Any) -> tuple[Any, ...]:
+            where = index(*self._place(outer[step], h, inner[step]))
+            return _swapped(where) if turned else where
+
+        return pl.BlockSpec(_swapped(block) if turned else block, at)
+
+    def _place(self, outer: Array, h: Array | int, inner: Array) -> tuple[Any, ...]:
+        """(row of the batch, KV head, block of queries, block of keys)."""
+        size = self.shape.T // (self.shape.bq if self.keys_inside else self.shape.bk)
+        row, mine = lax.div(outer, size), lax.rem(outer, size)
+        return (row, h, mine, inner) if self.keys_inside else (row, h, inner, mine)
+
+    def seen(self, outer: Array, inner: Array, first: Array) -> Array:
+        """Which keys of a step its queries see [bk, bq], from `first_seen` of those [1, bq]."""
+        _, _, i, j = self._place(outer, 0, inner)
+        at = (self.shape.bk, self.shape.bq)
+        key = j * self.shape.bk + lax.broadcasted_iota(jnp.int32, at, 0)
+        query = i * self.shape.bq + lax.broadcasted_iota(jnp.int32, at, 1)
+        return (first <= key) & (key <= query)
+
+
+def is_turned(width: int) -> bool:
+    """Whether heads of this width come with tokens in lanes.
+
+    Lanes are 128, and narrow heads would fill half of each row in memory.
+    """
+    return width % LANES != 0
+
+
+def width_axis(width: int) -> int:
+    """Which axis of a block of one head is its width; the other is that of tokens."""
+    return 0 if is_turned(width) else 1
+
+
+def _swapped(x: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (*x[:-2], x[-1], x[-2])
+
+
+def _laid(kind: str, width: int, x: Array) -> Array:
+    """An operand as the kernel takes it, or a result as the op gives it."""
+    return jnp.swapaxes(x, -1, -2) if kind in ("queries", "keys") and is_turned(width) else x
+
+
+def rows(block: Array, width: int) -> Array:
+    """A block of one head as [tokens, width]."""
+    return block.T if is_turned(width) else block
+
+
+def columns(block: Array, width: int) -> Array:
+    """A block of one head as [width, tokens]."""
+    return block if is_turned(width) else block.T
 
 
 def logits(s: Array, scale: float, soft_cap: float) -> Array:
@@ -154,8 +201,3 @@ def product(a: Array, b: Array, over: tuple[int, int]) -> Array:
     precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None  # else it is rounded
     axes = (((over[0],), (over[1],)), ((), ()))
     return lax.dot_general(a, b, axes, precision, preferred_element_type=jnp.float32)
-
-
-def column(row: Array) -> Array:
-    """[1, n] as [n, 128], the same in every lane."""
-    return jnp.broadcast_to(row, (LANES, row.shape[1])).T
