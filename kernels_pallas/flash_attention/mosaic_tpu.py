@@ -99,9 +99,14 @@ def _kernel(
     def attend(masked: bool) -> None:
         seen = blocks.seen(outer_ref[step], inner_ref[step], first_ref[0]) if masked else None
         k, v = rows(k_ref[0, 0], shape.H), columns(v_ref[0, 0], shape.Hv)
-        for g in range(shape.G):
-            s = product(k, q_ref[0, g], (1, width_axis(shape.H)))
-            s = logits(s, scale, soft_cap)  # [bk, bq]
+
+        def scores(g: int) -> Array:  # [bk, bq]
+            return product(k, q_ref[0, g], (1, width_axis(shape.H)))
+
+        ahead = scores(0)
+        for g in range(shape.G):  # the matrix unit is a head ahead of the softmax
+            s, ahead = ahead, scores(min(g + 1, shape.G - 1))
+            s = logits(s, scale, soft_cap)
             s = s if seen is None else jnp.where(seen, s, -jnp.inf)
             top = jnp.maximum(top_ref[g], jnp.max(s, 0, keepdims=True))
             p, shrink = jnp.exp2(s - top), jnp.exp2(top_ref[g] - top)
