@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxserve.request import MAX_LOGPROBS
-from kernels_pallas.sample import reference as draw
+from kernels_pallas.draw import draw
 
 MAX_BIAS = 512
 """Most entries of one request's `logit_bias`."""

@@ -9,12 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kernels_pallas.draw import draw
 from kernels_pallas.op import UnsupportedError
-from kernels_pallas.sample import TpuTile, reference, sample, tpu
+from kernels_pallas.sample import TpuTile, sample, tpu
 from kernels_pallas.target import CPU, Target
 
 FORMS = {
-    "reference": jax.jit(reference),
+    "reference": jax.jit(draw),
     "mosaic_tpu": lambda *args: tpu(*args, tile=TpuTile(vocab=256), interpret=True),
 }
 
