@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from types import SimpleNamespace
 from typing import Any
 
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -26,7 +28,58 @@ def simulated_gpu() -> Any:
         return plgpu.InterpretGPUParams(detect_races=True)
     from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
+    _complete_simulator()
     return InterpretGPUParams(detect_races=True)
+
+
+@functools.cache
+def _complete_simulator() -> None:
+    """Teaches the GPU simulator of 0.10 what that of 0.12 knows: `layout_cast`, which changes no
+    value, and `ref.T` as an operand of wgmma and as a place to store to."""
+    from jax._src.interpreters import mlir
+    from jax._src.pallas.mosaic.interpret import utils
+    from jax._src.pallas.mosaic.interpret.shared_memory import SharedMemory
+    from jax._src.pallas.mosaic_gpu.core import layout_cast_p
+    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+    from jax._src.state.types import TransposeTransform
+
+    mlir.register_lowering(layout_cast_p, lambda _, x, **layout: [x], platform="cpu")
+
+    class Turned(tuple):
+        """A range of a buffer whose last two axes are then exchanged."""
+
+    plain_range, plain_check = utils.to_range, gpu_callbacks._validate_transforms
+    plain_read, plain_swap = SharedMemory.get_buffer_content, SharedMemory.swap_buffer_content
+
+    def to_range(transforms):
+        turned, indexers = False, []
+        for transform in transforms:
+            if isinstance(transform, TransposeTransform):
+                turned = not turned
+            elif turned:
+                *lead, a, b = transform.indices
+                indexers.append(SimpleNamespace(indices=(*lead, b, a)))
+            else:
+                indexers.append(transform)
+        found = plain_range(indexers)
+        return Turned(found) if turned else found
+
+    def check(transforms):
+        plain_check([t for t in transforms if not isinstance(t, TransposeTransform)])
+
+    def seen(x, rnge):
+        return x.swapaxes(-1, -2) if isinstance(rnge, Turned) else x
+
+    def read(self, key, rnge, *args, **options):
+        found, *rest = plain_read(self, key, tuple(rnge), *args, **options)
+        return seen(found, rnge), *rest
+
+    def swap(self, key, rnge, value, *args, **options):
+        before, *rest = plain_swap(self, key, tuple(rnge), seen(value, rnge), *args, **options)
+        return seen(before, rnge), *rest
+
+    utils.to_range, gpu_callbacks._validate_transforms = to_range, check
+    SharedMemory.get_buffer_content, SharedMemory.swap_buffer_content = read, swap
 
 
 def reset_simulated_tpu() -> None:

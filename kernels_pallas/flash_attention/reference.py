@@ -123,11 +123,18 @@ def query_major(first: Array, bq: int, bk: int) -> Steps:
 
 def key_major(first: Array, bq: int, bk: int) -> Steps:
     """For each block of keys the blocks of queries that see any of them, from `first_seen`."""
-    B, T = first.shape
-    ends = jnp.arange(1, T // bk + 1, dtype=jnp.int32) * bk
-    lowest = jnp.broadcast_to((ends - bk) // bq, (B, T // bk))
-    reach = jnp.sum(first[:, ::bq, None] < ends, axis=1, dtype=jnp.int32) - 1  # `first` rises
-    return _steps(first, lowest, jnp.maximum(reach, lowest), bq, bk, keys_inside=False)
+    lowest = jnp.arange(first.shape[1] // bk, dtype=jnp.int32) * bk // bq
+    highest = last_queries(first, bq, bk)
+    lowest = jnp.broadcast_to(lowest, highest.shape)
+    return _steps(first, lowest, highest, bq, bk, keys_inside=False)
+
+
+def last_queries(first: Array, bq: int, bk: int) -> Array:
+    """The last block of queries that sees any of each block of keys [B, T / bk]; at least the one
+    on the diagonal, which writes the result."""
+    ends = jnp.arange(1, first.shape[1] // bk + 1, dtype=jnp.int32) * bk
+    last = jnp.sum(first[:, ::bq, None] < ends, axis=1, dtype=jnp.int32) - 1  # `first` rises
+    return jnp.maximum(last, (ends - bk) // bq)
 
 
 def _steps(
