@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
@@ -90,12 +89,15 @@ class Ring:
         """Brings the tiles of steps 0 to count, for the warpgroup that does nothing else."""
         stages = self.tiles[0].shape[0]
 
-        @pl.loop(0, count)
+        @pl.loop(0, count + stages)  # until the last of them has been given back
         def _step(step: Array) -> None:
             slot = lax.rem(step, jnp.int32(stages))
             pl.when(step >= stages)(lambda: plgpu.barrier_wait(self.free.at[slot]))
-            for source, tile in zip(sources(step), self.tiles, strict=True):
-                plgpu.copy_gmem_to_smem(source, tile.at[slot], self.ready.at[slot])
+
+            @pl.when(step < count)
+            def _copy():
+                for source, tile in zip(sources(step), self.tiles, strict=True):
+                    plgpu.copy_gmem_to_smem(source, tile.at[slot], self.ready.at[slot])
 
     def take(self, step: Array) -> tuple[list[Any], Any]:
         """The tiles of a step once they are there, and the barrier on which to give them back."""
@@ -133,30 +135,45 @@ def logits(s: Array, scale: float, soft_cap: float) -> Array:
 
 @dataclass(frozen=True)
 class Walk:
-    """Tiles of keys that a block of 128 queries sees; only those at both ends need a mask."""
+    """The tiles of keys that a block of queries sees; only those at both ends need a mask.
 
-    begin: Array
-    whole: Array  # from here on all queries see all keys,
-    diagonal: Array  # up to here
-    end: Array
+    Attributes:
+        bounds: the first tile, then one past the last that the start of a document hides in part,
+            that all queries see whole, and that any of them sees.
+    """
+
+    bounds: Sequence[Array]
 
     @staticmethod
-    def bounds(first: Array, size: int) -> tuple[Array, Array]:
-        """`begin` and `whole` of each block [B, T / 128], from `first_seen`."""
+    def table(first: Array, size: int) -> Array:
+        """The bounds of each block [B, T / 128, 4], from `first_seen`."""
         diagonal = jnp.arange(first.shape[1] // BLOCK, dtype=jnp.int32) * BLOCK // size
         begin = jnp.minimum(first[:, ::BLOCK] // size, diagonal)
-        whole = (first[:, BLOCK - 1 :: BLOCK] + size - 1) // size
-        return begin, jnp.clip(whole, begin, diagonal)
+        whole = jnp.clip((first[:, BLOCK - 1 :: BLOCK] + size - 1) // size, begin, diagonal)
+        diagonal = jnp.broadcast_to(diagonal, begin.shape)
+        return jnp.stack([begin, whole, diagonal, diagonal + BLOCK // size], -1)
 
     @classmethod
-    def of(cls, begin: Array, whole: Array, block: Array, size: int) -> Walk:
-        return cls(begin, whole, block * (BLOCK // size), (block + 1) * (BLOCK // size))
+    def of(cls, table: Any, row: Array, block: Array) -> Walk:
+        return cls([table[row, block, i] for i in range(4)])
 
-    def __call__(self, step: Callable[..., Any], state: Any = None) -> Any:
-        """Runs step(tile, state, masked=...) over them."""
-        spans = (self.begin, self.whole, True), (self.whole, self.diagonal, False)
-        for low, high, masked in (*spans, (self.diagonal, self.end, True)):
-            state = lax.fori_loop(low, high, partial(step, masked=masked), state)
+    @property
+    def count(self) -> Array:
+        return self.bounds[3] - self.bounds[0]
+
+    def __call__(self, do: Callable[..., Any], state: Any) -> Any:
+        """Runs do(step, tile, state, masked=...) over the tiles."""
+        begin, whole, diagonal, end = self.bounds
+        for low, high, masked in (
+            (begin, whole, True),
+            (whole, diagonal, False),
+            (diagonal, end, True),
+        ):
+
+            def step(i: Array, state: Any, masked: bool = masked) -> Any:
+                return do(i - begin, i, state, masked=masked)
+
+            state = lax.fori_loop(low, high, step, state)
         return state
 
 

@@ -53,7 +53,7 @@ def forward(
     shape, tile = Shape.of(q, k, v), tile or GpuTile()
     B, N, T, H, Hv, dtype = shape.B, shape.N, shape.T, shape.H, shape.Hv, shape.dtype
     first, size = first_seen(segments, window), tile.tokens
-    operands = [q, k, v, first, *Walk.bounds(first, size)]
+    operands = [q, k, v, first, Walk.table(first, size)]
     if sinks is not None:
         operands.append(sinks.astype(jnp.float32))
     scratch = [
@@ -79,7 +79,7 @@ def forward(
 
 
 def _kernel(
-    q_ref, k_ref, v_ref, first_ref, begin_ref, whole_ref, *refs,
+    q_ref, k_ref, v_ref, first_ref, walk_ref, *refs,
     shape: Shape, size: int, scale: float, soft_cap: float, sunk: bool,
 ):  # fmt: skip
     sinks_ref, refs = (refs[0], refs[1:]) if sunk else (None, refs)
@@ -87,30 +87,30 @@ def _kernel(
     ring, tile = Ring.of(ring), (ROWS, size)
     wg, row, head = lax.axis_index("wg"), lax.axis_index("row"), lax.axis_index("head")
     block = shape.T // BLOCK - 1 - lax.axis_index("block")  # those with the most work begin first
-    walk = Walk.of(begin_ref[row, block], whole_ref[row, block], block, size)
+    walk = Walk.of(walk_ref, row, block)
     at = block * BLOCK + wg * ROWS
 
     @pl.when(wg == GROUPS)
     def _bring():
-        plgpu.set_max_registers(40, action="decrease")
+        plgpu.set_max_registers(24, action="decrease")
 
         def sources(step: Array) -> tuple[Any, Any]:
-            where = row, lax.div(head, shape.G), pl.ds((walk.begin + step) * size, size)
+            where = row, lax.div(head, shape.G), pl.ds((walk.bounds[0] + step) * size, size)
             return k_ref.at[where], v_ref.at[where]
 
-        ring.fill(walk.end - walk.begin, sources)
+        ring.fill(walk.count, sources)
 
     @pl.when(wg < GROUPS)
     def _compute():
-        plgpu.set_max_registers(232, action="increase")
+        plgpu.set_max_registers(240, action="increase")
         queries = pl.ds(at, ROWS)
         plgpu.copy_gmem_to_smem(q_ref.at[row, head, queries], q_smem.at[wg], arrived.at[wg])
         plgpu.copy_gmem_to_smem(first_ref.at[row, queries], first_smem.at[wg], arrived.at[wg])
         plgpu.barrier_wait(arrived.at[wg])
 
-        def attend(i: Array, state: Any, masked: bool) -> Any:
+        def attend(step: Array, i: Array, state: Any, masked: bool) -> Any:
             value, top, total = state
-            (k_smem, v_smem), free = ring.take(i - walk.begin)
+            (k_smem, v_smem), free = ring.take(step)
             s = logits(product(q_smem.at[wg], k_smem.T, tile), scale, soft_cap)
             if masked:
                 s = jnp.where(seen(at, i * size, first_smem[wg], tile, 0), s, -jnp.inf)

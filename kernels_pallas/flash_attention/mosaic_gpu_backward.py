@@ -40,7 +40,7 @@ def backward(
     tile: GpuTile | None = None, interpret: Any = False,
 ) -> tuple[Array, Array, Array, Array | None]:  # fmt: skip
     """`reference.gradient`."""
-    shape, tile = Shape.of(q, k, v), tile or GpuTile()
+    shape, tile = Shape.of(q, k, v), tile or GpuTile(stages=2)
     dtype, size, H, Hv = shape.dtype, tile.tokens, shape.H, shape.Hv
     first, taken = first_seen(segments, window), delta(o, do, dlse)
     operands = [q, k, v, do.astype(dtype), finite(lse) * LOG2E, taken, first]
@@ -51,7 +51,7 @@ def backward(
     scores = plgpu.SMEM((GROUPS, ROWS, size), dtype)
     dq = run(
         partial(_queries_kernel, **options),
-        [*operands, *Walk.bounds(first, size)],
+        [*operands, Walk.table(first, size)],
         jax.ShapeDtypeStruct(q.shape, dtype),
         {"head": shape.N, "block": shape.T // BLOCK, "row": shape.B},
         [
@@ -92,29 +92,29 @@ def _slope(s: Array, p: Array, dp: Array, taken: Array, soft_cap: float) -> Arra
 
 
 def _queries_kernel(
-    q_ref, k_ref, v_ref, do_ref, lse_ref, taken_ref, first_ref, begin_ref, whole_ref, dq_ref,
+    q_ref, k_ref, v_ref, do_ref, lse_ref, taken_ref, first_ref, walk_ref, dq_ref,
     q_smem, do_smem, lse_smem, taken_smem, first_smem, ds_smem, arrived, *ring,
     shape: Shape, size: int, scale: float, soft_cap: float,
 ):  # fmt: skip
     ring, tile = Ring.of(ring), (ROWS, size)
     wg, row, head = lax.axis_index("wg"), lax.axis_index("row"), lax.axis_index("head")
     block = shape.T // BLOCK - 1 - lax.axis_index("block")  # those with the most work begin first
-    walk = Walk.of(begin_ref[row, block], whole_ref[row, block], block, size)
+    walk = Walk.of(walk_ref, row, block)
     at = block * BLOCK + wg * ROWS
 
     @pl.when(wg == GROUPS)
     def _bring():
-        plgpu.set_max_registers(40, action="decrease")
+        plgpu.set_max_registers(24, action="decrease")
 
         def sources(step: Array) -> tuple[Any, Any]:
-            where = row, lax.div(head, shape.G), pl.ds((walk.begin + step) * size, size)
+            where = row, lax.div(head, shape.G), pl.ds((walk.bounds[0] + step) * size, size)
             return k_ref.at[where], v_ref.at[where]
 
-        ring.fill(walk.end - walk.begin, sources)
+        ring.fill(walk.count, sources)
 
     @pl.when(wg < GROUPS)
     def _compute():
-        plgpu.set_max_registers(232, action="increase")
+        plgpu.set_max_registers(240, action="increase")
         where = row, head, pl.ds(at, ROWS)
         sources = [x.at[where] for x in (q_ref, do_ref, lse_ref, taken_ref)]
         sources.append(first_ref.at[row, where[2]])
@@ -124,8 +124,8 @@ def _queries_kernel(
         plgpu.barrier_wait(arrived.at[wg])
 
         def scope(total: Any) -> None:
-            def add(i: Array, _: None, masked: bool) -> None:
-                (k_smem, v_smem), free = ring.take(i - walk.begin)
+            def add(step: Array, i: Array, _: None, masked: bool) -> None:
+                (k_smem, v_smem), free = ring.take(step)
                 s = logits(product(q_smem.at[wg], k_smem.T, tile), scale, soft_cap)
                 p = jnp.exp2(s - down(lse_smem[wg], tile))
                 if masked:
@@ -138,7 +138,7 @@ def _queries_kernel(
                 plgpu.wgmma_wait(0)
                 plgpu.barrier_arrive(free)
 
-            walk(add)
+            walk(add, None)
             q_smem[wg] = (total[...] * scale).astype(shape.dtype)
 
         pl.run_scoped(scope, plgpu.ACC((ROWS, shape.H), jnp.float32))
@@ -157,11 +157,12 @@ def _keys_kernel(
     wg, row, head = lax.axis_index("wg"), lax.axis_index("row"), lax.axis_index("head")
     block = lax.axis_index("block")  # the first ones have the most work
     at, begin = block * BLOCK + wg * ROWS, block * (BLOCK // size)
-    count = last_ref[row, block] + 1 - begin  # tiles of queries, of each head that shares the keys
+    end = last_ref[row, block] + 1  # of the tiles of queries, for each head that shares the keys
+    count = end - begin
 
     @pl.when(wg == GROUPS)
     def _bring():
-        plgpu.set_max_registers(40, action="decrease")
+        plgpu.set_max_registers(24, action="decrease")
 
         def sources(step: Array) -> list[Any]:
             queries = pl.ds((begin + lax.rem(step, count)) * size, size)
@@ -173,31 +174,35 @@ def _keys_kernel(
 
     @pl.when(wg < GROUPS)
     def _compute():
-        plgpu.set_max_registers(232, action="increase")
+        plgpu.set_max_registers(240, action="increase")
         where = row, head, pl.ds(at, ROWS)
         plgpu.copy_gmem_to_smem(k_ref.at[where], k_smem.at[wg], arrived.at[wg])
         plgpu.copy_gmem_to_smem(v_ref.at[where], v_smem.at[wg], arrived.at[wg])
         plgpu.barrier_wait(arrived.at[wg])
 
         def scope(k_total: Any, v_total: Any) -> None:
-            def add(step: Array, _: None) -> None:
+            def add(i: Array, step: Array) -> Array:
                 (q_smem, do_smem, lse_smem, taken_smem, first_smem), free = ring.take(step)
-                query = (begin + lax.rem(step, count)) * size
                 s = logits(product(k_smem.at[wg], q_smem.T, tile), scale, soft_cap)
                 p = jnp.exp2(s - across(lse_smem[...], tile))
-                p = jnp.where(seen(query, at, first_smem[...], tile, 1), p, 0.0)
+                p = jnp.where(seen(i * size, at, first_smem[...], tile, 1), p, 0.0)
                 p_smem[wg] = p.astype(shape.dtype)
                 plgpu.commit_smem()
                 plgpu.wgmma(v_total, p_smem.at[wg], do_smem)
                 dp = product(v_smem.at[wg], do_smem.T, tile)
+                p = p_smem[wg].astype(jnp.float32)  # registers would not hold it meanwhile
                 ds = _slope(s, p, dp, across(taken_smem[...], tile), soft_cap)
                 ds_smem[wg] = ds.astype(shape.dtype)
                 plgpu.commit_smem()
                 plgpu.wgmma(k_total, ds_smem.at[wg], q_smem)
                 plgpu.wgmma_wait(0)
                 plgpu.barrier_arrive(free)
+                return step + 1
 
-            lax.fori_loop(0, count * shape.G, add, None)
+            def of_head(_: Array, step: Array) -> Array:
+                return lax.fori_loop(begin, end, add, step)
+
+            lax.fori_loop(0, shape.G, of_head, jnp.int32(0))
             k_smem[wg] = (k_total[...] * scale).astype(shape.dtype)
             v_smem[wg] = v_total[...].astype(shape.dtype)
 
