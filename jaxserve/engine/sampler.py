@@ -18,12 +18,12 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxserve.request import MAX_LOGPROBS
+from kernels_pallas.draw import draw
 
 MAX_BIAS = 512
 """Most entries of one request's `logit_bias`."""
 
 _LOW = -1e30
-_COLDEST = 1e-6  # a temperature below it would overflow
 
 
 class SampleInputs(NamedTuple):
@@ -146,47 +146,8 @@ def _apply_mask(scores: Array, x: SampleInputs) -> Array:
 
 
 def _draw(scores: Array, x: SampleInputs) -> Array:
-    """Temperature, then min-p, top-k and top-p as vLLM orders them, then one draw per row."""
-    # relative to the most likely, whose exponent must be 0 however cold it is
-    behind = scores - jnp.max(scores, -1, keepdims=True)
-    p = jnp.exp(behind / jnp.maximum(x.temperature, _COLDEST)[:, None])
-    p = jnp.where(p >= x.min_p[:, None], p, 0.0)
-    p = lax.cond(jnp.any(x.top_k > 0), _keep_top_k, lambda p, k: p, p, x.top_k)
-    p = lax.cond(jnp.any(x.top_p < 1), _keep_top_p, lambda p, t: p, p, x.top_p)
-    return _inverse_cdf(p, _uniform(x.seeds, x.lengths))
-
-
-def _keep_top_k(p: Array, k: Array) -> Array:
-    """Keeps the k largest of each row (ties with the last stay, as in vLLM)."""
-    k = jnp.where(k > 0, k, p.shape[-1])
-    return _above(p, lambda kept: jnp.sum(kept, -1) >= k)
-
-
-def _keep_top_p(p: Array, top_p: Array) -> Array:
-    """Keeps the fewest largest whose share reaches top_p."""
-    need = top_p * jnp.sum(p, -1)
-    return jnp.where(
-        (top_p < 1)[:, None], _above(p, lambda kept: jnp.sum(jnp.where(kept, p, 0), -1) >= need), p
-    )
-
-
-def _above(p: Array, enough) -> Array:
-    """p where it reaches the highest threshold that still keeps enough, elsewhere 0.
-
-    Positive floats order as their bits do, so a bisection over 31 bits is exact; no sort.
-    """
-    bits = lax.bitcast_convert_type(p, jnp.int32)
-
-    def halve(_, bounds):
-        low, high = bounds  # keeping bits >= low is enough, bits >= high is not
-        middle = low + (high - low) // 2
-        ok = enough(bits >= middle[:, None])
-        return jnp.where(ok, middle, low), jnp.where(ok, high, middle)
-
-    rows = p.shape[:-1]
-    top = jnp.full(rows, 0x7F800000, jnp.int32)
-    low, _ = lax.fori_loop(0, 31, halve, (jnp.zeros(rows, jnp.int32), top))
-    return jnp.where(bits >= low[:, None], p, 0.0)
+    u = _uniform(x.seeds, x.lengths)
+    return draw(scores, u, x.temperature, x.top_k, x.top_p, x.min_p)
 
 
 def _uniform(seeds: Array, positions: Array) -> Array:
@@ -196,27 +157,6 @@ def _uniform(seeds: Array, positions: Array) -> Array:
         return jax.random.uniform(jax.random.fold_in(jax.random.wrap_key_data(seed), position))
 
     return jax.vmap(one)(seeds, positions)
-
-
-def _inverse_cdf(p: Array, u: Array) -> Array:
-    """The token at which the running sum of p passes u times its total.
-
-    In two levels, so that no running sum is longer than the square root of the vocabulary.
-    """
-    R, V = p.shape
-    width = 1 << (V - 1).bit_length() // 2
-    blocks = jnp.pad(p, ((0, 0), (0, -V % width))).reshape(R, -1, width)
-    ends = jnp.cumsum(blocks.sum(-1), -1)
-    target = u * ends[:, -1]
-    block = jnp.sum(ends <= target[:, None], -1)
-    block = jnp.minimum(
-        block, jnp.max(jnp.where(blocks.sum(-1) > 0, jnp.arange(blocks.shape[1]), 0), -1)
-    )
-    inside = jnp.take_along_axis(blocks, block[:, None, None], 1)[:, 0]
-    before = jnp.take_along_axis(ends, block[:, None], 1)[:, 0] - inside.sum(-1)
-    token = jnp.sum(before[:, None] + jnp.cumsum(inside, -1) <= target[:, None], -1)
-    last = jnp.max(jnp.where(inside > 0, jnp.arange(width), 0), -1)  # rounding must not leave it
-    return (block * width + jnp.minimum(token, last)).astype(jnp.int32)
 
 
 # ---- what is reported ------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -12,13 +14,19 @@ from jaxserve.models.ops import Attend
 from kernels_pallas.weight import as_array
 
 
-def packed(segments: Array, positions: Array) -> Attend:
+def packed(
+    segments: Array, positions: Array, attention: Callable[..., tuple[Array, Array]] | None = None
+) -> Attend:
     """Causal attention inside each document of a row.
 
     Args:
         segments: [B, T], which document a token is of; equal numbers attend to one another.
         positions: [B, T], the token's place in its document.
+        attention: `kernels_pallas.flash_attention` for a target, where scores of [T, T] should not
+            be in memory. Documents must then be runs of equal numbers, and 0 is padding.
     """
+    if attention is not None:
+        return partial(_packed_by, attention, segments)
     q_pos, k_pos = positions[:, :, None], positions[:, None, :]
     same = (segments[:, :, None] == segments[:, None, :]) & (k_pos <= q_pos)
 
@@ -56,3 +64,23 @@ def packed(segments: Array, positions: Array) -> Attend:
         return jnp.einsum("bkgts,bskh->btkgh", p.astype(v.dtype), v).reshape(B, T, N, -1), kv
 
     return attend
+
+
+def _packed_by(
+    attention: Callable[..., tuple[Array, Array]],
+    segments: Array,
+    q: Array,
+    k: Array,
+    v: Array | None,
+    kv: Any,
+    layer: Array | int,
+    *,
+    sinks: Any = None,
+    value_dim: int | None = None,
+    **options: Any,
+) -> tuple[Array, Any]:
+    v = k[..., :value_dim] if v is None else v
+    heads = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
+    sinks = None if sinks is None else as_array(sinks)
+    o, _ = attention(*heads, segments, sinks=sinks, **options)
+    return jnp.swapaxes(o, 1, 2), kv

@@ -1,0 +1,209 @@
+"""What the three Hopper kernels share: sizes, the ring of tiles that TMA fills, products, masks.
+
+Two warpgroups compute, 64 rows of the output each, and a third one brings tiles for both. A block
+walks the tiles that have work: from the first that its first token sees to the diagonal.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from kernels_pallas.op import UnsupportedError
+
+LOG2E = math.log2(math.e)
+ROWS = 64  # of a warpgroup: what wgmma fixes
+GROUPS = 2  # that compute
+BLOCK = ROWS * GROUPS
+_SHARED = 226 * 1024  # bytes of shared memory that a block may take
+
+
+@dataclass(frozen=True)
+class GpuTile:
+    """tokens: in a tile that is brought, 64 or 128. stages: tiles on their way or in use."""
+
+    tokens: int = 64
+    stages: int = 3
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of one call."""
+
+    B: int
+    N: int
+    K: int
+    T: int
+    H: int
+    Hv: int
+    dtype: Any
+
+    @property
+    def G(self) -> int:
+        """Heads that share keys."""
+        return self.N // self.K
+
+    @classmethod
+    def of(cls, q: Array, k: Array, v: Array) -> Shape:
+        (B, N, T, H), K, Hv = q.shape, k.shape[1], v.shape[3]
+        if not q.dtype == k.dtype == v.dtype == jnp.bfloat16:
+            raise UnsupportedError(f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}: only bfloat16")
+        if N % K:
+            raise UnsupportedError(f"{N=} heads cannot share {K=} KV heads evenly")
+        if T % BLOCK:
+            raise UnsupportedError(f"{T=} must be a multiple of {BLOCK}: pad with segment 0")
+        if {H, Hv} - {64, 128}:
+            raise UnsupportedError(f"heads of {H=} and {Hv=}: only 64 and 128")
+        return cls(B, N, K, T, H, Hv, q.dtype)
+
+
+@dataclass(frozen=True)
+class Ring:
+    """Slots of shared memory that one warpgroup fills and the others empty, in the same order."""
+
+    tiles: Sequence[Any]  # [stages, ...] each
+    ready: Any  # a barrier per slot, on which every tile arrives
+    free: Any  # a barrier per slot, on which every warpgroup that computes arrives
+
+    @classmethod
+    def scratch(cls, stages: int, *tiles: tuple[tuple[int, ...], Any]) -> tuple[Any, ...]:
+        """What a ring of tiles of these shapes and types is made of."""
+        return (
+            *(plgpu.SMEM((stages, *shape), dtype) for shape, dtype in tiles),
+            plgpu.Barrier(num_arrivals=len(tiles), num_barriers=stages),
+            plgpu.Barrier(num_arrivals=GROUPS, num_barriers=stages),
+        )
+
+    @classmethod
+    def of(cls, refs: Sequence[Any]) -> Ring:
+        return cls(refs[:-2], refs[-2], refs[-1])
+
+    def fill(self, count: Array, sources: Callable[[Array], Sequence[Any]]) -> None:
+        """Brings the tiles of steps 0 to count, for the warpgroup that does nothing else."""
+        stages = self.tiles[0].shape[0]
+
+        @pl.loop(0, count + stages)  # until the last of them has been given back
+        def _step(step: Array) -> None:
+            slot = lax.rem(step, jnp.int32(stages))
+            pl.when(step >= stages)(lambda: plgpu.barrier_wait(self.free.at[slot]))
+
+            @pl.when(step < count)
+            def _copy():
+                for source, tile in zip(sources(step), self.tiles, strict=True):
+                    plgpu.copy_gmem_to_smem(source, tile.at[slot], self.ready.at[slot])
+
+    def take(self, step: Array) -> tuple[list[Any], Any]:
+        """The tiles of a step once they are there, and the barrier on which to give them back."""
+        slot = lax.rem(step, jnp.int32(self.tiles[0].shape[0]))
+        plgpu.barrier_wait(self.ready.at[slot])
+        return [tile.at[slot] for tile in self.tiles], self.free.at[slot]
+
+
+def product(a: Any, b: Any, shape: tuple[int, int]) -> Array:
+    """a @ b of tiles in shared memory, [64, n] in float32."""
+
+    def scope(total: Any) -> Array:
+        plgpu.wgmma(total, a, b)
+        return total[...]
+
+    return pl.run_scoped(scope, plgpu.ACC(shape, jnp.float32))
+
+
+def across(row: Array, shape: tuple[int, int]) -> Array:
+    """A number per column."""
+    return lax.broadcast_in_dim(row, shape, (1,))
+
+
+def down(column: Array, shape: tuple[int, int]) -> Array:
+    """A number per row."""
+    return lax.broadcast_in_dim(column, shape, (0,))
+
+
+def logits(s: Array, scale: float, soft_cap: float) -> Array:
+    """Scores as the softmax takes them, in powers of 2, which saves a multiplication each."""
+    if not soft_cap:
+        return s * (scale * LOG2E)
+    return jnp.tanh(s * (scale / soft_cap)) * (soft_cap * LOG2E)
+
+
+@dataclass(frozen=True)
+class Walk:
+    """The tiles of keys that a block of queries sees; only those at both ends need a mask.
+
+    Attributes:
+        bounds: the first tile, then one past the last that the start of a document hides in part,
+            that all queries see whole, and that any of them sees.
+    """
+
+    bounds: Sequence[Array]
+
+    @staticmethod
+    def table(first: Array, size: int) -> Array:
+        """The bounds of each block [B, T / 128, 4], from `first_seen`."""
+        diagonal = jnp.arange(first.shape[1] // BLOCK, dtype=jnp.int32) * BLOCK // size
+        begin = jnp.minimum(first[:, ::BLOCK] // size, diagonal)
+        whole = jnp.clip((first[:, BLOCK - 1 :: BLOCK] + size - 1) // size, begin, diagonal)
+        diagonal = jnp.broadcast_to(diagonal, begin.shape)
+        return jnp.stack([begin, whole, diagonal, diagonal + BLOCK // size], -1)
+
+    @classmethod
+    def of(cls, table: Any, row: Array, block: Array) -> Walk:
+        return cls([table[row, block, i] for i in range(4)])
+
+    @property
+    def count(self) -> Array:
+        return self.bounds[3] - self.bounds[0]
+
+    def __call__(self, do: Callable[..., Any], state: Any) -> Any:
+        """Runs do(step, tile, state, masked=...) over the tiles."""
+        begin, whole, diagonal, end = self.bounds
+        for low, high, masked in (
+            (begin, whole, True),
+            (whole, diagonal, False),
+            (diagonal, end, True),
+        ):
+
+            def step(i: Array, state: Any, masked: bool = masked) -> Any:
+                return do(i - begin, i, state, masked=masked)
+
+            state = lax.fori_loop(low, high, step, state)
+        return state
+
+
+def seen(query: Array, key: Array, first: Array, shape: tuple[int, int], queries: int) -> Array:
+    """Which of a tile's queries see which of its keys.
+
+    Args:
+        query, key: the first of each.
+        first: `first_seen` of the queries.
+        queries: the axis on which they lie.
+    """
+    query += lax.broadcasted_iota(jnp.int32, shape, queries)
+    key += lax.broadcasted_iota(jnp.int32, shape, 1 - queries)
+    return (lax.broadcast_in_dim(first, shape, (queries,)) <= key) & (key <= query)
+
+
+def run(kernel: Any, operands: Sequence[Any], out: Any, grid: dict[str, int], scratch: Any, *,
+        interpret: Any, name: str) -> Any:  # fmt: skip
+    """Starts a kernel of two warpgroups that compute and one that brings."""
+    return plgpu.kernel(
+        kernel,
+        out_type=out,
+        grid=tuple(grid.values()),
+        grid_names=tuple(grid),
+        num_threads=GROUPS + 1,
+        thread_name="wg",
+        scratch_types=scratch,
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
+        ),
+        interpret=interpret,
+        kernel_name=name,
+    )(*operands)

@@ -1,0 +1,138 @@
+"""The forward pass on Hopper: a softmax in progress for 64 queries of a head in each warpgroup."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from kernels_pallas.flash_attention.gpu_blocks import (
+    BLOCK,
+    GROUPS,
+    LOG2E,
+    ROWS,
+    GpuTile,
+    Ring,
+    Shape,
+    Walk,
+    down,
+    logits,
+    product,
+    run,
+    seen,
+)
+from kernels_pallas.flash_attention.gradient import with_gradient
+from kernels_pallas.flash_attention.mosaic_gpu_backward import backward
+from kernels_pallas.flash_attention.reference import first_seen
+
+_NOTHING = -1e30  # a maximum before any logit: finite, so that hidden logits of -inf weigh 0
+
+
+def gpu(
+    q: Array, k: Array, v: Array, segments: Array, *,
+    scale: float, window: Array | int = 0, sinks: Array | None = None, soft_cap: float = 0.0,
+    tile: GpuTile | None = None, interpret: Any = False,
+) -> tuple[Array, Array]:  # fmt: skip
+    """`reference.attend`, with a backward pass of its own."""
+    return with_gradient(forward, backward)(
+        q, k, v, segments, scale=scale, window=window, sinks=sinks, soft_cap=soft_cap,
+        tile=tile, interpret=interpret,
+    )  # fmt: skip
+
+
+def forward(
+    q: Array, k: Array, v: Array, segments: Array, *,
+    scale: float, window: Array, sinks: Array | None, soft_cap: float,
+    tile: GpuTile | None, interpret: Any,
+) -> tuple[Array, Array]:  # fmt: skip
+    shape, tile = Shape.of(q, k, v), tile or GpuTile()
+    B, N, T, H, Hv, dtype = shape.B, shape.N, shape.T, shape.H, shape.Hv, shape.dtype
+    first, size = first_seen(segments, window), tile.tokens
+    operands = [q, k, v, first, Walk.table(first, size)]
+    if sinks is not None:
+        operands.append(sinks.astype(jnp.float32))
+    scratch = [
+        plgpu.SMEM((GROUPS, ROWS, H), dtype),
+        plgpu.SMEM((GROUPS, ROWS), jnp.int32),
+        plgpu.SMEM((GROUPS, ROWS, size), dtype),
+        plgpu.SMEM((GROUPS, ROWS, Hv), dtype),
+        plgpu.SMEM((GROUPS, ROWS), jnp.float32),
+        plgpu.Barrier(num_arrivals=2, num_barriers=GROUPS),
+        *Ring.scratch(tile.stages, ((size, H), dtype), ((size, Hv), dtype)),
+    ]
+    return run(
+        partial(
+            _kernel, shape=shape, size=size, scale=scale, soft_cap=soft_cap, sunk=sinks is not None
+        ),
+        operands,
+        [jax.ShapeDtypeStruct((B, N, T, Hv), dtype), jax.ShapeDtypeStruct((B, N, T), jnp.float32)],
+        {"head": N, "block": T // BLOCK, "row": B},
+        scratch,
+        name="flash_attention",
+        interpret=interpret,
+    )
+
+
+def _kernel(
+    q_ref, k_ref, v_ref, first_ref, walk_ref, *refs,
+    shape: Shape, size: int, scale: float, soft_cap: float, sunk: bool,
+):  # fmt: skip
+    sinks_ref, refs = (refs[0], refs[1:]) if sunk else (None, refs)
+    o_ref, lse_ref, q_smem, first_smem, p_smem, o_smem, lse_smem, arrived, *ring = refs
+    ring, tile = Ring.of(ring), (ROWS, size)
+    wg, row, head = lax.axis_index("wg"), lax.axis_index("row"), lax.axis_index("head")
+    block = shape.T // BLOCK - 1 - lax.axis_index("block")  # those with the most work begin first
+    walk = Walk.of(walk_ref, row, block)
+    at = block * BLOCK + wg * ROWS
+
+    @pl.when(wg == GROUPS)
+    def _bring():
+        plgpu.set_max_registers(24, action="decrease")
+
+        def sources(step: Array) -> tuple[Any, Any]:
+            where = row, lax.div(head, shape.G), pl.ds((walk.bounds[0] + step) * size, size)
+            return k_ref.at[where], v_ref.at[where]
+
+        ring.fill(walk.count, sources)
+
+    @pl.when(wg < GROUPS)
+    def _compute():
+        plgpu.set_max_registers(240, action="increase")
+        queries = pl.ds(at, ROWS)
+        plgpu.copy_gmem_to_smem(q_ref.at[row, head, queries], q_smem.at[wg], arrived.at[wg])
+        plgpu.copy_gmem_to_smem(first_ref.at[row, queries], first_smem.at[wg], arrived.at[wg])
+        plgpu.barrier_wait(arrived.at[wg])
+
+        def attend(step: Array, i: Array, state: Any, masked: bool) -> Any:
+            value, top, total = state
+            (k_smem, v_smem), free = ring.take(step)
+            s = logits(product(q_smem.at[wg], k_smem.T, tile), scale, soft_cap)
+            if masked:
+                s = jnp.where(seen(at, i * size, first_smem[wg], tile, 0), s, -jnp.inf)
+            before, top = top, jnp.maximum(top, jnp.max(s, 1))
+            p, shrink = jnp.exp2(s - down(top, tile)), jnp.exp2(before - top)
+            total = total * shrink + jnp.sum(p, 1)
+            p_smem[wg] = p.astype(shape.dtype)
+            plgpu.commit_smem()
+            part = product(p_smem.at[wg], v_smem, (ROWS, shape.Hv))
+            plgpu.barrier_arrive(free)
+            return value * down(shrink, value.shape) + part, top, total
+
+        sink = sinks_ref[head] * LOG2E if sunk else jnp.float32(_NOTHING)
+        value, top, total = walk(attend, (
+            jnp.zeros((ROWS, shape.Hv), jnp.float32),
+            jnp.full((ROWS,), sink, jnp.float32),
+            jnp.full((ROWS,), 1.0 if sunk else 0.0, jnp.float32),
+        ))  # fmt: skip
+        some = jnp.where(total > 0, total, 1.0)
+        o_smem[wg] = (value / down(some, value.shape)).astype(shape.dtype)
+        lse_smem[wg] = jnp.where(total > 0, (top + jnp.log2(some)) * (1 / LOG2E), -jnp.inf)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(o_smem.at[wg], o_ref.at[row, head, queries])
+        plgpu.copy_smem_to_gmem(lse_smem.at[wg], lse_ref.at[row, head, queries])
+        plgpu.wait_smem_to_gmem(0)

@@ -1,0 +1,214 @@
+"""The backward pass on Hopper: one kernel per block of queries, one per block of keys.
+
+Both make the probabilities again from lse, so neither adds to what the other writes.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from kernels_pallas.flash_attention.gpu_blocks import (
+    BLOCK,
+    GROUPS,
+    LOG2E,
+    ROWS,
+    GpuTile,
+    Ring,
+    Shape,
+    Walk,
+    across,
+    down,
+    logits,
+    product,
+    run,
+    seen,
+)
+from kernels_pallas.flash_attention.gradient import delta, finite, sinks_gradient
+from kernels_pallas.flash_attention.reference import first_seen, last_queries
+
+
+def backward(
+    q: Array, k: Array, v: Array, segments: Array, o: Array, lse: Array, do: Array, dlse: Array, *,
+    scale: float, window: Array | int = 0, sinks: Array | None = None, soft_cap: float = 0.0,
+    tile: GpuTile | None = None, interpret: Any = False,
+) -> tuple[Array, Array, Array, Array | None]:  # fmt: skip
+    """`reference.gradient`."""
+    shape, tile = Shape.of(q, k, v), tile or GpuTile(stages=2)
+    dtype, size, H, Hv = shape.dtype, tile.tokens, shape.H, shape.Hv
+    first, taken = first_seen(segments, window), delta(o, do, dlse)
+    operands = [q, k, v, do.astype(dtype), finite(lse) * LOG2E, taken, first]
+    options = {"shape": shape, "size": size, "scale": scale, "soft_cap": soft_cap}
+    tiles = [((size, H), dtype), ((size, Hv), dtype)]
+    mine = [plgpu.SMEM((GROUPS, ROWS, H), dtype), plgpu.SMEM((GROUPS, ROWS, Hv), dtype)]
+    numbers = [jnp.float32, jnp.float32, jnp.int32]  # lse, delta and `first` of a query
+    scores = plgpu.SMEM((GROUPS, ROWS, size), dtype)
+    dq = run(
+        partial(_queries_kernel, **options),
+        [*operands, Walk.table(first, size)],
+        jax.ShapeDtypeStruct(q.shape, dtype),
+        {"head": shape.N, "block": shape.T // BLOCK, "row": shape.B},
+        [
+            *mine,
+            *(plgpu.SMEM((GROUPS, ROWS), t) for t in numbers),
+            scores,
+            plgpu.Barrier(num_arrivals=5, num_barriers=GROUPS),
+            *Ring.scratch(tile.stages, *tiles),
+        ],
+        name="flash_attention_dq",
+        interpret=interpret,
+    )
+    dk, dv = run(
+        partial(_keys_kernel, **options),
+        [*operands, last_queries(first, size, BLOCK)],
+        [jax.ShapeDtypeStruct(k.shape, dtype), jax.ShapeDtypeStruct(v.shape, dtype)],
+        {"head": shape.K, "block": shape.T // BLOCK, "row": shape.B},
+        [
+            *mine,
+            scores,
+            scores,
+            plgpu.Barrier(num_arrivals=2, num_barriers=GROUPS),
+            *Ring.scratch(tile.stages, *tiles, *(((size,), t) for t in numbers)),
+        ],
+        name="flash_attention_dkv",
+        interpret=interpret,
+    )
+    return dq, dk, dv, sinks_gradient(sinks, lse, taken)
+
+
+def _slope(s: Array, p: Array, dp: Array, taken: Array, soft_cap: float) -> Array:
+    """Slopes of the products of q and k, but for the scale."""
+    ds = p * (dp - taken)
+    if soft_cap:
+        bent = s * (1 / (soft_cap * LOG2E))  # the hyperbolic tangent
+        ds = ds * (1.0 - bent * bent)
+    return ds
+
+
+def _queries_kernel(
+    q_ref, k_ref, v_ref, do_ref, lse_ref, taken_ref, first_ref, walk_ref, dq_ref,
+    q_smem, do_smem, lse_smem, taken_smem, first_smem, ds_smem, arrived, *ring,
+    shape: Shape, size: int, scale: float, soft_cap: float,
+):  # fmt: skip
+    ring, tile = Ring.of(ring), (ROWS, size)
+    wg, row, head = lax.axis_index("wg"), lax.axis_index("row"), lax.axis_index("head")
+    block = shape.T // BLOCK - 1 - lax.axis_index("block")  # those with the most work begin first
+    walk = Walk.of(walk_ref, row, block)
+    at = block * BLOCK + wg * ROWS
+
+    @pl.when(wg == GROUPS)
+    def _bring():
+        plgpu.set_max_registers(24, action="decrease")
+
+        def sources(step: Array) -> tuple[Any, Any]:
+            where = row, lax.div(head, shape.G), pl.ds((walk.bounds[0] + step) * size, size)
+            return k_ref.at[where], v_ref.at[where]
+
+        ring.fill(walk.count, sources)
+
+    @pl.when(wg < GROUPS)
+    def _compute():
+        plgpu.set_max_registers(240, action="increase")
+        where = row, head, pl.ds(at, ROWS)
+        sources = [x.at[where] for x in (q_ref, do_ref, lse_ref, taken_ref)]
+        sources.append(first_ref.at[row, where[2]])
+        places = q_smem, do_smem, lse_smem, taken_smem, first_smem
+        for source, place in zip(sources, places, strict=True):
+            plgpu.copy_gmem_to_smem(source, place.at[wg], arrived.at[wg])
+        plgpu.barrier_wait(arrived.at[wg])
+
+        def scope(total: Any) -> None:
+            def add(step: Array, i: Array, _: None, masked: bool) -> None:
+                (k_smem, v_smem), free = ring.take(step)
+                s = logits(product(q_smem.at[wg], k_smem.T, tile), scale, soft_cap)
+                p = jnp.exp2(s - down(lse_smem[wg], tile))
+                if masked:
+                    p = jnp.where(seen(at, i * size, first_smem[wg], tile, 0), p, 0.0)
+                dp = product(do_smem.at[wg], v_smem.T, tile)
+                ds = _slope(s, p, dp, down(taken_smem[wg], tile), soft_cap)
+                ds_smem[wg] = ds.astype(shape.dtype)
+                plgpu.commit_smem()
+                plgpu.wgmma(total, ds_smem.at[wg], k_smem)
+                plgpu.wgmma_wait(0)
+                plgpu.barrier_arrive(free)
+
+            walk(add, None)
+            q_smem[wg] = (total[...] * scale).astype(shape.dtype)
+
+        pl.run_scoped(scope, plgpu.ACC((ROWS, shape.H), jnp.float32))
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(q_smem.at[wg], dq_ref.at[where])
+        plgpu.wait_smem_to_gmem(0)
+
+
+def _keys_kernel(
+    q_ref, k_ref, v_ref, do_ref, lse_ref, taken_ref, first_ref, last_ref, dk_ref, dv_ref,
+    k_smem, v_smem, p_smem, ds_smem, arrived, *ring,
+    shape: Shape, size: int, scale: float, soft_cap: float,
+):  # fmt: skip
+    """Keys lie in rows and queries in columns, so that both sums need no transposition."""
+    ring, tile = Ring.of(ring), (ROWS, size)
+    wg, row, head = lax.axis_index("wg"), lax.axis_index("row"), lax.axis_index("head")
+    block = lax.axis_index("block")  # the first ones have the most work
+    at, begin = block * BLOCK + wg * ROWS, block * (BLOCK // size)
+    end = last_ref[row, block] + 1  # of the tiles of queries, for each head that shares the keys
+    count = end - begin
+
+    @pl.when(wg == GROUPS)
+    def _bring():
+        plgpu.set_max_registers(24, action="decrease")
+
+        def sources(step: Array) -> list[Any]:
+            queries = pl.ds((begin + lax.rem(step, count)) * size, size)
+            where = row, head * shape.G + lax.div(step, count), queries
+            by_head = [x.at[where] for x in (q_ref, do_ref, lse_ref, taken_ref)]
+            return [*by_head, first_ref.at[row, queries]]
+
+        ring.fill(count * shape.G, sources)
+
+    @pl.when(wg < GROUPS)
+    def _compute():
+        plgpu.set_max_registers(240, action="increase")
+        where = row, head, pl.ds(at, ROWS)
+        plgpu.copy_gmem_to_smem(k_ref.at[where], k_smem.at[wg], arrived.at[wg])
+        plgpu.copy_gmem_to_smem(v_ref.at[where], v_smem.at[wg], arrived.at[wg])
+        plgpu.barrier_wait(arrived.at[wg])
+
+        def scope(k_total: Any, v_total: Any) -> None:
+            def add(i: Array, step: Array) -> Array:
+                (q_smem, do_smem, lse_smem, taken_smem, first_smem), free = ring.take(step)
+                s = logits(product(k_smem.at[wg], q_smem.T, tile), scale, soft_cap)
+                p = jnp.exp2(s - across(lse_smem[...], tile))
+                p = jnp.where(seen(i * size, at, first_smem[...], tile, 1), p, 0.0)
+                p_smem[wg] = p.astype(shape.dtype)
+                plgpu.commit_smem()
+                plgpu.wgmma(v_total, p_smem.at[wg], do_smem)
+                dp = product(v_smem.at[wg], do_smem.T, tile)
+                p = p_smem[wg].astype(jnp.float32)  # registers would not hold it meanwhile
+                ds = _slope(s, p, dp, across(taken_smem[...], tile), soft_cap)
+                ds_smem[wg] = ds.astype(shape.dtype)
+                plgpu.commit_smem()
+                plgpu.wgmma(k_total, ds_smem.at[wg], q_smem)
+                plgpu.wgmma_wait(0)
+                plgpu.barrier_arrive(free)
+                return step + 1
+
+            def of_head(_: Array, step: Array) -> Array:
+                return lax.fori_loop(begin, end, add, step)
+
+            lax.fori_loop(0, shape.G, of_head, jnp.int32(0))
+            k_smem[wg] = (k_total[...] * scale).astype(shape.dtype)
+            v_smem[wg] = v_total[...].astype(shape.dtype)
+
+        sums = (plgpu.ACC((ROWS, width), jnp.float32) for width in (shape.H, shape.Hv))
+        pl.run_scoped(scope, *sums)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(k_smem.at[wg], dk_ref.at[where])
+        plgpu.copy_smem_to_gmem(v_smem.at[wg], dv_ref.at[where])
+        plgpu.wait_smem_to_gmem(0)

@@ -1,0 +1,160 @@
+"""The backward pass on a TPU: one kernel per block of queries, one per block of keys.
+
+Both make the probabilities again from lse, so neither adds to what the other writes.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from kernels_pallas.flash_attention.gradient import delta, finite, sinks_gradient
+from kernels_pallas.flash_attention.reference import (
+    FIRST,
+    LAST,
+    MASKED,
+    first_seen,
+    key_major,
+    query_major,
+)
+from kernels_pallas.flash_attention.tpu_blocks import (
+    LOG2E,
+    Blocks,
+    Shape,
+    TpuTile,
+    columns,
+    is_turned,
+    logits,
+    product,
+    rows,
+    width_axis,
+)
+
+
+def backward(
+    q: Array, k: Array, v: Array, segments: Array, o: Array, lse: Array, do: Array, dlse: Array, *,
+    scale: float, window: Array | int = 0, sinks: Array | None = None, soft_cap: float = 0.0,
+    tile: TpuTile | None = None, interpret: Any = False,
+) -> tuple[Array, Array, Array, Array | None]:  # fmt: skip
+    """`reference.gradient`."""
+    shape = Shape.of(q, k, v, tile or TpuTile())
+    B, K, T, G, bq, bk = shape.B, shape.K, shape.T, shape.G, shape.bq, shape.bk
+    first = first_seen(segments, window)
+    taken = delta(o, do, dlse)
+    operands = [
+        ("queries", q),
+        ("keys", k),
+        ("keys", v),
+        ("queries", do.astype(q.dtype)),
+        ("rows", (finite(lse) * LOG2E).reshape(B, K, G, T)),
+        ("rows", taken.reshape(B, K, G, T)),
+        ("first", first[:, None]),
+    ]
+    options = {"scale": scale, "soft_cap": soft_cap}
+    blocks = Blocks(shape, keys_inside=True)
+    (dq,) = blocks.run(
+        partial(_queries_kernel, blocks=blocks, **options),
+        query_major(first, bq, bk),
+        operands,
+        [("queries", q)],
+        [pltpu.VMEM((G, shape.H, bq), jnp.float32)],
+        name="flash_attention_dq",
+        interpret=interpret,
+    )
+    blocks = Blocks(shape, keys_inside=False)
+    dk, dv = blocks.run(
+        partial(_keys_kernel, blocks=blocks, **options),
+        key_major(first, bq, bk),
+        operands,
+        [("keys", k), ("keys", v)],
+        [pltpu.VMEM((bk, shape.H), jnp.float32), pltpu.VMEM((bk, shape.Hv), jnp.float32)],
+        name="flash_attention_dkv",
+        interpret=interpret,
+    )
+    return dq, dk, dv, sinks_gradient(sinks, lse, taken)
+
+
+def _probabilities(
+    shape: Shape, k: Array, v: Array, g: int, seen: Array | None,
+    q_ref, do_ref, lse_ref, taken_ref, scale: float, soft_cap: float,
+) -> tuple[Array, Array]:  # fmt: skip
+    """Probabilities of head g, and the slopes of its products of q and k but for the scale."""
+    row = (0, 0, slice(g, g + 1))
+    s = logits(product(k, q_ref[0, g], (1, width_axis(shape.H))), scale, soft_cap)  # [bk, bq]
+    p = jnp.exp2(s - lse_ref[row])
+    p = p if seen is None else jnp.where(seen, p, 0.0)
+    dp = product(v, do_ref[0, g], (1, width_axis(shape.Hv)))
+    ds = p * (dp - taken_ref[row])
+    if soft_cap:
+        bent = s * (1 / (soft_cap * LOG2E))  # the hyperbolic tangent
+        ds = ds * (1.0 - bent * bent)
+    return p, ds
+
+
+def _queries_kernel(
+    outer_ref, inner_ref, flags_ref, q_ref, k_ref, v_ref, do_ref, lse_ref, taken_ref, first_ref,
+    dq_ref, sum_ref, *, blocks: Blocks, scale: float, soft_cap: float,
+):  # fmt: skip
+    shape, step = blocks.shape, pl.program_id(1)
+    flags = flags_ref[step]
+
+    @pl.when(flags & FIRST != 0)
+    def _start():
+        sum_ref[...] = jnp.zeros_like(sum_ref)
+
+    def add(masked: bool) -> None:
+        seen = blocks.seen(outer_ref[step], inner_ref[step], first_ref[0]) if masked else None
+        k, v = rows(k_ref[0, 0], shape.H), rows(v_ref[0, 0], shape.Hv)
+        k_columns = columns(k_ref[0, 0], shape.H)
+        for g in range(shape.G):
+            _, ds = _probabilities(
+                shape, k, v, g, seen, q_ref, do_ref, lse_ref, taken_ref, scale, soft_cap
+            )
+            sum_ref[g] += product(k_columns, ds.astype(k.dtype), (1, 0))
+
+    pl.when(flags & MASKED != 0)(partial(add, True))
+    pl.when(flags & MASKED == 0)(partial(add, False))
+
+    @pl.when(flags & LAST != 0)
+    def _finish():
+        for g in range(shape.G):
+            dq = sum_ref[g] * scale
+            dq_ref[0, g] = (dq if is_turned(shape.H) else dq.T).astype(dq_ref.dtype)
+
+
+def _keys_kernel(
+    outer_ref, inner_ref, flags_ref, q_ref, k_ref, v_ref, do_ref, lse_ref, taken_ref, first_ref,
+    dk_ref, dv_ref, k_sum_ref, v_sum_ref, *, blocks: Blocks, scale: float, soft_cap: float,
+):  # fmt: skip
+    shape, step = blocks.shape, pl.program_id(1)
+    flags = flags_ref[step]
+
+    @pl.when(flags & FIRST != 0)
+    def _start():
+        k_sum_ref[...] = jnp.zeros_like(k_sum_ref)
+        v_sum_ref[...] = jnp.zeros_like(v_sum_ref)
+
+    def add(masked: bool) -> None:
+        seen = blocks.seen(outer_ref[step], inner_ref[step], first_ref[0]) if masked else None
+        k, v = rows(k_ref[0, 0], shape.H), rows(v_ref[0, 0], shape.Hv)
+        for g in range(shape.G):
+            p, ds = _probabilities(
+                shape, k, v, g, seen, q_ref, do_ref, lse_ref, taken_ref, scale, soft_cap
+            )
+            q, do = q_ref[0, g], do_ref[0, g]
+            v_sum_ref[...] += product(p.astype(do.dtype), do, (1, 1 - width_axis(shape.Hv)))
+            k_sum_ref[...] += product(ds.astype(q.dtype), q, (1, 1 - width_axis(shape.H)))
+
+    pl.when(flags & MASKED != 0)(partial(add, True))
+    pl.when(flags & MASKED == 0)(partial(add, False))
+
+    @pl.when(flags & LAST != 0)
+    def _finish():
+        dk, dv = k_sum_ref[...] * scale, v_sum_ref[...]
+        dk_ref[0, 0] = (dk.T if is_turned(shape.H) else dk).astype(dk_ref.dtype)
+        dv_ref[0, 0] = (dv.T if is_turned(shape.Hv) else dv).astype(dv_ref.dtype)

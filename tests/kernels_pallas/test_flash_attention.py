@@ -1,0 +1,164 @@
+"""Attention over packed rows: blocks that are skipped, slopes, and what training makes of it."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxserve.models.attention import packed
+from kernels_pallas.flash_attention import flash_attention, mosaic_tpu, reference
+from kernels_pallas.flash_attention.tpu_blocks import TpuTile
+from kernels_pallas.op import UnsupportedError
+from kernels_pallas.target import CPU, Target
+
+TPU = Target("tpu", "v6e")
+
+
+def simulated(tile: TpuTile | None = None) -> Any:
+    return partial(mosaic_tpu.tpu, tile=tile, interpret=True)
+
+
+def documents(*rows: str) -> jax.Array:
+    """Segments from words such as "aab.", where a dot is padding; a letter is 64 tokens."""
+    letters = [[0 if c == "." else ord(c) - ord("a") + 1 for c in row] for row in rows]
+    return jnp.asarray(np.repeat(letters, 64, axis=1), jnp.int32)
+
+
+def operands(B: int, N: int, K: int, T: int, H: int = 64, Hv: int = 64, dtype: Any = jnp.float32):
+    shapes = (B, N, T, H), (B, K, T, H), (B, K, T, Hv)
+    keys = jax.random.split(jax.random.key(0), 3)
+    return tuple(jax.random.normal(k, s, dtype) for k, s in zip(keys, shapes, strict=True))
+
+
+def plain(q, k, v, segments, *, scale, window=0, sinks=None, soft_cap=0.0):
+    """A token after another, in float64."""
+    q, k, v, segments = (np.asarray(x, np.float64) for x in (q, k, v, segments))
+    B, N, T, _ = q.shape
+    o, lse = np.zeros((B, N, T, v.shape[-1])), np.full((B, N, T), -np.inf)
+    for b, n, t in np.ndindex(B, N, T):
+        keys, head = np.arange(t + 1), n // (N // k.shape[1])
+        seen = (segments[b, keys] == segments[b, t]) & (segments[b, t] > 0)
+        seen &= (t - keys < window) if window else True
+        s = k[b, head, keys[seen]] @ q[b, n, t] * scale
+        s = soft_cap * np.tanh(s / soft_cap) if soft_cap else s
+        weights = np.exp(s)
+        total = weights.sum() + (0.0 if sinks is None else np.exp(float(sinks[n])))
+        if total:
+            o[b, n, t], lse[b, n, t] = weights @ v[b, head, keys[seen]] / total, np.log(total)
+    return o, lse
+
+
+@pytest.mark.parametrize("form", [reference.attend, simulated()], ids=["reference", "mosaic_tpu"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"window": 30}, {"soft_cap": 2.0}, {"sinks": jnp.array([0.5, -1.0])}],
+    ids=["plain", "window", "soft_cap", "sinks"],
+)
+def test_is_a_softmax_over_what_a_token_sees(form, options):
+    q, k, v = operands(2, 2, 1, 128)
+    segments = documents("ab", "a.").at[0, :70].set(7)
+    found = form(q, k, v, segments, scale=0.3, **options)
+    for x, y in zip(found, plain(q, k, v, segments, scale=0.3, **options), strict=True):
+        np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-5)
+
+
+@settings(max_examples=10, deadline=None)
+@given(
+    words=st.lists(st.sampled_from(["aaaaaaaa", "aabbbcdd", "abcdefgh", "aaaaa...", "..aabb.c"]),
+                   min_size=1, max_size=2),
+    heads=st.sampled_from([(1, 1), (4, 2)]),
+    widths=st.sampled_from([(64, 64), (128, 64), (96, 128)]),
+    tile=st.sampled_from([(128, 128), (256, 128), (128, 512), (512, 256)]),
+    window=st.sampled_from([0, 1, 100, 300]),
+    sunk=st.booleans(),
+    soft_cap=st.sampled_from([0.0, 3.0]),
+)  # fmt: skip
+def test_values_and_slopes_whatever_is_skipped(words, heads, widths, tile, window, sunk, soft_cap):
+    (N, K), segments = heads, documents(*words)
+    q, k, v = operands(len(words), N, K, 512, *widths)
+    sinks = jnp.linspace(-1.0, 1.0, N) if sunk else None
+    options = {"scale": 0.2, "window": window, "soft_cap": soft_cap}
+
+    def both(form, q, k, v, sinks):
+        """Results, and slopes of a sum in which both results weigh."""
+
+        def score(q, k, v, sinks):
+            o, lse = form(q, k, v, segments, sinks=sinks, **options)
+            seen = jnp.where(jnp.isfinite(lse), lse, 0.0)
+            return jnp.sum(jnp.sin(o)) + jnp.sum(seen**2), (o, lse)
+
+        wanted = (0, 1, 2) if sinks is None else (0, 1, 2, 3)
+        return jax.grad(score, wanted, has_aux=True)(q, k, v, sinks)
+
+    found = both(simulated(TpuTile(*tile)), q, k, v, sinks)
+    expected = both(reference.attend, q, k, v, sinks)
+    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        bound = 2e-5 * max(1.0, float(jnp.abs(jnp.where(jnp.isfinite(y), y, 0)).max()))
+        np.testing.assert_allclose(x, y, rtol=0, atol=bound)
+
+
+def test_only_blocks_that_see_each_other_are_steps():
+    first = reference.first_seen(documents("aaaabbbb"), 0)
+    steps = reference.query_major(first, 128, 128)
+    pairs = [(int(i), int(j)) for i, j in zip(steps.outer, steps.inner, strict=True)]
+    assert pairs[: int(steps.count)] == [(0, 0), (1, 0), (1, 1), (2, 2), (3, 2), (3, 3)]
+    masked = (np.asarray(steps.flags) & reference.MASKED > 0)[: int(steps.count)]
+    assert masked.tolist() == [True, False, True, True, False, True]
+    steps = reference.key_major(reference.first_seen(documents("aaaaaaaa"), 129), 128, 128)
+    pairs = [(int(j), int(i)) for j, i in zip(steps.outer, steps.inner, strict=True)]
+    assert pairs[: int(steps.count)] == [(0, 0), (0, 1), (1, 1), (1, 2), (2, 2), (2, 3), (3, 3)]
+
+
+def test_a_window_may_be_known_only_at_run_time():
+    q, k, v = operands(1, 2, 1, 256)
+    segments = documents("aabb")
+    attend = jax.jit(lambda w: simulated()(q, k, v, segments, scale=0.2, window=w))
+    for window in (0, 50):
+        o, _ = attend(window)
+        expected, _ = reference.attend(q, k, v, segments, scale=0.2, window=window)
+        np.testing.assert_allclose(o, expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("form", [partial(flash_attention, target=CPU), simulated()])
+def test_training_attends_as_before(form):
+    """What `packed` makes of both forms, and of their slopes, but for padding."""
+    B, T, N, K, H = 1, 256, 4, 2, 64
+    q, k, v = (jnp.swapaxes(x, 1, 2) for x in operands(B, N, K, T))
+    segments = documents("abb.")
+    positions = jnp.asarray(np.r_[0:64, 0:128, [0] * 64][None], jnp.int32)
+    real = (segments > 0)[..., None, None]
+    options = {"scale": H**-0.5, "window": 40, "sinks": jnp.arange(N) / 4.0, "soft_cap": 3.0}
+
+    def slopes(attention):
+        def score(q, k, v):
+            o, kv = packed(segments, positions, attention)(q, k, v, "kv", 0, **options)
+            assert kv == "kv"
+            return jnp.sum(jnp.where(real, jnp.cos(o), 0.0))
+
+        return jax.value_and_grad(score, (0, 1, 2))(q, k, v)
+
+    found, expected = slopes(form), slopes(None)
+    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "dtype", "message"),
+    [
+        ((1, 2, 1, 200), jnp.float32, "T=200 must be a multiple of 128"),
+        ((1, 3, 2, 128), jnp.float32, "N=3 heads cannot share K=2"),
+        ((1, 2, 1, 128), jnp.float16, "all must be bfloat16, or all float32"),
+    ],
+)
+def test_the_tpu_kernel_says_what_it_refuses(sizes, dtype, message):
+    q, k, v = operands(*sizes, dtype=dtype)
+    segments = jnp.ones((1, sizes[3]), jnp.int32)
+    with pytest.raises(UnsupportedError, match=message):
+        flash_attention(q, k, v, segments, scale=1.0, target=TPU, implementation="mosaic_tpu")
