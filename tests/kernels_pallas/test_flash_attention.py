@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxserve.models.attention import packed
+from kernels_pallas import versions
 from kernels_pallas.flash_attention import flash_attention, mosaic_tpu, reference
 from kernels_pallas.flash_attention.tpu_blocks import TpuTile
 from kernels_pallas.op import UnsupportedError
@@ -69,7 +70,7 @@ def test_is_a_softmax_over_what_a_token_sees(form, options):
         np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-5)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
     words=st.lists(st.sampled_from(["aaaaaaaa", "aabbbcdd", "abcdefgh", "aaaaa...", "..aabb.c"]),
                    min_size=1, max_size=2),
@@ -95,13 +96,33 @@ def test_values_and_slopes_whatever_is_skipped(words, heads, widths, tile, windo
             return jnp.sum(jnp.sin(o)) + jnp.sum(seen**2), (o, lse)
 
         wanted = (0, 1, 2) if sinks is None else (0, 1, 2, 3)
-        return jax.grad(score, wanted, has_aux=True)(q, k, v, sinks)
+        return jax.jit(jax.grad(score, wanted, has_aux=True))(q, k, v, sinks)
 
     found = both(simulated(TpuTile(*tile)), q, k, v, sinks)
     expected = both(reference.attend, q, k, v, sinks)
     for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         bound = 2e-5 * max(1.0, float(jnp.abs(jnp.where(jnp.isfinite(y), y, 0)).max()))
         np.testing.assert_allclose(x, y, rtol=0, atol=bound)
+
+
+def test_blocks_one_after_another_have_no_race():
+    """The registry's cases are a block or two; here accumulators are kept over several."""
+    q, k, v = operands(1, 2, 1, 384)
+    options = {"scale": 0.2, "window": 200, "sinks": None, "soft_cap": 0.0}
+    segments = documents("aabbbb")
+    o, lse = reference.attend(q, k, v, segments, **options)
+    slopes = segments, o, lse, jnp.cos(o), jnp.zeros_like(lse)
+    kernel = {"tile": TpuTile(128, 128), "interpret": versions.simulated_tpu()}
+    try:
+        found = mosaic_tpu.forward(q, k, v, segments, **options, **kernel)
+        assert not versions.tpu_races_found()
+        found += mosaic_tpu.backward(q, k, v, *slopes, **options, **kernel)[:3]
+        assert not versions.tpu_races_found()
+    finally:
+        versions.reset_simulated_tpu()
+    expected = o, lse, *reference.gradient(q, k, v, *slopes, **options)[:3]
+    for x, y in zip(found, expected, strict=True):
+        np.testing.assert_allclose(x, y, atol=2e-4)
 
 
 def test_only_blocks_that_see_each_other_are_steps():
@@ -134,7 +155,7 @@ def test_training_attends_as_before(form):
     segments = documents("abb.")
     positions = jnp.asarray(np.r_[0:64, 0:128, [0] * 64][None], jnp.int32)
     real = (segments > 0)[..., None, None]
-    options = {"scale": H**-0.5, "window": 40, "sinks": jnp.arange(N) / 4.0, "soft_cap": 3.0}
+    options = {"scale": H**-0.5, "window": 40, "sinks": jnp.linspace(0.0, 1.0, N), "soft_cap": 3.0}
 
     def slopes(attention):
         def score(q, k, v):
