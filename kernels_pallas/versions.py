@@ -79,7 +79,8 @@ def _complete_simulator() -> None:
         return seen(before, rnge), *rest
 
     utils.to_range, gpu_callbacks._validate_transforms = to_range, check
-    SharedMemory.get_buffer_content, SharedMemory.swap_buffer_content = read, swap
+    memory: Any = SharedMemory
+    memory.get_buffer_content, memory.swap_buffer_content = read, swap
 
 
 def reset_simulated_tpu() -> None:

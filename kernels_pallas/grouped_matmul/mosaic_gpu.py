@@ -99,7 +99,9 @@ def _kernel(group_ref, start_ref, size_ref, layer_ref, x_ref, w_ref, *refs, tile
                 plgpu.commit_smem()
                 _store(out_smem.at[wg], out_ref.at[:, rows], start, size, start - begin, done)
 
-        pl.run_scoped(scope, plgpu.ACC(shape, jnp.int32 if scale_refs else jnp.float32))
+        pl.run_scoped(
+            scope, plgpu.WGMMAAccumulatorRef(shape, jnp.int32 if scale_refs else jnp.float32)
+        )
 
     depth = tile.bytes // x_ref.dtype.itemsize
     steps = jnp.where(group < E, x_ref.shape[1] // depth, 0)  # nothing is added up for padding
@@ -165,7 +167,7 @@ def gpu(
         raise UnsupportedError(f"{K=} must be a multiple of {depth}, and {N=} of {cols}")
     padding = max(-M % 8, tile.tokens - M)
     scales, total = [], M + padding
-    if x_scale is not None:
+    if x_scale is not None and w_scale is not None:
         scales = [jnp.pad(x_scale, (0, padding)), w_scale.reshape(-1, N)]
     threads = {"num_threads": tile.warpgroups + 1, "thread_name": "wg"}
     plan = blocks(group_sizes, total, tile.tokens, align=8)

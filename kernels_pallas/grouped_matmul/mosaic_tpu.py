@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
@@ -35,8 +34,8 @@ class Tile:
         return cls(rows=min(256, max(32, 1 << (M // E - 1).bit_length() if M > E else 32)))
 
 
-def _kernel(block_ref, group_ref, row_ref, starts_ref, x_ref, w_ref, *refs, scaled: bool):
-    x_scale_ref, w_scale_ref, out_ref, sum_ref = refs if scaled else (None, None, *refs)
+def _kernel(block_ref, group_ref, row_ref, starts_ref, x_ref, w_ref, *refs):
+    *scale_refs, out_ref, sum_ref = refs
     v, k = pl.program_id(1), pl.program_id(2)
     group = group_ref[v]
 
@@ -55,7 +54,8 @@ def _kernel(block_ref, group_ref, row_ref, starts_ref, x_ref, w_ref, *refs, scal
     @pl.when(k == pl.num_programs(2) - 1)
     def _():
         y = sum_ref[...]
-        if scaled:
+        if scale_refs:
+            x_scale_ref, w_scale_ref = scale_refs
             w_scale = w_scale_ref[pl.ds(lax.rem(row_ref[v], _SCALE_ROWS), 1)]
             x_scale = jnp.where(real, x_scale_ref[...], 0.0)  # of padding it may be NaN
             y = y.astype(jnp.float32) * x_scale * w_scale
@@ -78,7 +78,7 @@ def tpu(
         raise UnsupportedError(f"{K=} and {N=} must be whole lanes of 128")
     if x.dtype not in (jnp.bfloat16, jnp.int8):
         raise UnsupportedError(f"rows are {x.dtype}: expected bfloat16 or int8")
-    tile, scaled = tile or Tile.default(M, E), x_scale is not None
+    tile = tile or Tile.default(M, E)
     rows, cols = min(tile.rows, M), min(tile.cols, N)
     depth = divisor(K, tile.bytes // x.dtype.itemsize, 128)
     plan = visits(group_sizes, M, rows)
@@ -94,7 +94,7 @@ def tpu(
         pl.BlockSpec((None, cols, depth), weight_index),
     ]
     operands = [x, w.reshape(-1, N, K)]
-    if scaled:
+    if x_scale is not None and w_scale is not None:
         in_specs += [
             pl.BlockSpec((rows, 1), lambda n, v, k, block, *_: (block[v], 0)),
             pl.BlockSpec(
@@ -104,13 +104,15 @@ def tpu(
         ]
         operands += [x_scale[:, None], w_scale.reshape(-1, N)]
     return pl.pallas_call(
-        partial(_kernel, scaled=scaled),
+        _kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=4,
-            grid=(pl.cdiv(N, cols), plan.count, K // depth),
+            grid=(pl.cdiv(N, cols), plan.used, K // depth),
             in_specs=in_specs,
             out_specs=pl.BlockSpec((rows, cols), lambda n, v, k, block, *_: (block[v], n)),
-            scratch_shapes=[pltpu.VMEM((rows, cols), jnp.int32 if scaled else jnp.float32)],
+            scratch_shapes=[
+                pltpu.VMEM((rows, cols), jnp.int32 if x.dtype == jnp.int8 else jnp.float32)
+            ],
         ),
         out_shape=jax.ShapeDtypeStruct((M, N), out_dtype),
         compiler_params=pltpu.CompilerParams(

@@ -42,7 +42,7 @@ def grouped_matmul(
         at = jnp.where(jnp.arange(_BLOCK) < size, start + jnp.arange(_BLOCK), M)
         rows, weight = x.at[at].get(mode="fill", fill_value=0), _of(w, layer, group)
         sums = lax.dot_general(rows, weight, (((1,), (1,)), ((), ())), preferred_element_type=total)
-        if x_scale is not None:
+        if x_scale is not None and w_scale is not None:
             row_scale = x_scale.at[at].get(mode="fill", fill_value=0)[:, None]
             sums = sums.astype(jnp.float32) * row_scale * _of(w_scale, layer, group)
         sums = jnp.where(group < E, sums, 0)  # padding has met some expert, in vain

@@ -33,14 +33,14 @@ class Visits(NamedTuple):
         block: of rows.
         group: of rows; E for padding.
         weight: the expert whose weights lie ready: the group, or for padding the one before it.
-        count: of pairs. Those behind repeat the last.
+        used: pairs that there are. Those behind repeat the last.
         starts: of groups; the last is the number of rows.
     """
 
     block: Array  # [V]
     group: Array  # [V]
     weight: Array  # [V]
-    count: Array  # []
+    used: Array  # []
     starts: Array  # [E + 2]
 
 

@@ -103,9 +103,12 @@ def _kernel(
                 plgpu.copy_smem_to_gmem(out_smem.at[wg], out_ref.at[at, rows])
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-        pl.run_scoped(scope, *[plgpu.ACC((64, tile.tokens), jnp.int32) for _ in weights])
+        pl.run_scoped(
+            scope, *[plgpu.WGMMAAccumulatorRef((64, tile.tokens), jnp.int32) for _ in weights]
+        )
 
-    weight = plgpu.BlockSpec((64 * tile.warpgroups, tile.depth), lambda k: (0, k), delay_release=1)
+    height = 64 * tile.warpgroups
+    weight = plgpu.BlockSpec((height, tile.depth), lambda k: (0, k), delay_release=1)
     x_spec = plgpu.BlockSpec((tile.tokens, tile.depth), lambda k: (0, k), delay_release=1)
     pipeline = {
         "grid": (x_ref.shape[1] // tile.depth,),
@@ -114,7 +117,7 @@ def _kernel(
     }
     operands = (
         x_ref.at[tokens],
-        *[w.at[layer].at[pl.ds(first, weight.block_shape[0])] for w in weights],
+        *[w.at[layer].at[pl.ds(first, height)] for w in weights],
     )
     if tile.warpgroups == 1:  # several such blocks share a core, and hide each other's waiting
         compute(lambda sums: plgpu.emit_pipeline(partial(step, sums=sums), **pipeline)(*operands))
@@ -140,7 +143,8 @@ def gpu(
     tile = tile or Tile.default(T, N, K, gated)
     padding = -T % tile.tokens
     x, x_scale = jnp.pad(x, ((0, padding), (0, 0))), jnp.pad(x_scale, (0, padding))
-    weights, scales = [w, up][: 1 + gated], [w_scale, up_scale][: 1 + gated]
+    weights: list[Any] = [w, up][: 1 + gated]
+    scales: list[Any] = [w_scale, up_scale][: 1 + gated]
     per_row = [*scales, *([] if bias is None else [bias.astype(jnp.float32)])]
     if layer is None:
         layer, weights, per_row = 0, [w[None] for w in weights], [s[None] for s in per_row]

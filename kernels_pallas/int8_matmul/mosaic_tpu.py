@@ -84,7 +84,8 @@ def tpu(
     rows = T if tile.rows >= T else tile.rows // 32 * 32
     cols, depth = min(tile.cols, N), divisor(K, tile.depth, 128)
 
-    weights, scales = [w, up][: 1 + gated], [w_scale, up_scale][: 1 + gated]
+    weights: list[Any] = [w, up][: 1 + gated]
+    scales: list[Any] = [w_scale, up_scale][: 1 + gated]
     per_column = [*scales, *([] if bias is None else [bias.astype(jnp.float32)])]
     if layer is None:
         layer, weights = 0, [w[None] for w in weights]

@@ -35,9 +35,9 @@ def int8_matmul(
             bias is not taken.
         out_dtype: bfloat16 or float32.
     """
-    gated = check(x, x_scale, w, w_scale, layer, bias, up, up_scale, activation)
+    check(x, x_scale, w, w_scale, layer, bias, up, up_scale, activation)
     y = _scaled(x, x_scale, w, w_scale, layer)
-    if gated:
+    if activation and up is not None and up_scale is not None:
         y = GATES[activation](y, _scaled(x, x_scale, up, up_scale, layer))
     if bias is not None:
         y = y + of_layer(bias, layer).astype(jnp.float32)
@@ -62,8 +62,8 @@ def check(x, x_scale, w, w_scale, layer, bias, up, up_scale, activation) -> bool
     """
     (T, K), lead = x.shape, () if layer is None else (w.shape[0],)
     if w.ndim != 2 + len(lead) or w.shape[-1] != K:
-        expected = "[N, K]" if layer is None else "[L, N, K]"
-        raise ValueError(f"w is {w.shape} with x {x.shape} and {layer=}: expected {expected}")
+        form = "[N, K]" if layer is None else "[L, N, K]"
+        raise ValueError(f"w is {w.shape} with x {x.shape} and {layer=}: expected {form}")
     per_row = (*lead, w.shape[-2])
     gated = up is not None
     expected: list[tuple[str, Any, Any, Any]] = [

@@ -62,7 +62,7 @@ def test_visits_meet_every_row_once(sizes, padding, size):
     plan = visits(jnp.asarray(sizes), rows, size)
     owner, seen = owner_of_rows(sizes, rows), np.zeros(rows, int)
     for block, group, weight in list(zip(plan.block, plan.group, plan.weight, strict=True))[
-        : int(plan.count)
+        : int(plan.used)
     ]:
         seen[block * size : (block + 1) * size][owner[block * size :][:size] == group] += 1
         assert not sum(sizes) or sizes[weight] > 0  # nothing is read for who is absent
