@@ -46,11 +46,10 @@ class Target:
             device: Any = mesh.abstract_device
             if device is None:
                 raise ValueError(f"{mesh} does not say what its devices are: give abstract_device")
-            platform, kind = device.platform, device.device_kind
         else:
             device = mesh.devices.flat[0]
-            platform, kind = device.platform, device.device_kind
-        platform = {"cuda": "gpu"}.get(platform, platform)
+        kind = str(device.device_kind)
+        platform: Any = {"cuda": "gpu"}.get(device.platform, device.platform)
         if platform not in get_args(Platform):
             raise ValueError(f"devices of {platform=}: expected one of {get_args(Platform)}")
         return cls(platform, "" if platform == "cpu" else _DEVICES.get(kind, kind))

@@ -25,7 +25,7 @@ def tpu_races_found() -> bool:
 def simulated_gpu() -> Any:
     """What `interpret=` takes to simulate a Mosaic GPU kernel and look for races."""
     if hasattr(plgpu, "InterpretGPUParams"):  # from 0.11 on
-        return plgpu.InterpretGPUParams(detect_races=True)
+        return plgpu.InterpretGPUParams(detect_races=True)  # type: ignore[attr-defined]
     from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
     _complete_simulator()

@@ -21,8 +21,8 @@ class Int8Weight:
         scale: float32 [..., *out].
     """
 
-    values: Array
-    scale: Array
+    values: Any  # arrays, or numpy's before they are placed
+    scale: Any
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -123,8 +123,8 @@ def as_array(w: Weight) -> Array:
     """One layer's weight as a plain array."""
     if isinstance(w, LowRankWeight):
         return w.merged()
-    w = unstacked(w)
-    return w.dequantized() if isinstance(w, Int8Weight) else w
+    layer = unstacked(w)
+    return layer.dequantized() if isinstance(layer, Int8Weight) else layer
 
 
 def expert_of(w: Weight, expert: Array) -> Any:
