@@ -126,7 +126,7 @@ def _folded(x: Array, by: Callable[[Array, Array], Array] = jnp.add) -> Array:
     return parts[0]
 
 
-def _pick(part: Callable[[Array], Array], low: Array, target: Array, steps: int, token_ref: Any):
+def _pick(part: Callable[[Any], Array], low: Array, target: Array, steps: int, token_ref: Any):
     """Puts down the token at which the running sum of what reaches `low` passes the target [8, 1].
 
     Of parts, then of registers, then of lanes, it is the last one that weighs something and whose
@@ -137,14 +137,14 @@ def _pick(part: Callable[[Array], Array], low: Array, target: Array, steps: int,
         p = part(i)
         return jnp.where(lax.bitcast_convert_type(p, jnp.int32) >= low, p, 0.0)
 
-    def choose(at: Array | int, p: Array, state: Any) -> Any:
+    def choose(at: Any, p: Array, state: Any) -> Any:
         running, (chosen, before, index) = state
         weight = jnp.sum(_folded(p), 1, keepdims=True)
         hit = (weight > 0) & (running <= target)
         best = jnp.where(hit, p, chosen), jnp.where(hit, running, before), jnp.where(hit, at, index)
         return running + weight, best
 
-    def none(like: Array, running: Array) -> Any:
+    def none(like: Any, running: Any) -> Any:
         return running, (jnp.zeros_like(like), running, jnp.zeros(running.shape, jnp.int32))
 
     start = none(part(0), jnp.zeros(target.shape, jnp.float32))

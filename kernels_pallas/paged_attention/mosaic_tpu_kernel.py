@@ -97,12 +97,12 @@ class Scalars(NamedTuple):
 
 
 def kernel(*refs: Any, shape: Shape, has_sinks: bool, caches: int) -> None:
-    scalars, refs = Scalars(*refs[:8]), iter(refs[8:])
-    q, sinks = next(refs), next(refs) if has_sinks else None
-    stacks = [next(refs) for _ in range(caches)]
-    o, lse, mass = next(refs), next(refs), next(refs) if shape.mass else None
-    buffers = [next(refs) for _ in range(caches)]
-    top, total, arrived, turn = refs
+    scalars, rest = Scalars(*refs[:8]), iter(refs[8:])
+    q, sinks = next(rest), next(rest) if has_sinks else None
+    stacks = [next(rest) for _ in range(caches)]
+    o, lse, mass = next(rest), next(rest), next(rest) if shape.mass else None
+    buffers = [next(rest) for _ in range(caches)]
+    top, total, arrived, turn = rest
     head = pl.program_id(0) * shape.heads
     program = pl.program_id(1)
     num_items = scalars.first[pl.num_programs(1)]
@@ -223,12 +223,13 @@ def _attend(
     precision = lax.Precision.HIGHEST if keys.dtype == jnp.float32 else None
     dot = partial(lax.dot_general, precision=precision, preferred_element_type=jnp.float32)
 
-    def token(shape_: tuple[int, int], axis: int) -> Array:  # the step's, of each row
+    def token(shape_: tuple[int, ...], axis: int) -> Array:  # the step's, of each row
         return first + _div(lax.broadcasted_iota(jnp.int32, shape_, axis), shape.group)
 
     def head(h: Array, masked: bool) -> None:
         s = dot(q[h, rows], keys[h], (((1,), (1,)), ((), ())))  # [rows, S]
         s = jnp.tanh(s * shape.squash) if shape.squash else s
+        own = None
         if masked:
             t = token((count, 1), 0)
             own = item.owns(t)
@@ -249,7 +250,7 @@ def _attend(
         added = dot(p.astype(v.dtype), v, (((1,), (0,)), ((), ())))
         added += o[h, rows] * _lanes(shrink, shape.value_dim)
         # others' rows have no business with these values, which might be NaN
-        o[h, rows] = jnp.where(own, added, o[h, rows]) if masked else added
+        o[h, rows] = added if own is None else jnp.where(own, added, o[h, rows])
 
     pl.when(all_seen)(lambda: pl.loop(0, shape.heads)(partial(head, masked=False)))
     some_seen = ~all_seen & (key <= jnp.minimum(at[1], item.end - 1 + item.shift))

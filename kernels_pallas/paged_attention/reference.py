@@ -55,7 +55,8 @@ def paged_attention(
         o, lse, k_pages and v_pages.
     """
     k_pages, v_pages = writing.reference(k_pages, v_pages, k, v, layer, batch)
-    return *page_attention(q, k_pages, v_pages, layer, batch, **options), k_pages, v_pages
+    o, lse = page_attention(q, k_pages, v_pages, layer, batch, **options)
+    return o, lse, k_pages, v_pages
 
 
 def page_attention(

@@ -64,7 +64,7 @@ def tpu(
 
     tokens = pl.cdiv(max(T, slots + align), align) * align  # so that a group fits in
 
-    def rows(x: Array, pages: Array) -> Array:  # [K, T, W]
+    def rows(x: Any, pages: Array) -> Array:  # [K, T, W]
         padding = (0, tokens - T), (0, 0), (0, pages.shape[-1] - x.shape[-1])
         return jnp.pad(x.astype(pages.dtype), padding).swapaxes(0, 1)
 

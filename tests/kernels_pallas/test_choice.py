@@ -62,7 +62,7 @@ def test_reasons_are_listed_when_nobody_can():
 
 def test_a_named_one_is_taken_or_says_why_not():
     assert OP(jnp.zeros((4, 2)), target=CPU, implementation="large") == "large-None"
-    with pytest.raises(UnsupportedError, match="more than 4$"):
+    with pytest.raises(UnsupportedError, match=r"more than 4$"):
         OP(jnp.zeros((5, 2)), target=TPU, implementation="small")
     with pytest.raises(UnsupportedError, match=r"'fast', not in \['small', 'large', 'reference'\]"):
         OP(jnp.zeros((5, 2)), target=TPU, implementation="fast")
