@@ -59,5 +59,5 @@ def cases(*, backward: bool) -> tuple[Case, ...]:
         case("window-sinks-cap", 1, 256, 1, 1, 64, window=100, sinks=True, soft_cap=5.0),
         case("4k", 1, 4096, 32, 8, 128, one=True, shipped=True),
         case("8k-window", 1, 8192, 32, 8, 128, window=1024, one=True, shipped=True),
-        case("8k-narrow", 1, 8192, 32, 8, 64, one=True, shipped=True),
+        case("8k-narrow", 1, 8192, 32, 8, 64, sinks=True, one=True, shipped=True),
     )

@@ -50,7 +50,8 @@ def forward(
     scale: float, window: Array, sinks: Array | None, soft_cap: float,
     tile: GpuTile | None, interpret: Any,
 ) -> tuple[Array, Array]:  # fmt: skip
-    shape, tile = Shape.of(q, k, v), tile or GpuTile()
+    tile = tile or GpuTile()
+    shape = Shape.of(q, k, v, tile)
     B, N, T, H, Hv, dtype = shape.B, shape.N, shape.T, shape.H, shape.Hv, shape.dtype
     first, size = first_seen(segments, window), tile.tokens
     operands = [q, k, v, first, Walk.table(first, size)]

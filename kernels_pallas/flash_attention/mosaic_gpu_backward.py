@@ -40,7 +40,8 @@ def backward(
     tile: GpuTile | None = None, interpret: Any = False,
 ) -> tuple[Array, Array, Array, Array | None]:  # fmt: skip
     """`reference.gradient`."""
-    shape, tile = Shape.of(q, k, v), tile or GpuTile(stages=2)
+    tile = tile or GpuTile(stages=2)
+    shape = Shape.of(q, k, v, tile)
     dtype, size, H, Hv = shape.dtype, tile.tokens, shape.H, shape.Hv
     first, taken = first_seen(segments, window), delta(o, do, dlse)
     operands = [q, k, v, do.astype(dtype), finite(lse) * LOG2E, taken, first]

@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 from jaxserve.models.attention import packed
 from kernels_pallas import versions
 from kernels_pallas.flash_attention import flash_attention, mosaic_tpu, reference
+from kernels_pallas.flash_attention.gpu_blocks import GpuTile
 from kernels_pallas.flash_attention.tpu_blocks import TpuTile
 from kernels_pallas.op import UnsupportedError
 from kernels_pallas.target import CPU, Target
 
-TPU = Target("tpu", "v6e")
+TPU, GPU = Target("tpu", "v6e"), Target("gpu", "h200")
 
 
 def simulated(tile: TpuTile | None = None) -> Any:
@@ -183,3 +184,22 @@ def test_the_tpu_kernel_says_what_it_refuses(sizes, dtype, message):
     segments = jnp.ones((1, sizes[3]), jnp.int32)
     with pytest.raises(UnsupportedError, match=message):
         flash_attention(q, k, v, segments, scale=1.0, target=TPU, implementation="mosaic_tpu")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "dtype", "tile", "message"),
+    [
+        ((1, 2, 1, 192), jnp.bfloat16, None, "T=192 must be a multiple of 128"),
+        ((1, 2, 1, 128), jnp.float32, None, "only bfloat16"),
+        ((1, 2, 1, 128, 192, 128), jnp.bfloat16, None, "H=192 and Hv=128: only 64 and 128"),
+        ((1, 2, 1, 128), jnp.bfloat16, GpuTile(tokens=96), "must be of 64 or 128 tokens"),
+        ((1, 2, 1, 128, 128, 128), jnp.bfloat16, GpuTile(128, 3), "bytes of shared memory"),
+    ],
+)
+def test_the_hopper_kernel_says_what_it_refuses(sizes, dtype, tile, message):
+    args = *operands(*sizes, dtype=dtype), jnp.ones((1, sizes[3]), jnp.int32)
+    with pytest.raises(UnsupportedError, match=message):
+        flash_attention.run("mosaic_gpu", *args, tile=tile, scale=1.0)
+    if tile is None:  # then the reference takes over
+        o, _ = flash_attention(*args, scale=1.0, target=GPU)
+        assert o.shape == (*args[0].shape[:3], args[2].shape[3])
