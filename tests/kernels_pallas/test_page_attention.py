@@ -16,12 +16,11 @@ from kernels_pallas.paged_attention import (
     Ragged,
     mosaic_gpu,
     mosaic_tpu,
-    page_attention,
-    page_write,
     reference,
     writing,
 )
 from kernels_pallas.paged_attention.cases import batch as step_of
+from kernels_pallas.paged_attention.ops import page_attention, page_write
 from sharding import compile_only
 
 L, LAYER, M, R, T, H = 2, 1, 4, 5, 24, 128
