@@ -6,7 +6,7 @@ from kernels_pallas.flash_attention import flash_attention, flash_attention_grad
 from kernels_pallas.grouped_matmul import grouped_matmul
 from kernels_pallas.int8_matmul import int8_matmul
 from kernels_pallas.op import Op
-from kernels_pallas.paged_attention import page_attention, page_write
+from kernels_pallas.paged_attention.ops import page_attention, page_write
 from kernels_pallas.rms_norm_quantize import rms_norm_quantize
 from kernels_pallas.sample import sample
 

@@ -49,7 +49,7 @@ def _case(
     pairs = sum(n * s - n * (n - 1) / 2 for n, s in zip(new, lens, strict=True))
     cost = Cost(read, 2 * pairs * N * (H + (values or H)), jnp.dtype(dtype).name)
     tolerance = 0.01 if dtype == jnp.bfloat16 else 1e-5
-    everywhere = dtype == jnp.bfloat16 and not options.get("mass")
+    everywhere = dtype == jnp.bfloat16 and not options.get("mass") and (values or 0) <= 256
     bodies = None if everywhere else ("mosaic_tpu",)
     return Case(name, make, {"scale": H**-0.5, **options}, shipped, cost, tolerance, bodies)
 

@@ -12,8 +12,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import Array, lax
 
-from kernels_pallas.paged_attention import writing
-from kernels_pallas.paged_attention.ragged import Ragged, from_stored, locate
+from kernels_pallas.paged_attention.ragged import Ragged, from_stored, locate, write
 from kernels_pallas.weight import Weight, as_array
 
 _KEYS = 128  # keys attended at a time
@@ -54,9 +53,23 @@ def paged_attention(
     Returns:
         o, lse, k_pages and v_pages.
     """
-    k_pages, v_pages = writing.reference(k_pages, v_pages, k, v, layer, batch)
+    k_pages, v_pages = page_write(k_pages, v_pages, k, v, layer, batch)
     o, lse = page_attention(q, k_pages, v_pages, layer, batch, **options)
     return o, lse, k_pages, v_pages
+
+
+def page_write(
+    k_pages: Array,  # [L, P, K, Z, W]; uint16 holds bfloat16 bits
+    v_pages: Array | None,  # [L, P, K, Z, Wv]
+    k: Array,  # [T, K, H], H <= W
+    v: Array | None,  # [T, K, Hv]
+    layer: Array | int,
+    batch: Ragged,
+) -> tuple[Array, Array | None]:
+    """The caches with the step's keys and values in the slots of their positions; lanes that a key
+    lacks become 0. May be donated the caches, and then nothing else of them moves."""
+    row, position = locate(batch, k.shape[0])
+    return write(k_pages, v_pages, k, v, layer, batch, row, position)
 
 
 def page_attention(

@@ -19,24 +19,11 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.op import Body, Case, Cost, Op, UnsupportedError
 from kernels_pallas.paged_attention.cases import batch as step_of
-from kernels_pallas.paged_attention.ragged import Ragged, locate, write
+from kernels_pallas.paged_attention.ragged import Ragged
+from kernels_pallas.paged_attention.reference import page_write as reference
 
 _LANES = 128
 _TABLE = 2**17  # entries: half of a v5e's SMEM
-
-
-def reference(
-    k_pages: Array,  # [L, P, K, Z, W]; uint16 holds bfloat16 bits
-    v_pages: Array | None,  # [L, P, K, Z, Wv]
-    k: Array,  # [T, K, H], H <= W
-    v: Array | None,  # [T, K, Hv]
-    layer: Array | int,
-    batch: Ragged,
-) -> tuple[Array, Array | None]:
-    """The caches with the step's keys and values in the slots of their positions; lanes that a key
-    lacks become 0. May be donated the caches, and then nothing else of them moves."""
-    row, position = locate(batch, k.shape[0])
-    return write(k_pages, v_pages, k, v, layer, batch, row, position)
 
 
 @dataclass(frozen=True)
@@ -52,7 +39,7 @@ def tpu(
     k_pages: Array, v_pages: Array | None, k: Array, v: Array | None, layer: Array | int,
     batch: Ragged, *, tile: TpuTile | None = None, interpret: Any = False,
 ) -> tuple[Array, Array | None]:  # fmt: skip
-    """`reference` as a TPU kernel."""
+    """`reference.page_write` as a TPU kernel."""
     tile = tile or TpuTile()
     stacks = [k_pages] if v_pages is None else [k_pages, v_pages]
     (T, K, _), (R, M) = k.shape, batch.tables.shape

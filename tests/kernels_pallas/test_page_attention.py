@@ -10,15 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
+from kernels_pallas import versions
 from kernels_pallas.op import UnsupportedError
 from kernels_pallas.paged_attention import (
     Ragged,
+    mosaic_gpu,
     mosaic_tpu,
-    page_attention,
-    page_write,
     reference,
     writing,
 )
+from kernels_pallas.paged_attention.cases import batch as step_of
+from kernels_pallas.paged_attention.ops import page_attention, page_write
 from sharding import compile_only
 
 L, LAYER, M, R, T, H = 2, 1, 4, 5, 24, 128
@@ -165,6 +167,52 @@ def test_heads_may_be_split_over_programs():
     )
     for x, y in zip(found, reference.page_attention(*args, **arrays, **case.options), strict=True):
         np.testing.assert_allclose(x, y, rtol=0.01, atol=0.02)
+
+
+@pytest.mark.parametrize("options", [{"splits": 3}, {"groups": 2, "stages": 2}])
+def test_tiles_on_hopper(options):
+    """Shares of keys that merge, of which some are empty; two tiles of rows that share a ring."""
+    rng = np.random.default_rng(0)
+    step, pages = step_of((1, 35), (70, 40), 16)
+    stored = rng.standard_normal((2, 1, pages, 1, 16, 64)).astype(jnp.bfloat16)
+    held = np.zeros((pages, 16), bool)
+    for r, length in enumerate(step.kv_lens):
+        at = np.arange(length)
+        held[step.tables[r, at // 16], at % 16] = True
+    junk = jnp.array([1e4, jnp.nan], stored.dtype)  # the simulator's products warn of a key's NaN
+    junk = junk[:, None, None, None, None, None]
+    stored = jnp.where(held[None, None, :, None, :, None], stored, junk)
+    q = jnp.asarray(rng.standard_normal((36, 4, 64)), jnp.bfloat16)
+    sinks = jnp.asarray(rng.standard_normal(4), jnp.float32)
+    args = (q, *stored, 0, jax.tree.map(jnp.asarray, step))
+    tile, interpret = mosaic_gpu.GpuTile(**options), versions.simulated_gpu()
+    found = mosaic_gpu.page_attention(*args, scale=0.3, sinks=sinks, tile=tile, interpret=interpret)
+    expected = reference.page_attention(*args, scale=0.3, sinks=sinks)
+    for x, y in zip(found, expected, strict=True):
+        np.testing.assert_allclose(x, y, rtol=0.02, atol=0.02)
+
+
+REFUSED_ON_HOPPER = {
+    "float32": ({"dtype": jnp.float32}, {}, "pages of float32: keep them in bfloat16"),
+    "masses": ({}, {"mass": True}, "mass=True: no sums of pages"),
+    "wide values": ({"W": 640}, {}, "values of 640 lanes: 64s, and values up to 256"),
+    "odd pages": ({"Z": 24}, {}, "Z=24 keys in a page: a power of two"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED_ON_HOPPER)
+def test_it_says_what_it_cannot_take_on_hopper(name):
+    sizes, options, message = REFUSED_ON_HOPPER[name]
+    sizes = {"W": 128, "Z": 16, "dtype": jnp.bfloat16} | sizes
+    pages = jax.ShapeDtypeStruct((1, 4, 2, sizes["Z"], sizes["W"]), sizes["dtype"])
+    q = jax.ShapeDtypeStruct((3, 4, sizes["W"]), jnp.bfloat16)
+    step = Ragged(*(jax.ShapeDtypeStruct(s, jnp.int32) for s in ((4,), (3,), (3, 2), ())))
+
+    def run(q, pages, step):
+        return page_attention.run("mosaic_gpu", q, pages, pages, 0, step, scale=1.0, **options)
+
+    with pytest.raises(UnsupportedError, match=message):
+        jax.eval_shape(run, q, pages, step)
 
 
 @functools.cache

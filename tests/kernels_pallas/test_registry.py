@@ -21,12 +21,18 @@ TARGETS = {
 }
 
 
-def table(shipped: bool | None, *bodies: str):
-    """Parameters (op, body, case) for cases of one kind or of both."""
+def table(shipped: bool | None, *bodies: str, slow: str = ""):
+    """Parameters (op, body, case) for cases of one kind or of both; those of one body may be slow."""
     return pytest.mark.parametrize(
         ("op", "body", "case"),
         [
-            pytest.param(op, body, case, id=f"{op.name}-{body}-{case.name}")
+            pytest.param(
+                op,
+                body,
+                case,
+                id=f"{op.name}-{body}-{case.name}",
+                marks=[pytest.mark.slow] if body == slow else [],
+            )  # fmt: skip
             for op in OPS
             for body in op.bodies
             for case in op.cases
@@ -49,7 +55,7 @@ def agree(found, expected, tolerance: float) -> None:
         np.testing.assert_allclose(x, y, rtol=0, atol=bound)
 
 
-@table(False)
+@table(False, slow="mosaic_gpu")  # always simulated, seconds each
 def test_matches_its_reference(op: Op, body: str, case: Case):
     args, arrays = case.make(jax.random.key(0))
     found = op.run(body, *args, interpret=simulated(body), **arrays, **case.options)

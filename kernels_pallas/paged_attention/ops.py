@@ -1,0 +1,18 @@
+"""The two halves of attention over pages, as ops with kernels. Importing them imports Pallas."""
+
+from kernels_pallas.op import Body, Op
+from kernels_pallas.paged_attention import mosaic_gpu, mosaic_tpu, reference
+from kernels_pallas.paged_attention.cases import CASES
+from kernels_pallas.paged_attention.writing import page_write
+
+page_attention = Op(
+    "page_attention",
+    reference.page_attention,
+    {
+        "mosaic_tpu": Body("tpu", mosaic_tpu.page_attention, mosaic_tpu.TpuTile),
+        "mosaic_gpu": Body("gpu", mosaic_gpu.page_attention, mosaic_gpu.GpuTile),
+    },
+    CASES,
+)
+
+__all__ = ["page_attention", "page_write"]
