@@ -108,22 +108,22 @@ class Ring:
         return [tile.at[slot] for tile in self.tiles], self.free.at[slot]
 
 
-def product(a: Any, b: Any, shape: tuple[int, int]) -> Array:
+def product(a: Any, b: Any, shape: tuple[int, ...]) -> Array:
     """a @ b of tiles in shared memory, [64, n] in float32."""
 
     def scope(total: Any) -> Array:
         plgpu.wgmma(total, a, b)
         return total[...]
 
-    return pl.run_scoped(scope, plgpu.ACC(shape, jnp.float32))
+    return pl.run_scoped(scope, plgpu.WGMMAAccumulatorRef((shape[0], shape[1]), jnp.float32))
 
 
-def across(row: Array, shape: tuple[int, int]) -> Array:
+def across(row: Array, shape: tuple[int, ...]) -> Array:
     """A number per column."""
     return lax.broadcast_in_dim(row, shape, (1,))
 
 
-def down(column: Array, shape: tuple[int, int]) -> Array:
+def down(column: Array, shape: tuple[int, ...]) -> Array:
     """A number per row."""
     return lax.broadcast_in_dim(column, shape, (0,))
 

@@ -124,7 +124,7 @@ def _kernel(
             plgpu.barrier_arrive(free)
             return value * down(shrink, value.shape) + part, top, total
 
-        sink = sinks_ref[head] * LOG2E if sunk else jnp.float32(_NOTHING)
+        sink = jnp.float32(_NOTHING) if sinks_ref is None else sinks_ref[head] * LOG2E
         value, top, total = walk(attend, (
             jnp.zeros((ROWS, shape.Hv), jnp.float32),
             jnp.full((ROWS,), sink, jnp.float32),

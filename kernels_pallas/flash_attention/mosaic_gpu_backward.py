@@ -142,7 +142,7 @@ def _queries_kernel(
             walk(add, None)
             q_smem[wg] = (total[...] * scale).astype(shape.dtype)
 
-        pl.run_scoped(scope, plgpu.ACC((ROWS, shape.H), jnp.float32))
+        pl.run_scoped(scope, plgpu.WGMMAAccumulatorRef((ROWS, shape.H), jnp.float32))
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(q_smem.at[wg], dq_ref.at[where])
         plgpu.wait_smem_to_gmem(0)
@@ -207,7 +207,9 @@ def _keys_kernel(
             k_smem[wg] = (k_total[...] * scale).astype(shape.dtype)
             v_smem[wg] = v_total[...].astype(shape.dtype)
 
-        sums = (plgpu.ACC((ROWS, width), jnp.float32) for width in (shape.H, shape.Hv))
+        sums = (
+            plgpu.WGMMAAccumulatorRef((ROWS, width), jnp.float32) for width in (shape.H, shape.Hv)
+        )
         pl.run_scoped(scope, *sums)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(k_smem.at[wg], dk_ref.at[where])

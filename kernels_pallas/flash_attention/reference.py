@@ -107,7 +107,7 @@ class Steps(NamedTuple):
     outer: Array  # [S], block of the outer axis, counted through the batch
     inner: Array  # [S], block of the inner axis
     flags: Array  # [S], of FIRST, LAST (of an outer block) and MASKED (not all is seen)
-    count: Array  # [], pairs that are real; S is the most that there can be
+    total: Array  # [], pairs that are real; S is the most that there can be
 
 
 FIRST, LAST, MASKED = 1, 2, 4

@@ -104,7 +104,7 @@ class Blocks:
             )
         grid = pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
-            grid=(self.shape.K, steps.count),
+            grid=(self.shape.K, steps.total),
             in_specs=[self._spec(kind, x) for kind, x in operands],
             out_specs=[self._spec(kind, x) for kind, x in out],
             scratch_shapes=scratch,

@@ -111,7 +111,7 @@ def kernel(
                 plgpu.barrier_arrive(silenced)
                 plgpu.barrier_wait(silenced)
 
-            def attend(step: Array, state: tuple[Array, ...]) -> tuple[Array, ...]:
+            def attend(step: Array, state: tuple[Any, ...]) -> tuple[Any, ...]:
                 value, top, total = state
                 slot = lax.rem(step, jnp.int32(shape.stages))
                 key = (part + step * shape.count) * shape.part
@@ -182,16 +182,16 @@ def _silence(values: Any, past: Array) -> None:
     plgpu.commit_smem()
 
 
-def _product(a: Any, b: Any, shape: tuple[int, int]) -> Array:
+def _product(a: Any, b: Any, shape: tuple[int, ...]) -> Array:
     """a @ b [64, n] in float32; b is a tile in shared memory."""
 
     def scope(total: Any) -> Array:
         plgpu.wgmma(total, a, b)
         return total[...]
 
-    return pl.run_scoped(scope, plgpu.ACC(shape, jnp.float32))
+    return pl.run_scoped(scope, plgpu.WGMMAAccumulatorRef((shape[0], shape[1]), jnp.float32))
 
 
-def _down(column: Array, shape: tuple[int, int]) -> Array:
+def _down(column: Array, shape: tuple[int, ...]) -> Array:
     """A number per row."""
     return lax.broadcast_in_dim(column, shape, (0,))

@@ -130,12 +130,12 @@ def test_only_blocks_that_see_each_other_are_steps():
     first = reference.first_seen(documents("aaaabbbb"), 0)
     steps = reference.query_major(first, 128, 128)
     pairs = [(int(i), int(j)) for i, j in zip(steps.outer, steps.inner, strict=True)]
-    assert pairs[: int(steps.count)] == [(0, 0), (1, 0), (1, 1), (2, 2), (3, 2), (3, 3)]
-    masked = (np.asarray(steps.flags) & reference.MASKED > 0)[: int(steps.count)]
+    assert pairs[: int(steps.total)] == [(0, 0), (1, 0), (1, 1), (2, 2), (3, 2), (3, 3)]
+    masked = (np.asarray(steps.flags) & reference.MASKED > 0)[: int(steps.total)]
     assert masked.tolist() == [True, False, True, True, False, True]
     steps = reference.key_major(reference.first_seen(documents("aaaaaaaa"), 129), 128, 128)
     pairs = [(int(j), int(i)) for j, i in zip(steps.outer, steps.inner, strict=True)]
-    assert pairs[: int(steps.count)] == [(0, 0), (0, 1), (1, 1), (1, 2), (2, 2), (2, 3), (3, 3)]
+    assert pairs[: int(steps.total)] == [(0, 0), (0, 1), (1, 1), (1, 2), (2, 2), (2, 3), (3, 3)]
 
 
 def test_a_window_may_be_known_only_at_run_time():

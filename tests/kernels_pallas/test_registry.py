@@ -22,7 +22,7 @@ TARGETS = {
 
 
 def table(shipped: bool | None, *bodies: str, slow: str = ""):
-    """Parameters (op, body, case) for cases of one kind or of both; those of one body may be slow."""
+    """Parameters (op, body, case) for cases of one kind or both; those of one body may be slow."""
     return pytest.mark.parametrize(
         ("op", "body", "case"),
         [
@@ -32,7 +32,7 @@ def table(shipped: bool | None, *bodies: str, slow: str = ""):
                 case,
                 id=f"{op.name}-{body}-{case.name}",
                 marks=[pytest.mark.slow] if body == slow else [],
-            )  # fmt: skip
+            )
             for op in OPS
             for body in op.bodies
             for case in op.cases
