@@ -62,7 +62,7 @@ def sampling_params(args: argparse.Namespace) -> SamplingParams:
 
 def _typed(kind: Any) -> dict[str, Any]:
     """argparse's description of a field's type."""
-    if isinstance(kind, types.UnionType):
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):  # of a Literal it is the latter
         (kind,) = (k for k in kind.__args__ if k is not type(None))
     if kind is bool:
         return {"action": argparse.BooleanOptionalAction}

@@ -67,6 +67,15 @@ def test_every_engine_setting_is_an_option_and_described():
     assert settings["kernels"] == "reference"
 
 
+def test_a_choice_that_may_be_left_out_can_be_made(capsys):
+    args = parser().parse_args(["generate", "m", "p", "--quantization", "int8"])
+    assert EngineConfig(**{k: v for k, v in cli_options.engine_settings(args).items()
+                           if k != "revision"}).quantization == "int8"  # fmt: skip
+    with pytest.raises(SystemExit):
+        parser().parse_args(["generate", "m", "p", "--quantization", "int3"])
+    assert "invalid choice: 'int3'" in capsys.readouterr().err
+
+
 def test_an_error_is_one_line_and_no_traceback(capsys):
     assert main(["generate", "/no/such/folder", "hi"]) == 1
     shown = capsys.readouterr()
