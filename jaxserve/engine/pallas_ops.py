@@ -76,8 +76,8 @@ def _linear(target: Target, x: Array, *weights: Weight, num_in: int = 1) -> Any:
         y = int8_matmul(values, scale, *_matrix(w), layer=_layer(w), target=target, **_out(x))
         return y.astype(x.dtype).reshape(*lead, *w.shape[: len(w.shape) - num_in])
 
-    outs = tuple(map(product, weights))
-    return outs if len(outs) > 1 else outs[0]
+    outs = [product(w) for w in weights]
+    return tuple(outs) if len(outs) > 1 else outs[0]
 
 
 def _gated_linear(
