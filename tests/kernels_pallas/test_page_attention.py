@@ -193,10 +193,59 @@ def test_tiles_on_hopper(options):
         np.testing.assert_allclose(x, y, rtol=0.02, atol=0.02)
 
 
+@pytest.mark.parametrize(
+    ("blocks", "steps", "prompts", "splits"),
+    [
+        (8, 512, False, 15),  # one long sequence of eight heads
+        (256, 512, False, 1),  # two whole waves already
+        (150, 512, False, 4),  # five waves of 600, not two of which one is nearly empty
+        (64, 8, False, 2),
+        (1, 3, False, 1),
+        (100, 512, True, 1),
+    ],
+)
+def test_shares_of_keys_fill_the_cores(blocks, steps, prompts, splits):
+    assert mosaic_gpu._splits(blocks, steps, prompts) == splits
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("splits", [1, 3])
+def test_wide_latents_on_hopper(splits):
+    """Values of 384 lanes, a window, shares of keys; NaN where nobody has written."""
+    rng = np.random.default_rng(0)
+    step, pages = step_of((1, 2), (90, 40), 32)
+    stored = rng.standard_normal((1, pages, 1, 32, 512)).astype(jnp.bfloat16)
+    held = np.zeros((pages, 32), bool)
+    for r, length in enumerate(step.kv_lens):
+        at = np.arange(length)
+        held[step.tables[r, at // 32], at % 32] = True
+    stored = jnp.where(held[None, :, None, :, None], stored, jnp.array(1e4, stored.dtype))
+    q = jnp.asarray(rng.standard_normal((3, 8, 400)), jnp.bfloat16)
+    args = (q, stored, None, 0, jax.tree.map(jnp.asarray, step))
+    options = {"scale": 0.05, "window": jnp.int32(70), "value_dim": 384, "soft_cap": 4.0}
+    tile = mosaic_gpu.GpuTile(splits=splits)
+    found = mosaic_gpu.page_attention(
+        *args, **options, tile=tile, interpret=versions.simulated_gpu()
+    )
+    for x, y in zip(found, reference.page_attention(*args, **options), strict=True):
+        np.testing.assert_allclose(x, y, rtol=0.02, atol=0.02)
+
+
 REFUSED_ON_HOPPER = {
     "float32": ({"dtype": jnp.float32}, {}, "pages of float32: keep them in bfloat16"),
     "masses": ({}, {"mass": True}, "mass=True: no sums of pages"),
-    "wide values": ({"W": 640}, {}, "values of 640 lanes: 64s, and values up to 256"),
+    "wide values": ({"W": 640}, {}, "values of 640 lanes in pages of 640: whole 64s, .* to 256"),
+    "wide latents": ({"W": 640, "latent": True}, {"value_dim": 576}, "576 lanes .* up to 512"),
+    "groups": (
+        {"W": 640, "latent": True},
+        {"value_dim": 512, "tile": mosaic_gpu.GpuTile(groups=2)},
+        "groups=2 of rows: one",
+    ),
+    "no room": (
+        {"W": 640, "latent": True},
+        {"value_dim": 512, "tile": mosaic_gpu.GpuTile(stages=3)},
+        "3 blocks of 64 keys of 576 .* bytes of shared memory",
+    ),
     "odd pages": ({"Z": 24}, {}, "Z=24 keys in a page: a power of two"),
 }
 
@@ -204,13 +253,14 @@ REFUSED_ON_HOPPER = {
 @pytest.mark.parametrize("name", REFUSED_ON_HOPPER)
 def test_it_says_what_it_cannot_take_on_hopper(name):
     sizes, options, message = REFUSED_ON_HOPPER[name]
-    sizes = {"W": 128, "Z": 16, "dtype": jnp.bfloat16} | sizes
+    sizes = {"W": 128, "Z": 16, "dtype": jnp.bfloat16, "latent": False} | sizes
     pages = jax.ShapeDtypeStruct((1, 4, 2, sizes["Z"], sizes["W"]), sizes["dtype"])
-    q = jax.ShapeDtypeStruct((3, 4, sizes["W"]), jnp.bfloat16)
+    q = jax.ShapeDtypeStruct((3, 4, 576 if sizes["latent"] else sizes["W"]), jnp.bfloat16)
     step = Ragged(*(jax.ShapeDtypeStruct(s, jnp.int32) for s in ((4,), (3,), (3, 2), ())))
 
     def run(q, pages, step):
-        return page_attention.run("mosaic_gpu", q, pages, pages, 0, step, scale=1.0, **options)
+        values = None if sizes["latent"] else pages
+        return page_attention.run("mosaic_gpu", q, pages, values, 0, step, scale=1.0, **options)
 
     with pytest.raises(UnsupportedError, match=message):
         jax.eval_shape(run, q, pages, step)
