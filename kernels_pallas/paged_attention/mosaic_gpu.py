@@ -26,7 +26,7 @@ from kernels_pallas.paged_attention.mosaic_gpu_kernel import (
     Shape,
     kernel,
 )
-from kernels_pallas.paged_attention.ragged import Ragged, locate
+from kernels_pallas.paged_attention.ragged import Ragged, owners
 from kernels_pallas.weight import Weight, as_array
 
 _SHARED = 227 * 1024  # bytes of shared memory that a block may take
@@ -52,11 +52,9 @@ def page_attention(
     interpret: Any = False,
 ) -> tuple[Array, ...]:  # fmt: skip
     """`reference.page_attention` as one Hopper kernel."""
-    if mass:
-        raise UnsupportedError("mass=True: no sums of pages are kept here")
     (T, N, H), K = q.shape, k_pages.shape[2]
     value_dim = value_dim or (H if v_pages is None else v_pages.shape[-1])
-    shape = _shape(tile or GpuTile(), q, k_pages, v_pages, batch, value_dim, scale, soft_cap)
+    shape = _shape(tile or GpuTile(), q, k_pages, v_pages, batch, value_dim, mass, scale, soft_cap)
     G, heads = shape.group, K * shape.heads
     seqs, firsts, first_item = _items(batch, T, shape)
     queries = jnp.pad(q.astype(k_pages.dtype), ((0, 0), (0, 0), (0, shape.lanes - H)))
@@ -66,22 +64,40 @@ def page_attention(
     head = jnp.arange(heads)[:, None] * G + jnp.tile(row % G, shape.groups)  # [heads, rows]
     queries = queries[token[:, None], head]  # [items, heads, rows, lanes]
     caches = [k_pages] if v_pages is None else [k_pages, v_pages]
-    o, lse = _launch(
+    window = jnp.asarray(window, jnp.int32)
+    o, lse, *masses = _launch(
         (
-            jnp.asarray(layer, jnp.int32).reshape(1), jnp.asarray(window, jnp.int32).reshape(1),
+            jnp.asarray(layer, jnp.int32).reshape(1), window.reshape(1),
             batch.row_starts, batch.kv_lens, batch.tables.reshape(-1), seqs, firsts,
         ),
         queries, caches, shape, interpret,
     )  # fmt: skip
-    seq, _ = locate(batch, T)
+    seq, position = owners(batch, T)
     size = shape.groups * shape.tokens
     at = jnp.arange(T) - batch.row_starts[seq]  # of each token, in its sequence's share of the step
     item, at = first_item[seq] + at // size, at % size
     row = at // shape.tokens * ROWS + at % shape.tokens * G
     row = row[:, None, None] + jnp.arange(G)  # [T, 1, G]
-    where = slice(None), item[:, None, None], jnp.arange(heads)[:, None], row
+    item, head = item[:, None, None], jnp.arange(heads)[:, None]
+    where = slice(None), item, head, row
     o, lse = (x[where].reshape(shape.splits, T, N, *x.shape[4:]) for x in (o, lse))
-    return _merge(o[..., :value_dim], lse, None if sinks is None else as_array(sinks))
+    o, lse = _merge(o[..., :value_dim], lse, None if sinks is None else as_array(sinks))
+    if not mass:
+        return o, lse
+    logs = masses[0][item, head, :, row].reshape(T, N, -1)
+    return o, lse, _page_mass(logs, lse, position, window, batch.tables.shape[1], shape)
+
+
+def _page_mass(
+    logs: Array, lse: Array, position: Array, window: Array, M: int, shape: Shape
+) -> Array:
+    """[T, N, M] from logarithms of sums over parts of pages, where a token sees any of a part."""
+    first = jnp.arange(M * shape.parts) * shape.part  # keys
+    position = position[:, None]
+    seen = (first <= position) & ((window == 0) | (position - first - shape.part < window - 1))
+    share = jnp.exp2(logs[..., : M * shape.parts] - lse[..., None] * LOG2E)
+    share = jnp.where(seen[:, None], share, 0.0)  # nobody has written elsewhere
+    return share.reshape(*lse.shape, M, shape.parts).sum(-1)
 
 
 def _merge(o: Array, lse: Array, sinks: Array | None) -> tuple[Array, Array]:
@@ -96,7 +112,7 @@ def _merge(o: Array, lse: Array, sinks: Array | None) -> tuple[Array, Array]:
 
 def _shape(
     tile: GpuTile, q: Array, k_pages: Array, v_pages: Array | None, batch: Ragged, value_dim: int,
-    scale: float, soft_cap: float,
+    mass: bool, scale: float, soft_cap: float,
 ) -> Shape:  # fmt: skip
     """The kernel's sizes, or what speaks against it."""
     T, N, H = q.shape
@@ -141,12 +157,12 @@ def _shape(
     part = min(Z, keys)
     return Shape(
         G, heads, tokens, groups, stages, splits, part, Z // part, keys // part, M, lanes,
-        values, in_keys, wide, factor, cap,
+        values, in_keys, wide, mass, factor, cap,
     )  # fmt: skip
 
 
 def _splits(blocks: int, steps: int, prompts: bool) -> int:
-    """Shares of a sequence's keys: the fewest with which the cores are about as busy as they can be.
+    """Shares of a sequence's keys: the fewest with which cores are about as busy as they can be.
 
     Args:
         blocks: of threads, without shares; one fills a core.
@@ -177,9 +193,12 @@ def _items(batch: Ragged, T: int, shape: Shape) -> tuple[Array, Array, Array]:
 
 def _launch(
     scalars: tuple[Array, ...], queries: Array, caches: list[Array], shape: Shape, interpret: Any
-) -> tuple[Array, Array]:
-    """o [splits, items, heads, rows, values] and lse, without lanes."""
+) -> Any:
+    """o [splits, items, heads, rows, values], lse without lanes, and sums by part."""
     items, heads, rows, _ = queries.shape
+    out = [(shape.splits, items, heads, rows, shape.values), (shape.splits, items, heads, rows)]
+    if shape.mass:
+        out.append((items, heads, shape.row * shape.parts + shape.count, rows))
     if shape.wide:
         body = partial(latent.kernel, shape=shape, simulated=bool(interpret))
         scratch = latent.scratch(shape, queries.dtype)
@@ -187,10 +206,7 @@ def _launch(
         body, scratch = partial(kernel, shape=shape), _scratch(shape, queries.dtype)
     return plgpu.kernel(
         body,
-        out_type=[
-            jax.ShapeDtypeStruct((shape.splits, items, heads, rows, shape.values), jnp.float32),
-            jax.ShapeDtypeStruct((shape.splits, items, heads, rows), jnp.float32),
-        ],
+        out_type=[jax.ShapeDtypeStruct(x, jnp.float32) for x in out],
         grid=(heads, shape.splits, items),
         grid_names=("head", "split", "item"),
         num_threads=3 if shape.wide else shape.groups + 1,

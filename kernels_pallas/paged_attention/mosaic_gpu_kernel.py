@@ -11,6 +11,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+TINY = 1e-37
 HIDDEN = -1e30  # finite: a row that has seen nothing yet must not become NaN
 LOG2E = math.log2(math.e)
 ROWS = 64  # of a warpgroup: what wgmma fixes
@@ -33,6 +34,7 @@ class Shape:
         lanes, values: of keys and of values that are brought.
         in_keys: whether values are lanes of keys.
         wide: whether two warpgroups share these.
+        mass: whether sums of exponentials are kept, by part.
         factor: of logits, inside tanh where there is a `cap`.
     """
 
@@ -50,6 +52,7 @@ class Shape:
     values: int
     in_keys: bool
     wide: bool
+    mass: bool
     factor: float
     cap: float
 
@@ -128,11 +131,28 @@ def logits(s: Array, position: Array, key: Array, reach: Array, shape: Shape) ->
     return jnp.where((back >= 0) & (back < reach), s, HIDDEN)
 
 
+def part_sums(p: Array, shape: Shape) -> list[Array]:
+    """Of exponentials, for each part of a block of keys."""
+    starts = range(0, shape.keys, shape.part)
+    return [jnp.sum(p[:, start : start + shape.part], 1) for start in starts]
+
+
+def keep_masses(masses: Any, sums: list[Array], top: Array, first: Array) -> None:
+    """Logarithms to base 2 of sums relative to `top`, since what all of them add up to comes last.
+
+    Args:
+        masses: [parts, rows].
+        first: the part that begins the block. Behind a sequence's last part there is room.
+    """
+    for i, total in enumerate(sums):
+        masses[first + i] = top + jnp.log2(jnp.maximum(total, TINY))
+
+
 def kernel(
     layer, window, starts, lens, tables, seqs, firsts, q_ref, *refs, shape: Shape
 ) -> None:  # fmt: skip
-    n = 1 if shape.in_keys else 2
-    stacks, (o_ref, lse_ref), refs = refs[:n], refs[n : n + 2], refs[n + 2 :]
+    n, outs = 1 if shape.in_keys else 2, 3 if shape.mass else 2
+    stacks, (o_ref, lse_ref, *mass_refs), refs = refs[:n], refs[n : n + outs], refs[n + outs :]
     q_smem, p_smem, o_smem, lse_smem, arrived, silenced, free, *rest = refs
     blocks, ready = rest[:n], rest[n:]
     head, split, item = (lax.axis_index(name) for name in ("head", "split", "item"))
@@ -171,7 +191,11 @@ def kernel(
                 s = logits(s, base + work.shift, key, work.reach, shape)
                 now = jnp.maximum(top, jnp.max(s, 1))
                 p, shrink = jnp.exp2(s - down(now, s.shape)), jnp.exp2(top - now)
-                total = total * shrink + jnp.sum(p, 1)
+                sums = part_sums(p, shape) if shape.mass else [jnp.sum(p, 1)]
+                for masses in mass_refs:
+                    at = work.part + step * shape.count
+                    keep_masses(masses.at[item, head, :, rows], sums, now, at)
+                total = total * shrink + sum(sums)
                 plgpu.barrier_wait(ready[-1].at[slot]) if n == 2 else None
                 values = blocks[-1].at[slot, :, pl.ds(0, shape.values)]
                 past = work.end + work.shift - key  # the first of the block's keys that nobody sees

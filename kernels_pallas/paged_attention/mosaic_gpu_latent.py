@@ -24,7 +24,9 @@ from kernels_pallas.paged_attention.mosaic_gpu_kernel import (
     Work,
     bring,
     down,
+    keep_masses,
     logits,
+    part_sums,
     product,
     silence,
 )
@@ -57,9 +59,10 @@ def scratch(shape: Shape, dtype: Any) -> list[Any]:
 
 def kernel(
     layer, window, starts, lens, tables, seqs, firsts, q_ref, pages, o_ref, lse_ref,
-    q_smem, p_smem, shrink_smem, blocks, arrived, weighed, added, free, ready, *,
-    shape: Shape, simulated: bool,
+    *refs, shape: Shape, simulated: bool,
 ) -> None:  # fmt: skip
+    mass_refs, refs = (refs[:1], refs[1:]) if shape.mass else ((), refs)
+    q_smem, p_smem, shrink_smem, blocks, arrived, weighed, added, free, ready = refs
     head, split, item = (lax.axis_index(name) for name in ("head", "split", "item"))
     wg, (few, many) = lax.axis_index("wg"), _shares(shape.values)
 
@@ -79,7 +82,8 @@ def kernel(
             for ref, part in zip(refs, parts, strict=True):
                 plgpu.wgmma(ref, p_smem, part)
 
-        return pl.run_state(multiply)(tuple(plgpu.ACC.init(x) for x in sums))
+        going_on: Any = tuple(plgpu.WGMMAAccumulatorRef.init(x) for x in sums)
+        return pl.run_state(multiply)(going_on)
 
     def store(sums: Any, scale: Array, share: Any) -> None:
         for x, lanes in zip(sums, share, strict=True):
@@ -111,7 +115,10 @@ def kernel(
                 s = logits(s, work.first + work.shift, key, work.reach, shape)
                 now = jnp.maximum(top, jnp.max(s, 1))
                 p, shrink = jnp.exp2(s - down(now, s.shape)), jnp.exp2(top - now)
-                total = total * shrink + jnp.sum(p, 1)
+                parts = part_sums(p, shape) if shape.mass else [jnp.sum(p, 1)]
+                for masses in mass_refs:
+                    keep_masses(masses.at[item, head], parts, now, work.part + step * shape.count)
+                total = total * shrink + sum(parts)
                 past = work.end + work.shift - key  # the first of the block's that nobody sees
                 values = keys.at[:, pl.ds(0, shape.values)]
                 pl.when(past < shape.keys)(lambda: silence(values, past))

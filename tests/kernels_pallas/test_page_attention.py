@@ -211,7 +211,7 @@ def test_shares_of_keys_fill_the_cores(blocks, steps, prompts, splits):
 @pytest.mark.slow
 @pytest.mark.parametrize("splits", [1, 3])
 def test_wide_latents_on_hopper(splits):
-    """Values of 384 lanes, a window, shares of keys; NaN where nobody has written."""
+    """Values of 384 lanes, a window, shares of keys, masses of pages that lie in several."""
     rng = np.random.default_rng(0)
     step, pages = step_of((1, 2), (90, 40), 32)
     stored = rng.standard_normal((1, pages, 1, 32, 512)).astype(jnp.bfloat16)
@@ -223,6 +223,7 @@ def test_wide_latents_on_hopper(splits):
     q = jnp.asarray(rng.standard_normal((3, 8, 400)), jnp.bfloat16)
     args = (q, stored, None, 0, jax.tree.map(jnp.asarray, step))
     options = {"scale": 0.05, "window": jnp.int32(70), "value_dim": 384, "soft_cap": 4.0}
+    options["mass"] = splits > 1
     tile = mosaic_gpu.GpuTile(splits=splits)
     found = mosaic_gpu.page_attention(
         *args, **options, tile=tile, interpret=versions.simulated_gpu()
@@ -233,7 +234,6 @@ def test_wide_latents_on_hopper(splits):
 
 REFUSED_ON_HOPPER = {
     "float32": ({"dtype": jnp.float32}, {}, "pages of float32: keep them in bfloat16"),
-    "masses": ({}, {"mass": True}, "mass=True: no sums of pages"),
     "wide values": ({"W": 640}, {}, "values of 640 lanes in pages of 640: whole 64s, .* to 256"),
     "wide latents": ({"W": 640, "latent": True}, {"value_dim": 576}, "576 lanes .* up to 512"),
     "groups": (
