@@ -69,7 +69,7 @@ class Work(NamedTuple):
         shift: from a token to its position.
         reach: keys that a token sees, back from its own.
         part, end_part: the first of the share, and the one behind the last of the sequence.
-        count: blocks of keys.
+        steps: blocks of keys.
     """
 
     seq: Array
@@ -79,7 +79,7 @@ class Work(NamedTuple):
     reach: Array
     part: Array
     end_part: Array
-    count: Array
+    steps: Array
 
     @classmethod
     def of(cls, shape: Shape, window, starts, lens, seqs, firsts) -> Work:
@@ -94,8 +94,8 @@ class Work(NamedTuple):
         share = lax.div(share + shape.splits - 1, jnp.int32(shape.splits)) * shape.count
         part = part + split * share
         share = jnp.maximum(jnp.minimum(share, end_part - part), 0)
-        count = lax.div(share + shape.count - 1, jnp.int32(shape.count))
-        return cls(seq, first, end, shift, reach, part, end_part, count)
+        steps = lax.div(share + shape.count - 1, jnp.int32(shape.count))
+        return cls(seq, first, end, shift, reach, part, end_part, steps)
 
     def key(self, step: Array, shape: Shape) -> Array:
         """The first of a block."""
@@ -106,7 +106,7 @@ def bring(work: Work, shape: Shape, layer, tables, stacks, blocks, ready, free) 
     """Copies blocks of keys, and of values, to shared memory as room becomes free."""
     head = lax.div(lax.axis_index("head"), jnp.int32(shape.heads))
 
-    @pl.loop(0, work.count)
+    @pl.loop(0, work.steps)
     def _step(step: Array) -> None:
         slot = lax.rem(step, jnp.int32(shape.stages))
         pl.when(step >= shape.stages)(lambda: plgpu.barrier_wait(free.at[slot]))
@@ -218,7 +218,7 @@ def kernel(
 
             nothing = [jnp.zeros((ROWS, lanes), jnp.float32)] * (shape.values // lanes)
             state = tuple(nothing), *(jnp.full((ROWS,), x, jnp.float32) for x in (HIDDEN, 0.0))
-            value, top, total = lax.fori_loop(0, work.count, attend, state)
+            value, top, total = lax.fori_loop(0, work.steps, attend, state)
             total = jnp.maximum(total, 1e-30)
             value = [x / down(total, x.shape) for x in value]
             lse = (top + jnp.log2(total)) * (1 / LOG2E)

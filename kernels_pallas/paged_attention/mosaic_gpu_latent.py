@@ -132,9 +132,9 @@ def kernel(
                 return sums, now, total
 
             state = nothing(few), *(jnp.full((ROWS,), x, jnp.float32) for x in (HIDDEN, 0.0))
-            sums, top, total = lax.fori_loop(0, work.count, attend, state)
+            sums, top, total = lax.fori_loop(0, work.steps, attend, state)
             total = jnp.maximum(total, 1e-30)
-            pl.when(work.count > 0)(lambda: plgpu.barrier_wait(added))
+            pl.when(work.steps > 0)(lambda: plgpu.barrier_wait(added))
             shrink_smem[...] = 1 / total
             plgpu.commit_smem()
             plgpu.barrier_arrive(weighed)
@@ -153,6 +153,6 @@ def kernel(
                 plgpu.barrier_arrive(done)
                 return sums
 
-            sums = lax.fori_loop(0, work.count, attend, nothing(many))
+            sums = lax.fori_loop(0, work.steps, attend, nothing(many))
             plgpu.barrier_wait(weighed)
             store(sums, shrink_smem[...], many)
