@@ -18,6 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.op import Body, Case, Cost, Op, UnsupportedError
+from kernels_pallas.paged_attention import mosaic_gpu_writing
 from kernels_pallas.paged_attention.cases import batch as step_of
 from kernels_pallas.paged_attention.ragged import Ragged
 from kernels_pallas.paged_attention.reference import page_write as reference
@@ -217,4 +218,12 @@ CASES = (
           shipped=True),
 )  # fmt: skip
 
-page_write = Op("page_write", reference, {"mosaic_tpu": Body("tpu", tpu, TpuTile)}, CASES)
+page_write = Op(
+    "page_write",
+    reference,
+    {
+        "mosaic_tpu": Body("tpu", tpu, TpuTile),
+        "mosaic_gpu": Body("gpu", mosaic_gpu_writing.page_write, mosaic_gpu_writing.GpuTile),
+    },
+    CASES,
+)
