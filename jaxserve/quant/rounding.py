@@ -1,0 +1,120 @@
+"""Rounding a matrix to eight bits with an eye on the inputs that it meets.
+
+Matrices are [N, K] and inputs [n, K], float32. Every function takes the inputs as a product sees
+them, each row rounded to eight bits, and none makes the output error of any row of the matrix larger
+than rounding to the nearest leaves it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from kernels_pallas.weight import Int8Weight
+
+CLIPS = tuple(round(1 - 0.025 * i, 3) for i in range(17))
+"""Shares of the largest weight that become 127; the first is no clipping."""
+
+_DAMPING = 0.01  # of the mean of the Hessian's diagonal: inputs may be fewer than columns
+_BLOCK = 128  # columns whose errors are handed on together
+
+
+def rounded_rows(x: np.ndarray) -> np.ndarray:
+    """Rows as `kernels_pallas.quantize.quantize_rows` leaves them, in floats."""
+    scale = np.abs(x).max(-1, keepdims=True) / 127.0
+    return (np.rint(x / np.where(scale > 0, scale, 1.0)) * scale).astype(np.float32)
+
+
+def output_error(change: np.ndarray, inputs: np.ndarray) -> np.ndarray:
+    """Squared error of every output [N] when a matrix changes by `change`, over all inputs."""
+    return np.square(change @ inputs.T).sum(-1)
+
+
+def nearest(w: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """int8 values of a matrix for scales [N]."""
+    steps = np.where(scale > 0, scale, 1.0)[:, None]
+    return np.clip(np.rint(w / steps), -127, 127).astype(np.int8)
+
+
+def plain_scale(w: np.ndarray, per_channel: bool = True) -> np.ndarray:
+    """Scales [N] with which the largest weight becomes 127."""
+    top = np.abs(w).max(-1)
+    return (top if per_channel else np.full_like(top, top.max())).astype(np.float32) / 127.0
+
+
+def clipped_scale(w: np.ndarray, inputs: np.ndarray, per_channel: bool = True) -> np.ndarray:
+    """Scales [N], each the best of `CLIPS` for its row (or of all rows alike)."""
+    scale = plain_scale(w, per_channel)
+    errors = np.stack(
+        [output_error(dequantized(nearest(w, c * scale), c * scale) - w, inputs) for c in CLIPS]
+    )
+    if not per_channel:
+        errors = np.broadcast_to(errors.sum(1, keepdims=True), errors.shape)
+    return (np.asarray(CLIPS)[errors.argmin(0)] * scale).astype(np.float32)
+
+
+def dequantized(values: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    return values.astype(np.float32) * scale[:, None]
+
+
+def compensated(w: np.ndarray, scale: np.ndarray, inputs: np.ndarray) -> np.ndarray:
+    """int8 values for scales [N], with the error of each column made good by those that follow.
+
+    Columns are rounded one after another, those that weigh most first, and what a column's rounding
+    adds to the outputs is taken out by a change of the columns that are still free (optimal brain
+    surgery; Frantar et al., 2023). Rows for which that is no gain are rounded to the nearest.
+    """
+    hessian = (inputs.T @ inputs).astype(np.float64)
+    weighs = np.diag(hessian)
+    order = np.argsort(-weighs, kind="stable")
+    damping = _DAMPING * weighs.mean() + 1e-12
+    inverse = np.linalg.inv(hessian[np.ix_(order, order)] + damping * np.eye(len(order)))
+    factor = np.linalg.cholesky(inverse).T.astype(np.float32)  # upper
+    values = np.empty(w.shape, np.int8)
+    values[:, order] = _fed_back(w[:, order], scale, factor)
+    plain = nearest(w, scale)
+    before, after = (
+        output_error(dequantized(v, scale) - w, inputs) for v in (plain, values)
+    )  # of each row
+    return np.where((after < before)[:, None], values, plain)
+
+
+def _fed_back(w: np.ndarray, scale: np.ndarray, factor: np.ndarray) -> np.ndarray:
+    """Rounds column by column; `factor` is the upper Cholesky factor of the inverse Hessian."""
+    w, values = w.copy(), np.empty(w.shape, np.int8)
+    for start in range(0, w.shape[1], _BLOCK):
+        stop = min(start + _BLOCK, w.shape[1])
+        errors = np.empty((len(w), stop - start), np.float32)
+        for j in range(start, stop):
+            column = nearest(w[:, j : j + 1], scale)
+            values[:, j : j + 1] = column
+            error = (w[:, j] - dequantized(column, scale)[:, 0]) / factor[j, j]
+            w[:, j + 1 : stop] -= np.outer(error, factor[j, j + 1 : stop])
+            errors[:, j - start] = error
+        w[:, stop:] -= errors @ factor[start:stop, stop:]
+    return values
+
+
+def round_matrix(
+    w: np.ndarray,
+    inputs: np.ndarray | None,
+    *,
+    per_channel: bool = True,
+    clipping: bool = True,
+    compensation: bool = True,
+) -> Int8Weight:
+    """A matrix in eight bits: values [N, K] and scales [N].
+
+    Args:
+        inputs: rows that it meets, as they are; None rounds to the nearest.
+    """
+    if inputs is None or not (clipping or compensation):
+        scale = plain_scale(w, per_channel)
+        return Int8Weight(nearest(w, scale), scale)
+    inputs = rounded_rows(inputs)
+    scale = (clipped_scale if clipping else _unclipped)(w, inputs, per_channel)
+    values = compensated(w, scale, inputs) if compensation else nearest(w, scale)
+    return Int8Weight(values, scale)
+
+
+def _unclipped(w: np.ndarray, inputs: np.ndarray, per_channel: bool) -> np.ndarray:
+    return plain_scale(w, per_channel)
