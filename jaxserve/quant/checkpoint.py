@@ -29,8 +29,6 @@ log = logging.getLogger(__name__)
 REFUSED = {"gpt_oss": "its experts are stored in a layout that is only read"}
 """Families whose checkpoints cannot be written, and why."""
 
-_BIAS = {"w": "b"}  # attn.wq -> attn.bq, mlp.w_up -> mlp.b_up
-
 
 def quantize_checkpoint(
     model: str | Path,
@@ -43,9 +41,9 @@ def quantize_checkpoint(
 ) -> Path:
     """Writes a model with its large weights in eight bits, and returns the folder.
 
-    The result is a Hugging Face folder (W8A8 of compressed-tensors) with the model's tokenizer, chat
-    template, generation defaults and card; `LLM` serves it without being asked. The weights are held
-    in float32 meanwhile: four bytes a parameter, and the rows of `config.rows`. Layers for
+    The result is a Hugging Face folder (W8A8 of compressed-tensors) with the model's tokenizer,
+    chat template, generation defaults and card; `LLM` serves it without being asked. The weights
+    are held in float32 meanwhile: four bytes a parameter, and the rows of `config.rows`. Layers for
     multi-token prediction and reward heads, which read hidden states, are left behind.
 
     Args:
@@ -60,10 +58,8 @@ def quantize_checkpoint(
         ConfigError: `out` is not empty, or measures were asked for that need documents.
     """
     config, out = config or QuantizeConfig(), Path(out).expanduser()
-    _check_target(out)
-    folder = hub.resolve(model, revision)
+    folder = check_paths(model, out, revision)
     raw = hf.read_config(folder)
-    _check_source(folder, raw)
     if config.calibrated and not any(map(len, documents or ())):
         raise ConfigError(
             "calibration needs documents, and there are none; `jaxserve.quant.PLAIN` rounds without"
@@ -78,9 +74,7 @@ def quantize_checkpoint(
     _to_dtype(leaves, _dtype(raw))
     config_json = _config_json(raw, leaves)
     card = _card(folder, str(model), config)
-    save_pretrained(
-        out, module, leaves.cfg, leaves.tree(), config_json, beside=folder, card=card
-    )
+    save_pretrained(out, module, leaves.cfg, leaves.tree(), config_json, beside=folder, card=card)
     return out
 
 
@@ -126,8 +120,7 @@ def _round_layer(leaves: Leaves, inputs: Inputs | None, i: int, config: Quantize
             layer[name] = _round_leaf(spec, name, w, inputs, i, config)
             bias = name.replace(".w", ".b")
             if inputs is not None and config.compensation and bias in layer:
-                if ".experts." not in name:
-                    layer[bias] = layer[bias] + _mean_error(w, layer[name], inputs.rows(i, name))
+                layer[bias] = layer[bias] + _mean_error(w, layer[name], inputs.rows(i, name))
         elif spec.num_in and not config.mixed_precision:
             layer[name] = _as_eight_bits(layer[name])
 
@@ -181,19 +174,24 @@ def _dtype(raw: dict[str, Any]) -> np.dtype:
     return np.dtype(own if own in ("float32", "float16", "bfloat16") else "float32")
 
 
-def _check_target(out: Path) -> None:
+def check_paths(model: str | Path, out: str | Path, revision: str | None = None) -> Path:
+    """The model's folder, if it can be read and the result be written; raises otherwise."""
+    out = Path(out).expanduser()
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{out} is a file; give a folder that is not there yet")
     if out.exists() and any(out.iterdir()):
         raise ConfigError(f"{out} is not empty; give a folder that is not there yet")
-
-
-def _check_source(folder: Path, raw: dict[str, Any]) -> None:
+    folder = hub.resolve(model, revision)
+    raw = hf.read_config(folder)
+    family(raw.get("model_type"))
     stored = scheme(raw)
     if stored is not None and stored.kind == "int8":
-        raise CheckpointError(f"{folder} is in eight bits already; `jaxserve serve` takes it as it is")
+        raise CheckpointError(
+            f"{folder} is in eight bits already; `jaxserve serve` takes it as it is"
+        )
     if why := REFUSED.get(raw.get("model_type", "")):
         raise CheckpointError(f"{raw['model_type']} cannot be quantised: {why}")
+    return folder
 
 
 def _config_json(raw: dict[str, Any], leaves: Leaves) -> dict[str, Any]:
@@ -243,8 +241,11 @@ def _card(folder: Path, model: str, config: QuantizeConfig) -> str:
     path = folder / "README.md"
     own = path.read_text().rstrip() + "\n" if path.exists() else f"# {Path(model).name}\n"
     used = ", ".join(name.replace("_", " ") for name in MEASURES if getattr(config, name))
-    return (
-        f"{own}\n## Eight bits\n\nLarge weights are int8 with a scale for each output, for activations "
-        f"that are rounded to int8\nwith a scale for each token (W8A8, compressed-tensors). Made with "
-        f"`jaxserve quantize`; measures:\n{used or 'none'}. Figures above are of the model in floats.\n"
-    )
+    return f"""{own}
+## Eight bits
+
+Large weights are int8 with a scale for each output, for activations that are rounded to int8
+with a scale for each token (W8A8, compressed-tensors). Made with `jaxserve quantize`; measures:
+{used or "none"}.
+Figures above are of the model in floats.
+"""

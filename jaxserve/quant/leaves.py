@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import numpy as np
 
 from jaxserve.models.family import Family
 from kernels_pallas.weight import Int8Weight

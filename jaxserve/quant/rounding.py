@@ -1,8 +1,8 @@
 """Rounding a matrix to eight bits with an eye on the inputs that it meets.
 
 Matrices are [N, K] and inputs [n, K], float32. Every function takes the inputs as a product sees
-them, each row rounded to eight bits, and none makes the output error of any row of the matrix larger
-than rounding to the nearest leaves it.
+them, each row rounded to eight bits, and none makes the output error of any row of the matrix
+larger than rounding to the nearest leaves it.
 """
 
 from __future__ import annotations
@@ -27,6 +27,11 @@ def rounded_rows(x: np.ndarray) -> np.ndarray:
 def output_error(change: np.ndarray, inputs: np.ndarray) -> np.ndarray:
     """Squared error of every output [N] when a matrix changes by `change`, over all inputs."""
     return np.square(change @ inputs.T).sum(-1)
+
+
+def condensed(inputs: np.ndarray) -> np.ndarray:
+    """At most K rows whose `output_error` is that of all of them, for every change."""
+    return np.linalg.qr(inputs, mode="r") if len(inputs) > inputs.shape[1] else inputs
 
 
 def nearest(w: np.ndarray, scale: np.ndarray) -> np.ndarray:
@@ -110,7 +115,7 @@ def round_matrix(
     if inputs is None or not (clipping or compensation):
         scale = plain_scale(w, per_channel)
         return Int8Weight(nearest(w, scale), scale)
-    inputs = rounded_rows(inputs)
+    inputs = condensed(rounded_rows(inputs))
     scale = (clipped_scale if clipping else _unclipped)(w, inputs, per_channel)
     values = compensated(w, scale, inputs) if compensation else nearest(w, scale)
     return Int8Weight(values, scale)
