@@ -1,7 +1,8 @@
 """`jaxserve serve | generate | chat | train | quantize | bench | doctor`.
 
-This is where the parts are put together. Each command is a module that says which options it takes and runs them. None of them imports jax
-before it runs, so that `--help` and a mistyped option are answered at once.
+Here the parts are put together. Each command is a module that says which options it takes and runs
+them. None of them imports jax before it runs, so that `--help` and a mistyped option are answered
+at once.
 """
 
 from __future__ import annotations

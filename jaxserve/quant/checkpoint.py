@@ -89,8 +89,7 @@ def quantize(
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, transient=True, disable=not progress) as bar:
         if config.rotations:
-            why = rotate.REFUSALS.get(leaves.family.__name__.rpartition(".")[2])
-            if why is None:
+            if (why := rotate.refusal(leaves)) is None:
                 rotate.rotate(leaves, config.seed)
             else:
                 log.info("not rotated: %s", why)

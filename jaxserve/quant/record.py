@@ -141,16 +141,16 @@ class _Recorder:
     def read(self, tokens: np.ndarray, segments: np.ndarray, positions: np.ndarray) -> None:
         self._real = segments.reshape(-1) > 0
         self._order = self._rng.random(self._real.sum())
-        segments, positions = jnp.asarray(segments), jnp.asarray(positions)
+        at = jnp.asarray(positions)
         ops = Ops(
-            attend=packed(segments, positions),
+            attend=packed(jnp.asarray(segments), at),
             dtype=jnp.float32,
             linear=self._linear,
             gated_linear=self._gated_linear,
             experts=self._experts,
         )
         model, cfg = self._leaves.family, self._leaves.cfg
-        model.forward(cfg, self._params, jnp.asarray(tokens), positions, ops, None)
+        model.forward(cfg, self._params, jnp.asarray(tokens), at, ops, None)
 
     def _linear(self, x: Array, *weights: Any, num_in: int = 1) -> Any:
         self._offer(x, weights)
@@ -203,7 +203,7 @@ def _one_expert(
     padded = jnp.asarray(np.pad(x, ((0, -len(x) % _PAD), (0, 0))))
 
     def product(a: Array, w: Any, b: Any) -> Array:
-        y = linear(a, as_array(w)[e])
+        y = a @ as_array(w)[e].T
         return y if b is None else y + as_array(b)[e]
 
     gate, up = product(padded, p.w_gate, p.b_gate), product(padded, p.w_up, p.b_up)

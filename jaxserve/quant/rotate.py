@@ -14,8 +14,18 @@ import numpy as np
 
 from jaxserve.quant.leaves import Layer, Leaves, readers
 
-REFUSALS = {"gemma3_text": "its norms behind attention and MLP scale channels of the sum itself"}
-"""Families that cannot be turned, and why."""
+
+def refusal(leaves: Leaves) -> str | None:
+    """Why a model cannot be turned; None if it can."""
+    known = {"attn_norm", "mlp_norm"}
+    for specs in leaves.specs():
+        if others := [
+            k
+            for k, w in specs.items()
+            if w.axes[1:] == ("embed",) and "norm" in k and k not in known
+        ]:
+            return f"{others[0]} scales channels of what is added to the residual stream"
+    return None
 
 
 def rotation(size: int, rng: np.random.Generator) -> np.ndarray:
@@ -35,7 +45,7 @@ def rotation(size: int, rng: np.random.Generator) -> np.ndarray:
 def rotate(leaves: Leaves, seed: int = 0) -> None:
     """Turns a model in place. A tied head becomes one of its own, for it reads behind a norm.
 
-    The family must not be in `REFUSALS`.
+    There must be no `refusal`.
     """
     rng = np.random.default_rng(seed)
     turn, within = rotation(leaves.cfg.embed, rng), None

@@ -31,7 +31,9 @@ def output_error(change: np.ndarray, inputs: np.ndarray) -> np.ndarray:
 
 def condensed(inputs: np.ndarray) -> np.ndarray:
     """At most K rows whose `output_error` is that of all of them, for every change."""
-    return np.linalg.qr(inputs, mode="r") if len(inputs) > inputs.shape[1] else inputs
+    if len(inputs) <= inputs.shape[1]:
+        return inputs
+    return np.asarray(np.linalg.qr(inputs, mode="r"))
 
 
 def nearest(w: np.ndarray, scale: np.ndarray) -> np.ndarray:
