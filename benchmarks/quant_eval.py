@@ -5,17 +5,20 @@ the measures ("calibrated"), and with all but one of them. Everything runs in th
 held-out problems of the task that the model's `recipe.toml` names, and every comparison is paired:
 
     perplexity      of the task's own solutions, by the log-probabilities of their tokens
+    drift           root mean square change of those log-probabilities, in thousandths of a nat:
+                    it sees what is too small to move the others
     greedy pass@1   share of problems that are solved at temperature 0
     sampled pass@1  the same at temperature 1, where both draw the same random numbers
 
-A figure is the relative difference from float32 in percent, with a 95 % bootstrap interval over
-problems. Calibration reads what the model itself writes behind its `examples.json`.
+All but the drift are relative differences from float32 in percent; intervals are 95 % bootstraps
+over problems. Calibration reads what the model itself writes behind its `examples.json`.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,12 +29,13 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.reason_eval import task_of
+from benchmarks.reason_eval import interval, task_of
 from benchmarks.records import record, write
 from jaxserve.cli.quantize import own_text
 from jaxserve.quant import PLAIN, QuantizeConfig, quantize_checkpoint
 from jaxserve.quant.config import MEASURES
-from reasoning.tasks import Problem, Task, distinct
+from reasoning.tasks import Problem, Task
+from reasoning.tasks import problems as problems_of
 
 CALIBRATED = QuantizeConfig()
 VARIANTS: dict[str, QuantizeConfig] = {
@@ -67,12 +71,12 @@ class Outcome:
     """What one variant of a model makes of the same problems, a row for each.
 
     Attributes:
-        surprise: nats and tokens of a text's solution [texts, 2].
+        surprise: nats of each token of a solution, one array for each text.
         greedy: whether it is solved [greedy].
         sampled: share of samples that are right [problems].
     """
 
-    surprise: np.ndarray
+    surprise: list[np.ndarray]
     greedy: np.ndarray
     sampled: np.ndarray
 
@@ -81,8 +85,7 @@ def measure(folder: Path, task: Task, sizes: Sizes) -> Outcome:
     """Runs the engine over held-out problems; the same ones in every call."""
     from jaxserve import LLM
 
-    most = max(sizes.texts, sizes.greedy, sizes.problems)
-    problems = distinct(task, "test", 0, most)
+    problems = held_out(task, max(sizes.texts, sizes.greedy, sizes.problems))
     with LLM(folder, progress=False, enable_prefix_caching=False) as llm:
         return Outcome(
             surprise(llm, task, problems[: sizes.texts]),
@@ -91,8 +94,19 @@ def measure(folder: Path, task: Task, sizes: Sizes) -> Outcome:
         )
 
 
-def surprise(llm: Any, task: Task, problems: Sequence[Problem]) -> np.ndarray:
-    """Nats and number of tokens of each problem's own solution."""
+def held_out(task: Task, count: int) -> list[Problem]:
+    """The first `count` problems of the test split, or all that it has."""
+    drawn = itertools.islice(problems_of(task, "test", 0), 20 * count)
+    found: dict[str, Problem] = {}
+    for problem in drawn:
+        found.setdefault(problem.key, problem)
+        if len(found) == count:
+            break
+    return list(found.values())
+
+
+def surprise(llm: Any, task: Task, problems: Sequence[Problem]) -> list[np.ndarray]:
+    """Nats of the tokens of each problem's own solution."""
     from jaxserve import SamplingParams
 
     end = min(llm.tokenizer.eos_token_ids)
@@ -104,9 +118,8 @@ def surprise(llm: Any, task: Task, problems: Sequence[Problem]) -> np.ndarray:
     found = []
     for prompt, text, out in zip(prompts, texts, outs, strict=True):
         rows = range(len(prompt), len(text))
-        nats = -sum(out.prompt_logprobs[i][text[i]].logprob for i in rows)
-        found.append((nats, len(rows)))
-    return np.array(found)
+        found.append(np.array([-out.prompt_logprobs[i][text[i]].logprob for i in rows]))
+    return found
 
 
 def solved(llm: Any, task: Task, problems: Sequence[Problem], **sampling: Any) -> np.ndarray:
@@ -126,8 +139,21 @@ def solved(llm: Any, task: Task, problems: Sequence[Problem], **sampling: Any) -
 
 
 def perplexity(rows: np.ndarray) -> float:
+    """Of nats and tokens of texts [n, 2]."""
     nats, tokens = rows.sum(0)
     return float(np.exp(nats / tokens))
+
+
+def drift(base: Outcome, other: Outcome) -> tuple[float, float, float]:
+    """Root mean square change of a token's log-probability in millinats, and its interval."""
+    pairs = zip(base.surprise, other.surprise, strict=True)
+    rows = np.array([(np.square(a - b).sum(), len(a)) for a, b in pairs])
+
+    def statistic(some: list[np.ndarray]) -> float:
+        squares, tokens = np.sum(some, 0)
+        return 1000 * float(np.sqrt(squares / tokens))
+
+    return interval(list(rows), statistic, rounds=300)
 
 
 def compare(
@@ -148,22 +174,21 @@ def compare(
 
 
 def figures(base: Outcome, other: Outcome) -> Iterator[tuple[str, float, tuple[float, ...]]]:
-    """Name, value, and relative difference from `base` with its interval."""
-    kinds: list[tuple[str, str, Callable[[np.ndarray], float]]] = [
-        ("perplexity", "surprise", perplexity),
-        ("greedy pass@1", "greedy", lambda x: float(x.mean())),
-        ("sampled pass@1", "sampled", lambda x: float(x.mean())),
-    ]
-    for name, field, statistic in kinds:
-        a, b = getattr(base, field), getattr(other, field)
+    """Name, value, and difference from `base` with its interval."""
+    if base.surprise:
+        a, b = (np.array([(x.sum(), len(x)) for x in o.surprise]) for o in (base, other))
+        yield "perplexity", perplexity(b), compare(a, b, perplexity)
+        yield "drift", drift(base, other)[0], drift(base, other)
+    for name in ("greedy", "sampled"):
+        a, b = getattr(base, name), getattr(other, name)
         if len(a):
-            yield name, statistic(b), compare(a, b, statistic)
+            yield f"{name} pass@1", float(b.mean()), compare(a, b, lambda x: float(x.mean()))
 
 
 def run(
     folder: Path, variants: Mapping[str, QuantizeConfig], sizes: Sizes
 ) -> Iterator[tuple[str, str, float, tuple[float, ...]]]:
-    """Variant, figure, its value, and its relative difference from float32 in percent."""
+    """Variant, figure, its value, and its difference from float32 with its interval."""
     task = task_of(folder)
     documents = own_text(folder)
     base = measure(folder, task, sizes)
@@ -182,7 +207,7 @@ def run(
 
 
 def table(rows: Sequence[tuple[str, str, float, tuple[float, ...]]]) -> str:
-    """Variants down, figures across, in Markdown: difference in percent (interval)."""
+    """Variants down, figures across, in Markdown: difference (interval)."""
     names = list(dict.fromkeys(name for _, name, _, _ in rows))
     found = {(variant, name): (value, d) for variant, name, value, d in rows}
     lines = [f"| | {' | '.join(names)} |", "|---" * (1 + len(names)) + "|"]
@@ -190,11 +215,9 @@ def table(rows: Sequence[tuple[str, str, float, tuple[float, ...]]]) -> str:
         cells = []
         for name in names:
             value, d = found[variant, name]
-            cells.append(
-                f"{value:.4f}"
-                if variant == "float32"
-                else f"{d[0]:+.2f} ({d[1]:+.2f} to {d[2]:+.2f})"
-            )
+            sign = "" if name == "drift" else "+"
+            spread = f"{d[0]:{sign}.2f} ({d[1]:{sign}.2f} to {d[2]:{sign}.2f})"
+            cells.append(f"{value:.4f}" if variant == "float32" else spread)
         lines.append(f"| {variant} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -217,7 +240,7 @@ def main() -> None:
             variant, name, value, difference = row
             line = record(
                 folder.name, f"{variant}: {name}", [value], "", sizes=dataclasses.asdict(sizes),
-                relative_percent=[round(x, 3) for x in difference],
+                difference=[round(x, 3) for x in difference],
             )  # fmt: skip
             write(line, args.out)
         print(f"\n{folder.name}\n\n{table(rows)}", flush=True)

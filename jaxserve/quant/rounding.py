@@ -11,7 +11,7 @@ import numpy as np
 
 from kernels_pallas.weight import Int8Weight
 
-CLIPS = tuple(round(1 - 0.025 * i, 3) for i in range(17))
+CLIPS = (*(1 - 0.01 * i for i in range(16)), 0.8, 0.75, 0.7, 0.65, 0.6)
 """Shares of the largest weight that become 127; the first is no clipping."""
 
 _DAMPING = 0.01  # of the mean of the Hessian's diagonal: inputs may be fewer than columns
@@ -68,7 +68,7 @@ def compensated(w: np.ndarray, scale: np.ndarray, inputs: np.ndarray) -> np.ndar
 
     Columns are rounded one after another, those that weigh most first, and what a column's rounding
     adds to the outputs is taken out by a change of the columns that are still free (optimal brain
-    surgery; Frantar et al., 2023). Rows for which that is no gain are rounded to the nearest.
+    surgery; Frantar et al., 2023). That is a gain for most rows, not for all.
     """
     hessian = (inputs.T @ inputs).astype(np.float64)
     weighs = np.diag(hessian)
@@ -78,11 +78,7 @@ def compensated(w: np.ndarray, scale: np.ndarray, inputs: np.ndarray) -> np.ndar
     factor = np.linalg.cholesky(inverse).T.astype(np.float32)  # upper
     values = np.empty(w.shape, np.int8)
     values[:, order] = _fed_back(w[:, order], scale, factor)
-    plain = nearest(w, scale)
-    before, after = (
-        output_error(dequantized(v, scale) - w, inputs) for v in (plain, values)
-    )  # of each row
-    return np.where((after < before)[:, None], values, plain)
+    return values
 
 
 def _fed_back(w: np.ndarray, scale: np.ndarray, factor: np.ndarray) -> np.ndarray:
@@ -114,14 +110,24 @@ def round_matrix(
     Args:
         inputs: rows that it meets, as they are; None rounds to the nearest.
     """
+    plain = plain_scale(w, per_channel)
     if inputs is None or not (clipping or compensation):
-        scale = plain_scale(w, per_channel)
-        return Int8Weight(nearest(w, scale), scale)
+        return Int8Weight(nearest(w, plain), plain)
     inputs = condensed(rounded_rows(inputs))
-    scale = (clipped_scale if clipping else _unclipped)(w, inputs, per_channel)
-    values = compensated(w, scale, inputs) if compensation else nearest(w, scale)
-    return Int8Weight(values, scale)
+    scales = [plain, clipped_scale(w, inputs, per_channel)] if clipping else [plain]
+    found = [Int8Weight(nearest(w, scale), scale) for scale in scales]
+    if compensation:  # where it presses weights beyond a clipped range, the whole one is better
+        found += [Int8Weight(compensated(w, scale, inputs), scale) for scale in scales]
+    return _best_rows(w, found, inputs, per_channel)
 
 
-def _unclipped(w: np.ndarray, inputs: np.ndarray, per_channel: bool) -> np.ndarray:
-    return plain_scale(w, per_channel)
+def _best_rows(
+    w: np.ndarray, found: list[Int8Weight], inputs: np.ndarray, per_channel: bool
+) -> Int8Weight:
+    """Each row as the candidate has it that leaves the smallest error; the first of equals."""
+    errors = np.stack([output_error(dequantized(f.values, f.scale) - w, inputs) for f in found])
+    if not per_channel:
+        return found[int(errors.sum(1).argmin())]
+    best, row = errors.argmin(0), np.arange(len(w))
+    values, scales = (np.stack([getattr(f, k) for f in found]) for k in ("values", "scale"))
+    return Int8Weight(values[best, row], scales[best, row])
