@@ -66,6 +66,7 @@ def quantize_checkpoint(
         )
     module = family(raw.get("model_type"))
     cfg = hf.model_config(module, raw)
+    _check_tokens(documents or (), cfg.vocab)
     params = hf.load_params(
         folder, module, cfg, "float32", unrolled=True, place=lambda x: x, progress=progress
     )
@@ -191,6 +192,12 @@ def check_paths(model: str | Path, out: str | Path, revision: str | None = None)
     if why := REFUSED.get(raw.get("model_type", "")):
         raise CheckpointError(f"{raw['model_type']} cannot be quantised: {why}")
     return folder
+
+
+def _check_tokens(documents: Sequence[Sequence[int]], vocab: int) -> None:
+    for document in documents:
+        if outside := [t for t in document if not 0 <= t < vocab]:
+            raise ConfigError(f"documents: token {outside[0]} is beyond the vocabulary of {vocab}")
 
 
 def _config_json(raw: dict[str, Any], leaves: Leaves) -> dict[str, Any]:
