@@ -71,7 +71,10 @@ def test_folded_scales_change_no_output(model_type, tmp_path):
         scale_search.search(leaves, inputs, i)
     moved = {n for n in names if not np.array_equal(before[n], leaves.layers[-1][n])}
     assert {"attn_norm", "mlp_norm"} <= moved
-    same(logits(leaves), want)
+    if model_type == "gemma3_text":  # its norms store their distance from one
+        same(logits(leaves), want)
+    else:
+        np.testing.assert_array_equal(logits(leaves), want, "powers of two are exact")
 
 
 @pytest.mark.parametrize("model_type", ["qwen2", "qwen3_moe", "deepseek_v3"])
