@@ -6,8 +6,8 @@ scales, the rows of the matrix before, the values of a head. s is searched along
 error of the outputs that eight bits on both sides leave. Outlier channels of activations, which
 would take the bits of all others, are thereby folded away too.
 
-Scales are powers of two, so that folding them is exact in every float type: the model in floats says
-the same to the bit, and what stays in bfloat16, such as a router, is not rounded a second time.
+Scales are powers of two, so that folding them is exact in every float type: the model in floats
+says the same to the bit, and what stays in bfloat16, such as a router, is not rounded once more.
 """
 
 from __future__ import annotations
