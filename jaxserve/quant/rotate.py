@@ -57,8 +57,7 @@ def rotate(leaves: Leaves, seed: int = 0) -> None:
             if w.init != "normal" or "embed" not in axes:
                 continue
             layer[name] = _turned(layer[name], turn, axes.index("embed"))
-        lanes = layer["attn.wo"].shape[-1]
-        within = rotation(lanes, rng) if within is None else within
+        within = rotation(layer[_values(layer)].shape[1], rng) if within is None else within
         _turn_values(layer, within)
     _turn_outer(leaves, turn)
 
@@ -83,10 +82,17 @@ def _turn_outer(leaves: Leaves, turn: np.ndarray) -> None:
 
 def _turn_values(layer: Layer, turn: np.ndarray) -> None:
     """The lanes of each head's values, where they are made and where they are read."""
-    layer["attn.wo"] = _turned(layer["attn.wo"], turn, 2)
-    for name in ("attn.wv", "attn.bv", "attn.w_uv"):
+    wo = layer["attn.wo"]
+    heads = wo.reshape(len(wo), -1, len(turn))
+    layer["attn.wo"] = _turned(heads, turn, 2).reshape(wo.shape)
+    for name in (_values(layer), "attn.bv"):
         if name in layer:
             layer[name] = _turned(layer[name], turn, 1)
+
+
+def _values(layer: Layer) -> str:
+    """The matrix that makes values, [heads, lanes, ...]."""
+    return "attn.w_uv" if "attn.w_uv" in layer else "attn.wv"
 
 
 def _turned(x: np.ndarray, turn: np.ndarray, axis: int) -> np.ndarray:
