@@ -47,8 +47,9 @@ def _converted(model: Path, eight_bits: bool) -> Path:
     folder = model.with_name(model.name + ("-openvino-int8" if eight_bits else "-openvino"))
     if not (folder / "openvino_model.xml").exists():
         export = [str(Path(sys.executable).with_name("optimum-cli")), "export", "openvino"]
-        task = ["--task", "text-generation-with-past", "--weight-format", "int8" if eight_bits else "fp32"]
-        subprocess.run([*export, "--model", str(model), *task, str(folder)], check=True)
+        task = ["--task", "text-generation-with-past"]
+        kind = ["--weight-format", "int8" if eight_bits else "fp32"]
+        subprocess.run([*export, "--model", str(model), *task, *kind, str(folder)], check=True)
     return folder
 
 
