@@ -31,10 +31,13 @@ def batch(
         tables, P = tables.reshape(R, M), len(kept)
     tables = np.concatenate([tables, np.zeros((idle, M), int)])
     starts = np.concatenate([[0], np.cumsum(new), [sum(new)] * idle])
-    step = (starts, np.array([*lens, *[0] * idle]), tables, np.array(R))
-    groups = zip(*((*x[:2], x[2] // Z) for x in (*shared, (R, R, 0))), strict=True)
-    groups = Groups(*(np.array(x, np.int32) for x in groups)) if shared else None
-    return Ragged(*(x.astype(np.int32) for x in step), groups), P
+    step = (starts, [*lens, *[0] * idle], tables, R)
+    starts, lens, tables, num_seqs = (np.asarray(x, np.int32) for x in step)
+    if not shared:
+        return Ragged(starts, lens, tables, num_seqs), P
+    groups = [(first, end, tokens // Z) for first, end, tokens in (*shared, (R, R, 0))]
+    groups = Groups(*np.array(groups, np.int32).T)
+    return Ragged(starts, lens, tables, num_seqs, groups), P
 
 
 def _case(
