@@ -31,13 +31,12 @@ def batch(
         tables, P = tables.reshape(R, M), len(kept)
     tables = np.concatenate([tables, np.zeros((idle, M), int)])
     starts = np.concatenate([[0], np.cumsum(new), [sum(new)] * idle])
-    step = (starts, [*lens, *[0] * idle], tables, R)
-    starts, lens, tables, num_seqs = (np.asarray(x, np.int32) for x in step)
+    fields = (starts, [*lens, *[0] * idle], tables, R)
+    step = Ragged._make([*(np.asarray(x, np.int32) for x in fields), None])
     if not shared:
-        return Ragged(starts, lens, tables, num_seqs), P
+        return step, P
     groups = [(first, end, tokens // Z) for first, end, tokens in (*shared, (R, R, 0))]
-    groups = Groups(*np.array(groups, np.int32).T)
-    return Ragged(starts, lens, tables, num_seqs, groups), P
+    return step._replace(groups=Groups(*np.array(groups, np.int32).T)), P
 
 
 def _case(
