@@ -35,12 +35,19 @@ _FAR = 2**29  # behind every position, and far from an overflow
 @dataclass(frozen=True)
 class TpuTile:
     """keys: and rows of queries attended at a time (rows: whole lanes); tokens: in a program;
-    heads: of keys in a program, 0 for all. Two programs fill a chip of two cores (v4, v5p)."""
+    heads: of keys in a program, 0 for all, or for a share of them where there are several cores."""
 
     keys: int = 512
     rows: int = 128
     tokens: int = 64
     heads: int = 0
+    cores: int = 1
+
+    @classmethod
+    def wanted(cls, device: str) -> TpuTile | None:
+        """One device of these kinds is a chip of two cores, each of which takes half of the heads;
+        nothing else of the grid is shared among them."""
+        return cls(cores=2) if device in ("v4", "v5p") else None
 
 
 def page_attention(
@@ -154,7 +161,7 @@ def _shape(
         raise UnsupportedError(
             f"a block table {batch.tables.shape} has more than {_TABLE} entries: take larger pages"
         )
-    heads = tile.heads or K
+    heads = tile.heads or K // math.gcd(K, tile.cores)
     if K % heads:
         raise UnsupportedError(f"{K=} heads of keys are not groups of {heads}")
     few = sublanes // math.gcd(G, sublanes)

@@ -24,6 +24,7 @@ from kernels_pallas.paged_attention import (
 )
 from kernels_pallas.paged_attention.cases import batch as step_of
 from kernels_pallas.paged_attention.ops import page_attention, page_write
+from kernels_pallas.target import Target
 from sharding import compile_only
 
 L, LAYER, M, R, T, H = 2, 1, 4, 5, 24, 128
@@ -217,6 +218,19 @@ def test_it_says_what_it_cannot_take(name):
 
     with pytest.raises(UnsupportedError, match=REFUSED[name][1]):
         jax.eval_shape(run, q, pages, step)
+
+
+@pytest.mark.parametrize(("device", "heads"), [("v5e", 8), ("v5p", 4)])
+def test_two_cores_share_the_heads(device, heads):
+    """Programs along the grid's first axis are those that cores share."""
+    case = next(case for case in page_attention.cases if case.name == "decode-32k")
+    args, arrays = jax.eval_shape(case.make, jax.random.key(0))
+
+    def run(args, arrays):
+        return page_attention(*args, target=Target("tpu", device), **arrays, **case.options)
+
+    lowered = str(jax.make_jaxpr(run)(args, arrays))
+    assert f"grid=({8 // heads}, 1)" in lowered
 
 
 def test_heads_may_be_split_over_programs():
