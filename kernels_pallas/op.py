@@ -28,11 +28,14 @@ class Body:
         run: takes the op's arguments and options, and `tile` (a `tile`, or None for the tuned one)
             and `interpret`. What it cannot take it refuses with `UnsupportedError` as it is traced.
         tile: its tile sizes: a frozen dataclass of integers with defaults.
+        wanted: device -> the tile that it wants where nothing is tuned, or None for the body's
+            own choice.
     """
 
     platform: Platform
     run: Callable[..., Any]
     tile: type
+    wanted: Callable[[str], Any] = lambda device: None
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,9 @@ class Op:
         won, sizes = tuning.tuned(target.device, self.name, signature(*args))
         declined = dict[str, str]()
         for name in self._candidates(target, implementation, won):
-            tile = self.bodies[name].tile(**sizes) if name == won and name in self.bodies else None
+            body, tile = self.bodies.get(name), None
+            if body is not None:
+                tile = body.tile(**sizes) if name == won else body.wanted(target.device)
             try:
                 return self.run(name, *args, tile=tile, **options)
             except UnsupportedError as error:

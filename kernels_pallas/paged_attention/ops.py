@@ -9,7 +9,9 @@ page_attention = Op(
     "page_attention",
     reference.page_attention,
     {
-        "mosaic_tpu": Body("tpu", mosaic_tpu.page_attention, mosaic_tpu.TpuTile),
+        "mosaic_tpu": Body(
+            "tpu", mosaic_tpu.page_attention, mosaic_tpu.TpuTile, mosaic_tpu.TpuTile.wanted
+        ),
         "mosaic_gpu": Body("gpu", mosaic_gpu.page_attention, mosaic_gpu.GpuTile),
     },
     CASES,
