@@ -101,6 +101,7 @@ class Runner:
             self.cfg.kv_shape,
             plan.kv_dtype,
             self.device,
+            self.cfg.key_parts,
         )
         shape = (plan.max_num_seqs, plan.max_model_len + 1)
         return kv, jnp.zeros(shape, jnp.int32, device=self.device)

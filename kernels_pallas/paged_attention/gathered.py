@@ -5,6 +5,13 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax import Array, lax
 
+from kernels_pallas.paged_attention.codec import (
+    Pages,
+    QuantizedPages,
+    round_trip,
+    take,
+    turned,
+)
 from kernels_pallas.paged_attention.ragged import Ragged, locate, write
 from kernels_pallas.weight import Weight, as_array
 
@@ -15,8 +22,8 @@ def paged_attention(
     q: Array,
     k: Array,
     v: Array | None,
-    k_pages: Array,
-    v_pages: Array | None,
+    k_pages: Pages,
+    v_pages: Pages | None,
     layer: Array | int,
     batch: Ragged,
     *,
@@ -25,7 +32,7 @@ def paged_attention(
     sinks: Weight | None = None,
     soft_cap: float = 0.0,
     value_dim: int | None = None,
-) -> tuple[Array, Array, Array, Array | None]:
+) -> tuple[Array, Array, Pages, Pages | None]:
     """As `reference.paged_attention`; needs memory for tokens x longest context x heads.
 
     Pages of bits carry no gradient; this step's own keys and values do, rounded as they are stored.
@@ -33,14 +40,14 @@ def paged_attention(
     T, N, H = q.shape
     row, position = locate(batch, T)
     stored = write(k_pages, v_pages, k, v, layer, batch, row, position)
-    k_pages = _differentiable(k_pages)
-    v_pages = None if v_pages is None else _differentiable(v_pages)
-    k_pages, v_pages = write(k_pages, v_pages, k, v, layer, batch, row, position)
+    k_pages, k = _differentiable(k_pages, k, layer)
+    v_pages, v = (None, v) if v_pages is None else _differentiable(v_pages, v, layer)
+    k_pages, v_pages = write(k_pages, v_pages, k, v, 0, batch, row, position)
     at = jnp.arange(batch.tables.shape[1] * k_pages.shape[3])
     exists = at < batch.kv_lens[row][:, None]  # [T, S]
 
     def context(pages: Array) -> Array:  # [T, S, K, H]
-        x = jnp.moveaxis(pages[layer][batch.tables[row]].astype(jnp.float32), 2, 3)
+        x = jnp.moveaxis(pages[0][batch.tables[row]].astype(jnp.float32), 2, 3)
         return jnp.where(exists[..., None, None], x.reshape(T, -1, *x.shape[3:]), 0.0)
 
     keys = context(k_pages)
@@ -59,9 +66,14 @@ def paged_attention(
     return o.reshape(T, N, -1), lse.reshape(T, N), *stored
 
 
-def _differentiable(pages: Array) -> Array:
+def _differentiable(pages: Pages, x: Array, layer: Array | int) -> tuple[Array, Array]:
+    """The layer's pages [1, P, K, Z, W] as floats, and new rows as they are read from there."""
+    if isinstance(pages, QuantizedPages):
+        floats = turned(pages, take(pages, layer, jnp.arange(pages.shape[1])))
+        return lax.stop_gradient(floats)[None], round_trip(pages, x, layer)
+    pages = pages[jnp.asarray(layer)][None]
     bits = pages.dtype == jnp.uint16
-    return lax.bitcast_convert_type(pages, jnp.bfloat16) if bits else pages
+    return lax.bitcast_convert_type(pages, jnp.bfloat16) if bits else pages, x
 
 
 def _logsumexp(s: Array) -> Array:
