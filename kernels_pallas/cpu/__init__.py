@@ -18,7 +18,7 @@ import numpy as np
 from jax import Array
 
 from kernels_pallas.cpu import build
-from kernels_pallas.paged_attention.codec import Pages, QuantizedPages, StaticInt8Pages
+from kernels_pallas.paged_attention.codec import Int4Pages, Int8Pages, Pages, QuantizedPages
 
 __all__ = [
     "argmax",
@@ -224,9 +224,10 @@ def _call(target: str, outs, **options):
     return jax.ffi.ffi_call(f"jaxserve_{target}", outs, **options)
 
 
-def _parts(pages: Pages) -> np.ndarray:
+def _parts(pages: Pages | None) -> np.ndarray:
     """Lanes of the parts that have scales of their own; none where scales are calibrated."""
-    return np.array([] if isinstance(pages, StaticInt8Pages) else pages.parts, np.int64)
+    parts = pages.parts if isinstance(pages, Int8Pages | Int4Pages) else ()
+    return np.array(parts, np.int64)
 
 
 def _floats(*shape: int) -> jax.ShapeDtypeStruct:

@@ -72,9 +72,6 @@ class Int8Pages(_Quantized):
     def take(self, layer: Array | int, index: Array) -> Array:
         return _scaled(self.values[layer, index], self.scale[layer, index], self.parts)
 
-    def turn(self, x: Array) -> Array:
-        return x
-
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -100,9 +97,6 @@ class StaticInt8Pages(_Quantized):
 
     def take(self, layer: Array | int, index: Array) -> Array:
         return self.values[layer, index].astype(jnp.float32) * self.scale[layer][:, None]
-
-    def turn(self, x: Array) -> Array:
-        return x
 
 
 @partial(_register, data_fields=["values", "scale"])
@@ -130,7 +124,7 @@ class Int4Pages(_Quantized):
         return (*lead, 2 * pairs, lanes)
 
     def put(self, x: Array, layer: Array | int, page: Array, slot: Array) -> Int4Pages:
-        rows = [_quantize_nibbles(part) for part in _split(self.turn(x), self.parts)]
+        rows = [_quantize_nibbles(part) for part in _split(_turned(x, self.parts), self.parts)]
         nibbles, values = jnp.concatenate([v for v, _ in rows], -1), self.values
         for half in (0, 1):  # one after the other: neighbours share a byte
             target = jnp.where(slot % 2 == half, page, values.shape[1])
@@ -146,10 +140,6 @@ class Int4Pages(_Quantized):
         nibbles = lax.bitcast_convert_type(pairs, jnp.int8) >> 4
         nibbles = nibbles.reshape(*packed.shape[:-2], -1, packed.shape[-1])
         return _scaled(nibbles, self.scale[layer, index], self.parts)
-
-    def turn(self, x: Array) -> Array:
-        done = [hadamard(part, part.shape[-1] & -part.shape[-1]) for part in _split(x, self.parts)]
-        return jnp.concatenate(done, -1)
 
 
 QuantizedPages = Int8Pages | StaticInt8Pages | Int4Pages
@@ -176,9 +166,9 @@ def turned(pages: Pages, x: Array) -> Array:
     values comes back by the same turn; what lies in the first parts does without the others."""
     if not isinstance(pages, Int4Pages):
         return x
-    parts = [n for n, end in zip(pages.parts, accumulate(pages.parts), strict=True)
-             if end - n < x.shape[-1]]  # fmt: skip
-    return Int4Pages(None, None, tuple(parts)).turn(_widened(x, sum(parts)))
+    ends = zip(pages.parts, accumulate(pages.parts), strict=True)
+    parts = tuple(n for n, end in ends if end - n < x.shape[-1])
+    return _turned(_widened(x, sum(parts)), parts)
 
 
 def whole_parts(pages: Pages, lanes: int) -> int:
@@ -251,6 +241,11 @@ def _quantize_nibbles(x: Array) -> tuple[Array, Array]:
     steps = jnp.where(top != 0, -8.0 / top, 0.0)
     values = jnp.clip(_round(x * steps), -8, 7).astype(jnp.int8)
     return lax.bitcast_convert_type(values, jnp.uint8) & 15, top[..., 0] * (-1 / 8)
+
+
+def _turned(x: Array, parts: tuple[int, ...]) -> Array:
+    return jnp.concatenate([hadamard(part, part.shape[-1] & -part.shape[-1])
+                            for part in _split(x, parts)], -1)  # fmt: skip
 
 
 def _round(x: Array) -> Array:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -40,19 +42,18 @@ def paged_attention(
     T, N, H = q.shape
     row, position = locate(batch, T)
     stored = write(k_pages, v_pages, k, v, layer, batch, row, position)
-    k_pages, k = _differentiable(k_pages, k, layer)
-    v_pages, v = (None, v) if v_pages is None else _differentiable(v_pages, v, layer)
-    k_pages, v_pages = write(k_pages, v_pages, k, v, 0, batch, row, position)
     at = jnp.arange(batch.tables.shape[1] * k_pages.shape[3])
     exists = at < batch.kv_lens[row][:, None]  # [T, S]
 
-    def context(pages: Array) -> Array:  # [T, S, K, H]
-        x = jnp.moveaxis(pages[0][batch.tables[row]].astype(jnp.float32), 2, 3)
+    def context(pages: Pages, new: Array) -> Array:  # [T, S, K, W]
+        floats, new = _differentiable(pages, new, layer)
+        floats: Any = write(floats, None, new, None, 0, batch, row, position)[0]
+        x = jnp.moveaxis(floats[0][batch.tables[row]].astype(jnp.float32), 2, 3)
         return jnp.where(exists[..., None, None], x.reshape(T, -1, *x.shape[3:]), 0.0)
 
-    keys = context(k_pages)
-    values = (keys if v_pages is None else context(v_pages))[..., :value_dim]
-    keys = keys[..., :H]
+    keys = context(k_pages, k)
+    values = keys if v_pages is None or v is None else context(v_pages, v)
+    keys, values = keys[..., :H], values[..., :value_dim]
     heads = q.astype(jnp.float32).reshape(T, keys.shape[2], -1, H) * scale
     s = jnp.einsum("tkgh,tskh->tkgs", heads, keys)
     s = soft_cap * jnp.tanh(s / soft_cap) if soft_cap else s

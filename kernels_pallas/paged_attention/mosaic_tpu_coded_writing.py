@@ -208,12 +208,13 @@ def _kernel(*refs: Any, shape: Shape) -> None:
         at, n = place(i), lax.rem(i, jnp.int32(shape.depth))
         calibrated = iter(steps)
         for c, (values, scale) in enumerate(owned):
-            x, kept = fresh[c], old[values]
-            by = None if scale is not None else next(calibrated)
+            kept = old[values]
+            take: Any = partial(_calibrated, next(calibrated)) if scale is None else partial(
+                _rounded, old[scale].at[n], shape.parts[c]
+            )  # fmt: skip
 
             @groups(at)
-            def _(g: Array, x: Any = x, kept: Any = kept, by: Any = by, c: int = c,
-                  scale: int | None = scale) -> None:  # fmt: skip
+            def _(g: Array, x: Any = fresh[c], kept: Any = kept, take: Any = take) -> None:
                 slot = g * _GROUP + lax.broadcasted_iota(jnp.int32, (_GROUP, 1), 0)
                 own = (slot >= at.first) & (slot < at.end)
 
@@ -223,12 +224,7 @@ def _kernel(*refs: Any, shape: Shape) -> None:
                     size = jnp.int32(rows.shape[0])
                     ahead = window(at, g) - at.token - g * _GROUP
                     rows = pltpu.roll(rows, lax.rem(ahead + size, size), 0)[:_GROUP]
-                    if by is not None:
-                        rows = jnp.clip(rows * by[pl.ds(h, 1)], -127.0, 127.0)
-                    else:
-                        rows = _rounded(
-                            rows, old[scale].at[n], h, shape.parts[c], slot, own
-                        )
+                    rows = take(rows, h, slot, own)
                     rows = lax.round(rows, lax.RoundingMethod.TO_NEAREST_EVEN)
                     before = kept[n, h, slots(g)].astype(jnp.float32)
                     kept[n, h, slots(g)] = jnp.where(own, rows, before).astype(kept.dtype)
@@ -257,8 +253,14 @@ def _owned(parts: tuple[tuple[int, ...], ...]) -> list[tuple[int, int | None]]:
     return [(e - 2, e - 1) if each else (e - 1, None) for e, each in zip(ends, parts, strict=True)]
 
 
+def _calibrated(steps: Any, x: Array, h: Array, slot: Array, own: Array) -> Array:
+    """Rows x [slots, W] over steps that are known."""
+    del slot, own
+    return jnp.clip(x * steps[pl.ds(h, 1)], -127.0, 127.0)
+
+
 def _rounded(
-    x: Array, scale: Any, h: Array, parts: tuple[int, ...], slot: Array, own: Array
+    scale: Any, parts: tuple[int, ...], x: Array, h: Array, slot: Array, own: Array
 ) -> Array:
     """Rows x [slots, W] over their steps; the scales of own slots are put along `scale`'s lanes."""
     out = list[Array]()
@@ -269,7 +271,7 @@ def _rounded(
         lane = lax.broadcasted_iota(jnp.int32, (x.shape[0], scale.shape[-1]), 1)
         mine = (lane == slot) & own
         found = jnp.sum(jnp.where(mine, top * (1 / 127.0), 0.0), 0, keepdims=True)
-        any_ = jnp.max(jnp.where(mine, 1.0, 0.0), 0, keepdims=True) > 0
+        new = jnp.max(jnp.where(mine, 1.0, 0.0), 0, keepdims=True) > 0
         at = pl.ds(h * len(parts) + b, 1)
-        scale[at] = jnp.where(any_, found, scale[at])
+        scale[at] = jnp.where(new, found, scale[at])
     return jnp.concatenate(out, 1)

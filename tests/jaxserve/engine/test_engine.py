@@ -102,7 +102,9 @@ def served(kernels: str, page_size: int, decode_steps: int = 1) -> LLM:
     """A model with kernels of that name, or with the best and a cache of that type."""
     key = (kernels, page_size, decode_steps)
     if key not in _served:
-        kind = {"kv_cache_dtype" if kernels.startswith("int") else "kernels": kernels}
+        kind: dict[str, Any] = {
+            "kv_cache_dtype" if kernels.startswith("int") else "kernels": kernels
+        }
         _served[key] = serve(page_size=page_size, decode_steps=decode_steps, **kind)
     return _served[key]
 
