@@ -120,8 +120,8 @@ def _experts(
 
 
 def _native_attention(q, k, v, k_pages, v_pages, layer, batch: Ragged, *, sinks=None, **options):
-    sinks = None if sinks is None else as_array(sinks)
-    return cpu.paged_attention(q, k, v, k_pages, v_pages, layer, *batch, sinks=sinks, **options)
+    sinks, step = None if sinks is None else as_array(sinks), batch[:4]  # groups are passed over
+    return cpu.paged_attention(q, k, v, k_pages, v_pages, layer, *step, sinks=sinks, **options)
 
 
 _attention = with_reference_gradient(_native_attention, gathered.paged_attention)

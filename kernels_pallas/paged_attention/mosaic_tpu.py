@@ -18,11 +18,18 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.op import UnsupportedError
-from kernels_pallas.paged_attention.mosaic_tpu_kernel import LANES, Scalars, Shape, kernel
-from kernels_pallas.paged_attention.ragged import Ragged
+from kernels_pallas.paged_attention.mosaic_tpu_kernel import (
+    LANES,
+    Scalars,
+    Shape,
+    Spans,
+    kernel,
+)
+from kernels_pallas.paged_attention.ragged import Groups, Ragged
 from kernels_pallas.weight import Weight, as_array
 
 _TABLE = 2**17  # entries: half of a v5e's SMEM
+_FAR = 2**29  # behind every position, and far from an overflow
 
 
 @dataclass(frozen=True)
@@ -58,11 +65,10 @@ def page_attention(
         row = as_array(sinks).astype(jnp.float32).reshape(K, 1, G, 1) / unit
         row = jnp.broadcast_to(row, (K, shape.tokens, G, LANES))
         queries.append(row.reshape(K, shape.tokens * G, LANES))
-    scalars = Scalars(
-        jnp.asarray(layer, jnp.int32).reshape(1), jnp.asarray(window, jnp.int32).reshape(1),
-        batch.row_starts, batch.kv_lens, batch.tables.reshape(-1),
-        *_items(batch, blocks, shape.tokens),
-    )  # fmt: skip
+    window = jnp.asarray(window, jnp.int32).reshape(1)
+    items, spans = _plan(batch, window, blocks, shape)
+    layer = jnp.asarray(layer, jnp.int32).reshape(1)
+    scalars = Scalars(layer, window, batch.tables.reshape(-1), *items, *spans)
     o, lse, *sums = _launch(scalars, queries, caches, shape, blocks, interpret)
     o = o.reshape(K, tokens, G, values).swapaxes(0, 1).reshape(tokens, N, values)
     lse = lse.reshape(K, tokens, G).swapaxes(0, 1).reshape(tokens, N)[:T]
@@ -164,19 +170,64 @@ def _shape(
     return Shape(heads, G, tokens, few, some, Z, pages, row, values, squash, unit, mass)
 
 
-def _items(batch: Ragged, blocks: int, tokens: int) -> tuple[Array, Array, Array]:
-    """The sequence and the program of each item, and the first item of each program [blocks + 1].
+def _plan(
+    batch: Ragged, window: Array, blocks: int, shape: Shape
+) -> tuple[tuple[Array, Array, Array], Spans]:
+    """The span and the program of each item, the first item of each program [blocks + 1]; spans.
 
-    It is the same for all layers, so it leaves a loop over them.
+    Without groups items are the same for all layers, so they leave a loop over them.
     """
+    spans = _sequences(batch)
+    span, block = _items(spans, blocks, shape.tokens)
+    if batch.groups is not None:
+        shared, spans = _groups(batch, batch.groups, spans, window, shape)
+        first = _items(shared, blocks, shape.tokens)
+        spans = Spans(*map(_joined, shared, spans))
+        span, block = _joined(first[0], span + len(shared.rows)), _joined(first[1], block)
+        order = jnp.argsort(block, stable=True)  # by program, in each of them groups go first
+        span, block = span[order], block[order]
+    none = block == blocks  # these stay where the last real one was
+    firsts = jnp.sum(block < jnp.arange(blocks + 1)[:, None], 1).astype(jnp.int32)
+    return (span, jnp.where(none, jnp.max(jnp.where(none, 0, block)), block), firsts), spans
+
+
+def _joined(*x: Array) -> Array:
+    return jnp.concatenate(x)
+
+
+def _sequences(batch: Ragged) -> Spans:
     starts, ends = batch.row_starts[:-1], batch.row_starts[1:]
-    R = starts.shape[0]
-    real = (jnp.arange(R) < batch.num_seqs) & (ends > starts)
-    count = jnp.where(real, (ends - 1) // tokens - starts // tokens + 1, 0)
+    r = jnp.arange(starts.shape[0], dtype=jnp.int32)
+    ends = jnp.where(r < batch.num_seqs, ends, starts)
+    none, far = jnp.zeros_like(r), jnp.full_like(r, _FAR)
+    return Spans(starts, ends, batch.kv_lens - ends, none, far, r)
+
+
+def _groups(
+    batch: Ragged, groups: Groups, seqs: Spans, window: Array, shape: Shape
+) -> tuple[Spans, Spans]:
+    """Groups, and the sequences without the pages that pass by their groups.
+
+    Pages pass by in the blocks in which they would pass by each member, so that no bit depends on
+    a group. A window moves those blocks, and leaves little to share: then none is.
+    """
+    member = (groups.firsts[:, None] <= seqs.rows) & (seqs.rows < groups.ends[:, None])  # [C, R]
+    before = (seqs.firsts + seqs.shifts) // shape.page  # whole pages without a token of this step
+    pages = jnp.minimum(groups.pages, jnp.min(jnp.where(member, before, _FAR), 1))
+    pages = jnp.where(window > 0, 0, pages // shape.pages * shape.pages)
+    firsts = batch.row_starts[groups.firsts]
+    ends = jnp.where(pages > 0, batch.row_starts[groups.ends], firsts)
+    far, none = jnp.full_like(pages, _FAR), jnp.zeros_like(pages)
+    begin = jnp.sum(jnp.where(member, pages[:, None], 0), 0, dtype=jnp.int32)
+    return Spans(firsts, ends, far, none, pages, groups.firsts), seqs._replace(pages=begin)
+
+
+def _items(spans: Spans, blocks: int, tokens: int) -> tuple[Array, Array]:
+    """The span and the program of each part of a span; `blocks` where there is none."""
+    starts, ends = spans.firsts, spans.ends
+    count = jnp.where(ends > starts, (ends - 1) // tokens - starts // tokens + 1, 0)
     before = jnp.cumsum(count, dtype=jnp.int32)
-    i = jnp.arange(blocks + R, dtype=jnp.int32)
-    seqs = jnp.minimum(jnp.sum(before <= i[:, None], 1), R - 1).astype(jnp.int32)
-    block = (starts // tokens - before + count)[seqs] + i
-    first = jnp.sum((block < jnp.arange(blocks + 1)[:, None]) & (i < before[-1]), 1)
-    last = jnp.max(jnp.where(i < before[-1], block, 0))
-    return seqs, jnp.where(i < before[-1], block, last), first.astype(jnp.int32)
+    i = jnp.arange(blocks + len(starts), dtype=jnp.int32)
+    span = jnp.minimum(jnp.sum(before <= i[:, None], 1), len(starts) - 1).astype(jnp.int32)
+    block = (starts // tokens - before + count)[span] + i
+    return span, jnp.where(i < before[-1], block, blocks)

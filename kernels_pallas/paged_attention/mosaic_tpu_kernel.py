@@ -5,6 +5,9 @@ has tokens among them is an *item*: its pages pass by, a block of keys at a time
 is attended the next one is on its way, be it of the next item or of the next program. The softmax
 of all tokens of a program is kept in VMEM; an item changes the rows of its own tokens only.
 
+Pages that a group of sequences has in common are one more item, before those of its members, whose
+tokens are all of theirs. Its members go on from the softmax that it leaves, so nothing is merged.
+
 Few tokens (decode rows) are attended as one aligned tile of rows, more by larger ones. Logits
 stay as the product gives them, in units of `Shape.unit`, so that exp costs one multiplication.
 """
@@ -60,10 +63,21 @@ class Shape:
     mass: bool
 
 
-class Item(NamedTuple):
-    """The tokens of one sequence in one program. Token t has position t + shift."""
+class Spans(NamedTuple):
+    """What passes by which tokens of the step: pages of a sequence, or those of a group [V]."""
 
-    seq: Array
+    firsts: Any  # the tokens
+    ends: Any
+    shifts: Any  # token t has position t + shift
+    pages: Any  # entries of a row of the block table
+    end_pages: Any  # at most: others end with the last token
+    rows: Any
+
+
+class Item(NamedTuple):
+    """The part of a span in one program."""
+
+    row: Array
     first: Array
     end: Array
     shift: Array
@@ -77,27 +91,32 @@ class Item(NamedTuple):
 class Scalars(NamedTuple):
     layer: Any
     window: Any
-    starts: Any
-    lens: Any
     tables: Any
-    seqs: Any
+    spans: Any
     blocks: Any
     first: Any
+    firsts: Any
+    ends: Any
+    shifts: Any
+    pages: Any
+    end_pages: Any
+    rows: Any
 
     def item(self, i: Array, shape: Shape) -> Item:
-        seq, block = self.seqs[i], self.blocks[i]
-        first = jnp.maximum(self.starts[seq], block * shape.tokens)
-        end = jnp.minimum(self.starts[seq + 1], (block + 1) * shape.tokens)
-        shift = self.lens[seq] - self.starts[seq + 1]
-        window = self.window[0]
+        s, block = self.spans[i], self.blocks[i]
+        first = jnp.maximum(self.firsts[s], block * shape.tokens)
+        end = jnp.minimum(self.ends[s], (block + 1) * shape.tokens)
+        shift, window = self.shifts[s], self.window[0]
         page = jnp.where(window > 0, jnp.maximum(first + shift - window + 1, 0), 0)
         page = _div(page, shape.page)
         page = _div(page, shape.pages) * shape.pages if shape.mass else page
-        return Item(seq, first, end, shift, page, _div(end - 1 + shift, shape.page) + 1)
+        end_page = jnp.minimum(_div(end - 1 + shift, shape.page) + 1, self.end_pages[s])
+        page = jnp.maximum(page, self.pages[s])
+        return Item(self.rows[s], first, end, shift, page, end_page)
 
 
 def kernel(*refs: Any, shape: Shape, has_sinks: bool, caches: int) -> None:
-    scalars, rest = Scalars(*refs[:8]), iter(refs[8:])
+    scalars, rest = Scalars(*refs[: len(Scalars._fields)]), iter(refs[len(Scalars._fields) :])
     q, sinks = next(rest), next(rest) if has_sinks else None
     stacks = [next(rest) for _ in range(caches)]
     o, lse, mass = next(rest), next(rest), next(rest) if shape.mass else None
@@ -107,9 +126,9 @@ def kernel(*refs: Any, shape: Shape, has_sinks: bool, caches: int) -> None:
     program = pl.program_id(1)
     num_items = scalars.first[pl.num_programs(1)]
 
-    def copies(seq: Array, page: Array, p: Array, slot: Array) -> list[Any]:
+    def copies(row: Array, page: Array, p: Array, slot: Array) -> list[Any]:
         """The copy of the p-th page of a block that begins at `page`, from each cache."""
-        at = scalars.layer[0], scalars.tables[seq * shape.row + page + p], pl.ds(head, shape.heads)
+        at = scalars.layer[0], scalars.tables[row * shape.row + page + p], pl.ds(head, shape.heads)
         to = slot, slice(None), pl.ds(pl.multiple_of(p * shape.page, shape.page), shape.page)
         return [
             pltpu.make_async_copy(stack.at[at], buffer.at[to], arrived.at[slot, c])
@@ -119,7 +138,7 @@ def kernel(*refs: Any, shape: Shape, has_sinks: bool, caches: int) -> None:
     def each(item: Item, page: Array, slot: Array, act: str) -> None:
         @pl.loop(0, jnp.minimum(shape.pages, item.end_page - page))
         def _(p: Array) -> None:
-            for copy in copies(item.seq, page, p, slot):
+            for copy in copies(item.row, page, p, slot):
                 getattr(copy, act)()
 
     @pl.when((program == 0) & (num_items > 0))

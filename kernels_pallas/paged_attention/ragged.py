@@ -10,6 +10,22 @@ from jax import Array
 from kernels_pallas.paged_attention.codec import put
 
 
+class Groups(NamedTuple):
+    """Neighbours in a step whose tables begin with the same pages. All int32.
+
+    Sequences firsts[g] to ends[g] of the step have their first pages[g] pages in common, none of
+    which holds a token of this step. Groups do not overlap; where firsts[g] == ends[g] is none.
+
+    This says what need not be read twice and changes no result: keys are added up in the same
+    blocks and the same order, so not a bit of a row depends on its group. A kernel may pass over a
+    group, or over those of its pages that fill no whole block of keys.
+    """
+
+    firsts: Any  # [C]
+    ends: Any  # [C]
+    pages: Any  # [C]
+
+
 class Ragged(NamedTuple):
     """Which tokens of a step belong to whom. All int32.
 
@@ -21,6 +37,7 @@ class Ragged(NamedTuple):
     kv_lens: Any  # [R], with this step's tokens
     tables: Any  # [R, M], pages of each sequence in order
     num_seqs: Any  # []
+    groups: Groups | None = None
 
 
 def locate(batch: Ragged, num_tokens: int) -> tuple[Array, Array]:
