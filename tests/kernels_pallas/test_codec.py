@@ -9,10 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels_pallas import cpu
-from kernels_pallas.paged_attention import Ragged, codec, gathered, paged_attention, reference
+from kernels_pallas import cpu, versions
+from kernels_pallas.op import UnsupportedError
+from kernels_pallas.paged_attention import Ragged, codec, gathered, ops, paged_attention, reference
 from kernels_pallas.paged_attention.cases import batch as step_of
+from kernels_pallas.paged_attention.coded_cases import pages_of
 from kernels_pallas.paged_attention.ragged import locate
+from tests.kernels_pallas.test_registry import agree
 
 L, LAYER, Z = 2, 1, 16
 FORMATS = ("int8", "static", "int4")
@@ -214,7 +217,7 @@ native = pytest.mark.skipif(not cpu.available(), reason="no C++ compiler")
 @functools.cache
 def in_cpp(**static):
     def run(q, k, v, k_pages, v_pages, layer, step, options):
-        return cpu.paged_attention(q, k, v, k_pages, v_pages, layer, *step, **options, **static)
+        return cpu.paged_attention(q, k, v, k_pages, v_pages, layer, *step[:4], **options, **static)
 
     return jax.jit(run)
 
@@ -254,3 +257,89 @@ def test_native_bits_do_not_depend_on_the_batch(kind, variant):
             np.testing.assert_array_equal(o, whole[0][rows])
             np.testing.assert_array_equal(lse, whole[1][rows])
     jax.tree.map(np.testing.assert_array_equal, (k_pages, v_pages), tuple(whole[2:]))
+
+
+TPU_PAGE = 128
+
+
+def on_tpu(op, *args, **options):
+    return fast(lambda args: op.run("mosaic_tpu", *args, interpret=True, **options))(args)
+
+
+@pytest.mark.parametrize("kind", ["int8", "static"])
+@given(data=st.data(), seed=st.integers(0, 2**31))
+@settings(max_examples=5, deadline=None)
+def test_the_tpu_writer_touches_slots_of_new_tokens_alone(kind, data, seed):
+    """And a former owner's NaN, of which a page's scales are full, does not spread."""
+    new = tuple(data.draw(st.lists(st.integers(1, 40), min_size=3, max_size=3)))
+    lens = tuple(n + data.draw(st.integers(0, 256 - n)) for n in new)
+    (step, P), T = step_of(new, lens, TPU_PAGE), 120
+    pages = pages_of(kind, jax.random.key(seed), (L, 8, 2, TPU_PAGE, 128))
+    if kind == "int8":
+        pages = codec.Int8Pages(pages.values, jnp.full_like(pages.scale, jnp.nan), pages.parts)
+    k, v = normal(seed, T, 2, 100), normal(seed + 1, T, 2, 128)
+    args = pages, pages, k, v, LAYER, jax.tree.map(jnp.asarray, step)
+    assert P <= 8
+    found = on_tpu(ops.page_write, *args)
+    jax.tree.map(np.testing.assert_array_equal, found, reference.page_write(*args))
+
+
+@pytest.mark.parametrize("op", [ops.page_write, ops.page_attention], ids=lambda op: op.name)
+def test_it_has_no_race_on_a_simulated_tpu(op):
+    case = next(case for case in op.cases if case.name == "int8-latent")
+    args, arrays = case.make(jax.random.key(0))
+    try:
+        found = op.run(
+            "mosaic_tpu", *args, interpret=versions.simulated_tpu(), **arrays, **case.options
+        )
+        agree(found, op.reference(*args, **arrays, **case.options), case.tolerance)
+        assert not versions.tpu_races_found()
+    finally:
+        versions.reset_simulated_tpu()
+
+
+@pytest.mark.parametrize("mass", [False, True])
+def test_the_tpu_reader_sees_no_scales_of_former_owners(mass):
+    step, P = step_of((1, 3, 1), (140, 37, 256), TPU_PAGE)
+    held = np.zeros((P, TPU_PAGE), bool)
+    for r, length in enumerate(step.kv_lens):
+        held[step.tables[r, np.arange(length) // TPU_PAGE], np.arange(length) % TPU_PAGE] = True
+    key = jax.random.key(0)
+    pages = pages_of("int8", key, (L, P, 2, TPU_PAGE, 128))
+    scale = jnp.where(held[None, :, None], pages.scale, jnp.nan)
+    pages = codec.Int8Pages(pages.values, scale, pages.parts)
+    q = jax.random.normal(key, (5, 8, 128), jnp.bfloat16)
+    args = q, pages, pages, LAYER, jax.tree.map(jnp.asarray, step)
+    options = {"scale": 0.1, "mass": mass}
+    expected = reference.page_attention(*args, **options)
+    for x, y in zip(on_tpu(ops.page_attention, *args, **options), expected, strict=True):
+        assert np.isfinite(y).all()
+        np.testing.assert_allclose(x, y, atol=0.02 * float(jnp.abs(y).max()))
+
+
+REFUSED = {
+    "four bits": ("int4", {}, "pages of int4: keep them in"),
+    "short pages": ("int8", {"Z": 64}, "Z=64 keys in a page of int8 must be a multiple of 128"),
+    "calibrated": ("static", {"Z": 16}, "Z=16 keys in a page of int8 must be a multiple of 32"),
+    "parts": ("int8", {"parts": (96, 32)}, "must be multiples of 128 lanes"),
+    "lanes": ("int8", {"W": 64}, r"lanes: pad them|multiples of 128 lanes"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_kernels_say_what_they_cannot_take(name):
+    kind, sizes, message = REFUSED[name]
+    sizes = {"Z": 128, "W": 128, "parts": None} | sizes
+    shape = (1, 4, 2, sizes["Z"], sizes["W"])
+    x = jnp.zeros((3, 2, sizes["W"]))
+    step, _ = step_of((1, 1, 1), (5, 6, 7), sizes["Z"])
+
+    def run(op, body, *args, **options):
+        pages = pages_of(kind, jax.random.key(0), shape, sizes["parts"])
+        return op.run(body, *[pages if a is None else a for a in args], 0, step, **options)
+
+    for body, expected in (("mosaic_tpu", message), ("mosaic_gpu", "pages of u?int")):
+        with pytest.raises(UnsupportedError, match=expected):
+            jax.eval_shape(lambda b=body: run(ops.page_attention, b, x, None, None, scale=1.0))
+    with pytest.raises(UnsupportedError, match=message):
+        jax.eval_shape(lambda: run(ops.page_write, "mosaic_tpu", None, None, x, x))
