@@ -148,10 +148,10 @@ Pages = Array | QuantizedPages
 
 def put(pages: Pages, x: Array, layer: Array | int, page: Array, slot: Array) -> Any:
     """The pages with rows x [T, K, H <= W] in their slots; a page past the last goes nowhere."""
-    x = _widened(x, pages.shape[-1])
     if isinstance(pages, QuantizedPages):
-        return pages.put(x.astype(jnp.float32), layer, page, slot)
-    return pages.at[layer, page, :, slot].set(_to_stored(x, pages.dtype), mode="drop")
+        x = _widened(x, pages.shape[-1]).astype(jnp.float32)
+        return pages.put(x, layer, page, slot)
+    return pages.at[layer, page, :, slot].set(to_stored(x, pages), mode="drop")
 
 
 def take(pages: Pages, layer: Array | int, index: Array) -> Array:
@@ -279,11 +279,12 @@ def _widened(x: Array, lanes: int) -> Array:
     return jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((0, short),)) if short > 0 else x
 
 
-def _to_stored(x: Array, dtype: Any) -> Array:
-    """x as the cache keeps it: uint16 is bfloat16, which jax 0.10 scatters slowly on CPU."""
-    if dtype == jnp.uint16:
+def to_stored(x: Array, pages: Array) -> Array:
+    """x as floats are kept: uint16 is bfloat16, which jax 0.10 scatters slowly on CPU."""
+    x = _widened(x, pages.shape[-1])
+    if pages.dtype == jnp.uint16:
         return lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint16)
-    return x.astype(dtype)
+    return x.astype(pages.dtype)
 
 
 def _from_stored(x: Array) -> Array:
