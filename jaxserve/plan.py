@@ -34,6 +34,7 @@ class Plan:
         quantization: "int8" where large weights are held in eight bits.
         activation_dtype: of hidden states. On CPU float32, which its vector units are quicker at.
         kv_dtype: in which pages are stored. int8 and int4 are rounded, with scales of their own.
+        kv_calibrated: int8 pages have scales that came with the checkpoint, for each lane.
         kv_shape: KV heads, and lanes of a key and of a value, of a page.
         target: the hardware that programs are compiled for.
         token_buckets: tokens per step that have a program, ascending.
@@ -50,6 +51,7 @@ class Plan:
     quantization: str | None
     activation_dtype: Any
     kv_dtype: Any
+    kv_calibrated: bool
     kv_shape: tuple[int, int, int]
     max_model_len: int
     max_num_seqs: int
@@ -69,7 +71,8 @@ class Plan:
     @property
     def kv_taint(self) -> str:
         """What tells this cache's pages from exact ones, wherever they may meet."""
-        return self.kv_dtype.name if self.kv_dtype in (jnp.int8, jnp.int4) else "exact"
+        name = self.kv_dtype.name if self.kv_dtype in (jnp.int8, jnp.int4) else "exact"
+        return f"{name} calibrated" if self.kv_calibrated else name
 
     @property
     def pages_per_seq(self) -> int:
@@ -127,6 +130,8 @@ def resolve(
     cfg: Any,
     weight_bytes: Callable[[Any, str | None], int],
     device: Any,
+    *,
+    kv_calibrated: bool = False,
 ) -> Plan:
     """Decides everything.
 
@@ -135,6 +140,7 @@ def resolve(
         cfg: the family's config.
         weight_bytes: memory of the weights, which are not loaded yet, in an element type and
             with large ones quantised or not.
+        kv_calibrated: the checkpoint brings scales for a cache in eight bits.
 
     Raises:
         ConfigError: the model and one sequence do not fit; the message names what would.
@@ -150,7 +156,10 @@ def resolve(
     quantization = config.quantization or _stored_quantization(hf)
     weights = weight_bytes(dtype, quantization)
     kv_shape = stored_shape(cfg.kv_shape, target) if kernels == "pallas" else cfg.kv_shape
-    per_page = page_bytes(cfg.num_layers, page_size, kv_shape, kv_dtype, cfg.key_parts)
+    kv_calibrated = kv_calibrated and kv_dtype == jnp.int8
+    per_page = page_bytes(
+        cfg.num_layers, page_size, kv_shape, kv_dtype, cfg.key_parts, calibrated=kv_calibrated
+    )
     max_len, num_pages = _cache(config, cfg.max_len, page_size, per_page, max_seqs, weights, device)
     max_seqs = min(max_seqs, num_pages)  # each has a page of its own
     batched = min(batched, num_pages * page_size)
@@ -161,6 +170,7 @@ def resolve(
         quantization=quantization,
         activation_dtype=jnp.dtype(jnp.float32) if platform == "cpu" else dtype,
         kv_dtype=kv_dtype,
+        kv_calibrated=kv_calibrated,
         kv_shape=kv_shape,
         max_model_len=max_len,
         max_num_seqs=max_seqs,

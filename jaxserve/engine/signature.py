@@ -75,6 +75,7 @@ def empty_state(plan: Plan, cfg: Any, device: Any) -> tuple[KVCache, Array]:
         plan.kv_dtype,
         device,
         cfg.key_parts,
+        calibrated=plan.kv_calibrated,
     )
     return kv, jnp.zeros((plan.max_num_seqs, plan.max_model_len + 1), jnp.int32, device=device)
 
