@@ -218,4 +218,10 @@ CASES = (
           shipped=True),
 )  # fmt: skip
 
-page_write = Op("page_write", reference, {"mosaic_tpu": Body("tpu", tpu, TpuTile)}, CASES)
+page_write = Op(
+    "page_write",
+    reference,
+    {"mosaic_tpu": Body("tpu", tpu, TpuTile)},
+    CASES,
+    in_place=((0, 0), (1, 1)),
+)
