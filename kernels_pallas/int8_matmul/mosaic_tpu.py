@@ -15,7 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.int8_matmul.reference import check
 from kernels_pallas.linear import GATES
-from kernels_pallas.op import UnsupportedError
+from kernels_pallas.op import UnsupportedError, tried
 from kernels_pallas.tiling import divisor
 
 _SCALE_ROWS = 8  # layers whose scales are read together: rows of a tile in VMEM
@@ -26,9 +26,9 @@ _VMEM = 40 * 2**20  # of 64 MiB on the smallest part
 class Tile:
     """rows of x, cols (rows of w) and depth (of K) in a step of the grid."""
 
-    rows: int = 1024
-    cols: int = 512
-    depth: int = 4096
+    rows: int = tried(1024, 128, 512)
+    cols: int = tried(512, 256, 1024)
+    depth: int = tried(4096, 1024, 2048)
 
     @classmethod
     def default(cls, T: int, gated: bool) -> Tile:

@@ -17,7 +17,7 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas.op import UnsupportedError
+from kernels_pallas.op import UnsupportedError, tried
 from kernels_pallas.paged_attention.mosaic_tpu_kernel import LANES, Scalars, Shape, kernel
 from kernels_pallas.paged_attention.ragged import Ragged
 from kernels_pallas.weight import Weight, as_array
@@ -30,10 +30,10 @@ class TpuTile:
     """keys: and rows of queries attended at a time (rows: whole lanes); tokens: in a program;
     heads: of keys in a program, 0 for all. Two programs fill a chip of two cores (v4, v5p)."""
 
-    keys: int = 512
-    rows: int = 128
+    keys: int = tried(512, 256, 1024)
+    rows: int = tried(128, 256)
     tokens: int = 64
-    heads: int = 0
+    heads: int = tried(0, 2, 4)
 
 
 def page_attention(

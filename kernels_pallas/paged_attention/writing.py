@@ -17,7 +17,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas.op import Body, Case, Cost, Op, UnsupportedError
+from kernels_pallas.op import Body, Case, Cost, Op, UnsupportedError, tried
 from kernels_pallas.paged_attention.cases import batch as step_of
 from kernels_pallas.paged_attention.ragged import Ragged
 from kernels_pallas.paged_attention.reference import page_write as reference
@@ -31,8 +31,8 @@ class TpuTile:
     """slots: of an item, 0 for few where rows decode and many where prompts are long; items: on
     their way at a time."""
 
-    slots: int = 0
-    items: int = 8
+    slots: int = tried(0, 16, 32, 64)
+    items: int = tried(8, 4, 16)
 
 
 def tpu(
