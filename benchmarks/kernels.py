@@ -278,17 +278,21 @@ def main() -> None:
         "--most-floor-ms", type=float, help="skip larger cases; 40 on a CPU, or 100"
     )
     parser.add_argument("--no-torch", action="store_true")
+    parser.add_argument("--tables", type=Path, default=tuning.TUNED, help="of --tune")
+    parser.add_argument("--smoke", action="store_true", help="the small cases of the tests")
     parser.add_argument("--out", type=Path, help="benchmarks/results/<device>-<date>.json")
     args = parser.parse_args()
     device = device_named(args.device)
     most = args.most_floor_ms or (40.0 if platform_of(device) == "cpu" else 100.0)
     settings = Settings(
         args.seconds, most / 1e3, args.budget_seconds, args.tiles if args.tune else 0,
-        torch=not args.no_torch,
+        torch=not args.no_torch, shipped=not args.smoke,
     )  # fmt: skip
     date = datetime.date.today().isoformat()
     out = args.out or ROOT / "benchmarks" / "results" / f"{name_of(device)}-{date}.json"
-    run(device, settings, list(chosen(args.ops, args.cases, shipped=True)), out)
+    work = list(chosen(args.ops, args.cases, shipped=settings.shipped))
+    sizes = Sizes.of(platform_of(device), smoke=args.smoke)
+    run(device, settings, work, out, sizes=sizes, tables=args.tables)
 
 
 if __name__ == "__main__":
