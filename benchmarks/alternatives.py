@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from benchmarks.torch_arrays import from_torch, to_torch
 from kernels_pallas.linear import GATES
 from kernels_pallas.op import Case, Op
 
@@ -55,6 +56,7 @@ def alternatives(op: Op, case: Case, inputs: Inputs, platform: str) -> Iterator[
     offered = {
         "int8_matmul": _int8_matmul,
         "grouped_matmul": _grouped_matmul,
+        "linear": _linear,
         "page_attention": _page_attention,
         "flash_attention": partial(_flash_attention, backward=False),
         "flash_attention_gradient": partial(_flash_attention, backward=True),
@@ -116,7 +118,7 @@ def _int8_matmul(case: Case, inputs: Any, platform: str) -> Iterator[Alternative
         return [lax.dot_general(x, w, dims, preferred_element_type=jnp.float32) for w in weights]
 
     def finish(sums: list[Any], inputs: Inputs) -> Array:
-        return _rescaled([_from_torch(s) for s in sums], inputs, case)
+        return _rescaled([from_torch(s) for s in sums], inputs, case)
 
     yield Alternative(
         "xla_bfloat16", widened, products, finish=finish,
@@ -125,7 +127,7 @@ def _int8_matmul(case: Case, inputs: Any, platform: str) -> Iterator[Alternative
 
     def torch_int8(inputs: Inputs) -> Any:
         x, _, pairs = _int8_parts(inputs)
-        return _to_torch(x), [_to_torch(w).t() for w, _ in pairs]
+        return to_torch(x), [to_torch(w).t() for w, _ in pairs]
 
     def torch_products(parts: Any) -> list[Any]:
         import torch
@@ -142,11 +144,26 @@ def _int8_matmul(case: Case, inputs: Any, platform: str) -> Iterator[Alternative
 
     def torch_bfloat16(inputs: Inputs) -> Any:
         x, weights = widened(inputs)
-        return _to_torch(x), [_to_torch(w).t() for w in weights]
+        return to_torch(x), [to_torch(w).t() for w in weights]
 
     yield Alternative(
         "torch_bfloat16", torch_bfloat16, lambda p: [p[0] @ w for w in p[1]],
         finish=finish, note="weights of two bytes; results rounded; without scales and gate",
+    )  # fmt: skip
+
+
+def _linear(case: Case, inputs: Inputs, platform: str) -> Iterator[Alternative]:
+    stack = inputs[0][1].stack
+    if not isinstance(stack, jax.Array):
+        return  # int8: torch has no product that rounds rows as it goes
+
+    def taken(inputs: Inputs) -> Any:
+        x, w = inputs[0]
+        return to_torch(x.astype(stack.dtype)), to_torch(w.take()).t()
+
+    yield Alternative(
+        "torch_linear", taken, lambda parts: parts[0] @ parts[1],
+        finish=lambda y, _: from_torch(y).astype(jnp.float32), note="rows in the weights' type",
     )  # fmt: skip
 
 
@@ -165,7 +182,7 @@ def _grouped_matmul(case: Case, inputs: Any, platform: str) -> Iterator[Alternat
         return y if eight else y.astype(out)
 
     def finish(y: Any, inputs: Inputs) -> Array:
-        y, ((_, _, sizes), arrays) = _from_torch(y), inputs
+        y, ((_, _, sizes), arrays) = from_torch(y), inputs
         if eight:
             expert = jnp.repeat(jnp.arange(E), sizes, total_repeat_length=y.shape[0])
             scale = _taken(arrays["w_scale"], arrays.get("layer"))[expert]
@@ -178,8 +195,8 @@ def _grouped_matmul(case: Case, inputs: Any, platform: str) -> Iterator[Alternat
 
     def torch_grouped(inputs: Inputs) -> Any:
         (x, w, sizes), arrays = inputs
-        weight = _to_torch(_taken(w, arrays.get("layer"))).transpose(-1, -2)
-        return _to_torch(x), weight, _to_torch(jnp.cumsum(sizes, dtype=jnp.int32))
+        weight = to_torch(_taken(w, arrays.get("layer"))).transpose(-1, -2)
+        return to_torch(x), weight, to_torch(jnp.cumsum(sizes, dtype=jnp.int32))
 
     def torch_run(parts: Any) -> Any:
         import torch
@@ -236,7 +253,7 @@ def _page_attention(case: Case, inputs: Any, platform: str) -> Iterator[Alternat
 
     def torch_laid_out(inputs: Inputs) -> Any:
         q, k, v, _ = laid_out(inputs)
-        return tuple(_to_torch(jnp.moveaxis(x, 1, 2)) for x in (q, k, v))
+        return tuple(to_torch(jnp.moveaxis(x, 1, 2)) for x in (q, k, v))
 
     def torch_attend(parts: Any) -> Any:
         from torch.nn.functional import scaled_dot_product_attention
@@ -245,7 +262,7 @@ def _page_attention(case: Case, inputs: Any, platform: str) -> Iterator[Alternat
 
     yield Alternative(
         "torch_sdpa", torch_laid_out, torch_attend, part=lambda expected: expected[0],
-        finish=lambda o, _: _from_torch(o)[:, :, 0], note=f"{note}, all of one length",
+        finish=lambda o, _: from_torch(o)[:, :, 0], note=f"{note}, all of one length",
     )  # fmt: skip
 
 
@@ -273,7 +290,7 @@ def _flash_attention(
         return tuple(x.swapaxes(1, 2) for x in inputs[0][:3])
 
     def heads_first(out: Any, _: Inputs) -> Any:
-        return jax.tree.map(lambda x: _from_torch(x).swapaxes(1, 2), out)
+        return jax.tree.map(lambda x: from_torch(x).swapaxes(1, 2), out)
 
     for implementation in _implementations(platform):
         name, run = f"jax.nn_{implementation}", partial(forward, implementation)
@@ -303,11 +320,11 @@ def _flash_attention(
         return scaled_dot_product_attention(q, k, v, scale=scale, is_causal=True, enable_gqa=True)
 
     def torch_inputs(inputs: Inputs) -> Any:
-        return tuple(_to_torch(x) for x in inputs[0][:3])
+        return tuple(to_torch(x) for x in inputs[0][:3])
 
     def torch_residuals(inputs: Inputs) -> Any:
         leaves = tuple(x.detach().requires_grad_() for x in torch_inputs(inputs))
-        return leaves, torch_forward(leaves), _to_torch(inputs[0][6])
+        return leaves, torch_forward(leaves), to_torch(inputs[0][6])
 
     def torch_backward(parts: Any) -> Any:
         import torch
@@ -318,33 +335,11 @@ def _flash_attention(
     if backward:
         yield Alternative(
             "torch_sdpa", torch_residuals, torch_backward, part=lambda expected: expected[:3],
-            finish=lambda out, _: tuple(map(_from_torch, out)), asked=_lse_level,
+            finish=lambda out, _: tuple(map(from_torch, out)), asked=_lse_level,
             note="no slope of the lse",
         )  # fmt: skip
     else:
         yield Alternative(
             "torch_sdpa", torch_inputs, torch_forward, part=lambda expected: expected[0],
-            finish=lambda o, _: _from_torch(o),
+            finish=lambda o, _: from_torch(o),
         )  # fmt: skip
-
-
-# ---- torch --------------------------------------------------------------------------------
-
-
-def torch_sees(platform: str) -> bool:
-    """Whether torch is installed and computes on this kind of device."""
-    try:
-        import torch
-    except ImportError:
-        return False
-    return platform == "cpu" or (platform == "gpu" and torch.cuda.is_available())
-
-
-def _to_torch(x: Array) -> Any:
-    import torch
-
-    return torch.from_dlpack(jax.block_until_ready(x))
-
-
-def _from_torch(x: Any) -> Any:
-    return x if isinstance(x, jax.Array) else jnp.from_dlpack(x.detach().contiguous())

@@ -12,9 +12,10 @@ from typing import Any
 
 import jax
 
-from benchmarks.alternatives import Alternative, alternatives, torch_sees
+from benchmarks.alternatives import Alternative, alternatives
 from benchmarks.programs import Program, TorchProgram, agreement, runner, truth
 from benchmarks.stopwatch import Launch, race
+from benchmarks.torch_arrays import torch_sees
 from kernels_pallas.op import Body, Case, Op
 
 XLA = "reference"

@@ -261,6 +261,8 @@ def run(
         out.write_text(json.dumps(report, indent=1) + "\n")
         if bench.won:
             tuning.merge(tables / f"{name_of(device)}.json", bench.won)
+    report["rates_after"] = measure(device, sizes or Sizes.of(platform)).record()
+    out.write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps(report.get("summary", {})), flush=True)
     return report
 
