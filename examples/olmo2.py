@@ -14,7 +14,7 @@ from jax import Array
 
 from jaxserve.models import decoder, llama
 from jaxserve.models.decoder import Config, Params, logits
-from jaxserve.models.layers import Mlp, mlp, run_layers
+from jaxserve.models.layers import Mlp, join_heads, mlp, run_layers
 from jaxserve.models.ops import Ops
 from kernels_pallas.rope import Table
 from kernels_pallas.weight import Weight, as_array
@@ -28,7 +28,7 @@ class Attention:
     wq: Weight = weight("heads head_dim embed", "q_proj.weight")
     wk: Weight = weight("kv_heads head_dim embed", "k_proj.weight")
     wv: Weight = weight("kv_heads head_dim embed", "v_proj.weight")
-    wo: Weight = weight("embed heads head_dim", "o_proj.weight")
+    wo: Weight = weight("embed heads*head_dim", "o_proj.weight")
     q_norm: Weight = weight("heads head_dim", "q_norm.weight", init="ones")
     k_norm: Weight = weight("kv_heads head_dim", "k_norm.weight", init="ones")
 
@@ -62,7 +62,7 @@ def attention(
     q = ops.rotate(norm_heads(cfg, ops, q, p.q_norm), rope)
     k = ops.rotate(norm_heads(cfg, ops, k, p.k_norm), rope)
     o, kv = ops.attend(q, k, v, kv, i, scale=cfg.head_dim**-0.5)
-    return ops.linear(o, p.wo, num_in=2), kv
+    return ops.linear(join_heads(o), p.wo), kv
 
 
 def layer(

@@ -29,7 +29,7 @@ class EngineConfig:
         seed: of requests that bring none.
         enable_prefix_caching: reuse pages of equal prompt beginnings.
         decode_steps: tokens decoded per launch when every row decodes and none needs the host.
-        kernels: "native" (C++ on CPU), "reference" (plain XLA), or "auto".
+        kernels: "native" (C++ on CPU), "pallas" (TPU, GPU), "reference" (plain XLA), or "auto".
         load_format: "dummy" fills weights with random numbers instead of reading them.
         background_compile: serve with the first program while the others are compiled.
         forbid_compile: after warm-up, any compilation is an error.
@@ -47,7 +47,7 @@ class EngineConfig:
     seed: int = 0
     enable_prefix_caching: bool = True
     decode_steps: int = 1
-    kernels: Literal["auto", "native", "reference"] = "auto"
+    kernels: Literal["auto", "native", "pallas", "reference"] = "auto"
     load_format: Literal["auto", "dummy"] = "auto"
     background_compile: bool = True
     forbid_compile: bool = False
@@ -80,8 +80,8 @@ _RULES: dict[str, _Rule] = {
     "decode_steps": (Integral, lambda n: 1 <= n <= 64, "between 1 and 64"),
     "kernels": (
         str,
-        lambda k: k in ("auto", "native", "reference"),
-        "auto, native or reference",
+        lambda k: k in ("auto", "native", "pallas", "reference"),
+        "auto, native, pallas or reference",
     ),
     "load_format": (str, lambda f: f in ("auto", "dummy"), "auto or dummy"),
     "background_compile": _FLAG,

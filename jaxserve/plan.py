@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 
 import kernels_pallas.cpu
-from jaxserve.cache.kv_cache import page_bytes, storage_dtype
+from jaxserve.cache.kv_cache import page_bytes, storage_dtype, stored_shape
 from jaxserve.checkpoint.quantized import scheme
 from jaxserve.config import EngineConfig
 from jaxserve.errors import ConfigError
+from kernels_pallas.target import Target
 
 FIRST_BUCKET = 64
 """Tokens of the program that is compiled first and serves until the others exist."""
@@ -33,17 +34,23 @@ class Plan:
         quantization: "int8" where large weights are held in eight bits.
         activation_dtype: of hidden states. On CPU float32, which its vector units are quicker at.
         kv_dtype: in which pages are stored.
+        kv_shape: KV heads, and lanes of a key and of a value, of a page.
+        target: the hardware that programs are compiled for.
         token_buckets: tokens per step that have a program, ascending.
-        kernels: "native" or "reference". While a machine's first start builds the native ones,
-            steps run the reference over the same weights and cache.
-        unrolled: every layer is a stack of its own, because slicing a stack copies.
+        kernels: "native" (C++ on CPU), "pallas" (on a TPU or a GPU) or "reference". While a
+            machine's first start builds the native ones, steps run the reference over the same
+            weights and cache.
+        unrolled: every layer is a stack of its own, where XLA would copy a slice of a stack before
+            it uses it: on a GPU, and on CPU without native kernels.
     """
 
     platform: str
+    target: Target
     dtype: Any
     quantization: str | None
     activation_dtype: Any
     kv_dtype: Any
+    kv_shape: tuple[int, int, int]
     max_model_len: int
     max_num_seqs: int
     token_buckets: tuple[int, ...]
@@ -126,7 +133,8 @@ def resolve(
     Raises:
         ConfigError: the model and one sequence do not fit; the message names what would.
     """
-    platform = device.platform
+    target = Target.of(device)
+    platform = target.platform
     kernels = _kernels(config, platform)
     dtype = _dtype(config, hf, platform, kernels)
     kv_dtype = storage_dtype(dtype, platform)
@@ -135,23 +143,26 @@ def resolve(
     batched = config.max_num_batched_tokens or (512 if platform == "cpu" else 2048)
     quantization = config.quantization or _stored_quantization(hf)
     weights = weight_bytes(dtype, quantization)
-    per_page = page_bytes(cfg.num_layers, page_size, cfg.kv_shape, kv_dtype)
+    kv_shape = stored_shape(cfg.kv_shape, target) if kernels == "pallas" else cfg.kv_shape
+    per_page = page_bytes(cfg.num_layers, page_size, kv_shape, kv_dtype)
     max_len, num_pages = _cache(config, cfg.max_len, page_size, per_page, max_seqs, weights, device)
     max_seqs = min(max_seqs, num_pages)  # each has a page of its own
     batched = min(batched, num_pages * page_size)
     return Plan(
         platform=platform,
+        target=target,
         dtype=dtype,
         quantization=quantization,
         activation_dtype=jnp.dtype(jnp.float32) if platform == "cpu" else dtype,
         kv_dtype=kv_dtype,
+        kv_shape=kv_shape,
         max_model_len=max_len,
         max_num_seqs=max_seqs,
         token_buckets=_buckets(max(batched, max_seqs)),
         page_size=page_size,
         num_pages=num_pages,
         kernels=kernels,
-        unrolled=platform == "cpu" and kernels == "reference",
+        unrolled=platform == "gpu" or (kernels == "reference" and platform == "cpu"),
         decode_steps=config.decode_steps,
         weight_bytes=weights,
         kv_bytes=num_pages * per_page,
@@ -159,13 +170,16 @@ def resolve(
 
 
 def _kernels(config: EngineConfig, platform: str) -> str:
+    """The asked set of kernels; "auto": the platform's own, where it can be had."""
     native = platform == "cpu" and kernels_pallas.cpu.expected()
-    if config.kernels == "native" and not native:
+    own = "pallas" if platform != "cpu" else "native" if native else "reference"
+    if config.kernels not in ("auto", "reference", own):
+        needs = {"native": "a CPU and a C++ compiler", "pallas": "a TPU or a GPU"}
         raise ConfigError(
-            f"kernels='native' needs a CPU device and a C++ compiler; here the device is "
+            f"kernels={config.kernels!r} needs {needs[config.kernels]}; here the device is "
             f"{platform}. Use kernels='auto'"
         )
-    return "reference" if config.kernels == "reference" or not native else "native"
+    return own if config.kernels == "auto" else config.kernels
 
 
 def _stored_quantization(hf: Mapping[str, Any]) -> str | None:

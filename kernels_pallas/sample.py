@@ -13,6 +13,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from kernels_pallas import sample_gpu
 from kernels_pallas.draw import BITS, COLDEST, draw, highest
 from kernels_pallas.op import Body, Case, Cost, Op, UnsupportedError, tried
 
@@ -194,4 +195,12 @@ CASES = (
     _case(256, 128256, temperature=0.6, top_p=0.95, shipped=True),
 )
 
-sample = Op("sample", draw, {"mosaic_tpu": Body("tpu", tpu, TpuTile)}, CASES)
+sample = Op(
+    "sample",
+    draw,
+    {
+        "mosaic_tpu": Body("tpu", tpu, TpuTile),
+        "mosaic_gpu": Body("gpu", sample_gpu.gpu, sample_gpu.GpuTile),
+    },
+    CASES,
+)

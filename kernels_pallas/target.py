@@ -36,8 +36,8 @@ class Target:
     device: str = ""
 
     @classmethod
-    def of(cls, mesh: Mesh | AbstractMesh) -> Target:
-        """The target of a mesh's devices, which may be absent ones.
+    def of(cls, mesh: Mesh | AbstractMesh | Any) -> Target:
+        """The target of a mesh's devices, or of a device; any of them may be absent.
 
         Raises:
             ValueError: the mesh does not say what its devices are.
@@ -47,7 +47,7 @@ class Target:
             if device is None:
                 raise ValueError(f"{mesh} does not say what its devices are: give abstract_device")
         else:
-            device = mesh.devices.flat[0]
+            device = mesh.devices.flat[0] if isinstance(mesh, Mesh) else mesh
         kind = str(device.device_kind)
         platform: Any = {"cuda": "gpu"}.get(device.platform, device.platform)
         if platform not in get_args(Platform):

@@ -86,3 +86,17 @@ def _complete_simulator() -> None:
 def reset_simulated_tpu() -> None:
     """Forgets a simulation, which an exception leaves half done."""
     pltpu.reset_tpu_interpret_mode_state()
+
+
+def gpu_races_found() -> bool:
+    """Whether the last simulated GPU kernel had a race, which its results need not show."""
+    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks as simulator
+
+    return bool(simulator.get_races().races_found)
+
+
+def reset_simulated_gpu() -> None:
+    """Forgets a simulation of a GPU, which an exception leaves half done."""
+    from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as simulator
+
+    simulator.reset_gpu_interpret_mode_state()

@@ -13,6 +13,7 @@ Shape, placement, initialisation and loading all read that one line::
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -29,7 +30,7 @@ class Weight:
     """What is known of one leaf before it has a value.
 
     Attributes:
-        axes: a name for each dimension, outermost first.
+        axes: a name for each dimension, outermost first; "heads*head_dim" is both in one.
         name: its tensor in a Hugging Face checkpoint; `{layer}` and `{expert}` are filled in for
             the axes "layer" and "experts". Empty: not stored there.
         init: "normal", "ones" or "zeros".
@@ -53,7 +54,11 @@ class Weight:
 
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """The leaf's shape, given the size of every axis but "layer"."""
-        return tuple(len(self.layers) if axis == "layer" else sizes[axis] for axis in self.axes)
+
+        def size(axis: str) -> int:
+            return len(self.layers) if axis == "layer" else sizes[axis]
+
+        return tuple(math.prod(map(size, axis.split("*"))) for axis in self.axes)
 
     @property
     def num_in(self) -> int:

@@ -29,10 +29,10 @@ MAY_IMPORT = {
     "jaxserve.models": """jaxserve.errors jaxserve.checkpoint.mxfp4
         moe kernels_pallas sharding jax numpy""",
     "jaxserve.checkpoint": """jaxserve.errors jaxserve.models.family jaxserve.models.reward_head
-        sharding jax numpy ml_dtypes rich huggingface_hub safetensors""",
+        kernels_pallas sharding jax numpy ml_dtypes rich huggingface_hub safetensors""",
     "jaxserve.checkpoint.mxfp4": "jaxserve.errors numpy ml_dtypes",
-    "jaxserve.quant": """jaxserve.models.family jaxserve.checkpoint.quantized
-        kernels_pallas sharding jax numpy""",
+    "jaxserve.quant": """jaxserve.models jaxserve.checkpoint jaxserve.errors
+        kernels_pallas moe sharding jax numpy rich""",
     "jaxserve.cache": "jaxserve.errors jaxserve.models.ops kernels_pallas sharding jax numpy",
     "jaxserve.plan": """jaxserve.config jaxserve.errors jaxserve.cache
         jaxserve.checkpoint.quantized kernels_pallas sharding jax""",

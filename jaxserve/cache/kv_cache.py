@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from kernels_pallas.target import Target
 from sharding.tree import pytree
 
 
@@ -29,6 +30,18 @@ class KVCache:
 def storage_dtype(dtype: Any, platform: str) -> Any:
     """The type in which pages keep `dtype`: on CPU, XLA of jax 0.10 copies bfloat16 buffers."""
     return jnp.uint16 if platform == "cpu" and dtype == jnp.bfloat16 else jnp.dtype(dtype)
+
+
+def stored_shape(kv_shape: tuple[int, int, int], target: Target) -> tuple[int, int, int]:
+    """KV heads, and lanes of a key and of a value, as pages have them on some hardware.
+
+    A TPU lays arrays whose last axis is no multiple of 128 out otherwise, and a kernel would pay a
+    copy of the whole cache; Hopper moves 64 lanes at a time. What is added is 0 and stays so.
+    """
+    heads, *lanes = kv_shape
+    whole = {"tpu": 128, "gpu": 64}.get(target.platform, 1)
+    key, value = (-(-n // whole) * whole for n in lanes)
+    return heads, key, value
 
 
 def page_bytes(num_layers: int, page_size: int, kv_shape: tuple[int, int, int], dtype: Any) -> int:

@@ -16,7 +16,8 @@ from safetensors.numpy import save_file
 from jaxserve.checkpoint.hf import tensor_names
 from jaxserve.errors import CheckpointError
 from jaxserve.models.family import Family
-from sharding.tree import Weight, is_weight
+from kernels_pallas.weight import Int8Weight
+from sharding.tree import Weight, is_weight, unstack
 
 _SHARD_BYTES = 5 << 30
 _TEXT_FILES = (
@@ -33,6 +34,7 @@ def save_pretrained(
     config: Mapping[str, Any],
     *,
     beside: Path | None = None,
+    card: str | None = None,
 ) -> None:
     """Writes config.json and safetensors that `transformers` and `LLM` load.
 
@@ -41,6 +43,7 @@ def save_pretrained(
     Args:
         config: what config.json says.
         beside: a folder whose tokenizer, chat template and generation defaults go along.
+        card: what README.md says; without it there is none.
 
     Raises:
         CheckpointError: a weight has no form in a checkpoint, or writing failed; `folder` is as
@@ -56,6 +59,8 @@ def save_pretrained(
         dtype = next(iter(tensors.values())).dtype.name
         text = json.dumps({**config, "dtype": dtype}, indent=2)
         (fresh / "config.json").write_text(text + "\n")
+        if card is not None:
+            (fresh / "README.md").write_text(card)
         _write_shards(fresh, tensors)
         if folder.exists():
             shutil.rmtree(folder)
@@ -66,15 +71,23 @@ def save_pretrained(
 
 
 def named_tensors(family: Family, cfg: Any, params: Any) -> dict[str, np.ndarray]:
-    """Every weight under its name in a checkpoint.
+    """Every weight under its name in a checkpoint; layers may be stacked in any of both ways.
+
+    An eight-bit weight has its scales beside it, in the way of compressed-tensors.
 
     Raises:
         CheckpointError: a family's layout can only be read.
     """
-    declared = jax.tree.leaves(family.declare_params(cfg), is_leaf=is_weight)
-    arrays = jax.tree.leaves(params)
+    tree = family.declare_params(cfg)
+    if len(getattr(params, "stacks", ())) != len(getattr(tree, "stacks", ())):
+        tree = unstack(tree)
+    declared = jax.tree.leaves(tree, is_leaf=is_weight)
+    arrays = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, Int8Weight))
     tensors: dict[str, np.ndarray] = {}
     for spec, array in zip(declared, arrays, strict=True):
+        if isinstance(array, Int8Weight):
+            _put_eight_bits(tensors, spec, array)
+            continue
         whole = np.asarray(array)
         for index, name in tensor_names(spec, whole.shape):
             part = whole[index]
@@ -86,6 +99,16 @@ def named_tensors(family: Family, cfg: Any, params: Any) -> dict[str, np.ndarray
                 tensors[name] = part.reshape(_stored_shape(spec, part))
         tensors |= dict.fromkeys(spec.also, whole)
     return {name: np.ascontiguousarray(x) for name, x in tensors.items()}
+
+
+def _put_eight_bits(tensors: dict[str, np.ndarray], spec: Weight, w: Int8Weight) -> None:
+    values, scale = np.asarray(w.values), np.asarray(w.scale)
+    for index, name in tensor_names(spec, values.shape):
+        if spec.write is not None or spec.read is not None:
+            raise CheckpointError(f"{name} is stored in a layout that has no eight-bit form")
+        part = values[index]
+        tensors[name] = part.reshape(_stored_shape(spec, part))
+        tensors[f"{name}_scale"] = scale[index].reshape(-1, 1)
 
 
 def _stored_shape(spec: Weight, part: np.ndarray) -> tuple[int, ...]:

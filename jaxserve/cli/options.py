@@ -17,9 +17,9 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     """`--max-model-len` for `EngineConfig.max_model_len`, and so on."""
     group = parser.add_argument_group("engine")
     group.add_argument("--revision", help="branch, tag or commit of a hub model")
-    kinds, texts = typing.get_type_hints(EngineConfig), _described(EngineConfig)
+    kinds, texts = typing.get_type_hints(EngineConfig), describe(EngineConfig)
     for field in dataclasses.fields(EngineConfig):
-        options: dict[str, Any] = _typed(kinds[field.name])
+        options: dict[str, Any] = typed(kinds[field.name])
         options |= {"default": field.default, "help": texts[field.name].replace("%", "%%")}
         group.add_argument(f"--{field.name.replace('_', '-')}", **options)
 
@@ -60,7 +60,7 @@ def sampling_params(args: argparse.Namespace) -> SamplingParams:
     )
 
 
-def _typed(kind: Any) -> dict[str, Any]:
+def typed(kind: Any) -> dict[str, Any]:
     """argparse's description of a field's type."""
     if typing.get_origin(kind) in (types.UnionType, typing.Union):  # of a Literal it is the latter
         (kind,) = (k for k in kind.__args__ if k is not type(None))
@@ -71,7 +71,7 @@ def _typed(kind: Any) -> dict[str, Any]:
     return {"type": kind, "metavar": kind.__name__.upper()}
 
 
-def _described(config: type) -> dict[str, str]:
+def describe(config: type) -> dict[str, str]:
     """The lines under `Attributes:` of a class's docstring, by attribute."""
     _, _, lines = (config.__doc__ or "").partition("Attributes:\n")
     found = re.findall(r"^ {8}(\w+): (.*(?:\n {12}.*)*)", lines, re.MULTILINE)

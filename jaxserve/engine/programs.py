@@ -16,7 +16,7 @@ from jax import Array, lax
 from jaxserve.cache.kv_cache import KVCache
 from jaxserve.engine.batch import SampleArrays, StepArrays, StepInputs
 from jaxserve.engine.sampler import Sampled, logprobs_of, sample
-from jaxserve.engine.serving_ops import argmax_op, head_ops, serving_ops
+from jaxserve.engine.serving_ops import head_ops, sampling_ops, serving_ops
 from jaxserve.models.family import Family
 from jaxserve.plan import Plan
 
@@ -65,7 +65,7 @@ def sample_step(
     num_rows = jnp.sum(x.lengths > 0, dtype=jnp.int32)
     rows = last[: x.lengths.shape[0]]
     logits = _logits(plan, family, cfg, params, rows, num_rows)
-    return sample(logits, history, x, argmax=argmax_op(plan, num_rows))
+    return sample(logits, history, x, **sampling_ops(plan, num_rows))
 
 
 def whole_step(
@@ -119,8 +119,8 @@ def decode_loop(
         hidden, kv = _hidden(plan, family, cfg, params, kv, history, inputs)
         logits = _logits(plan, family, cfg, params, hidden[x.last], ragged.num_seqs)
         drawing_now = drawing._replace(lengths=drawing.lengths + i)
-        best = argmax_op(plan, ragged.num_seqs)
-        sampled, history = sample(logits, history, drawing_now, argmax=best)
+        how = sampling_ops(plan, ragged.num_seqs)
+        sampled, history = sample(logits, history, drawing_now, **how)
         active &= ~jnp.any(sampled.tokens[:, None] == stops, -1)
         return i + 1, kv, history, active, tokens.at[i].set(sampled.tokens)
 

@@ -17,25 +17,22 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
 import kernels_pallas.cpu
-from jaxserve.cache import kv_cache
 from jaxserve.cache.kv_cache import KVCache
 from jaxserve.engine.batch import (
-    MAX_STOPS,
     SlotTable,
-    StepArrays,
     needs_history,
     pack_sampling,
     pack_stops,
     pack_tokens,
 )
-from jaxserve.engine.programs import Forward, decode_loop, forward_step, sample_step, whole_step
+from jaxserve.engine.programs import Forward
 from jaxserve.engine.sampler import MAX_BIAS, Sampled
 from jaxserve.engine.scheduler import Step
+from jaxserve.engine.signature import COPIES, empty_state, head, program
 from jaxserve.errors import EngineError
 from jaxserve.models.family import Family
 from jaxserve.plan import Plan
@@ -45,7 +42,6 @@ log = logging.getLogger(__name__)
 OnProgram = Callable[[str, int, float], None]  # kind, size, seconds
 
 _HASTY: dict[str, Any] = {"xla_backend_optimization_level": 0}  # halves the time of LLVM
-_COPIES = 64  # pages copied per launch
 
 
 @dataclass
@@ -84,26 +80,12 @@ class Runner:
         self._unused: dict[int, dict[str, Any]] = {}
         self.kv: KVCache | None = None
         self.history: Array | None = None
-        self._state = jax.eval_shape(self._empty_state)
 
     # ---- device state -----------------------------------------------------------------
 
     def allocate(self) -> None:
         """An empty cache and history."""
-        self.kv, self.history = self._empty_state()
-
-    def _empty_state(self) -> tuple[KVCache, Array]:
-        plan = self.plan
-        kv = kv_cache.allocate(
-            self.cfg.num_layers,
-            plan.num_pages,
-            plan.page_size,
-            self.cfg.kv_shape,
-            plan.kv_dtype,
-            self.device,
-        )
-        shape = (plan.max_num_seqs, plan.max_model_len + 1)
-        return kv, jnp.zeros(shape, jnp.int32, device=self.device)
+        self.kv, self.history = empty_state(self.plan, self.cfg, self.device)
 
     def free(self) -> None:
         """Gives the cache's memory back."""
@@ -187,57 +169,12 @@ class Runner:
     def _compile(self, kind: str, size: int, *, hasty: bool = False) -> float:
         """Makes or replaces a program, `hasty` one that will not live; the seconds it took."""
         started = time.monotonic()
-        function, donated, arguments = getattr(self, f"_{kind}_program")(size)
+        made = program(self._traced, self.family, self.cfg, self.params, kind, size)
         with jax.default_device(self.device):
-            lowered = jax.jit(function, donate_argnums=donated).lower(*arguments)
+            lowered = jax.jit(made.function, donate_argnums=made.donated).lower(*made.arguments)
             self._programs[kind, size] = lowered.compile(compiler_options=_HASTY if hasty else None)
         self._sizes[kind] = tuple(sorted({size, *self._ready(kind)}))
         return time.monotonic() - started
-
-    def _forward_program(self, T: int, R: int | None = None):
-        R = R or self.plan.rows(T)
-        ints = partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
-        tables = ints((R, self.plan.pages_per_seq))
-        inputs = StepArrays(ints((4, T)), ints((3, R + 1)), tables, ints((2,)))
-        arguments = (_abstract(self.params), *self._state, inputs)
-        return partial(forward_step, self._traced, self.family, self.cfg), (1,), arguments
-
-    def _step_program(self, R: int):
-        *_, inputs = self._forward_program(self.plan.step_tokens(R), R)[2]
-        *_, drawing = self._sample_program(R)[2]
-        arguments = (_abstract(self.params), *self._state, inputs, drawing)
-        return partial(whole_step, self._traced, self.family, self.cfg), (1, 2), arguments
-
-    def _sample_program(self, R: int):
-        shape = (self.plan.max_num_seqs, self.cfg.embed)
-        last = jax.ShapeDtypeStruct(shape, self.plan.activation_dtype)
-        inputs = pack_sampling(Step(), R, self.table, self._unused_arrays(R))
-        arguments = (_abstract(self._head), last, self._state[1], _abstract(inputs))
-        return partial(sample_step, self._traced, self.family, self.cfg), (2,), arguments
-
-    def _decode_program(self, R: int):
-        _, _, (params, kv, history, inputs) = self._forward_program(R)
-        *_, drawing = self._sample_program(R)[2]
-        stops = jax.ShapeDtypeStruct((R, MAX_STOPS), jnp.int32)
-        arguments = (
-            params,
-            kv,
-            history,
-            inputs,
-            drawing,
-            stops,
-            jax.ShapeDtypeStruct((), jnp.int32),
-        )
-        return partial(decode_loop, self._traced, self.family, self.cfg), (1, 2), arguments
-
-    def _seed_history_program(self, _: int):
-        row = jax.ShapeDtypeStruct((self.plan.max_model_len + 1,), jnp.int32)
-        slot = jax.ShapeDtypeStruct((), jnp.int32)
-        return lambda h, slot, row: h.at[slot].set(row), (0,), (self._state[1], slot, row)
-
-    def _copy_pages_program(self, _: int):
-        pages = jax.ShapeDtypeStruct((_COPIES,), jnp.int32)
-        return kv_cache.copy_pages, (0,), (self._state[0], pages, pages)
 
     def _unused_arrays(self, R: int) -> dict[str, Any]:
         if R not in self._unused:
@@ -248,11 +185,6 @@ class Runner:
                 "mask": zeros(np.zeros((R, -(-self.cfg.vocab // 32)), np.uint32)),
             }
         return self._unused[R]
-
-    @property
-    def _head(self) -> Any:
-        """The weights without the layers: an argument costs the host time, whether used or not."""
-        return replace(self.params, stacks=())
 
     # ---- steps ------------------------------------------------------------------------
 
@@ -287,7 +219,7 @@ class Runner:
         R = self._row_bucket(step)
         drawing = pack_sampling(step, R, self.table, self._unused_arrays(R))
         sampled, self.history = self._programs["sample", R](
-            self._head, forward.last, self.history, drawing
+            head(self.params), forward.last, self.history, drawing
         )
         return Launched(step, sampled, bool(drawing.flags[3]), scored, forward)
 
@@ -336,9 +268,9 @@ class Runner:
 
     def _copy(self, copies: list[tuple[int, int]]) -> None:
         self._wait_for("copy_pages")
-        for i in range(0, len(copies), _COPIES):
-            pairs = np.full((2, _COPIES), self.plan.num_pages, np.int32)  # out of range: not copied
-            part = copies[i : i + _COPIES]
+        for i in range(0, len(copies), COPIES):
+            pairs = np.full((2, COPIES), self.plan.num_pages, np.int32)  # out of range: not copied
+            part = copies[i : i + COPIES]
             pairs[:, : len(part)] = np.asarray(part, np.int32).T
             self.kv = self._programs["copy_pages", 0](self.kv, pairs[0], pairs[1])
 
@@ -367,7 +299,3 @@ def _settle_heap() -> None:
     """
     gc.collect()
     gc.freeze()
-
-
-def _abstract(tree: Any) -> Any:
-    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(np.shape(a), a.dtype), tree)

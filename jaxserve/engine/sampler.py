@@ -73,6 +73,7 @@ def sample(
     x: SampleInputs,
     *,
     argmax: Callable[[Array], tuple[Array, Array]] = argmax,
+    draw: Callable[..., Array] = draw,
 ) -> tuple[Sampled, Array]:
     """Draws a token per row of logits [R, V] and appends it to history [S, max_len].
 
@@ -80,13 +81,13 @@ def sample(
     and before mask and temperature.
 
     Args:
-        argmax: an implementation of the function of that name.
+        argmax, draw: implementations of the functions of those names.
     """
     logits = logits.astype(jnp.float32)
     edits = x.use_penalties | x.use_bias | x.use_mask
     plain = ~(edits | jnp.any(x.temperature > 0))
     likely, top = argmax(logits)
-    choose = partial(_choose, argmax)
+    choose = partial(_choose, argmax, draw)
     tokens = lax.cond(plain, lambda s, h, x: likely, choose, logits, history, x)
     # a NaN makes the maximum NaN, infinity makes it infinite, and a mask that forbids all is finite
     tokens = jnp.where(jnp.isfinite(top), tokens, -1)
@@ -95,12 +96,14 @@ def sample(
     return Sampled(tokens, *reported), history
 
 
-def _choose(argmax: Any, logits: Array, history: Array, x: SampleInputs) -> Array:
+def _choose(argmax: Any, draw: Any, logits: Array, history: Array, x: SampleInputs) -> Array:
     """The general case: edited scores, some rows greedy and some drawn."""
     edits = x.use_penalties | x.use_bias | x.use_mask
     scores = lax.cond(edits, _edit, lambda s, h, x: s, logits, history, x)
     greedy, _ = argmax(scores)
-    drawn = lax.cond(jnp.any(x.temperature > 0), _draw, lambda s, x: greedy, scores, x)
+    drawn = lax.cond(
+        jnp.any(x.temperature > 0), partial(_draw, draw), lambda s, x: greedy, scores, x
+    )
     return jnp.where(x.temperature > 0, drawn, greedy)
 
 
@@ -145,7 +148,7 @@ def _apply_mask(scores: Array, x: SampleInputs) -> Array:
 # ---- drawing ---------------------------------------------------------------------------------
 
 
-def _draw(scores: Array, x: SampleInputs) -> Array:
+def _draw(draw: Any, scores: Array, x: SampleInputs) -> Array:
     u = _uniform(x.seeds, x.lengths)
     return draw(scores, u, x.temperature, x.top_k, x.top_p, x.min_p)
 

@@ -10,79 +10,47 @@ from jax import Array
 
 import kernels_pallas.cpu as cpu
 from jaxserve.cache.attend import paged
-from jaxserve.engine.sampler import argmax
+from jaxserve.engine import sampler
 from jaxserve.models.ops import Ops
 from jaxserve.plan import Plan
-from kernels_pallas.cpu import bodies
-from kernels_pallas.linear import gated_linear as gated_linear_reference
-from kernels_pallas.linear import linear as linear_reference
-from kernels_pallas.op import with_reference_gradient
-from kernels_pallas.paged_attention import Ragged, gathered
-from kernels_pallas.rms_norm import rms_norm as rms_norm_reference
-from kernels_pallas.rope import Table
-from kernels_pallas.rope import rotate as rotate_reference
-from kernels_pallas.weight import Int8Weight
-from moe.experts import Experts
-from moe.experts import experts as experts_reference
+from kernels_pallas.paged_attention import Ragged
 
 
 def serving_ops(plan: Plan, batch: Ragged) -> Ops:
-    """Operations for the plan's kernels; native ones skip the padding of a bucket."""
+    """Operations for the plan's kernels, which skip the padding of a bucket."""
     if plan.kernels == "reference":
         return Ops(attend=paged(batch), dtype=plan.activation_dtype)
-    return _native(batch.row_starts[batch.num_seqs], plan.activation_dtype, batch)
+    return _kernels(plan, batch.row_starts[batch.num_seqs], batch)
 
 
 def head_ops(plan: Plan, num_rows: Array) -> Ops:
     """Operations for `logits`, which see sequences instead of tokens."""
     if plan.kernels == "reference":
         return Ops(attend=_no_attention, dtype=plan.activation_dtype)
-    return _native(num_rows, plan.activation_dtype, None)
+    return _kernels(plan, num_rows, None)
 
 
-def argmax_op(plan: Plan, num_rows: Array) -> Callable[[Array], tuple[Array, Array]]:
-    """`sampler.argmax` for the plan's kernels."""
-    return argmax if plan.kernels == "reference" else partial(cpu.argmax, num_rows=num_rows)
+def sampling_ops(plan: Plan, num_rows: Array) -> dict[str, Callable[..., Any]]:
+    """What `sampler.sample` is given."""
+    if plan.kernels == "native":
+        return {"argmax": partial(cpu.argmax, num_rows=num_rows)}
+    if plan.kernels == "pallas":
+        from jaxserve.engine import pallas_ops
+
+        return {"draw": partial(pallas_ops.draw, plan.target)}
+    return {"argmax": sampler.argmax}
 
 
-def _native(num_rows: Array, dtype: Any, batch: Ragged | None) -> Ops:
-    """The C++ kernels of `kernels_pallas.cpu`, given arrays as the models shape them.
+def _kernels(plan: Plan, num_rows: Array, batch: Ragged | None) -> Ops:
+    if plan.kernels == "native":
+        from jaxserve.engine import native_ops
 
-    They have the references' gradients, for rows that are not padding.
-    """
-    op = partial(with_reference_gradient, num_rows=num_rows)
-    return Ops(
-        attend=_no_attention if batch is None else paged(batch, _attention),
-        dtype=dtype,
-        linear=op(bodies.linear, linear_reference),
-        gated_linear=op(bodies.gated_linear, gated_linear_reference),
-        rms_norm=op(bodies.rms_norm, rms_norm_reference),
-        rotate=op(_rotate, rotate_reference),
-        experts=op(_experts, experts_reference),
-    )
+        attend = _no_attention if batch is None else paged(batch, native_ops.attention)
+        return native_ops.ops(attend, plan.activation_dtype, num_rows)
+    from jaxserve.engine import pallas_ops  # here, for importing Pallas takes a fifth of a second
 
-
-def _rotate(x: Array, table: Table, *, num_rows: Array, interleaved: bool = False) -> Array:
-    cos, sin = (t.reshape(-1, t.shape[-1]) for t in table)
-    flat = x.reshape(-1, *x.shape[2:])
-    y = cpu.rope(flat, cos, sin, num_rows=num_rows, interleaved=interleaved)
-    return y.astype(x.dtype).reshape(x.shape)
-
-
-def _experts(
-    x: Array, ids: Array, weights: Array, p: Experts, *, num_rows: Array, activation: str
-) -> Array:
-    if p.b_gate is not None:
-        return experts_reference(x, ids, weights, p, activation=activation)
-    layer = bodies.layer_of(p.w_gate)[1]
-    stored = [bodies.layer_of(w)[0] for w in (p.w_gate, p.w_up, p.w_down)]
-    values = (w.values if isinstance(w, Int8Weight) else w for w in stored)
-    scales = tuple(w.scale for w in stored if isinstance(w, Int8Weight))
-    options = {"layer": layer, "num_rows": num_rows, "activation": activation}
-    return cpu.experts(x, ids, weights, *values, scales=scales, **options).astype(x.dtype)
-
-
-_attention = with_reference_gradient(bodies.paged_attention, gathered.paged_attention)
+    attend = _no_attention if batch is None else paged(batch, pallas_ops.attention(plan.target))
+    return pallas_ops.ops(plan.target, attend, plan.activation_dtype, num_rows)
 
 
 def _no_attention(*_: Any, **__: Any) -> Any:

@@ -27,7 +27,7 @@ class Attention:
     wq: Weight = weight("heads head_dim embed", "q_proj.weight")
     wk: Weight = weight("kv_heads head_dim embed", "k_proj.weight")
     wv: Weight = weight("kv_heads head_dim embed", "v_proj.weight")
-    wo: Weight = weight("embed heads head_dim", "o_proj.weight")
+    wo: Weight = weight("embed heads*head_dim", "o_proj.weight")
     bq: Weight | None = weight("heads head_dim", "q_proj.bias", when="qkv_bias")
     bk: Weight | None = weight("kv_heads head_dim", "k_proj.bias", when="qkv_bias")
     bv: Weight | None = weight("kv_heads head_dim", "v_proj.bias", when="qkv_bias")
@@ -57,7 +57,11 @@ def attention(
         k = ops.rms_norm(k, p.k_norm, eps=cfg.norm_eps, offset=cfg.norm_offset)
     q, k = ops.rotate(q, rope), ops.rotate(k, rope)
     o, kv = ops.attend(q, k, v, kv, i, scale=scale, window=window, sinks=p.sinks)
-    return add_bias(ops.linear(o, p.wo, num_in=2), p.bo), kv
+    return add_bias(ops.linear(join_heads(o), p.wo), p.bo), kv
+
+
+def join_heads(x: Array) -> Array:  # [..., N, H] -> [..., N * H]
+    return x.reshape(*x.shape[:-2], -1)
 
 
 def add_bias(x: Array, b: Weight | None) -> Array:

@@ -18,7 +18,7 @@ from jax import Array
 
 from jaxserve.models import decoder, llama, rope
 from jaxserve.models.decoder import logits
-from jaxserve.models.layers import Mlp, add_bias
+from jaxserve.models.layers import Mlp, add_bias, join_heads
 from jaxserve.models.ops import Ops
 from jaxserve.models.settings import choice
 from kernels_pallas.rope import Table
@@ -78,7 +78,7 @@ class Config(decoder.Config):
 
 
 def _keys(get: Callable[[str], np.ndarray], name: str, cfg: Config) -> np.ndarray:
-    return _kv_b(get, name, cfg)[:, : cfg.nope_dim]
+    return _kv_b(get, name, cfg)[:, : cfg.nope_dim].swapaxes(1, 2)
 
 
 def _values(get: Callable[[str], np.ndarray], name: str, cfg: Config) -> np.ndarray:
@@ -86,7 +86,7 @@ def _values(get: Callable[[str], np.ndarray], name: str, cfg: Config) -> np.ndar
 
 
 def _put_keys(tensors: dict[str, np.ndarray], name: str, cfg: Config, x: np.ndarray) -> None:
-    _begin(tensors, name, cfg, x)[:, : cfg.nope_dim] = x
+    _begin(tensors, name, cfg, x)[:, : cfg.nope_dim] = x.swapaxes(1, 2)
 
 
 def _put_values(tensors: dict[str, np.ndarray], name: str, cfg: Config, x: np.ndarray) -> None:
@@ -116,11 +116,12 @@ class Attention:
     wkv_a: Weight = weight("kv_row embed", "kv_a_proj_with_mqa.weight")
     bkv_a: Weight | None = weight("kv_row", "kv_a_proj_with_mqa.bias", when="qkv_bias")
     kv_norm: Weight = weight("kv_lora", "kv_a_layernorm.weight", init="ones")
-    w_uk: Weight = weight("heads nope_dim kv_lora", _KV_B, read=_keys, write=_put_keys)
+    # stored with nope_dim first; here what is contracted comes last, which bfloat16 on CPU needs
+    w_uk: Weight = weight("heads kv_lora nope_dim", _KV_B, read=_keys, write=_put_keys)
     w_uv: Weight = weight(
         "heads v_dim kv_lora", "kv_b_proj.weight", read=_values, write=_put_values
     )
-    wo: Weight = weight("embed heads v_dim", "o_proj.weight")
+    wo: Weight = weight("embed heads*v_dim", "o_proj.weight")
     bo: Weight | None = weight("embed", "o_proj.bias", when="o_bias")
 
 
@@ -189,12 +190,12 @@ def attention(
     q, q_rope = jnp.split(_queries(cfg, ops, p, x), [cfg.nope_dim], -1)
     latent, k_rope = jnp.split(add_bias(ops.linear(x, p.wkv_a), p.bkv_a), [cfg.kv_lora], -1)
     latent = ops.rms_norm(latent, p.kv_norm, eps=LATENT_EPS)
-    q = jnp.concatenate([_per_head("btnh,nhr->btnr", q, p.w_uk), turn(q_rope)], -1)
+    q = jnp.concatenate([_per_head("btnh,nrh->btnr", q, p.w_uk), turn(q_rope)], -1)
     k = jnp.concatenate([latent[:, :, None], turn(k_rope[:, :, None])], -1)
     scale = cfg.head_dim**-0.5 * cfg.rope.score_scale
     o, kv = ops.attend(q, k, None, kv, i, scale=scale, value_dim=cfg.kv_lora)
     o = _per_head("btnr,nhr->btnh", o, p.w_uv)
-    return add_bias(ops.linear(o, p.wo, num_in=2), p.bo), kv
+    return add_bias(ops.linear(join_heads(o), p.wo), p.bo), kv
 
 
 def _queries(cfg: Config, ops: Ops, p: Attention, x: Array) -> Array:  # [B, T, N, H]

@@ -44,13 +44,21 @@ class Attend(Protocol):
 def embed(table: Array, tokens: Array, *, dtype: Any) -> Array:
     """Rows of table [V, D] for tokens [B, T], in the type that activations have.
 
-    16-bit tables are gathered as integers: XLA:CPU of jax 0.10 widens a whole bfloat16 table
-    before it takes a row of it.
+    On CPU, 16-bit tables are gathered as integers: XLA of jax 0.10 widens a whole bfloat16 table
+    before it takes a row of it. On a TPU the table of integers would be a copy.
     """
-    if table.dtype.itemsize == 2:
+
+    def rows(table: Array, tokens: Array) -> Array:
+        return table[tokens]
+
+    def rows_as_bits(table: Array, tokens: Array) -> Array:
         bits = lax.bitcast_convert_type(table, jnp.uint16)
-        return lax.bitcast_convert_type(bits[tokens], table.dtype).astype(dtype)
-    return table[tokens].astype(dtype)
+        return lax.bitcast_convert_type(bits[tokens], table.dtype)
+
+    if table.dtype.itemsize != 2:
+        return rows(table, tokens).astype(dtype)
+    found = lax.platform_dependent(table, tokens, cpu=rows_as_bits, default=rows)
+    return found.astype(dtype)
 
 
 def unrecorded(kv: Any, layer: Array | int, router: Router, scores: Array, ids: Array) -> Any:

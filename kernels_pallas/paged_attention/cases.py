@@ -49,7 +49,7 @@ def _case(
     pairs = sum(n * s - n * (n - 1) / 2 for n, s in zip(new, lens, strict=True))
     cost = Cost(read, 2 * pairs * N * (H + (values or H)), jnp.dtype(dtype).name)
     tolerance = 0.01 if dtype == jnp.bfloat16 else 1e-5
-    everywhere = dtype == jnp.bfloat16 and not options.get("mass") and (values or 0) <= 256
+    everywhere = dtype == jnp.bfloat16 and (values or 0) <= 512
     bodies = None if everywhere else ("mosaic_tpu",)
     return Case(name, make, {"scale": H**-0.5, **options}, shipped, cost, tolerance, bodies)
 
@@ -62,7 +62,9 @@ CASES = (
     _case("sinks-capped", (2, 9), (40, 25), N=6, K=2, H=128, Z=16, sinks=True, soft_cap=5.0),
     _case("window-64", (1, 30, 1), (90, 70, 5), N=4, K=1, H=64, Z=32, window=21, value_dim=64),
     _case("mass", (1, 3, 40), (300, 17, 50), N=8, K=2, H=128, window=60, mass=True, **_F32),
+    _case("mass-bf16", (1, 12), (90, 30), N=4, K=2, H=64, Z=16, window=60, mass=True),
     _case("latent", (1, 5, 1), (40, 37, 16), N=16, K=1, H=192, Z=16, value_dim=128),
+    _case("latent-wide", (1, 2, 1), (70, 37, 16), N=16, K=1, H=576, Z=16, value_dim=512, idle=1),
     _case("decode-32k", (1,) * 32, (32768,) * 32, N=32, K=8, H=128, shipped=True),
     _case("decode-32k-8-to-1", (1,) * 32, (32768,) * 32, N=32, K=4, H=128, shipped=True),
     _case("decode-32k-mass", (1,) * 32, (32768,) * 32, N=32, K=4, H=128, mass=True, shipped=True),

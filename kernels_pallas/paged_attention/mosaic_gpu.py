@@ -18,6 +18,7 @@ from jax import Array
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.op import UnsupportedError, tried
+from kernels_pallas.paged_attention import mosaic_gpu_latent as latent
 from kernels_pallas.paged_attention.mosaic_gpu_kernel import (
     LOG2E,
     ROWS,
@@ -25,10 +26,11 @@ from kernels_pallas.paged_attention.mosaic_gpu_kernel import (
     Shape,
     kernel,
 )
-from kernels_pallas.paged_attention.ragged import Ragged, locate
+from kernels_pallas.paged_attention.ragged import Ragged, owners
 from kernels_pallas.weight import Weight, as_array
 
-_SHARED = 224 * 1024  # bytes of shared memory that a block may take
+_SHARED = 227 * 1024  # bytes of shared memory that a block may take
+_VALUES = 256  # lanes of values that a warpgroup's registers hold
 _CORES = 132
 
 
@@ -50,36 +52,52 @@ def page_attention(
     interpret: Any = False,
 ) -> tuple[Array, ...]:  # fmt: skip
     """`reference.page_attention` as one Hopper kernel."""
-    if mass:
-        raise UnsupportedError("mass=True: no sums of pages are kept here")
-    (T, N, H), K, W = q.shape, k_pages.shape[2], k_pages.shape[-1]
+    (T, N, H), K = q.shape, k_pages.shape[2]
     value_dim = value_dim or (H if v_pages is None else v_pages.shape[-1])
-    shape = _shape(tile or GpuTile(), q, k_pages, v_pages, batch, value_dim, scale, soft_cap)
+    shape = _shape(tile or GpuTile(), q, k_pages, v_pages, batch, value_dim, mass, scale, soft_cap)
     G, heads = shape.group, K * shape.heads
     seqs, firsts, first_item = _items(batch, T, shape)
-    queries = jnp.pad(q.astype(k_pages.dtype), ((0, 0), (0, 0), (0, W - H)))
+    queries = jnp.pad(q.astype(k_pages.dtype), ((0, 0), (0, 0), (0, shape.lanes - H)))
     row = jnp.arange(ROWS)
     token = jnp.arange(shape.groups)[:, None] * shape.tokens + row // G
     token = jnp.minimum(firsts[:, None] + token.reshape(-1), T - 1)  # [items, rows]; some idle
     head = jnp.arange(heads)[:, None] * G + jnp.tile(row % G, shape.groups)  # [heads, rows]
-    queries = queries[token[:, None], head]  # [items, heads, rows, W]
+    queries = queries[token[:, None], head]  # [items, heads, rows, lanes]
     caches = [k_pages] if v_pages is None else [k_pages, v_pages]
-    o, lse = _launch(
+    window = jnp.asarray(window, jnp.int32)
+    o, lse, *masses = _launch(
         (
-            jnp.asarray(layer, jnp.int32).reshape(1), jnp.asarray(window, jnp.int32).reshape(1),
+            jnp.asarray(layer, jnp.int32).reshape(1), window.reshape(1),
             batch.row_starts, batch.kv_lens, batch.tables.reshape(-1), seqs, firsts,
         ),
         queries, caches, shape, interpret,
     )  # fmt: skip
-    seq, _ = locate(batch, T)
+    seq, position = owners(batch, T)
     size = shape.groups * shape.tokens
     at = jnp.arange(T) - batch.row_starts[seq]  # of each token, in its sequence's share of the step
     item, at = first_item[seq] + at // size, at % size
     row = at // shape.tokens * ROWS + at % shape.tokens * G
     row = row[:, None, None] + jnp.arange(G)  # [T, 1, G]
-    where = slice(None), item[:, None, None], jnp.arange(heads)[:, None], row
+    item, head = item[:, None, None], jnp.arange(heads)[:, None]
+    where = slice(None), item, head, row
     o, lse = (x[where].reshape(shape.splits, T, N, *x.shape[4:]) for x in (o, lse))
-    return _merge(o[..., :value_dim], lse, None if sinks is None else as_array(sinks))
+    o, lse = _merge(o[..., :value_dim], lse, None if sinks is None else as_array(sinks))
+    if not mass:
+        return o, lse
+    logs = masses[0][item, head, :, row].reshape(T, N, -1)
+    return o, lse, _page_mass(logs, lse, position, window, batch.tables.shape[1], shape)
+
+
+def _page_mass(
+    logs: Array, lse: Array, position: Array, window: Array, M: int, shape: Shape
+) -> Array:
+    """[T, N, M] from logarithms of sums over parts of pages, where a token sees any of a part."""
+    first = jnp.arange(M * shape.parts) * shape.part  # keys
+    position = position[:, None]
+    seen = (first <= position) & ((window == 0) | (position - first - shape.part < window - 1))
+    share = jnp.exp2(logs[..., : M * shape.parts] - lse[..., None] * LOG2E)
+    share = jnp.where(seen[:, None], share, 0.0)  # nobody has written elsewhere
+    return share.reshape(*lse.shape, M, shape.parts).sum(-1)
 
 
 def _merge(o: Array, lse: Array, sinks: Array | None) -> tuple[Array, Array]:
@@ -94,16 +112,26 @@ def _merge(o: Array, lse: Array, sinks: Array | None) -> tuple[Array, Array]:
 
 def _shape(
     tile: GpuTile, q: Array, k_pages: Array, v_pages: Array | None, batch: Ragged, value_dim: int,
-    scale: float, soft_cap: float,
+    mass: bool, scale: float, soft_cap: float,
 ) -> Shape:  # fmt: skip
     """The kernel's sizes, or what speaks against it."""
-    T, N, _ = q.shape
+    T, N, H = q.shape
     _, _, K, Z, W = k_pages.shape
-    values = -(-value_dim // 64) * 64 if v_pages is None else v_pages.shape[-1]
+    in_keys, lanes = v_pages is None, -(-H // 64) * 64  # of keys that are brought
+    values = -(-value_dim // 64) * 64
+    wide = in_keys and values > _VALUES
+    if wide:
+        values = -(-value_dim // 128) * 128  # two halves
+        lanes = max(lanes, values)
     if k_pages.dtype != jnp.bfloat16:
         raise UnsupportedError(f"pages of {k_pages.dtype}: keep them in bfloat16")
-    if W % 64 or values % 64 or values > 256:
-        raise UnsupportedError(f"keys of {W}, values of {values} lanes: 64s, and values up to 256")
+    stored = W if v_pages is None else min(W, v_pages.shape[-1])
+    most = 2 * _VALUES if in_keys else _VALUES
+    if lanes > W or values > stored or values > most:
+        raise UnsupportedError(
+            f"keys of {H} and values of {value_dim} lanes in pages of {W}: "
+            f"whole 64s, and values up to {most}"
+        )
     keys = tile.keys or 64
     if Z % 8 or max(Z, keys) % min(Z, keys) or keys % 64 or keys > 256:
         raise UnsupportedError(f"{Z=} keys in a page: a power of two, from 8; and {keys=}: 64s")
@@ -111,25 +139,39 @@ def _shape(
     heads = next(n for n in range(1, N // K + 1) if N // K % n == 0 and N // K // n <= ROWS)
     G = N // K // heads
     tokens = ROWS // G
-    many = T > 4 * R and v_pages is not None  # prompts: two groups of rows share what TMA brings
+    many = T > 4 * R and not in_keys  # prompts: two groups of rows share what TMA brings
     groups = tile.groups or (2 if many else 1)
+    if wide and groups > 1:
+        raise UnsupportedError(f"{groups=} of rows: one, whose values two warpgroups share")
     blocks = _most_items(T, R, groups * tokens) * K * heads
-    wanted = min(16, _CORES // blocks, M * Z // (4 * keys))  # one wave, of four steps at least
-    splits = tile.splits or max(1, wanted)
-    block = keys * 2 * (W + (0 if v_pages is None else values))
-    fixed = groups * ROWS * (2 * W + 4 + 2 * keys + 4 * STORED) + 1024  # barriers
+    splits = tile.splits or _splits(blocks, M * Z // keys, prompts=T > 4 * R)
+    block = keys * 2 * (lanes + (0 if in_keys else values))
+    fixed = groups * ROWS * (2 * lanes + 4 + 2 * keys + (0 if wide else 4 * STORED)) + 2048
     stages = tile.stages or max(2, min(6, (_SHARED - fixed) // block))
     if fixed + stages * block > _SHARED:
         raise UnsupportedError(
-            f"{stages} blocks of {keys} keys of {W} and values of {values} lanes need "
+            f"{stages} blocks of {keys} keys of {lanes} and values of {values} lanes need "
             f"{fixed + stages * block} bytes of shared memory, and {_SHARED} are there"
         )
     factor, cap = (scale / soft_cap, soft_cap * LOG2E) if soft_cap else (scale * LOG2E, 0.0)
     part = min(Z, keys)
     return Shape(
-        G, heads, tokens, groups, stages, splits, part, Z // part, keys // part, M, W,
-        values, v_pages is None, factor, cap,
+        G, heads, tokens, groups, stages, splits, part, Z // part, keys // part, M, lanes,
+        values, in_keys, wide, mass, factor, cap,
     )  # fmt: skip
+
+
+def _splits(blocks: int, steps: int, prompts: bool) -> int:
+    """Shares of a sequence's keys: the fewest with which cores are about as busy as they can be.
+
+    Args:
+        blocks: of threads, without shares; one fills a core.
+        steps: of the longest sequence. A share is of four at least, or merging takes longer.
+        prompts: whether rows are many, whose sums would all be written once for each share.
+    """
+    most = max(1, min(16, steps // 4, _CORES // blocks if prompts else steps))
+    times = [-(-blocks * n // _CORES) / n for n in range(1, most + 1)]
+    return next(n for n, time in enumerate(times, 1) if time <= 1.1 * min(times))
 
 
 def _most_items(T: int, R: int, size: int) -> int:
@@ -151,34 +193,47 @@ def _items(batch: Ragged, T: int, shape: Shape) -> tuple[Array, Array, Array]:
 
 def _launch(
     scalars: tuple[Array, ...], queries: Array, caches: list[Array], shape: Shape, interpret: Any
-) -> tuple[Array, Array]:
-    """o [splits, items, heads, rows, values] and lse, without lanes."""
-    (items, heads, rows, _), dtype = queries.shape, queries.dtype
-    ready = plgpu.Barrier(num_arrivals=shape.count, num_barriers=shape.stages)
+) -> Any:
+    """o [splits, items, heads, rows, values], lse without lanes, and sums by part."""
+    items, heads, rows, _ = queries.shape
+    out = [(shape.splits, items, heads, rows, shape.values), (shape.splits, items, heads, rows)]
+    if shape.mass:
+        out.append((items, heads, shape.row * shape.parts + shape.count, rows))
+    if shape.wide:
+        body = partial(latent.kernel, shape=shape, simulated=bool(interpret))
+        scratch = latent.scratch(shape, queries.dtype)
+    else:
+        body, scratch = partial(kernel, shape=shape), _scratch(shape, queries.dtype)
     return plgpu.kernel(
-        partial(kernel, shape=shape),
-        out_type=[
-            jax.ShapeDtypeStruct((shape.splits, items, heads, rows, shape.values), jnp.float32),
-            jax.ShapeDtypeStruct((shape.splits, items, heads, rows), jnp.float32),
-        ],
+        body,
+        out_type=[jax.ShapeDtypeStruct(x, jnp.float32) for x in out],
         grid=(heads, shape.splits, items),
         grid_names=("head", "split", "item"),
-        num_threads=shape.groups + 1,
+        num_threads=3 if shape.wide else shape.groups + 1,
         thread_name="wg",
-        scratch_types=[
-            plgpu.SMEM((shape.groups, ROWS, shape.lanes), dtype),
-            plgpu.SMEM((shape.groups, ROWS, shape.keys), dtype),
-            plgpu.SMEM((shape.groups, ROWS, STORED), jnp.float32),
-            plgpu.SMEM((shape.groups, ROWS), jnp.float32),
-            plgpu.Barrier(num_barriers=shape.groups),
-            plgpu.Barrier(num_arrivals=shape.groups),
-            plgpu.Barrier(num_arrivals=shape.groups, num_barriers=shape.stages),
-            *(plgpu.SMEM((shape.stages, shape.keys, x.shape[-1]), dtype) for x in caches),
-            *(ready for _ in caches),
-        ],
+        scratch_types=scratch,
         compiler_params=plgpu.CompilerParams(
-            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
+            approx_math=True,
+            lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
+            reduction_scratch_bytes=1024,  # sums of rows stay in four threads and take none
         ),
         interpret=interpret,
         kernel_name="page_attention",
     )(*scalars, queries, *caches)
+
+
+def _scratch(shape: Shape, dtype: Any) -> list[Any]:
+    """What `kernel` asks for."""
+    widths = [shape.lanes] if shape.in_keys else [shape.lanes, shape.values]
+    ready = plgpu.Barrier(num_arrivals=shape.count, num_barriers=shape.stages)
+    return [
+        plgpu.SMEM((shape.groups, ROWS, shape.lanes), dtype),
+        plgpu.SMEM((shape.groups, ROWS, shape.keys), dtype),
+        plgpu.SMEM((shape.groups, ROWS, STORED), jnp.float32),
+        plgpu.SMEM((shape.groups, ROWS), jnp.float32),
+        plgpu.Barrier(num_barriers=shape.groups),
+        plgpu.Barrier(num_arrivals=shape.groups),
+        plgpu.Barrier(num_arrivals=shape.groups, num_barriers=shape.stages),
+        *(plgpu.SMEM((shape.stages, shape.keys, width), dtype) for width in widths),
+        *(ready for _ in widths),
+    ]

@@ -18,6 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.op import Body, Case, Cost, Op, UnsupportedError, tried
+from kernels_pallas.paged_attention import mosaic_gpu_writing
 from kernels_pallas.paged_attention.cases import batch as step_of
 from kernels_pallas.paged_attention.ragged import Ragged
 from kernels_pallas.paged_attention.reference import page_write as reference
@@ -139,26 +140,25 @@ def _kernel(
         token = jnp.clip(at.token, 0, tokens - slots - align)
         return pl.multiple_of(lax.div(token, jnp.int32(align)) * align, align)
 
-    def copies(i: Array, c: int) -> tuple[Any, Any, Any]:
-        """The two that an item begins with, and the one that it ends with."""
-        at, n = place(i), lax.rem(i, jnp.int32(depth))
+    def slots_of(i: Array, c: int) -> tuple[Any, Any]:
+        """An item in the cache, and its place here."""
+        at = place(i)
         slot = pl.ds(pl.multiple_of(at.slot, slots), slots)
-        there, here = caches[c].at[layer[0], at.page, :, slot], old[c].at[n]
-        tokens = new[c].at[:, pl.ds(window(at), slots + align)]
-        return (
-            pltpu.make_async_copy(tokens, fresh[c].at[n], arrived.at[0, n]),
-            pltpu.make_async_copy(there, here, arrived.at[0, n]),
-            pltpu.make_async_copy(here, there, arrived.at[1, n]),
-        )
+        there = caches[c].at[layer[0], at.page, :, slot]
+        return there, old[c].at[lax.rem(i, jnp.int32(depth))]
 
     def read(i: Array, act: str) -> None:
+        n = lax.rem(i, jnp.int32(depth))
         for c in range(stacks):
-            for copy in copies(i, c)[:2]:
-                getattr(copy, act)()
+            tokens = new[c].at[:, pl.ds(window(place(i)), slots + align)]
+            for pair in ((tokens, fresh[c].at[n]), slots_of(i, c)):
+                getattr(pltpu.make_async_copy(*pair, arrived.at[0, n]), act)()
 
     def written(i: Array, act: str) -> None:
+        n = lax.rem(i, jnp.int32(depth))
         for c in range(stacks):
-            getattr(copies(i, c)[2], act)()
+            there, here = slots_of(i, c)
+            getattr(pltpu.make_async_copy(here, there, arrived.at[1, n]), act)()
 
     def merge(i: Array) -> None:
         at, n = place(i), lax.rem(i, jnp.int32(depth))
@@ -221,7 +221,10 @@ CASES = (
 page_write = Op(
     "page_write",
     reference,
-    {"mosaic_tpu": Body("tpu", tpu, TpuTile)},
+    {
+        "mosaic_tpu": Body("tpu", tpu, TpuTile),
+        "mosaic_gpu": Body("gpu", mosaic_gpu_writing.page_write, mosaic_gpu_writing.GpuTile),
+    },
     CASES,
     in_place=((0, 0), (1, 1)),
 )

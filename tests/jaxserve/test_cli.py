@@ -53,7 +53,7 @@ def test_help_needs_neither_jax_nor_a_server():
 
 
 def test_every_engine_setting_is_an_option_and_described():
-    described = cli_options._described(EngineConfig)
+    described = cli_options.describe(EngineConfig)
     args = parser().parse_args(["serve", "m"])
     assert cli_options.engine_settings(args) == dataclasses.asdict(EngineConfig()) | {
         "revision": None

@@ -32,6 +32,7 @@ class Device:
 
     platform: str = "tpu"
     limit: int = 16 * GIB
+    device_kind: str = "TPU v6 lite"
 
     def memory_stats(self) -> dict[str, int]:
         return {"bytes_limit": self.limit, "bytes_in_use": 0}
@@ -143,9 +144,17 @@ def test_element_types(stored: str, asked: str, kernels: str, platform: str, ser
     assert resolve(config, raw, CFG, stored_as(WEIGHTS), device).dtype == jnp.dtype(served)
 
 
-def test_native_kernels_need_a_cpu():
+def test_kernels_need_their_hardware():
     with pytest.raises(ConfigError, match=r"kernels='native'.*tpu"):
         plan(Device(), kernels="native")
+    with pytest.raises(ConfigError, match=r"kernels='pallas' needs a TPU or a GPU; .*cpu"):
+        plan(kernels="pallas")
+
+
+def test_pages_are_as_wide_as_kernels_want_them():
+    whole = (CFG.kv_heads, 128, 128)
+    assert plan(Device()).kv_shape == whole != CFG.kv_shape
+    assert plan(Device(), kernels="reference").kv_shape == plan().kv_shape == CFG.kv_shape
 
 
 def test_a_context_beyond_the_model_names_the_longest():

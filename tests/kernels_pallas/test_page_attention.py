@@ -15,6 +15,7 @@ from kernels_pallas.op import UnsupportedError
 from kernels_pallas.paged_attention import (
     Ragged,
     mosaic_gpu,
+    mosaic_gpu_writing,
     mosaic_tpu,
     reference,
     writing,
@@ -192,10 +193,59 @@ def test_tiles_on_hopper(options):
         np.testing.assert_allclose(x, y, rtol=0.02, atol=0.02)
 
 
+@pytest.mark.parametrize(
+    ("blocks", "steps", "prompts", "splits"),
+    [
+        (8, 512, False, 15),  # one long sequence of eight heads
+        (256, 512, False, 1),  # two whole waves already
+        (150, 512, False, 4),  # five waves of 600, not two of which one is nearly empty
+        (64, 8, False, 2),
+        (1, 3, False, 1),
+        (100, 512, True, 1),
+    ],
+)
+def test_shares_of_keys_fill_the_cores(blocks, steps, prompts, splits):
+    assert mosaic_gpu._splits(blocks, steps, prompts) == splits
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("splits", [1, 3])
+def test_wide_latents_on_hopper(splits):
+    """Values of 384 lanes, a window, shares of keys, masses of pages that lie in several."""
+    rng = np.random.default_rng(0)
+    step, pages = step_of((1, 2), (90, 40), 32)
+    stored = rng.standard_normal((1, pages, 1, 32, 512)).astype(jnp.bfloat16)
+    held = np.zeros((pages, 32), bool)
+    for r, length in enumerate(step.kv_lens):
+        at = np.arange(length)
+        held[step.tables[r, at // 32], at % 32] = True
+    stored = jnp.where(held[None, :, None, :, None], stored, jnp.array(1e4, stored.dtype))
+    q = jnp.asarray(rng.standard_normal((3, 8, 400)), jnp.bfloat16)
+    args = (q, stored, None, 0, jax.tree.map(jnp.asarray, step))
+    options = {"scale": 0.05, "window": jnp.int32(70), "value_dim": 384, "soft_cap": 4.0}
+    options["mass"] = splits > 1
+    tile = mosaic_gpu.GpuTile(splits=splits)
+    found = mosaic_gpu.page_attention(
+        *args, **options, tile=tile, interpret=versions.simulated_gpu()
+    )
+    for x, y in zip(found, reference.page_attention(*args, **options), strict=True):
+        np.testing.assert_allclose(x, y, rtol=0.02, atol=0.02)
+
+
 REFUSED_ON_HOPPER = {
     "float32": ({"dtype": jnp.float32}, {}, "pages of float32: keep them in bfloat16"),
-    "masses": ({}, {"mass": True}, "mass=True: no sums of pages"),
-    "wide values": ({"W": 640}, {}, "values of 640 lanes: 64s, and values up to 256"),
+    "wide values": ({"W": 640}, {}, "values of 640 lanes in pages of 640: whole 64s, .* to 256"),
+    "wide latents": ({"W": 640, "latent": True}, {"value_dim": 576}, "576 lanes .* up to 512"),
+    "groups": (
+        {"W": 640, "latent": True},
+        {"value_dim": 512, "tile": mosaic_gpu.GpuTile(groups=2)},
+        "groups=2 of rows: one",
+    ),
+    "no room": (
+        {"W": 640, "latent": True},
+        {"value_dim": 512, "tile": mosaic_gpu.GpuTile(stages=3)},
+        "3 blocks of 64 keys of 576 .* bytes of shared memory",
+    ),
     "odd pages": ({"Z": 24}, {}, "Z=24 keys in a page: a power of two"),
 }
 
@@ -203,13 +253,14 @@ REFUSED_ON_HOPPER = {
 @pytest.mark.parametrize("name", REFUSED_ON_HOPPER)
 def test_it_says_what_it_cannot_take_on_hopper(name):
     sizes, options, message = REFUSED_ON_HOPPER[name]
-    sizes = {"W": 128, "Z": 16, "dtype": jnp.bfloat16} | sizes
+    sizes = {"W": 128, "Z": 16, "dtype": jnp.bfloat16, "latent": False} | sizes
     pages = jax.ShapeDtypeStruct((1, 4, 2, sizes["Z"], sizes["W"]), sizes["dtype"])
-    q = jax.ShapeDtypeStruct((3, 4, sizes["W"]), jnp.bfloat16)
+    q = jax.ShapeDtypeStruct((3, 4, 576 if sizes["latent"] else sizes["W"]), jnp.bfloat16)
     step = Ragged(*(jax.ShapeDtypeStruct(s, jnp.int32) for s in ((4,), (3,), (3, 2), ())))
 
     def run(q, pages, step):
-        return page_attention.run("mosaic_gpu", q, pages, pages, 0, step, scale=1.0, **options)
+        values = None if sizes["latent"] else pages
+        return page_attention.run("mosaic_gpu", q, pages, values, 0, step, scale=1.0, **options)
 
     with pytest.raises(UnsupportedError, match=message):
         jax.eval_shape(run, q, pages, step)
@@ -252,16 +303,63 @@ def test_writing_says_what_it_cannot_take():
                        pages, pages, k, k, step)  # fmt: skip
 
 
+def run_write_on_hopper(tokens, new, lens, *, K, W, H, idle=0):
+    rng = np.random.default_rng(0)
+    step, P = step_of(new, lens, 16, idle)
+    pages = jnp.asarray(rng.standard_normal((2, L, P, K, 16, W)), jnp.bfloat16)
+    k, v = jnp.asarray(rng.standard_normal((2, sum(new), K, H)), jnp.float32)
+    args = (*pages, k, v, jnp.int32(LAYER), jax.tree.map(jnp.asarray, step))
+    tile = mosaic_gpu_writing.GpuTile(tokens=tokens)
+    try:
+        found = page_write.run("mosaic_gpu", *args, tile=tile, interpret=versions.simulated_gpu())
+    finally:
+        versions.reset_simulated_gpu()
+    for x, y in zip(found, page_write.reference(*args), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tokens", [1, 4, 16])
+def test_blocks_of_tokens_are_written_on_hopper(tokens):
+    """Blocks that begin in one sequence and end in another, or behind the last; wide rows."""
+    run_write_on_hopper(tokens, (1, 5, 3, 1), (40, 21, 3, 16), K=2, W=320, H=300, idle=1)
+
+
+REFUSED_WRITES_ON_HOPPER = {
+    "eight bits": ({"dtype": jnp.int8}, 0, "pages of int8: keep them"),
+    "narrow": ({"W": 32, "K": 1}, 0, "K=1 heads of .* must fill lines of 64"),
+    "too many": ({}, 512, "512 tokens with 2 heads of .* 96 would"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED_WRITES_ON_HOPPER)
+def test_writing_says_what_it_cannot_take_on_hopper(name):
+    sizes, tokens, message = REFUSED_WRITES_ON_HOPPER[name]
+    sizes = {"W": 128, "K": 2, "dtype": jnp.bfloat16} | sizes
+    shape = (1, 4, sizes["K"], 16, sizes["W"])
+    pages = jax.ShapeDtypeStruct(shape, sizes["dtype"])
+    k = jax.ShapeDtypeStruct((3, sizes["K"], sizes["W"]), jnp.float32)
+    step = Ragged(*(jax.ShapeDtypeStruct(s, jnp.int32) for s in ((4,), (3,), (3, 2), ())))
+    tile = mosaic_gpu_writing.GpuTile(tokens)
+    with pytest.raises(UnsupportedError, match=message):
+        jax.eval_shape(lambda *a: page_write.run("mosaic_gpu", *a[:4], 0, a[4], tile=tile),
+                       pages, pages, k, k, step)  # fmt: skip
+
+
 @pytest.mark.aot
 @pytest.mark.usefixtures("no_compilation_cache")
-def test_donated_caches_stay_where_they_are():
-    mesh = NamedSharding(compile_only.mesh("v6e:2x2"), PartitionSpec())
-    case = next(case for case in page_write.cases if case.name == "decode-256")
+@pytest.mark.parametrize(
+    ("body", "target"), [("mosaic_tpu", "v6e:2x2"), ("mosaic_gpu", "h200:1x1x1")]
+)
+@pytest.mark.parametrize("name", ["decode-256", "latent-decode-128"])
+def test_donated_caches_stay_where_they_are(body, target, name):
+    mesh = NamedSharding(compile_only.mesh(target), PartitionSpec())
+    case = next(case for case in page_write.cases if case.name == name)
     args, _ = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=mesh),
         jax.eval_shape(case.make, jax.random.key(0)),
     )
-    write = jax.jit(lambda *args: page_write.run("mosaic_tpu", *args), donate_argnums=(0, 1))
+    write = jax.jit(lambda *args: page_write.run(body, *args), donate_argnums=(0, 1))
     memory = write.lower(*args).compile().memory_analysis()
-    assert memory.alias_size_in_bytes >= 2 * args[0].size * 2
+    assert memory.alias_size_in_bytes >= sum(x.size * 2 for x in args[:2] if x is not None)
     assert memory.temp_size_in_bytes < 2**21

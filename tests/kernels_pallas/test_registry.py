@@ -58,7 +58,13 @@ def agree(found, expected, tolerance: float) -> None:
 @table(False, slow="mosaic_gpu")  # always simulated, seconds each
 def test_matches_its_reference(op: Op, body: str, case: Case):
     args, arrays = case.make(jax.random.key(0))
-    found = op.run(body, *args, interpret=simulated(body), **arrays, **case.options)
+    try:
+        found = op.run(body, *args, interpret=simulated(body), **arrays, **case.options)
+        found = jax.block_until_ready(found)
+        assert body != "mosaic_gpu" or not versions.gpu_races_found()
+    finally:  # a simulation that failed would fail the next one
+        if body == "mosaic_gpu":
+            versions.reset_simulated_gpu()
     agree(found, op.reference(*args, **arrays, **case.options), case.tolerance)
 
 

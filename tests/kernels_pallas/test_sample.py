@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kernels_pallas import versions
 from kernels_pallas.draw import draw
 from kernels_pallas.op import UnsupportedError
 from kernels_pallas.sample import TpuTile, sample, tpu
@@ -93,6 +94,53 @@ def test_a_row_that_is_not_finite_disturbs_no_other(form: str):
     tokens = FORMS[form](*rows(scores, u, top_k=9, top_p=0.9))
     assert tokens[0] == clean[0] and tokens[3] == clean[3]
     assert int(tokens.min()) >= 0 and int(tokens.max()) < 300
+
+
+@pytest.mark.slow
+def test_rows_of_all_kinds_on_hopper():
+    """In one simulation: both ends, ties, what is not finite, filters alone and together."""
+    rng = np.random.default_rng(0)
+    scores, u = rng.normal(size=(16, 900)).astype(np.float32) * 3, rng.random(16)
+    temperature, top_k, top_p, min_p = np.ones(16), np.zeros(16, int), np.ones(16), np.zeros(16)
+    scores[:2] = -np.inf
+    scores[:2, [17, 400, 650]] = 1.0
+    u[:2] = 0.0, np.nextafter(np.float32(1), 0)
+    scores[2:6], scores[2:6, 850:] = 0.0, 2.0
+    top_k[2:6], u[2:6] = 1, np.arange(4) / 4
+    scores[6, 7], scores[7] = np.nan, -np.inf
+    top_k[[6, 8, 13, 14]] = 9, 5, 40, 10**6
+    top_p[[7, 9, 13, 15]] = 0.9, 0.7, 0.8, 1e-6
+    min_p[[10, 13]] = 0.1, 0.02
+    temperature[[11, 12, 13]] = 1e-7, 5.0, 1.7
+    args = rows(scores, u, temperature, top_k, top_p, min_p)
+    try:
+        found = sample.run("mosaic_gpu", *args, interpret=versions.simulated_gpu())
+        tokens = np.asarray(found).tolist()
+        assert not versions.gpu_races_found()
+    finally:
+        versions.reset_simulated_gpu()
+    assert tokens[:2] == [17, 650]
+    assert tokens[2:6] == [850 + 50 * i // 4 for i in range(4)]
+    assert min(tokens) >= 0 and max(tokens) < 900
+    for r in range(8, 16):
+        options = max(temperature[r], 1e-6), top_k[r], top_p[r], min_p[r]
+        begin, end = stretch(scores[r], tokens[r], *options)
+        assert begin - 2e-5 <= u[r] <= end + 2e-5
+
+
+def test_what_hopper_refuses():
+    for shape, dtype, message in (
+        ((2, 401), jnp.float32, "V=401 must be a multiple of 4"),
+        ((2, 40), jnp.float32, "V=40 must be .* from 128 on"),
+        ((2, 400), jnp.bfloat16, "bfloat16, and must be float32"),
+    ):
+        scores, column = jax.ShapeDtypeStruct(shape, dtype), jax.ShapeDtypeStruct((2,), jnp.float32)
+        counts = jax.ShapeDtypeStruct((2,), jnp.int32)
+        with pytest.raises(UnsupportedError, match=message):
+            jax.eval_shape(
+                lambda *args: sample.run("mosaic_gpu", *args),
+                scores, column, column, counts, column, column,
+            )  # fmt: skip
 
 
 def test_the_chooser_falls_back_and_the_kernel_says_what_it_refuses():

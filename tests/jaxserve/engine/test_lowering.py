@@ -3,78 +3,68 @@
 from __future__ import annotations
 
 import dataclasses
-from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
-from jaxserve.cache import kv_cache
 from jaxserve.config import EngineConfig
-from jaxserve.engine.batch import SlotTable, StepArrays, pack_sampling
-from jaxserve.engine.programs import forward_step, sample_step
-from jaxserve.engine.sampler import MAX_BIAS
-from jaxserve.engine.scheduler import Step
+from jaxserve.engine.signature import program
 from jaxserve.models.family import family
 from jaxserve.plan import Plan, resolve
-from sharding.tree import abstract
+from sharding.tree import abstract, unstack
 
 HF = {
-    "model_type": "qwen3_moe", "vocab_size": 256, "hidden_size": 64, "intermediate_size": 128,
-    "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
+    "model_type": "qwen3_moe", "vocab_size": 256, "hidden_size": 128, "intermediate_size": 128,
+    "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64,
     "max_position_embeddings": 128, "rms_norm_eps": 1e-6, "rope_theta": 1e4, "num_experts": 4,
-    "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True,
+    "num_experts_per_tok": 2, "moe_intermediate_size": 128, "norm_topk_prob": True,
     "torch_dtype": "bfloat16", "mlp_only_layers": [0],
 }  # fmt: skip
+KINDS = {"tpu": "TPU v6 lite", "cuda": "NVIDIA H200"}
+KERNEL = {"tpu": "tpu_custom_call", "cuda": "mosaic_gpu_v2"}
 
 
 class AbsentDevice:
     """As much of an accelerator as a plan asks of it."""
 
     def __init__(self, platform: str):
-        self.platform = platform
+        self.platform, self.device_kind = platform, KINDS[platform]
 
     def memory_stats(self) -> dict[str, int]:
         return {"bytes_limit": 16 << 30, "bytes_in_use": 0}
 
 
-def planned(platform: str) -> tuple[Plan, object]:
+def planned(platform: str, kernels: str) -> tuple[Plan, object]:
     cfg = family("qwen3_moe").config(HF)
-    config = EngineConfig(max_num_seqs=8, max_num_batched_tokens=32)
-    return resolve(config, HF, cfg, lambda *_: 2_000_000, AbsentDevice(platform)), cfg
+    config = EngineConfig(
+        max_num_seqs=8, max_num_batched_tokens=32, kernels=kernels, decode_steps=2
+    )
+    plan = resolve(config, HF, cfg, lambda *_: 2_000_000, AbsentDevice(platform))
+    return dataclasses.replace(plan, num_pages=16), cfg
 
 
+@pytest.mark.parametrize("kernels", ["auto", "reference"])
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
-def test_programs_lower_for_absent_hardware(platform: str) -> None:
-    plan, cfg = planned("gpu" if platform == "cuda" else platform)
-    assert plan.dtype == jnp.bfloat16 and plan.kernels == "reference" and not plan.unrolled
+def test_programs_lower_for_absent_hardware(platform: str, kernels: str) -> None:
+    plan, cfg = planned(platform, kernels)
+    assert plan.dtype == jnp.bfloat16
+    assert plan.kernels == ("pallas" if kernels == "auto" else kernels)
+    lanes = 128 if (platform, kernels) == ("tpu", "auto") else 64
+    assert plan.kv_shape == (2, lanes, lanes)
     module = family("qwen3_moe")
-    params = abstract(module.declare_params(cfg), cfg.sizes, plan.dtype)
-    plan = dataclasses.replace(plan, num_pages=16)
-    kv = jax.eval_shape(
-        partial(kv_cache.allocate, 3, 16, plan.page_size, cfg.kv_shape, plan.kv_dtype, None)
-    )
-    ints = partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
-    history = ints((8, plan.max_model_len + 1))
-    arrays = StepArrays(ints((4, 32)), ints((3, 9)), ints((8, plan.pages_per_seq)), ints((2,)))
-    step = jax.jit(partial(forward_step, plan, module, cfg), donate_argnums=1)
-    exported = jax.export.export(step, platforms=[platform])(params, kv, history, arrays)
-    assert exported.platforms == (platform,)
-    assert exported.out_avals[0].shape == (8, cfg.embed)
-
-    unused = {
-        "bias_ids": np.zeros((8, MAX_BIAS), np.int32),
-        "bias": np.zeros((8, MAX_BIAS), np.float32),
-        "mask": np.zeros((8, -(-cfg.vocab // 32)), np.uint32),
-    }
-    drawing = pack_sampling(Step(), 8, SlotTable(plan, cfg.vocab), unused)
-    last = jax.ShapeDtypeStruct((8, cfg.embed), plan.activation_dtype)
-    step = jax.jit(partial(sample_step, plan, module, cfg), donate_argnums=2)
-    exported = jax.export.export(step, platforms=[platform])(
-        params,
-        last,
-        history,
-        jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), drawing),
-    )
-    assert exported.out_avals[0].shape == (8,)
+    declared = module.declare_params(cfg)
+    declared = unstack(declared) if plan.unrolled else declared
+    params = abstract(declared, cfg.sizes, plan.dtype)
+    largest = {kind: (kind, size) for kind, size in sorted(plan.programs)}
+    assert set(largest) == {"forward", "sample", "step", "decode", "seed_history", "copy_pages"}
+    for kind, size in largest.values():
+        made = program(plan, module, cfg, params, kind, size)
+        exported = jax.export.export(
+            jax.jit(made.function, donate_argnums=made.donated),
+            platforms=[platform],
+            disabled_checks=[jax.export.DisabledSafetyCheck.custom_call(KERNEL["cuda"])],
+        )(*made.arguments)
+        assert exported.platforms == (platform,)
+        if kind in ("forward", "step", "decode"):
+            assert (KERNEL[platform] in exported.mlir_module()) == (kernels == "auto")

@@ -1,0 +1,158 @@
+"""The Hopper kernel where values are wide lanes of the keys, as latent attention has them.
+
+Sums of 64 rows and 512 lanes are more than a warpgroup's registers hold, so two of them share the
+lanes. The first one also multiplies queries with keys and turns products into weights, which it
+hands to the other one through shared memory, with what shrinks the sums so far. It has the fewer
+lanes, or it would spill. While it works on the next weights, the other one still adds values up.
+A third one brings pages.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from kernels_pallas.paged_attention.mosaic_gpu_kernel import (
+    HIDDEN,
+    LOG2E,
+    ROWS,
+    Shape,
+    Work,
+    bring,
+    down,
+    keep_masses,
+    logits,
+    part_sums,
+    product,
+    silence,
+)
+
+_SCORES, _VALUES, _PAGES = range(3)  # what the warpgroups are for
+_WIDEST = 256  # lanes that wgmma takes
+
+
+def _shares(values: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """(first lane, lanes) of the sums that either warpgroup keeps."""
+    first = values // 4 // 64 * 64
+    starts = range(first, values, _WIDEST)
+    return [(0, first)], [(start, min(_WIDEST, values - start)) for start in starts]
+
+
+def scratch(shape: Shape, dtype: Any) -> list[Any]:
+    """What `kernel` asks for."""
+    return [
+        plgpu.SMEM((ROWS, shape.lanes), dtype),
+        plgpu.SMEM((ROWS, shape.keys), dtype),
+        plgpu.SMEM((ROWS,), jnp.float32),
+        plgpu.SMEM((shape.stages, shape.keys, shape.lanes), dtype),
+        plgpu.Barrier(),
+        plgpu.Barrier(),
+        plgpu.Barrier(),
+        plgpu.Barrier(num_arrivals=2, num_barriers=shape.stages),
+        plgpu.Barrier(num_arrivals=shape.count, num_barriers=shape.stages),
+    ]
+
+
+def kernel(
+    layer, window, starts, lens, tables, seqs, firsts, q_ref, pages, o_ref, lse_ref,
+    *refs, shape: Shape, simulated: bool,
+) -> None:  # fmt: skip
+    mass_refs, refs = (refs[:1], refs[1:]) if shape.mass else ((), refs)
+    q_smem, p_smem, shrink_smem, blocks, arrived, weighed, added, free, ready = refs
+    head, split, item = (lax.axis_index(name) for name in ("head", "split", "item"))
+    wg, (few, many) = lax.axis_index("wg"), _shares(shape.values)
+
+    def take(step: Array) -> tuple[Any, Any]:
+        """A block of keys, once it is there, and the barrier on which it is given back."""
+        slot = lax.rem(step, jnp.int32(shape.stages))
+        plgpu.barrier_wait(ready.at[slot])
+        return blocks.at[slot], free.at[slot]
+
+    def add(sums: Any, shrink: Array, keys: Any, share: Any) -> tuple[Array, ...]:
+        sums = tuple(x * down(shrink, x.shape) for x in sums)
+        parts = [keys.at[:, pl.ds(*lanes)] for lanes in share]
+        if simulated:  # the simulator knows no sums that go on
+            return tuple(x + product(p_smem, v, x.shape) for x, v in zip(sums, parts, strict=True))
+
+        def multiply(refs: Any) -> None:
+            for ref, part in zip(refs, parts, strict=True):
+                plgpu.wgmma(ref, p_smem, part)
+
+        going_on: Any = tuple(plgpu.WGMMAAccumulatorRef.init(x) for x in sums)
+        return pl.run_state(multiply)(going_on)
+
+    def store(sums: Any, scale: Array, share: Any) -> None:
+        for x, lanes in zip(sums, share, strict=True):
+            o_ref[split, item, head, :, pl.ds(*lanes)] = x * down(scale, x.shape)
+
+    def nothing(share: Any) -> tuple[Array, ...]:
+        return tuple(jnp.zeros((ROWS, lanes), jnp.float32) for _, lanes in share)
+
+    @pl.when(seqs[item] >= 0)
+    def _() -> None:
+        work = Work.of(shape, window, starts, lens, seqs, firsts)
+
+        @pl.when(wg == _PAGES)
+        def _() -> None:
+            plgpu.set_max_registers(24, action="decrease")
+            bring(work, shape, layer, tables, [pages], [blocks], [ready], free)
+
+        @pl.when(wg == _SCORES)
+        def _() -> None:
+            plgpu.set_max_registers(240, action="increase")
+            plgpu.copy_gmem_to_smem(q_ref.at[item, head], q_smem, arrived)
+            plgpu.barrier_wait(arrived)
+
+            def attend(step: Array, state: tuple[Any, ...]) -> tuple[Any, ...]:
+                sums, top, total = state
+                keys, done = take(step)
+                key = work.key(step, shape)
+                s = product(q_smem, keys.T, (ROWS, shape.keys))
+                s = logits(s, work.first + work.shift, key, work.reach, shape)
+                now = jnp.maximum(top, jnp.max(s, 1))
+                p, shrink = jnp.exp2(s - down(now, s.shape)), jnp.exp2(top - now)
+                parts = part_sums(p, shape) if shape.mass else [jnp.sum(p, 1)]
+                for masses in mass_refs:
+                    keep_masses(masses.at[item, head], parts, now, work.part + step * shape.count)
+                total = total * shrink + sum(parts)
+                past = work.end + work.shift - key  # the first of the block's that nobody sees
+                values = keys.at[:, pl.ds(0, shape.values)]
+                pl.when(past < shape.keys)(lambda: silence(values, past))
+                pl.when(step > 0)(lambda: plgpu.barrier_wait(added))  # the weights before these
+                p_smem[...] = p.astype(p_smem.dtype)
+                shrink_smem[...] = shrink
+                plgpu.commit_smem()
+                plgpu.barrier_arrive(weighed)
+                sums = add(sums, shrink, keys, few)
+                plgpu.barrier_arrive(done)
+                return sums, now, total
+
+            state = nothing(few), *(jnp.full((ROWS,), x, jnp.float32) for x in (HIDDEN, 0.0))
+            sums, top, total = lax.fori_loop(0, work.steps, attend, state)
+            total = jnp.maximum(total, 1e-30)
+            pl.when(work.steps > 0)(lambda: plgpu.barrier_wait(added))
+            shrink_smem[...] = 1 / total
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(weighed)
+            lse_ref[split, item, head] = (top + jnp.log2(total)) * (1 / LOG2E)
+            store(sums, 1 / total, few)
+
+        @pl.when(wg == _VALUES)
+        def _() -> None:
+            plgpu.set_max_registers(240, action="increase")
+
+            def attend(step: Array, sums: tuple[Array, ...]) -> tuple[Array, ...]:
+                keys, done = take(step)
+                plgpu.barrier_wait(weighed)
+                sums = add(sums, shrink_smem[...], keys, many)
+                plgpu.barrier_arrive(added)
+                plgpu.barrier_arrive(done)
+                return sums
+
+            sums = lax.fori_loop(0, work.steps, attend, nothing(many))
+            plgpu.barrier_wait(weighed)
+            store(sums, shrink_smem[...], many)

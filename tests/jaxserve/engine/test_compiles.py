@@ -1,0 +1,132 @@
+"""A real model's step compiled for absent TPUs and GPUs: what runs, and what is copied."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxserve.config import EngineConfig
+from jaxserve.engine.signature import program
+from jaxserve.models.family import family
+from jaxserve.plan import resolve
+from jaxserve.quant.weights import is_quantized
+from kernels_pallas.weight import Int8Weight
+from sharding import compile_only
+from sharding.tree import abstract, is_weight, unstack
+
+COMMON = {
+    "num_hidden_layers": 2, "vocab_size": 32768, "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-6, "rope_theta": 1e6, "torch_dtype": "bfloat16", "hidden_act": "silu",
+}  # fmt: skip
+MODELS = {
+    "8b": {
+        **COMMON, "model_type": "qwen3", "hidden_size": 4096, "intermediate_size": 12288,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
+    },
+    "30b-a3b": {
+        **COMMON, "model_type": "qwen3_moe", "hidden_size": 2048, "intermediate_size": 6144,
+        "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "num_experts": 128,
+        "num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": True,
+        "mlp_only_layers": [],
+    },
+    "16b-mla": {
+        **COMMON, "model_type": "deepseek_v3", "hidden_size": 2048, "intermediate_size": 11264,
+        "num_attention_heads": 16, "num_key_value_heads": 16, "q_lora_rank": None,
+        "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
+        "first_k_dense_replace": 1, "n_routed_experts": 64, "num_experts_per_tok": 6,
+        "moe_intermediate_size": 1408, "n_shared_experts": 2, "n_group": 1, "topk_group": 1,
+        "norm_topk_prob": True, "routed_scaling_factor": 2.4, "scoring_func": "sigmoid",
+        "topk_method": "noaux_tc", "attention_bias": False,
+    },
+}  # fmt: skip
+
+
+class Absent:
+    """A compile-only device, which has no memory to ask about."""
+
+    def __init__(self, device):
+        self.platform, self.device_kind = device.platform, device.device_kind
+
+    def memory_stats(self):
+        return {"bytes_limit": 64 << 30}
+
+
+def compiled(target: str, model: str, quantization: str | None):
+    """The program of a decoding step of 64 sequences, and bytes of its weights and its cache."""
+    mesh = compile_only.mesh(target)
+    module, hf = family(MODELS[model]["model_type"]), MODELS[model]
+    cfg = module.config(hf)
+    config = EngineConfig(
+        max_num_seqs=64, num_pages=2048, max_model_len=8192, quantization=quantization
+    )
+    plan = resolve(config, hf, cfg, lambda *_: 0, Absent(mesh.devices.flat[0]))
+    declared = module.declare_params(cfg)
+    declared = unstack(declared) if plan.unrolled else declared
+
+    def rounded(w, a):
+        if not quantization or not is_quantized(w):
+            return a
+        scale = jax.ShapeDtypeStruct(a.shape[: a.ndim - w.num_in], jnp.float32)
+        return Int8Weight(jax.ShapeDtypeStruct(a.shape, jnp.int8), scale)
+
+    params = abstract(declared, cfg.sizes, plan.dtype)
+    params = jax.tree.map(rounded, declared, params, is_leaf=is_weight)
+    made = program(plan, module, cfg, params, "step", 64)
+    here = NamedSharding(mesh, PartitionSpec())
+    arguments = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), made.arguments
+    )
+    return jax.jit(made.function, donate_argnums=made.donated).lower(*arguments).compile(), plan
+
+
+def large(hlo: str, at_least: int) -> Counter[str]:
+    """What makes arrays of so many elements, outside fusions: operations and how many there are."""
+    found, fused = Counter[str](), False
+    for line in hlo.splitlines():
+        if line.endswith("{") and not line.startswith(" "):
+            fused = bool(re.search("fused|bitcast_fusion|_computation", line))
+        made = re.match(r"\s+(?:ROOT )?%?\S+ = \w+\[([\d,]+)\]\S* ([\w-]+)\(", line)
+        if made and not fused and math.prod(map(int, made[1].split(","))) >= at_least:
+            found[made[2]] += 1
+    return found
+
+
+def kernels(hlo: str) -> set[str]:
+    """Names of the Pallas kernels of a TPU program."""
+    calls = (line for line in hlo.splitlines() if "tpu_custom_call" in line)
+    return {re.sub(r"\s*(?:ROOT )?%?([a-z_0-9]+).*", r"\1", line) for line in calls}
+
+
+PAGES = {"page_write", "page_attention", "sample"}
+
+
+@pytest.mark.aot
+@pytest.mark.usefixtures("no_compilation_cache")
+@pytest.mark.parametrize(
+    ("target", "model", "quantization", "expected"),
+    [
+        ("v6e:2x2", "8b", None, PAGES),
+        ("v6e:2x2", "30b-a3b", "int8", PAGES | {"int8_matmul", "grouped_matmul"}),
+        ("v5e:2x2", "16b-mla", None, PAGES | {"grouped_matmul"}),
+        ("h200:1x1x1", "8b", "int8", 2 * 7 + 2),
+        ("h200:1x1x1", "30b-a3b", None, 2 * 4),
+    ],
+)
+def test_a_step_copies_neither_weights_nor_cache(target, model, quantization, expected):
+    program, plan = compiled(target, model, quantization)
+    memory, hlo = program.memory_analysis(), program.as_text()
+    assert memory.alias_size_in_bytes >= plan.kv_bytes  # written where it lies
+    assert memory.temp_size_in_bytes < 128 << 20  # a table of the vocabulary has 134 MB, or 268
+    copies = large(hlo, 4_000_000)
+    for kind in ("copy", "dynamic-slice", "transpose", "convert"):
+        assert not copies[kind], copies
+    if isinstance(expected, set):
+        assert kernels(hlo) == expected
+    else:  # their names are not in the program
+        assert hlo.count('custom_call_target="mosaic_gpu_v2"') >= expected
