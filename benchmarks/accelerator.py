@@ -104,7 +104,7 @@ def check(device_name: str, out: Path, *, smoke: bool) -> dict[str, Any]:
         "versions": versions(), "host": machine(),
     }  # fmt: skip
     records = list[dict[str, Any]]()
-    for line in _checked(platform_of(device), smoke):
+    for line in _checked(platform_of(device), name_of(device), smoke):
         records.append(line)
         print(json.dumps(line), flush=True)
         wrong = [r for r in records if not r["correct"]]
@@ -113,7 +113,7 @@ def check(device_name: str, out: Path, *, smoke: bool) -> dict[str, Any]:
     return report | {"records": records}
 
 
-def _checked(platform: str, smoke: bool) -> Iterator[dict[str, Any]]:
+def _checked(platform: str, device: str, smoke: bool) -> Iterator[dict[str, Any]]:
     from benchmarks.entrants import Field, short
     from benchmarks.entrants import check as compared
     from benchmarks.programs import input_sets
@@ -125,7 +125,7 @@ def _checked(platform: str, smoke: bool) -> Iterator[dict[str, Any]]:
             continue
         about, began = {"op": op.name, "case": case.name}, time.monotonic()
         try:
-            field = Field(op, case, input_sets(case, platform, 0, most=1), platform)
+            field = Field(op, case, input_sets(case, platform, 0, most=1), platform, device)
             expected = field.expected()
             entrants = [e for e in field.bodies(expected) if e.kind == "body"]
             for found in compared(entrants):

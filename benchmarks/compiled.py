@@ -6,14 +6,16 @@ a GPU, spills; then the candidate that spills least takes its place, and is writ
 kernels_pallas/tuned/ as "compiled". That rules tiles out. It ranks none: no time is predicted,
 XLA's own form is not judged, and a measurement overrules it.
 
-Spills on a TPU are reported but decide nothing. A block of 1024 x 512 x 4096 of the int8 product
-spills 6,300 times in 4,400 bundles and one of 128 x 256 x 4096 70 times in 620, but the first does
-16 times the work: fewer than half the bundles for the whole product, and a fraction of the reads.
+Spills on a TPU are reported but decide nothing. A block of 1024 x 512 x 4096 of the int8 product,
+multiplied in one go, spilled 6,300 times in 4,400 bundles, and one of 128 x 256 x 4096 70 times in
+620; but the first does 16 times the work: fewer than half the bundles for the whole product, and a
+fraction of the reads.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import datetime
 import json
 import tempfile
@@ -63,7 +65,8 @@ def tune(op: Op, name: str, case: Case, target: str, most: int) -> tuple[list[Ou
     """What was tried, and the entry for the table: None where a body's own choice stands."""
     tried = list[Outcome]()
     for tile in (None, *candidates(op.bodies[name], most)):
-        tried.append(_compiled(op, name, case, target, tile))
+        outcome = _compiled(op, name, case, target, tile or op.bodies[name].wanted(target))
+        tried.append(dataclasses.replace(outcome, tile=tile))
         if tried[-1].stands:
             break
     usable = [outcome for outcome in tried if not outcome.failed]

@@ -78,6 +78,7 @@ class Field:
     case: Case
     sets: Sequence[Any]
     platform: str
+    device: str = ""  # as tuned tables call it
 
     @property
     def joined(self) -> bool:
@@ -100,8 +101,9 @@ class Field:
     def bodies(self, expected: Any) -> Iterator[Entrant]:
         """The op's XLA form, and its bodies for the platform, each as it chooses for itself."""
         yield self.implementation(expected, XLA)
-        for name in self._here():
-            yield self.implementation(expected, name)
+        for name, body in self._here().items():
+            own = self.implementation(expected, name, body.wanted(self.device))
+            yield dataclasses.replace(own, name=name, tile=None)
 
     def tuned(self, expected: Any, most: int, seed: int = 0) -> Iterator[Entrant]:
         """The quickest tiles of each body, of `most` that are tried."""

@@ -116,7 +116,7 @@ class Bench:
     def _race(self, op: Op, case: Case, floor: Floor) -> Iterator[dict[str, Any]]:
         room = min(_SETS_MEMORY, 0.1 * memory_limit(self.device))
         sets = input_sets(case, self.platform, room)
-        runners = Field(op, case, sets, self.platform)
+        runners = Field(op, case, sets, self.platform, name_of(self.device))
         expected = runners.expected()
         entrants = [*runners.bodies(expected)]
         if self.settings.tiles:

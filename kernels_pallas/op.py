@@ -41,11 +41,14 @@ class Body:
             and `interpret`. What it cannot take it refuses with `UnsupportedError` as it is traced.
         tile: its tile sizes: a frozen dataclass of integers with defaults. Fields made by `tried`
             are tuned.
+        wanted: device -> the tile that it wants where nothing is tuned, or None for the body's
+            own choice.
     """
 
     platform: Platform
     run: Callable[..., Any]
     tile: type
+    wanted: Callable[[str], Any] = lambda device: None
 
     def tiles(self) -> Iterator[Any]:
         """What tuning tries besides None, which leaves the choice to the body."""
@@ -126,8 +129,9 @@ class Op:
             won, sizes = tuning.tuned(target.device, self.name, self.signature(*args, **options))
         declined = dict[str, str]()
         for name in self._candidates(target, implementation, won):
-            mine = name == won and name in self.bodies and sizes
-            tile = self.bodies[name].tile(**sizes) if mine else None  # None: the body's own choice
+            body, tile = self.bodies.get(name), None
+            if body is not None:
+                tile = body.tile(**sizes) if name == won and sizes else body.wanted(target.device)
             try:
                 return self.run(name, *args, tile=tile, **options)
             except UnsupportedError as error:

@@ -14,6 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.op import Body, Case, Cost, Op, UnsupportedError, tried
 from kernels_pallas.quantize import quantize_rows
+from kernels_pallas.tiling import divisor
 
 
 def reference(x: Array, scale: Array, *, eps: float, offset: float = 0.0) -> tuple[Array, Array]:
@@ -31,6 +32,10 @@ def reference(x: Array, scale: Array, *, eps: float, offset: float = 0.0) -> tup
     return quantize_rows(y * (offset + scale.astype(jnp.float32)))
 
 
+_ROWS, _LANES = 32, 128  # of an int8 tile in VMEM
+_COLUMNS = 512  # of as many rows are what registers hold
+
+
 @dataclass(frozen=True)
 class TpuTile:
     """rows: of tokens in a program."""
@@ -39,9 +44,40 @@ class TpuTile:
 
 
 def _tpu_kernel(x_ref, scale_ref, values_ref, scales_ref, *, eps: float, offset: float):
-    values, scales = reference(x_ref[...], scale_ref[0], eps=eps, offset=offset)
-    values_ref[...] = values
-    scales_ref[...] = scales[:, None]
+    """An int8 tile of rows at a time, in pieces that registers hold: once for the sum of squares
+    and the largest value, which is known but for the rms then, and once to round."""
+    D = x_ref.shape[1]
+    width = divisor(D, _COLUMNS, _LANES)
+
+    def scaled(rows: Any, i: Array) -> tuple[Array, Array, Any]:
+        columns = pl.ds(pl.multiple_of(i * width, width), width)
+        x = x_ref[rows, columns].astype(jnp.float32)
+        return x, x * (offset + scale_ref[:, columns].astype(jnp.float32)), columns
+
+    @pl.loop(0, x_ref.shape[0] // _ROWS)
+    def _(i: Array) -> None:
+        rows = pl.ds(pl.multiple_of(i * _ROWS, _ROWS), _ROWS)
+
+        def measure(i: Array, found: tuple[Array, Array]) -> tuple[Array, Array]:
+            x, y, _ = scaled(rows, i)
+            squares, top = found
+            for at in range(0, width, _LANES):  # lanes are put together at the end
+                part = slice(at, at + _LANES)
+                squares += x[:, part] * x[:, part]
+                top = jnp.maximum(top, jnp.abs(y[:, part]))
+            return squares, top
+
+        nothing = jnp.zeros((_ROWS, _LANES), jnp.float32)
+        squares, top = lax.fori_loop(0, D // width, measure, (nothing, nothing))
+        top = jnp.max(top, 1, keepdims=True)
+        steps = jnp.where(top > 0, 127.0 / top, 0.0)
+        squares = jnp.sum(squares, 1, keepdims=True)
+        scales_ref[rows] = top * lax.rsqrt(squares * (1 / D) + eps) * (1 / 127)
+
+        @pl.loop(0, D // width)
+        def _(i: Array) -> None:
+            _, y, columns = scaled(rows, i)
+            values_ref[rows, columns] = jnp.round(y * steps).astype(jnp.int8)
 
 
 def tpu(

@@ -2,7 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+from jax import Array
+from jax.experimental import pallas as pl
+
 
 def divisor(size: int, limit: int, unit: int) -> int:
     """The largest multiple of `unit` up to `limit` that divides `size`, itself such a multiple."""
     return unit * max(d for d in range(1, max(1, limit // unit) + 1) if size // unit % d == 0)
+
+
+def in_parts(size: tuple[int, int], part: tuple[int, int], act: Callable[[Any, Any], None]) -> None:
+    """Has a kernel act on ranges of rows and of columns, in loops, until a block is covered.
+
+    Blocks are large, so that little is read twice; a part is what registers hold. Columns are
+    lanes, so that parts of them are divisors; a last part of the rows may be shorter.
+    """
+    columns = divisor(size[1], part[1], 128) if size[1] % 128 == 0 else size[1]
+    rows = min(part[0], size[0])
+
+    @pl.loop(0, size[1] // columns)
+    def _(j: Array) -> None:
+        across = pl.ds(pl.multiple_of(j * columns, columns), columns)
+
+        @pl.loop(0, size[0] // rows)
+        def _(i: Array) -> None:
+            act(pl.ds(pl.multiple_of(i * rows, rows), rows), across)
+
+        if size[0] % rows:
+            act(pl.ds(size[0] // rows * rows, size[0] % rows), across)

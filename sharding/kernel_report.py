@@ -29,17 +29,21 @@ class Kernel:
         spills: vector registers stored for lack of room, as often as the code says so (TPU); or
             bytes of each thread (GPU). Scalars of a TPU go to its scalar memory and are not meant.
         fills: the loads of them.
-        length: bundles of instructions on a TPU, of which `inner` are in a loop within the loop
-            over the grid; 0 on a GPU.
+        loops: the depth of each loop on a TPU, in order, and its bundles of instructions outside of
+            loops within. What is around them, and the loop over the grid, come first.
         registers: of each thread of a GPU.
     """
 
     name: str
     spills: int
     fills: int
-    length: int = 0
-    inner: int = 0
+    loops: tuple[tuple[int, int], ...] = ()
     registers: int = 0
+
+    @property
+    def length(self) -> int:
+        """Bundles of instructions, each counted once."""
+        return sum(count for _, count in self.loops)
 
 
 def prepare(folder: Path) -> None:
@@ -77,10 +81,22 @@ def _of_bundles(folder: Path, name: str) -> Kernel:
     names = [column.strip() for column in columns.split(",")]
     bundles = [dict(zip(names, map(int, row.split()), strict=True)) for row in rows]
     spills, fills = (sum(b[unit] for b in bundles) for unit in ("VSTORE:SPILL", "VLOAD:FILL"))
-    inner = sum(
-        bool(re.match(r"\s*0x\w+.{0,12}> >", x)) for x in listing[0].read_text().split("\n")
-    )
-    return Kernel(name, spills, fills, len(bundles), inner)
+    return Kernel(name, spills, fills, tuple(map(tuple, _loops(listing[0].read_text()))))
+
+
+def _loops(listing: str) -> list[list[int]]:
+    """Depth and own bundles of each loop of a listing: `LB` begins one, and `>` is its depth."""
+    loops = [[0, 0]]
+    open_ = loops[:]
+    for mark, depth in re.findall(
+        r"^ *(?:0x)?[0-9a-f]+ +([A-Z]*) *: (>*) *\{", listing, re.MULTILINE
+    ):
+        open_ = open_[: len(depth) + (mark != "LB")]
+        if mark == "LB":
+            open_ = [*open_, [len(depth), 0]]
+            loops.append(open_[-1])
+        open_[-1][1] += 1
+    return loops
 
 
 def _of_ptxas(said: list[str]) -> list[Kernel]:

@@ -1,13 +1,20 @@
-"""The device side of the cache: one pool of pages, shared by all sequences."""
+"""The device side of the cache: one pool of pages, shared by all sequences.
+
+Pages are arrays of floats, or of eight or four bits with scales beside them, which the operations
+alone look into (kernels_pallas/paged_attention/codec.py).
+"""
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from kernels_pallas.paged_attention.codec import Pages, StaticInt8Pages, empty
 from kernels_pallas.target import Target
 from sharding.tree import pytree
 
@@ -19,8 +26,8 @@ class KVCache:
     A page's keys of one head are contiguous, which is what a kernel reads.
     """
 
-    k: Array  # [L, P, K, Z, H]
-    v: Array | None  # [L, P, K, Z, Hv]; None where values are lanes of k (latent attention)
+    k: Pages  # [L, P, K, Z, H]
+    v: Pages | None  # [L, P, K, Z, Hv]; None where values are lanes of k (latent attention)
 
     @property
     def page_size(self) -> int:
@@ -44,10 +51,17 @@ def stored_shape(kv_shape: tuple[int, int, int], target: Target) -> tuple[int, i
     return heads, key, value
 
 
-def page_bytes(num_layers: int, page_size: int, kv_shape: tuple[int, int, int], dtype: Any) -> int:
-    """Bytes of one page over all layers; `kv_shape` is KV heads and lanes of a key and a value."""
-    heads, key, value = kv_shape
-    return num_layers * page_size * heads * (key + value) * jnp.dtype(dtype).itemsize
+def page_bytes(
+    num_layers: int,
+    page_size: int,
+    kv_shape: tuple[int, int, int],
+    dtype: Any,
+    key_parts: tuple[int, ...] | None = None,
+) -> int:
+    """Bytes of one page over all layers, scales included; arguments are those of `allocate`."""
+    pool = partial(allocate, num_layers, 1, page_size, kv_shape, dtype, None, key_parts)
+    leaves = jax.tree.leaves(jax.eval_shape(pool))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
 
 def allocate(
@@ -57,18 +71,32 @@ def allocate(
     kv_shape: tuple[int, int, int],
     dtype: Any,
     device: Any,
+    key_parts: tuple[int, ...] | None = None,
 ) -> KVCache:
-    """An empty pool on `device`."""
+    """An empty pool on `device`.
+
+    Args:
+        kv_shape: KV heads, and lanes of a key and of a value (0: values are lanes of keys).
+        dtype: of the pages. int8 and int4 are rounded, with a scale for each token, head and part.
+        key_parts: lanes of a key that are scaled apart, where they are of different kinds.
+    """
     heads, key, value = kv_shape
 
-    def zeros(lanes: int) -> Array:
-        return jnp.zeros((num_layers, num_pages, heads, page_size, lanes), dtype, device=device)
+    def pages(lanes: int, parts: tuple[int, ...] | None) -> Pages:
+        shape = num_layers, num_pages, heads, page_size, lanes
+        if parts:  # the last takes in the lanes that hardware adds
+            parts = *parts[:-1], lanes - sum(parts[:-1])
+        return empty(dtype, shape, parts=parts, device=device)
 
-    return KVCache(zeros(key), zeros(value) if value else None)
+    return KVCache(pages(key, key_parts), pages(value, None) if value else None)
 
 
 def copy_pages(kv: KVCache, source: Array, target: Array) -> KVCache:
     """Copies pages source[i] to target[i] in every layer; targets past the pool are dropped."""
-    return jax.tree.map(
-        lambda pages: pages.at[:, target].set(pages.at[:, source].get(mode="clip"), mode="drop"), kv
-    )
+
+    def copied(pages: Any) -> Any:
+        if isinstance(pages, StaticInt8Pages):  # its scales belong to no page
+            return replace(pages, values=copied(pages.values))
+        return pages.at[:, target].set(pages.at[:, source].get(mode="clip"), mode="drop")
+
+    return jax.tree.map(copied, kv, is_leaf=lambda x: isinstance(x, StaticInt8Pages))

@@ -16,7 +16,6 @@ from kernels_pallas.cpu import bodies
 from kernels_pallas.op import Body, Case, Cost, NoTile, Op, UnsupportedError
 from kernels_pallas.paged_attention import reference as pages
 from kernels_pallas.paged_attention.cases import batch
-from kernels_pallas.paged_attention.ragged import Ragged
 from kernels_pallas.quantize import quantize_rows
 from kernels_pallas.weight import Int8Weight, StackedWeight
 
@@ -79,7 +78,7 @@ def _attention(
         caches = (jax.random.normal(k, (2, P, K, Z, H)) for k in keys[3:])
         if dtype == jnp.uint16:
             caches = (jax.lax.bitcast_convert_type(x.astype(jnp.bfloat16), dtype) for x in caches)
-        return (q, *kv, *caches, jnp.int32(1), Ragged(*map(jnp.asarray, step))), {}
+        return (q, *kv, *caches, jnp.int32(1), jax.tree.map(jnp.asarray, step)), {}
 
     pairs = sum(n * s - n * (n - 1) / 2 for n, s in zip(new, lens, strict=True))
     cost = Cost(

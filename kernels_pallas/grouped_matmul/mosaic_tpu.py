@@ -14,10 +14,12 @@ from jax.experimental.pallas import tpu as pltpu
 from kernels_pallas.grouped_matmul.reference import check
 from kernels_pallas.grouped_matmul.visits import visits
 from kernels_pallas.op import UnsupportedError, tried
-from kernels_pallas.tiling import divisor
+from kernels_pallas.tiling import divisor, in_parts
 
 _SCALE_ROWS = 8  # experts whose scales are read together: rows of a tile in VMEM
 _VMEM = 40 * 2**20  # of 64 MiB on the smallest part
+_PART = (128, 128)  # of the output, multiplied at a time; while they are, weights arrive
+_FINISHED = (64, 256)  # of it, which registers hold as floats
 
 
 @dataclass(frozen=True)
@@ -45,25 +47,28 @@ def _kernel(block_ref, group_ref, row_ref, starts_ref, x_ref, w_ref, *refs):
 
     real = group < starts_ref.shape[0] - 2  # padding has no weights
 
-    @pl.when(real)
-    def _():
-        sum_ref[...] += lax.dot_general(
-            x_ref[...], w_ref[...], (((1,), (1,)), ((), ())), preferred_element_type=sum_ref.dtype
-        )
+    def multiply(rows: Any, columns: Any) -> None:
+        sum_ref[rows, columns] += lax.dot_general(
+            x_ref[rows], w_ref[columns], (((1,), (1,)), ((), ())),
+            preferred_element_type=sum_ref.dtype,
+        )  # fmt: skip
 
-    @pl.when(k == pl.num_programs(2) - 1)
-    def _():
-        y = sum_ref[...]
+    def finish(rows: Any, columns: Any) -> None:
+        y = sum_ref[rows, columns]
         if scale_refs:
             x_scale_ref, w_scale_ref = scale_refs
-            w_scale = w_scale_ref[pl.ds(lax.rem(row_ref[v], _SCALE_ROWS), 1)]
-            x_scale = jnp.where(real, x_scale_ref[...], 0.0)  # of padding it may be NaN
+            w_scale = w_scale_ref[pl.ds(lax.rem(row_ref[v], _SCALE_ROWS), 1), columns]
+            x_scale = jnp.where(real, x_scale_ref[rows], 0.0)  # of padding it may be NaN
             y = y.astype(jnp.float32) * x_scale * w_scale
-        at = block_ref[v] * y.shape[0] + lax.broadcasted_iota(jnp.int32, y.shape, 0)
+        at = block_ref[v] * out_ref.shape[0] + rows.start
+        at += lax.broadcasted_iota(jnp.int32, y.shape, 0)
         mine = (at >= starts_ref[group]) & (at < starts_ref[group + 1])
         # What is kept is another visit's, or nothing yet: every row is some group's.
-        y = jnp.where(mine, y, out_ref[...].astype(jnp.float32))
-        out_ref[...] = y.astype(out_ref.dtype)
+        y = jnp.where(mine, y, out_ref[rows, columns].astype(jnp.float32))
+        out_ref[rows, columns] = y.astype(out_ref.dtype)
+
+    pl.when(real)(lambda: in_parts(out_ref.shape, _PART, multiply))
+    pl.when(k == pl.num_programs(2) - 1)(lambda: in_parts(out_ref.shape, _FINISHED, finish))
 
 
 def tpu(

@@ -16,19 +16,23 @@ from jax.experimental.pallas import tpu as pltpu
 from kernels_pallas.int8_matmul.reference import check
 from kernels_pallas.linear import GATES
 from kernels_pallas.op import UnsupportedError, tried
-from kernels_pallas.tiling import divisor
+from kernels_pallas.tiling import divisor, in_parts
 
 _SCALE_ROWS = 8  # layers whose scales are read together: rows of a tile in VMEM
 _VMEM = 40 * 2**20  # of 64 MiB on the smallest part
+_COLS = 256  # of the output, multiplied at a time
+_FINISHED = (64, 256)  # of it, which registers hold as floats
 
 
 @dataclass(frozen=True)
 class Tile:
-    """rows of x, cols (rows of w) and depth (of K) in a step of the grid."""
+    """rows of x, cols (rows of w) and depth (of K) in a step of the grid; part: of the rows, which
+    are multiplied at a time. Small parts spill no registers, large ones fill the matrix unit."""
 
     rows: int = tried(1024, 128, 512)
     cols: int = tried(512, 256, 1024)
     depth: int = tried(4096, 1024, 2048)
+    part: int = tried(512, 256)
 
     @classmethod
     def default(cls, T: int, gated: bool) -> Tile:
@@ -38,8 +42,9 @@ class Tile:
 
 
 def _kernel(
-    layer_ref, x_ref, x_scale_ref, *refs, gated: bool, biased: bool, activation: str | None
-):
+    layer_ref, x_ref, x_scale_ref, *refs, gated: bool, biased: bool, activation: str | None,
+    part: int,
+):  # fmt: skip
     """refs: weights, their scales, bias, output, sums; two of weights, scales and sums if gated."""
     count = 1 + gated
     weights, scales, rest = refs[:count], refs[count : 2 * count], refs[2 * count :]
@@ -51,22 +56,28 @@ def _kernel(
         for sum_ref in sums:
             sum_ref[...] = jnp.zeros_like(sum_ref)
 
-    for w_ref, sum_ref in zip(weights, sums, strict=True):
-        sum_ref[...] += lax.dot_general(
-            x_ref[...], w_ref[...], (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32
-        )
+    def multiply(rows: Any, columns: Any) -> None:
+        for w_ref, sum_ref in zip(weights, sums, strict=True):
+            sum_ref[rows, columns] += lax.dot_general(
+                x_ref[rows], w_ref[columns], (((1,), (1,)), ((), ())),
+                preferred_element_type=jnp.int32,
+            )  # fmt: skip
 
-    @pl.when(k == pl.num_programs(2) - 1)
-    def _():
+    def finish(rows: Any, columns: Any) -> None:
         row = lax.rem(layer_ref[0], _SCALE_ROWS)
         y = [
-            sum_ref[...].astype(jnp.float32) * x_scale_ref[...] * scale_ref[pl.ds(row, 1)]
+            sum_ref[rows, columns].astype(jnp.float32)
+            * x_scale_ref[rows]
+            * scale_ref[pl.ds(row, 1), columns]
             for sum_ref, scale_ref in zip(sums, scales, strict=True)
         ]
         out = GATES[activation](*y) if activation else y[0]
         if bias_ref is not None:
-            out += bias_ref[pl.ds(row, 1)]
-        out_ref[...] = out.astype(out_ref.dtype)
+            out += bias_ref[pl.ds(row, 1), columns]
+        out_ref[rows, columns] = out.astype(out_ref.dtype)
+
+    in_parts(out_ref.shape, (part, _COLS), multiply)
+    pl.when(k == pl.num_programs(2) - 1)(lambda: in_parts(out_ref.shape, _FINISHED, finish))
 
 
 def tpu(
@@ -95,7 +106,9 @@ def tpu(
     weight = pl.BlockSpec((None, cols, depth), lambda t, n, k, i: (i[0], n, k))
     column = pl.BlockSpec((scale_rows, cols), lambda t, n, k, i: (lax.div(i[0], _SCALE_ROWS), n))
     return pl.pallas_call(
-        partial(_kernel, gated=gated, biased=bias is not None, activation=activation),
+        partial(
+            _kernel, gated=gated, biased=bias is not None, activation=activation, part=tile.part
+        ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(pl.cdiv(T, rows), pl.cdiv(N, cols), K // depth),

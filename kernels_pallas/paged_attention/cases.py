@@ -10,29 +10,43 @@ import numpy as np
 from jax import Array
 
 from kernels_pallas.op import Case, Cost
-from kernels_pallas.paged_attention.ragged import Ragged
+from kernels_pallas.paged_attention.ragged import Groups, Ragged
+
+Shared = tuple[tuple[int, int, int], ...]
+"""Groups: the first sequence, the one behind the last, and the tokens they have in common."""
 
 
-def batch(new: tuple[int, ...], lens: tuple[int, ...], Z: int, idle: int = 0) -> tuple[Ragged, int]:
+def batch(
+    new: tuple[int, ...], lens: tuple[int, ...], Z: int, idle: int = 0, shared: Shared = ()
+) -> tuple[Ragged, int]:
     """A step of sequences with so many new tokens and lengths, whose pages lie scattered, and the
-    number of pages. `idle` rows of padding follow."""
+    number of pages. `idle` rows of padding follow, and one group of padding those that are."""
     M, R = -(-max(lens) // Z), len(new)
     P = R * M + 1
     tables = np.random.default_rng(0).permutation(P)[: R * M].reshape(R, M)
+    for first, end, tokens in shared:
+        tables[first:end, : tokens // Z] = tables[first, : tokens // Z]
+    if shared:  # pages that nobody has left are none
+        kept, tables = np.unique(tables, return_inverse=True)
+        tables, P = tables.reshape(R, M), len(kept)
     tables = np.concatenate([tables, np.zeros((idle, M), int)])
     starts = np.concatenate([[0], np.cumsum(new), [sum(new)] * idle])
-    step = (starts, np.array([*lens, *[0] * idle]), tables, np.array(R))
-    return Ragged(*(x.astype(np.int32) for x in step)), P
+    fields = (starts, [*lens, *[0] * idle], tables, R)
+    step = Ragged._make([*(np.asarray(x, np.int32) for x in fields), None])
+    if not shared:
+        return step, P
+    groups = [(first, end, tokens // Z) for first, end, tokens in (*shared, (R, R, 0))]
+    return step._replace(groups=Groups(*np.array(groups, np.int32).T)), P
 
 
 def _case(
     name: str, new: tuple[int, ...], lens: tuple[int, ...], *, N: int, K: int, H: int, Z: int = 64,
     dtype: Any = jnp.bfloat16, idle: int = 0, sinks: bool = False, window: int = 0,
-    shipped: bool = False, **options: Any,
+    shipped: bool = False, shared: Shared = (), **options: Any,
 ) -> Case:  # fmt: skip
     L, T, values, W = 2, sum(new), options.get("value_dim"), -(-H // 128) * 128  # whole lanes
     latent = values is not None and values < H
-    step, P = batch(new, lens, Z, idle)
+    step, P = batch(new, lens, Z, idle, shared)
 
     def make(key: Array) -> tuple[tuple[Any, ...], dict[str, Any]]:
         a, b, c, d = jax.random.split(key, 4)
@@ -45,11 +59,13 @@ def _case(
 
     width = W if latent else 2 * W
     size = jnp.dtype(dtype).itemsize
-    read = sum(lens) * K * width * size + T * N * (H * size + 4 * (values or H) + 4)
+    keys = sum(lens) - sum((end - first - 1) * n for first, end, n in shared)  # each of them once
+    read = keys * K * width * size + T * N * (H * size + 4 * (values or H) + 4)
     pairs = sum(n * s - n * (n - 1) / 2 for n, s in zip(new, lens, strict=True))
     cost = Cost(read, 2 * pairs * N * (H + (values or H)), jnp.dtype(dtype).name)
     tolerance = 0.01 if dtype == jnp.bfloat16 else 1e-5
     everywhere = dtype == jnp.bfloat16 and (values or 0) <= 512
+    everywhere = everywhere and not shared  # Hopper reads every sequence's pages, which costs more
     bodies = None if everywhere else ("mosaic_tpu",)
     return Case(name, make, {"scale": H**-0.5, **options}, shipped, cost, tolerance, bodies)
 
@@ -65,9 +81,17 @@ CASES = (
     _case("mass-bf16", (1, 12), (90, 30), N=4, K=2, H=64, Z=16, window=60, mass=True),
     _case("latent", (1, 5, 1), (40, 37, 16), N=16, K=1, H=192, Z=16, value_dim=128),
     _case("latent-wide", (1, 2, 1), (70, 37, 16), N=16, K=1, H=576, Z=16, value_dim=512, idle=1),
+    _case(
+        "groups", (1, 1, 1, 9, 1, 2, 1), (40, 541, 600, 533, 40, 514, 530), N=4, K=2, H=128,
+        idle=2, shared=((1, 4, 512), (5, 7, 512)), sinks=True, dtype=jnp.float32,
+    ),
     _case("decode-32k", (1,) * 32, (32768,) * 32, N=32, K=8, H=128, shipped=True),
     _case("decode-32k-8-to-1", (1,) * 32, (32768,) * 32, N=32, K=4, H=128, shipped=True),
     _case("decode-32k-mass", (1,) * 32, (32768,) * 32, N=32, K=4, H=128, mass=True, shipped=True),
+    _case(
+        "decode-64-of-8k", (1,) * 64, (8704,) * 64, N=32, K=8, H=128, shared=((0, 64, 8192),),
+        shipped=True,
+    ),
     _case(
         "mixed-2048", (2048, *(1,) * 32), (2048, *(8192,) * 32), N=32, K=8, H=128, shipped=True
     ),

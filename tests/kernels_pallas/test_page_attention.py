@@ -1,6 +1,7 @@
 """The kernels that write and attend pages on drawn steps, what they refuse, masses of pages."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from kernels_pallas import versions
 from kernels_pallas.op import UnsupportedError
 from kernels_pallas.paged_attention import (
+    Groups,
     Ragged,
     mosaic_gpu,
     mosaic_gpu_writing,
@@ -22,6 +24,7 @@ from kernels_pallas.paged_attention import (
 )
 from kernels_pallas.paged_attention.cases import batch as step_of
 from kernels_pallas.paged_attention.ops import page_attention, page_write
+from kernels_pallas.target import Target
 from sharding import compile_only
 
 L, LAYER, M, R, T, H = 2, 1, 4, 5, 24, 128
@@ -56,6 +59,21 @@ def steps(draw, Z=8):
     return Ragged(np.array(starts, np.int32), np.array(lens, np.int32), tables, np.int32(n))
 
 
+@st.composite
+def grouped(draw):
+    """Steps whose sequences are cut into groups, which may be of one, of none, or share nothing."""
+    step = draw(steps())
+    cuts = sorted(draw(st.lists(st.integers(0, step.num_seqs), min_size=4, max_size=4)))
+    tables, pages = step.tables.copy(), []
+    for first, end in itertools.pairwise(cuts):
+        pages.append(draw(st.integers(0, M)))
+        old = (step.kv_lens - np.diff(step.row_starts))[first:end] // 8
+        whole = min(pages[-1], *old, M)  # the kernel finds that out, too
+        tables[first:end, :whole] = tables[first : first + 1, :whole]
+    groups = Groups(*(np.array(x, np.int32) for x in (cuts[:-1], cuts[1:], pages)))
+    return step._replace(tables=tables, groups=groups)
+
+
 @functools.cache
 def both(**options):
     def run(arrays, step, window, sinks):
@@ -73,7 +91,8 @@ def both(**options):
 @given(data=st.data(), seed=st.integers(0, 2**32 - 1))
 @settings(max_examples=12, deadline=None)
 def test_it_is_the_reference(variant, data, seed):
-    found, expected, step = run_both(data, seed, **VARIANTS[variant])
+    step = data.draw(steps(VARIANTS[variant].get("Z", 8)))
+    found, expected, _ = run_both(step, seed, **VARIANTS[variant])
     tolerance = 0.02 if VARIANTS[variant].get("dtype") else 1e-4
     real = int(step.row_starts[step.num_seqs])
     for x, y in zip(found, expected, strict=True):
@@ -81,11 +100,54 @@ def test_it_is_the_reference(variant, data, seed):
         np.testing.assert_allclose(x[:real], y[:real], rtol=tolerance, atol=tolerance)
 
 
+@functools.cache
+def with_and_without_groups(**options):
+    def run(arrays, step, window, sinks):
+        attend = functools.partial(
+            mosaic_tpu.page_attention, *arrays, jnp.int32(LAYER), window=window, sinks=sinks,
+            scale=0.2, tile=mosaic_tpu.TpuTile(keys=16, tokens=16), interpret=True, **options,
+        )  # fmt: skip
+        return attend(step), attend(step._replace(groups=None))
+
+    return jax.jit(run, compiler_options={"xla_backend_optimization_level": 0})
+
+
+@pytest.mark.parametrize("variant", ["three to one", "windowed", "latent", "masses"])
+@given(data=st.data(), seed=st.integers(0, 2**32 - 1))
+@settings(max_examples=12, deadline=None)
+def test_no_bit_depends_on_a_group(variant, data, seed):
+    step = data.draw(grouped())
+    found, alone, _ = run_both(step, seed, run=with_and_without_groups, **VARIANTS[variant])
+    real = int(step.row_starts[step.num_seqs])
+    for x, y in zip(found, alone, strict=True):
+        np.testing.assert_array_equal(x[:real], y[:real])
+
+
+def test_pages_of_a_group_are_read_once():
+    """Pages of all members but the first are NaN: nobody looks at them."""
+    tables = np.arange(12, dtype=np.int32).reshape(3, 4)
+    pages = np.random.default_rng(0).standard_normal((1, 12, 1, 8, 128)).astype(np.float32)
+    pages[:, [4, 5, 8, 9]] = np.nan
+    q = jnp.asarray(pages[0, :3, 0, :2], jnp.float32)
+    tables_alike = np.concatenate([tables[[0, 0, 0], :2], tables[:, 2:]], 1)
+    starts, lens = np.arange(4, dtype=np.int32), np.array([17, 30, 20], np.int32)
+    groups = Groups(*(np.array([x], np.int32) for x in (0, 3, 2)))
+    step = Ragged(starts, lens, tables, np.int32(3), groups)
+    found = mosaic_tpu.page_attention(
+        q, jnp.asarray(pages), jnp.asarray(pages), 0, jax.tree.map(jnp.asarray, step), scale=0.1,
+        tile=mosaic_tpu.TpuTile(keys=16), interpret=True,
+    )  # fmt: skip
+    step = jax.tree.map(jnp.asarray, step._replace(tables=tables_alike, groups=None))
+    expected = reference.page_attention(q, *[jnp.asarray(pages)] * 2, 0, step, scale=0.1)
+    for x, y in zip(found, expected, strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
+
+
 def run_both(
-    data, seed, *, N, K, H=H, Z=8, dtype=jnp.float32, window=0, sinks=False, latent=False, **options
-):
+    step, seed, *, N, K, H=H, Z=8, dtype=jnp.float32, window=0, sinks=False, latent=False,
+    run=both, **options
+):  # fmt: skip
     """The kernel and the reference, where what nobody has written yet is NaN."""
-    step = data.draw(steps(Z))
     rng = np.random.default_rng(seed)
     written = np.zeros((R * M, Z), bool)
     for r in range(step.num_seqs):
@@ -100,7 +162,7 @@ def run_both(
     sinks = jnp.asarray(rng.standard_normal(N), jnp.float32) if sinks else None
     arrays = q, pages(), None if latent else pages()
     step = jax.tree.map(jnp.asarray, step)
-    return *both(**options)(arrays, step, jnp.int32(window), sinks), step
+    return *run(**options)(arrays, step, jnp.int32(window), sinks), step
 
 
 def test_a_neighbours_nan_stays_there():
@@ -156,6 +218,19 @@ def test_it_says_what_it_cannot_take(name):
 
     with pytest.raises(UnsupportedError, match=REFUSED[name][1]):
         jax.eval_shape(run, q, pages, step)
+
+
+@pytest.mark.parametrize(("device", "heads"), [("v5e", 8), ("v5p", 4)])
+def test_two_cores_share_the_heads(device, heads):
+    """Programs along the grid's first axis are those that cores share."""
+    case = next(case for case in page_attention.cases if case.name == "decode-32k")
+    args, arrays = jax.eval_shape(case.make, jax.random.key(0))
+
+    def run(args, arrays):
+        return page_attention(*args, target=Target("tpu", device), **arrays, **case.options)
+
+    lowered = str(jax.make_jaxpr(run)(args, arrays))
+    assert f"grid=({8 // heads}, 1)" in lowered
 
 
 def test_heads_may_be_split_over_programs():
