@@ -17,7 +17,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas.op import UnsupportedError
+from kernels_pallas.op import UnsupportedError, tried
 from kernels_pallas.paged_attention.codec import QuantizedPages, to_stored
 from kernels_pallas.paged_attention.ragged import Ragged, owners
 
@@ -31,7 +31,7 @@ _LINE = 128  # bytes: where in shared memory a copy may begin
 class GpuTile:
     """tokens: of a block of threads, 0 for as many as leave a block to every core."""
 
-    tokens: int = 0
+    tokens: int = tried(0, 1, 4, 16)
 
 
 def page_write(

@@ -17,7 +17,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas.op import UnsupportedError
+from kernels_pallas.op import UnsupportedError, tried
 from kernels_pallas.paged_attention.codec import (
     Int4Pages,
     Int8Pages,
@@ -43,11 +43,11 @@ class TpuTile:
     """keys: and rows of queries attended at a time (rows: whole lanes); tokens: in a program;
     heads: of keys in a program, 0 for all, or for a share of them where there are several cores."""
 
-    keys: int = 512
-    rows: int = 128
+    keys: int = tried(512, 256, 1024)
+    rows: int = tried(128, 256)
     tokens: int = 64
-    heads: int = 0
-    cores: int = 1
+    heads: int = tried(0, 2, 4)
+    cores: int = tried(1, 2)
 
     @classmethod
     def wanted(cls, device: str) -> TpuTile | None:

@@ -17,7 +17,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas.op import Body, Case, Cost, Op, UnsupportedError
+from kernels_pallas.op import Body, Case, Cost, Op, UnsupportedError, tried
 from kernels_pallas.paged_attention import mosaic_gpu_writing, mosaic_tpu_coded_writing
 from kernels_pallas.paged_attention.cases import batch as step_of
 from kernels_pallas.paged_attention.codec import QuantizedPages
@@ -34,8 +34,8 @@ class TpuTile:
     """slots: of an item, 0 for few where rows decode and many where prompts are long; items: on
     their way at a time."""
 
-    slots: int = 0
-    items: int = 8
+    slots: int = tried(0, 16, 32, 64)
+    items: int = tried(8, 4, 16)
 
 
 def tpu(
@@ -232,4 +232,5 @@ page_write = Op(
         "mosaic_gpu": Body("gpu", mosaic_gpu_writing.page_write, mosaic_gpu_writing.GpuTile),
     },
     CASES,
+    in_place=((0, 0), (1, 1)),
 )
