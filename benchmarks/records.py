@@ -6,6 +6,7 @@ import datetime
 import json
 import os
 import platform
+import re
 import resource
 import statistics
 import subprocess
@@ -30,6 +31,15 @@ def machine() -> dict[str, Any]:
         "load_average": os.getloadavg()[0],
         "python": platform.python_version(),
     }
+
+
+def cpu_name() -> str:
+    """A short name for files: the microarchitecture where it is known."""
+    found = _cpu_fields()
+    known = {("AuthenticAMD", "26"): "zen5", ("AuthenticAMD", "25"): "zen4"}
+    model = found.get("model name") or platform.processor() or platform.machine()
+    name = known.get((found.get("vendor_id", ""), found.get("cpu family", "")), model)
+    return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
 
 
 def record(name: str, workload: str, samples: Sequence[float], unit: str, **more: Any) -> dict:
@@ -57,12 +67,17 @@ def write(line: dict, path: Path | None = None) -> None:
 
 def _cpu_model() -> str:
     """Name, family and model: names such as "AMD EPYC" span generations."""
-    found = {}
+    found = _cpu_fields()
+    name = found.get("model name", platform.processor())
+    return f"{name} (family {found.get('cpu family')}, model {found.get('model')})"
+
+
+def _cpu_fields() -> dict[str, str]:
+    found = dict[str, str]()
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         key, _, value = line.partition(":")
         found.setdefault(key.strip(), value.strip())
-    name = found.get("model name", platform.processor())
-    return f"{name} (family {found.get('cpu family')}, model {found.get('model')})"
+    return found
 
 
 def _commit() -> str:

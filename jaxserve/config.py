@@ -11,6 +11,7 @@ from typing import Any, Literal
 from jaxserve.errors import ConfigError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+KV_DTYPES = ("auto", "int8", "int4")
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,8 @@ class EngineConfig:
 
     Attributes:
         dtype: of weights and cache; "auto" is the checkpoint's own, where the device is good at it.
+        kv_cache_dtype: of keys and values: "int8" halves the cache of bfloat16, "int4" takes a
+            quarter; "auto" keeps them as `dtype`.
         quantization: "int8": large weights in eight bits, and activations token by token.
         max_model_len: longest prompt and output together.
         max_num_seqs: most sequences in one step.
@@ -37,6 +40,7 @@ class EngineConfig:
     """
 
     dtype: str = "auto"
+    kv_cache_dtype: Literal["auto", "int8", "int4"] = "auto"
     quantization: Literal["int8"] | None = None
     max_model_len: int | None = None
     max_num_seqs: int | None = None
@@ -68,6 +72,7 @@ _FLAG: _Rule = (bool, lambda _: True, "true or false")
 
 _RULES: dict[str, _Rule] = {
     "dtype": (str, lambda d: d in DTYPES, f"one of {', '.join(DTYPES)}"),
+    "kv_cache_dtype": (str, lambda d: d in KV_DTYPES, f"one of {', '.join(KV_DTYPES)}"),
     "quantization": (str, lambda q: q == "int8", "int8, or nothing"),
     "max_model_len": _COUNT,
     "max_num_seqs": _COUNT,

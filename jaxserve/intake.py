@@ -46,7 +46,7 @@ class Intake:
     ):
         self._plan, self._vocab, self._tokenizer = plan, vocab, tokenizer
         self._seed, self._abort = seed, abort
-        self.root = root_key(model_name, str(plan.dtype), "exact")
+        self.root = root_key(model_name, str(plan.dtype), plan.kv_taint)
         self._numbers = itertools.count()
 
     def token_ids(self, prompt: Prompt) -> tuple[list[int], str | None]:

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from jaxserve import plan as planning
-from jaxserve.checkpoint import hf, hub
+from jaxserve.checkpoint import cache_scales, hf, hub
 from jaxserve.config import EngineConfig
 from jaxserve.engine.compile_watch import keep_programs, watch
 from jaxserve.engine.engine import Engine, EngineStats
@@ -77,9 +77,13 @@ class LLM:
         device = device or planning.default_device()
         keep_programs()
         size = partial(quant.weight_bytes, self._family, self.model_config)
-        self.plan = planning.resolve(self.engine_config, raw, self.model_config, size, device)
+        cfg = self.model_config
+        scales = cache_scales.load(folder, cfg.num_layers, cfg.kv_shape)
+        self.plan = planning.resolve(
+            self.engine_config, raw, cfg, size, device, kv_calibrated=scales is not None
+        )
         self._folder, self._device = folder, device
-        runner = Runner(self.plan, self._family, self.model_config, self._weights(), device)
+        runner = Runner(self.plan, self._family, cfg, self._weights(), device, scales)
         self._progress = Progress(self.plan, self.engine_config.progress, started)
         self._progress.say(f"{self.model_name}: {self.plan.describe()}")
         runner.warm_up(

@@ -33,7 +33,8 @@ class Plan:
         dtype: of weights.
         quantization: "int8" where large weights are held in eight bits.
         activation_dtype: of hidden states. On CPU float32, which its vector units are quicker at.
-        kv_dtype: in which pages are stored.
+        kv_dtype: in which pages are stored. int8 and int4 are rounded, with scales of their own.
+        kv_calibrated: int8 pages have scales that came with the checkpoint, for each lane.
         kv_shape: KV heads, and lanes of a key and of a value, of a page.
         target: the hardware that programs are compiled for.
         token_buckets: tokens per step that have a program, ascending.
@@ -50,6 +51,7 @@ class Plan:
     quantization: str | None
     activation_dtype: Any
     kv_dtype: Any
+    kv_calibrated: bool
     kv_shape: tuple[int, int, int]
     max_model_len: int
     max_num_seqs: int
@@ -65,6 +67,12 @@ class Plan:
     @property
     def max_num_batched_tokens(self) -> int:
         return self.token_buckets[-1]
+
+    @property
+    def kv_taint(self) -> str:
+        """What tells this cache's pages from exact ones, wherever they may meet."""
+        name = self.kv_dtype.name if self.kv_dtype in (jnp.int8, jnp.int4) else "exact"
+        return f"{name} calibrated" if self.kv_calibrated else name
 
     @property
     def pages_per_seq(self) -> int:
@@ -105,10 +113,11 @@ class Plan:
         return len(self.programs)
 
     def describe(self) -> str:
+        kept = "" if self.kv_taint == "exact" else f" in {self.kv_taint}"
         types = " + ".join(filter(None, [self.quantization, jnp.dtype(self.dtype).name]))
         return (
             f"{self.platform} {types} ({self.kernels} kernels), "
-            f"weights {_size(self.weight_bytes)}, cache {_size(self.kv_bytes)} = "
+            f"weights {_size(self.weight_bytes)}, cache{kept} {_size(self.kv_bytes)} = "
             f"{self.num_pages} pages x {self.page_size} tokens, context {self.max_model_len}, "
             f"up to {self.max_num_seqs} sequences and {self.max_num_batched_tokens} tokens a step, "
             f"{self.num_programs} programs"
@@ -121,6 +130,8 @@ def resolve(
     cfg: Any,
     weight_bytes: Callable[[Any, str | None], int],
     device: Any,
+    *,
+    kv_calibrated: bool = False,
 ) -> Plan:
     """Decides everything.
 
@@ -129,6 +140,7 @@ def resolve(
         cfg: the family's config.
         weight_bytes: memory of the weights, which are not loaded yet, in an element type and
             with large ones quantised or not.
+        kv_calibrated: the checkpoint brings scales for a cache in eight bits.
 
     Raises:
         ConfigError: the model and one sequence do not fit; the message names what would.
@@ -137,14 +149,17 @@ def resolve(
     platform = target.platform
     kernels = _kernels(config, platform)
     dtype = _dtype(config, hf, platform, kernels)
-    kv_dtype = storage_dtype(dtype, platform)
-    page_size = config.page_size or (32 if platform == "cpu" else 64)
+    kv_dtype = _kv_dtype(config, dtype, platform)
+    page_size = config.page_size or _page_size(config, platform)
     max_seqs = config.max_num_seqs or (64 if platform == "cpu" else 256)
     batched = config.max_num_batched_tokens or (512 if platform == "cpu" else 2048)
     quantization = config.quantization or _stored_quantization(hf)
     weights = weight_bytes(dtype, quantization)
     kv_shape = stored_shape(cfg.kv_shape, target) if kernels == "pallas" else cfg.kv_shape
-    per_page = page_bytes(cfg.num_layers, page_size, kv_shape, kv_dtype)
+    kv_calibrated = kv_calibrated and kv_dtype == jnp.int8
+    per_page = page_bytes(
+        cfg.num_layers, page_size, kv_shape, kv_dtype, cfg.key_parts, calibrated=kv_calibrated
+    )
     max_len, num_pages = _cache(config, cfg.max_len, page_size, per_page, max_seqs, weights, device)
     max_seqs = min(max_seqs, num_pages)  # each has a page of its own
     batched = min(batched, num_pages * page_size)
@@ -155,6 +170,7 @@ def resolve(
         quantization=quantization,
         activation_dtype=jnp.dtype(jnp.float32) if platform == "cpu" else dtype,
         kv_dtype=kv_dtype,
+        kv_calibrated=kv_calibrated,
         kv_shape=kv_shape,
         max_model_len=max_len,
         max_num_seqs=max_seqs,
@@ -196,6 +212,19 @@ def _dtype(config: EngineConfig, hf: Mapping[str, Any], platform: str, kernels: 
     if platform == "cpu" and kernels == "reference":
         return jnp.dtype(jnp.float32)  # XLA:CPU widens 16-bit weights on each use
     return jnp.dtype(jnp.bfloat16) if own in ("bfloat16", "float16") else jnp.dtype(jnp.float32)
+
+
+def _kv_dtype(config: EngineConfig, dtype: Any, platform: str) -> Any:
+    if config.kv_cache_dtype == "auto":
+        return storage_dtype(dtype, platform)
+    return jnp.dtype(config.kv_cache_dtype)
+
+
+def _page_size(config: EngineConfig, platform: str) -> int:
+    """On a TPU the scales of a rounded page are whole registers of lanes."""
+    if platform == "cpu":
+        return 32
+    return 128 if platform == "tpu" and config.kv_cache_dtype != "auto" else 64
 
 
 def _buckets(largest: int) -> tuple[int, ...]:

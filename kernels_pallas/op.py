@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+import inspect
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import jax
@@ -19,6 +21,16 @@ class UnsupportedError(NotImplementedError):
     """A body cannot take these shapes, types or options. The chooser tries the next one."""
 
 
+def tried(default: int, *others: int) -> Any:
+    """A field of a tile: its default, and what else tuning tries."""
+    return field(default=default, metadata={"tried": (default, *others)})
+
+
+@dataclass(frozen=True)
+class NoTile:
+    """Nothing to choose."""
+
+
 @dataclass(frozen=True)
 class Body:
     """One implementation of an op.
@@ -27,7 +39,8 @@ class Body:
         platform: where it runs.
         run: takes the op's arguments and options, and `tile` (a `tile`, or None for the tuned one)
             and `interpret`. What it cannot take it refuses with `UnsupportedError` as it is traced.
-        tile: its tile sizes: a frozen dataclass of integers with defaults.
+        tile: its tile sizes: a frozen dataclass of integers with defaults. Fields made by `tried`
+            are tuned.
         wanted: device -> the tile that it wants where nothing is tuned, or None for the body's
             own choice.
     """
@@ -36,6 +49,15 @@ class Body:
     run: Callable[..., Any]
     tile: type
     wanted: Callable[[str], Any] = lambda device: None
+
+    def tiles(self) -> Iterator[Any]:
+        """What tuning tries besides None, which leaves the choice to the body."""
+        choices = {
+            f.name: f.metadata["tried"] for f in fields(self.tile) if f.metadata.get("tried")
+        }
+        if choices:
+            for sizes in itertools.product(*choices.values()):
+                yield self.tile(**dict(zip(choices, sizes, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -84,12 +106,15 @@ class Op:
         reference: plain JAX, on any platform. Its docstring is the contract.
         bodies: by name, the preferred first: "mosaic_tpu", "mosaic_gpu", or "xla" where there is
             a faster form in plain JAX.
+        in_place: pairs of an argument and the result that replaces it, both by number. A caller
+            donates such arguments; otherwise they are copied.
     """
 
     name: str
     reference: Callable[..., Any]
     bodies: Mapping[str, Body]
     cases: tuple[Case, ...]
+    in_place: tuple[tuple[int, int], ...] = ()
 
     def __call__(
         self, *args: Any, target: Target, implementation: str | None = None, **options: Any
@@ -99,12 +124,14 @@ class Op:
         Raises:
             UnsupportedError: no body takes these arguments, or not the one that was named.
         """
-        won, sizes = tuning.tuned(target.device, self.name, signature(*args))
+        won, sizes = None, dict[str, int]()
+        if target.device:
+            won, sizes = tuning.tuned(target.device, self.name, self.signature(*args, **options))
         declined = dict[str, str]()
         for name in self._candidates(target, implementation, won):
             body, tile = self.bodies.get(name), None
             if body is not None:
-                tile = body.tile(**sizes) if name == won else body.wanted(target.device)
+                tile = body.tile(**sizes) if name == won and sizes else body.wanted(target.device)
             try:
                 return self.run(name, *args, tile=tile, **options)
             except UnsupportedError as error:
@@ -118,6 +145,12 @@ class Op:
             return self.reference(*args, **options)
         return self.bodies[name].run(*args, tile=tile, interpret=interpret, **options)
 
+    def signature(self, *args: Any, **options: Any) -> str:
+        """`signature` of a call of this op, however its arguments are passed."""
+        call = inspect.signature(self.reference).bind(*args, **options)
+        call.apply_defaults()
+        return signature(*call.args, **call.kwargs)
+
     def _candidates(self, target: Target, named: str | None, won: str | None) -> list[str]:
         """What is tried, in order: what was faster when it was measured, then the op's order."""
         known = [*self.bodies, "reference"]
@@ -129,10 +162,24 @@ class Op:
         return sorted([*here, "reference"], key=lambda name: name != won)
 
 
-def signature(*args: Any) -> str:
-    """Types and shapes of arguments in a word, as tuned tables write them."""
-    leaves = [x for x in jax.tree.leaves(args) if hasattr(x, "shape")]
-    return " ".join(f"{x.dtype}[{','.join(map(str, x.shape))}]" for x in leaves)
+def signature(*args: Any, **options: Any) -> str:
+    """Types and shapes of arguments in a word, as tuned tables write them.
+
+    Options count by name where they change what is computed: arrays, words, types and what is
+    switched on. Numbers and scalars, such as a scale or the number of a layer, do not.
+    """
+    words = [_described(x) for x in jax.tree.leaves(args) if np.ndim(x)]
+    for name, value in sorted(options.items()):
+        if isinstance(value, str | type | np.dtype):
+            words.append(f"{name}={value if isinstance(value, str) else jnp.dtype(value).name}")
+        elif value is True:
+            words.append(name)
+        words += [f"{name}={_described(x)}" for x in jax.tree.leaves(value) if np.ndim(x)]
+    return " ".join(words)
+
+
+def _described(x: Any) -> str:
+    return f"{x.dtype}[{','.join(map(str, x.shape))}]"
 
 
 def with_reference_gradient(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from kernels_pallas.cpu.ops import CPU_OPS
 from kernels_pallas.flash_attention import flash_attention, flash_attention_gradient
 from kernels_pallas.grouped_matmul import grouped_matmul
 from kernels_pallas.int8_matmul import int8_matmul
@@ -19,5 +20,6 @@ OPS: tuple[Op, ...] = (
     flash_attention,
     flash_attention_gradient,
     sample,
+    *CPU_OPS,
 )
 """All that have cases, small before large."""

@@ -12,7 +12,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas.op import Body, Case, Cost, Op, UnsupportedError
+from kernels_pallas.op import Body, Case, Cost, Op, UnsupportedError, tried
 from kernels_pallas.quantize import quantize_rows
 from kernels_pallas.tiling import divisor
 
@@ -40,7 +40,7 @@ _COLUMNS = 512  # of as many rows are what registers hold
 class TpuTile:
     """rows: of tokens in a program."""
 
-    rows: int = 256
+    rows: int = tried(256, 64, 128, 512)
 
 
 def _tpu_kernel(x_ref, scale_ref, values_ref, scales_ref, *, eps: float, offset: float):

@@ -15,7 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas import sample_gpu
 from kernels_pallas.draw import BITS, COLDEST, draw, highest
-from kernels_pallas.op import Body, Case, Cost, Op, UnsupportedError
+from kernels_pallas.op import Body, Case, Cost, Op, UnsupportedError, tried
 
 _ROWS, _LANES = 8, 128  # of scores that are searched together, in VMEM; lanes of a register
 
@@ -24,7 +24,7 @@ _ROWS, _LANES = 8, 128  # of scores that are searched together, in VMEM; lanes o
 class TpuTile:
     """vocab: entries of eight rows that are read at a time."""
 
-    vocab: int = 2048
+    vocab: int = tried(2048, 1024, 4096, 8192)
 
 
 def tpu(

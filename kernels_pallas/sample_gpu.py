@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.draw import COLDEST
-from kernels_pallas.op import UnsupportedError
+from kernels_pallas.op import UnsupportedError, tried
 
 _LOG2E = 1.4426950408889634
 _ABOVE = 0x3F800001  # the bits of what follows 1: no probability relative to the largest is it
@@ -30,7 +30,7 @@ _THREADS, _WORDS = 128, 4  # of a warpgroup; that one load takes
 class GpuTile:
     """vocab: entries of a row that are read at a time."""
 
-    vocab: int = 2048
+    vocab: int = tried(2048, 1024, 4096)
 
 
 def gpu(

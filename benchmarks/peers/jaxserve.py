@@ -7,7 +7,9 @@ def load(settings: Settings) -> Loaded:
     """Threads are the cores that this process may run on, which is all XLA asks for."""
     from jaxserve import LLM, SamplingParams
 
-    llm = LLM(settings.model, dtype=settings.dtype, max_model_len=settings.max_len)
+    eight = settings.dtype == "int8"
+    kind = {"quantization": "int8"} if eight else {"dtype": settings.dtype}
+    llm = LLM(settings.model, max_model_len=settings.max_len, **kind)
 
     def generate(prompts: list[list[int]], lengths: list[int]) -> list[list[int]]:
         requests = [{"prompt_token_ids": prompt} for prompt in prompts]

@@ -11,7 +11,7 @@ import openvino_genai
 from benchmarks.peers.protocol import Loaded, Settings, serve
 
 CACHE_GIB = 2
-PRECISION = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
+PRECISION = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "int8": "bf16"}
 
 
 def load(settings: Settings) -> Loaded:
@@ -22,7 +22,7 @@ def load(settings: Settings) -> Loaded:
         "INFERENCE_PRECISION_HINT": PRECISION[settings.dtype],
         "INFERENCE_NUM_THREADS": settings.threads,
     }
-    folder = str(_converted(Path(settings.model)))
+    folder = str(_converted(Path(settings.model), settings.dtype == "int8"))
     pipeline = openvino_genai.ContinuousBatchingPipeline(folder, scheduler, "CPU", hints)
 
     def generate(prompts: list[list[int]], lengths: list[int]) -> list[list[int]]:
@@ -41,13 +41,15 @@ def _greedy(length: int) -> openvino_genai.GenerationConfig:
     return config
 
 
-def _converted(model: Path) -> Path:
-    """Float32 on disk; the precision hint decides what is computed and kept in memory."""
-    folder = model.with_name(model.name + "-openvino")
+def _converted(model: Path, eight_bits: bool) -> Path:
+    """Float32 on disk, where the precision hint decides what is computed and kept in memory; or
+    weights in eight bits, whose inputs OpenVINO rounds to eight bits by itself."""
+    folder = model.with_name(model.name + ("-openvino-int8" if eight_bits else "-openvino"))
     if not (folder / "openvino_model.xml").exists():
         export = [str(Path(sys.executable).with_name("optimum-cli")), "export", "openvino"]
-        task = ["--task", "text-generation-with-past", "--weight-format", "fp32"]
-        subprocess.run([*export, "--model", str(model), *task, str(folder)], check=True)
+        task = ["--task", "text-generation-with-past"]
+        kind = ["--weight-format", "int8" if eight_bits else "fp32"]
+        subprocess.run([*export, "--model", str(model), *task, *kind, str(folder)], check=True)
     return folder
 
 

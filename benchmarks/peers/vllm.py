@@ -1,6 +1,7 @@
 """vLLM's CPU build, in this process, with its defaults but for the context length and the cache."""
 
 import os
+from pathlib import Path
 
 from benchmarks.peers.protocol import Loaded, Settings, serve
 
@@ -17,7 +18,10 @@ def load(settings: Settings) -> Loaded:
     }
     from vllm import LLM, SamplingParams
 
-    llm = LLM(settings.model, dtype=settings.dtype, max_model_len=settings.max_len)
+    eight = settings.dtype == "int8"
+    model = str(_rounded(Path(settings.model))) if eight else settings.model
+    dtype = "bfloat16" if eight else settings.dtype
+    llm = LLM(model, dtype=dtype, max_model_len=settings.max_len)
 
     def generate(prompts: list[list[int]], lengths: list[int]) -> list[list[int]]:
         requests = [{"prompt_token_ids": prompt} for prompt in prompts]
@@ -26,6 +30,14 @@ def load(settings: Settings) -> Loaded:
         return [list(request.outputs[0].token_ids) for request in done]
 
     return Loaded(generate)
+
+
+def _rounded(model: Path) -> Path:
+    """The checkpoint in eight bits (W8A8, compressed-tensors), which `jaxserve quantize` writes."""
+    folder = model.with_name(model.name + "-w8a8")
+    if not folder.exists():
+        raise FileNotFoundError(f"make it first: jaxserve quantize --plain {model} {folder}")
+    return folder
 
 
 if __name__ == "__main__":

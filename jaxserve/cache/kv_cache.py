@@ -1,13 +1,22 @@
-"""The device side of the cache: one pool of pages, shared by all sequences."""
+"""The device side of the cache: one pool of pages, shared by all sequences.
+
+Pages are arrays of floats, or of eight or four bits with scales beside them, which the operations
+alone look into (kernels_pallas/paged_attention/codec.py).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
+from kernels_pallas.paged_attention.codec import Pages, StaticInt8Pages, empty
 from kernels_pallas.target import Target
 from sharding.tree import pytree
 
@@ -19,8 +28,8 @@ class KVCache:
     A page's keys of one head are contiguous, which is what a kernel reads.
     """
 
-    k: Array  # [L, P, K, Z, H]
-    v: Array | None  # [L, P, K, Z, Hv]; None where values are lanes of k (latent attention)
+    k: Pages  # [L, P, K, Z, H]
+    v: Pages | None  # [L, P, K, Z, Hv]; None where values are lanes of k (latent attention)
 
     @property
     def page_size(self) -> int:
@@ -44,10 +53,23 @@ def stored_shape(kv_shape: tuple[int, int, int], target: Target) -> tuple[int, i
     return heads, key, value
 
 
-def page_bytes(num_layers: int, page_size: int, kv_shape: tuple[int, int, int], dtype: Any) -> int:
-    """Bytes of one page over all layers; `kv_shape` is KV heads and lanes of a key and a value."""
-    heads, key, value = kv_shape
-    return num_layers * page_size * heads * (key + value) * jnp.dtype(dtype).itemsize
+def page_bytes(
+    num_layers: int,
+    page_size: int,
+    kv_shape: tuple[int, int, int],
+    dtype: Any,
+    key_parts: tuple[int, ...] | None = None,
+    *,
+    calibrated: bool = False,
+) -> int:
+    """Bytes of one page over all layers, its own scales included; arguments are `allocate`'s."""
+
+    def pool(num_pages: int) -> int:
+        shape = num_layers, num_pages, page_size, kv_shape, dtype, None, key_parts
+        leaves = jax.tree.leaves(jax.eval_shape(partial(allocate, *shape, calibrated=calibrated)))
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+
+    return pool(2) - pool(1)
 
 
 def allocate(
@@ -57,18 +79,55 @@ def allocate(
     kv_shape: tuple[int, int, int],
     dtype: Any,
     device: Any,
+    key_parts: tuple[int, ...] | None = None,
+    *,
+    calibrated: bool = False,
 ) -> KVCache:
-    """An empty pool on `device`."""
+    """An empty pool on `device`.
+
+    Args:
+        kv_shape: KV heads, and lanes of a key and of a value (0: values are lanes of keys).
+        dtype: of the pages. int8 and int4 are rounded, with a scale for each token, head and part.
+        key_parts: lanes of a key that are scaled apart, where they are of different kinds.
+        calibrated: int8 pages have a scale for each layer, head and lane, which `with_scales` puts
+            there.
+    """
     heads, key, value = kv_shape
 
-    def zeros(lanes: int) -> Array:
-        return jnp.zeros((num_layers, num_pages, heads, page_size, lanes), dtype, device=device)
+    def pages(lanes: int, parts: tuple[int, ...] | None) -> Pages:
+        shape = num_layers, num_pages, heads, page_size, lanes
+        if calibrated:
+            return StaticInt8Pages(
+                jnp.zeros(shape, dtype, device=device),
+                jnp.zeros((num_layers, heads, lanes), device=device),
+            )
+        if parts:  # the last takes in the lanes that hardware adds
+            parts = *parts[:-1], lanes - sum(parts[:-1])
+        return empty(dtype, shape, parts=parts, device=device)
 
-    return KVCache(zeros(key), zeros(value) if value else None)
+    return KVCache(pages(key, key_parts), pages(value, None) if value else None)
+
+
+def with_scales(kv: KVCache, scales: Sequence[np.ndarray]) -> KVCache:
+    """The pool with calibrated scales [L, K, H] of keys, and of values unless they are their lanes.
+
+    Lanes that hardware adds get the scale 0 and stay 0.
+    """
+
+    def put(pages: Any, scale: np.ndarray) -> Any:
+        added = pages.scale.shape[-1] - scale.shape[-1]
+        wide = np.pad(scale, ((0, 0), (0, 0), (0, added))).astype(np.float32)
+        return replace(pages, scale=jax.device_put(wide, pages.scale.sharding))
+
+    return KVCache(put(kv.k, scales[0]), None if kv.v is None else put(kv.v, scales[1]))
 
 
 def copy_pages(kv: KVCache, source: Array, target: Array) -> KVCache:
     """Copies pages source[i] to target[i] in every layer; targets past the pool are dropped."""
-    return jax.tree.map(
-        lambda pages: pages.at[:, target].set(pages.at[:, source].get(mode="clip"), mode="drop"), kv
-    )
+
+    def copied(pages: Any) -> Any:
+        if isinstance(pages, StaticInt8Pages):  # its scales belong to no page
+            return replace(pages, values=copied(pages.values))
+        return pages.at[:, target].set(pages.at[:, source].get(mode="clip"), mode="drop")
+
+    return jax.tree.map(copied, kv, is_leaf=lambda x: isinstance(x, StaticInt8Pages))

@@ -21,7 +21,7 @@ import numpy as np
 from jax import Array
 
 import kernels_pallas.cpu
-from jaxserve.cache.kv_cache import KVCache
+from jaxserve.cache.kv_cache import KVCache, with_scales
 from jaxserve.engine.batch import (
     SlotTable,
     needs_history,
@@ -67,7 +67,15 @@ class Launched:
 class Runner:
     """Owns the device arrays. One thread launches; another may be compiling."""
 
-    def __init__(self, plan: Plan, family: Family, cfg: Any, params: Any, device: Any):
+    def __init__(
+        self,
+        plan: Plan,
+        family: Family,
+        cfg: Any,
+        params: Any,
+        device: Any,
+        kv_scales: Sequence[np.ndarray] | None = None,
+    ):
         self.plan, self.family, self.cfg, self.device = plan, family, cfg, device
         self.params: Any = params  # None while asleep
         self.table = SlotTable(plan, cfg.vocab)
@@ -78,6 +86,7 @@ class Runner:
         self._compiler: threading.Thread | None = None
         self._failure: BaseException | None = None
         self._unused: dict[int, dict[str, Any]] = {}
+        self._kv_scales = kv_scales if plan.kv_calibrated else None
         self.kv: KVCache | None = None
         self.history: Array | None = None
 
@@ -86,6 +95,8 @@ class Runner:
     def allocate(self) -> None:
         """An empty cache and history."""
         self.kv, self.history = empty_state(self.plan, self.cfg, self.device)
+        if self._kv_scales is not None:
+            self.kv = with_scales(self.kv, self._kv_scales)
 
     def free(self) -> None:
         """Gives the cache's memory back."""

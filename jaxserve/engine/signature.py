@@ -68,7 +68,14 @@ def program(plan: Plan, family: Family, cfg: Any, params: Any, kind: str, size: 
 def empty_state(plan: Plan, cfg: Any, device: Any) -> tuple[KVCache, Array]:
     """An empty cache, and a history [max_num_seqs, max_model_len + 1] of no tokens."""
     kv = kv_cache.allocate(
-        cfg.num_layers, plan.num_pages, plan.page_size, plan.kv_shape, plan.kv_dtype, device
+        cfg.num_layers,
+        plan.num_pages,
+        plan.page_size,
+        plan.kv_shape,
+        plan.kv_dtype,
+        device,
+        cfg.key_parts,
+        calibrated=plan.kv_calibrated,
     )
     return kv, jnp.zeros((plan.max_num_seqs, plan.max_model_len + 1), jnp.int32, device=device)
 

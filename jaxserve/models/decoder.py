@@ -91,6 +91,11 @@ class Config:
         """KV heads, and lanes of a key and of a value."""
         return self.kv_heads, self.head_dim, self.head_dim
 
+    @property
+    def key_parts(self) -> tuple[int, ...]:
+        """Lanes of a key that differ in kind, and so in size: a rounded cache scales them apart."""
+        return (self.head_dim,)
+
 
 @pytree
 class Layer:

@@ -7,7 +7,7 @@ A family is a module with four functions::
     forward(cfg, params, tokens, positions, ops, kv) -> (hidden, kv)
     logits(cfg, params, hidden, ops) -> logits
 
-and its Config has `num_layers`, `vocab`, `embed`, `max_len`, `sizes` and `kv_shape`.
+and its Config has `num_layers`, `vocab`, `embed`, `max_len`, `sizes`, `kv_shape` and `key_parts`.
 `deepseek_v3_mtp`, which is trained and not served, also has `predict`, of tokens two ahead.
 """
 

@@ -76,6 +76,10 @@ class Config(decoder.Config):
         """One KV head; values are lanes of its keys."""
         return 1, self.kv_lora + self.rope_dim, 0
 
+    @property
+    def key_parts(self) -> tuple[int, ...]:
+        return self.kv_lora, self.rope_dim
+
 
 def _keys(get: Callable[[str], np.ndarray], name: str, cfg: Config) -> np.ndarray:
     return _kv_b(get, name, cfg)[:, : cfg.nope_dim].swapaxes(1, 2)

@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from jaxserve.checkpoint import hf, hub
+from jaxserve.checkpoint import cache_scales, hf, hub
 from jaxserve.checkpoint.export import save_pretrained
 from jaxserve.checkpoint.quantized import scheme
 from jaxserve.errors import CheckpointError, ConfigError
 from jaxserve.models.family import family
 from jaxserve.quant import rotate, scale_search
+from jaxserve.quant.cache import calibrate_cache
 from jaxserve.quant.config import MEASURES, QuantizeConfig
 from jaxserve.quant.leaves import Leaves
 from jaxserve.quant.record import Inputs, record
@@ -72,10 +73,13 @@ def quantize_checkpoint(
     )
     leaves = Leaves.of(module, cfg, params)
     quantize(leaves, config, documents or (), progress=progress)
+    scales = calibrate_cache(leaves, documents or ()) if config.kv_cache else None
     _to_dtype(leaves, _dtype(raw))
     config_json = _config_json(raw, leaves)
     card = _card(folder, str(model), config)
     save_pretrained(out, module, leaves.cfg, leaves.tree(), config_json, beside=folder, card=card)
+    if scales is not None:
+        cache_scales.save(out, scales)
     return out
 
 

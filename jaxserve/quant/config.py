@@ -21,6 +21,8 @@ class QuantizeConfig:
         clipping: a row's largest weights are clipped where that leaves the smaller output error.
         compensation: what rounding a column adds is taken out of the columns that follow, and what
             is left on average out of the bias, where there is one.
+        kv_cache: scales for a cache in eight bits are calibrated and written beside the weights;
+            `kv_cache_dtype="int8"` then uses them.
         rows: inputs of a product that are kept to judge it by; memory grows with it.
         seed: of what is drawn: rows and rotations.
     """
@@ -31,6 +33,7 @@ class QuantizeConfig:
     per_channel: bool = True
     clipping: bool = True
     compensation: bool = True
+    kv_cache: bool = True
     rows: int = 1024
     seed: int = 0
 
@@ -41,12 +44,19 @@ class QuantizeConfig:
     @property
     def calibrated(self) -> bool:
         """Whether inputs of products are looked at."""
-        return self.scale_search or self.clipping or self.compensation
+        return self.scale_search or self.clipping or self.compensation or self.kv_cache
 
 
-MEASURES = tuple(f.name for f in fields(QuantizeConfig) if f.default is True)
+MEASURES = tuple(
+    f.name for f in fields(QuantizeConfig) if f.default is True and f.name != "kv_cache"
+)
 
 PLAIN = replace(
-    QuantizeConfig(), scale_search=False, rotations=False, clipping=False, compensation=False
+    QuantizeConfig(),
+    scale_search=False,
+    rotations=False,
+    clipping=False,
+    compensation=False,
+    kv_cache=False,
 )
 """Rounding to the nearest, as `LLM(..., quantization="int8")` does while it loads."""

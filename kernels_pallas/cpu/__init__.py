@@ -18,6 +18,7 @@ import numpy as np
 from jax import Array
 
 from kernels_pallas.cpu import build
+from kernels_pallas.paged_attention.codec import Int4Pages, Int8Pages, Pages, QuantizedPages
 
 __all__ = [
     "argmax",
@@ -34,6 +35,8 @@ __all__ = [
 
 _TARGETS = (
     "argmax",
+    "coded_attention",
+    "coded_latent_attention",
     "experts",
     "gated_linear",
     "latent_attention",
@@ -149,8 +152,8 @@ def paged_attention(
     q: Array,  # [T, N, H]
     k: Array,  # [T, K, H]
     v: Array | None,  # [T, K, Hv]; None: a value is the first `value_dim` lanes of its key
-    k_pages: Array,  # [L, P, K, Z, H] or [P, K, Z, H]
-    v_pages: Array | None,  # as k_pages with Hv
+    k_pages: Pages,  # [L, P, K, Z, H] or [P, K, Z, H]
+    v_pages: Pages | None,  # as k_pages with Hv
     layer: Array | int | None,
     row_starts: Array,  # [R + 1] int32: sequence r asks in rows row_starts[r] .. row_starts[r + 1]
     kv_lens: Array,  # [R] int32: context lengths, this step's tokens included
@@ -162,28 +165,35 @@ def paged_attention(
     soft_cap: float = 0.0,
     sinks: Array | None = None,  # [N] or [L, N]
     value_dim: int | None = None,
-) -> tuple[Array, Array, Array, Array | None]:  # [T, N, Hv] f32, [T, N] f32, k_pages, v_pages
+) -> tuple[Array, Array, Pages, Pages | None]:  # [T, N, Hv] f32, [T, N] f32, k_pages, v_pages
     """Stores k and v in the pages, then attends causally; the pages are updated in place.
 
     The stores of all tokens come first, so sequences that share a page written in this very step
     see it. Keys are visible within `window` positions (0: all). `soft_cap` c bounds a score s to
     c tanh(s / c). A sink is one more logit per head that joins the denominator, and the lse.
     Pages may be float32, bfloat16, or uint16 bits of bfloat16; donate them, or they are copied.
+    Stacks of eight and four bits (paged_attention/codec.py) are written to the reference's bits;
+    what is read from them is rounded to bfloat16, and so are queries.
     """
     T, N, _ = q.shape
     value_dim = value_dim or (v if v is not None else q).shape[-1]
     sinks = jnp.zeros(0, jnp.float32) if sinks is None else sinks.astype(jnp.float32)
     pages = (k_pages,) if v is None else (k_pages, v_pages)
     rows = (x.astype(jnp.float32) for x in (q, k, v) if x is not None)
-    operands = (*rows, *pages, _int(layer), row_starts, kv_lens, tables)
-    first = len(operands) - len(pages) - 4
-    call = _call(
-        "paged_attention" if v is not None else "latent_attention",
-        (_floats(T, N, value_dim), _floats(T, N), *pages),
-        input_output_aliases={first + i: 2 + i for i in range(len(pages))},
-    )
     attributes = {"scale": np.float32(scale), "soft_cap": np.float32(soft_cap)}
-    out, lse, *pages = call(*operands, _int(num_seqs), _int(window), sinks, **attributes)
+    kind = "attention" if v is not None else "latent_attention"
+    if coded := isinstance(k_pages, QuantizedPages):
+        attributes |= {f"{x}_parts": _parts(p) for x, p in zip("kv", pages, strict=False)}
+    leaves, tree = jax.tree.flatten(pages)
+    operands = (*rows, *leaves, _int(layer), row_starts, kv_lens, tables)
+    first = len(operands) - len(leaves) - 4
+    call = _call(
+        f"coded_{kind}" if coded else "paged_attention" if v is not None else kind,
+        (_floats(T, N, value_dim), _floats(T, N), *leaves),
+        input_output_aliases={first + i: 2 + i for i in range(len(leaves))},
+    )
+    out, lse, *leaves = call(*operands, _int(num_seqs), _int(window), sinks, **attributes)
+    pages = jax.tree.unflatten(tree, leaves)
     return out, lse, pages[0], pages[1] if v is not None else None
 
 
@@ -212,6 +222,12 @@ def _call(target: str, outs, **options):
     if not available():
         raise RuntimeError(f"jaxserve_{target}: native CPU kernels are not available; see the log")
     return jax.ffi.ffi_call(f"jaxserve_{target}", outs, **options)
+
+
+def _parts(pages: Pages | None) -> np.ndarray:
+    """Lanes of the parts that have scales of their own; none where scales are calibrated."""
+    parts = pages.parts if isinstance(pages, Int8Pages | Int4Pages) else ()
+    return np.array(parts, np.int64)
 
 
 def _floats(*shape: int) -> jax.ShapeDtypeStruct:

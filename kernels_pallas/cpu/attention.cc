@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "buffers.h"
+#include "coded.h"
 #include "dot.h"
 #include "pages.h"
 #include "scratch.h"
@@ -40,6 +41,8 @@ template <class T>
 struct Attention {
   Batch batch;
   Pages<T> keys, values;  // values may be keys themselves: then a value is the head of its key
+  // Where pages are of eight or four bits: then those of T have no data, only sizes.
+  const CodedPages *coded_keys = nullptr, *coded_values = nullptr;
   const float* q;         // [T, N, H]
   float* out;             // [T, N, Hv]
   float* lse;             // [T, N]
@@ -57,8 +60,8 @@ struct Attention {
 // Working memory of one task. Rows of q, scores and so on are contiguous.
 template <class T>
 struct Work {
-  T *q, *spare, *zeros, *keys, *values, *weights;
-  float *scores, *sums, *shrink;
+  T *q, *spare, *zeros, *keys, *values, *weights, *decoded;
+  float *scores, *sums, *shrink, *row;
   Row* rows;
 
   Work(Scratch& scratch, const Attention<T>& job, int64_t num_rows) {
@@ -67,7 +70,10 @@ struct Work {
     const int64_t key_count = kBlockKeys * padded_keys<T>(job.keys.width);
     const int64_t value_count = kBlockKeys * job.padded_values();
     const int64_t score_count = num_rows * kBlockKeys, sum_count = num_rows * job.padded_values();
-    scratch.reset(Scratch::bytes<T>(q_count) + Scratch::bytes<T>(spare_count) +
+    const int64_t widest = std::max(job.keys.width, job.values.width);
+    const int64_t decoded_count = job.coded_keys ? 2 * kBlockKeys * widest : 0;
+    scratch.reset(Scratch::bytes<T>(decoded_count) + Scratch::bytes<float>(widest) +
+                  Scratch::bytes<T>(q_count) + Scratch::bytes<T>(spare_count) +
                   Scratch::bytes<T>(job.padded_values()) +
                   Scratch::bytes<T>(key_count) +
                   Scratch::bytes<T>(value_count) + Scratch::bytes<T>(score_count) +
@@ -79,6 +85,8 @@ struct Work {
     keys = scratch.take<T>(key_count);
     values = scratch.take<T>(value_count);
     weights = scratch.take<T>(score_count);
+    decoded = scratch.take<T>(decoded_count);
+    row = scratch.take<float>(widest);
     scores = scratch.take<float>(score_count);
     sums = scratch.take<float>(sum_count);
     shrink = scratch.take<float>(num_rows);
@@ -97,11 +105,18 @@ int64_t query_of(const Attention<T>& job, const Task& task, int64_t row) {
 }
 
 template <class T>
-void load_queries(const Attention<T>& job, const Task& task, T* to) {
+void load_queries(const Attention<T>& job, const Task& task, const Work<T>& work) {
+  T* to = work.q;
   const int64_t width = job.keys.width;
   const int64_t stride = padded_keys<T>(width);
   for (int64_t row = task.begin; row < task.end; ++row, to += stride) {
-    convert(to, job.q + query_of(job, task, row) * width, width);
+    const float* from = job.q + query_of(job, task, row) * width;
+    if (job.coded_keys) {
+      convert(work.row, from, width);
+      job.coded_keys->turn(work.row, width);
+      from = work.row;
+    }
+    convert(to, from, width);
     std::memset(to + width, 0, (stride - width) * sizeof(T));
   }
 }
@@ -129,7 +144,40 @@ struct Context {
       : first(first),
         keys(job.keys, job.batch.table(task.seq), task.kv_head, first, end),
         values(job.values, job.batch.table(task.seq), task.kv_head, first, end) {}
+
+  Context(int64_t first, const Block<T>& keys, const Block<T>& values)
+      : first(first), keys(keys), values(values) {}
 };
+
+// The rows at positions [first, end) as T in `to`. Meanwhile those of the next block come into L2.
+template <class T>
+Block<T> decode(const CodedPages& pages, const int32_t* table, int64_t head, int64_t first,
+                int64_t end, float* spare, T* to) {
+  Block<T> block(std::min(kBlockKeys, end - first), true);
+  for (int64_t i = 0; i < block.count; ++i, to += pages.width) {
+    const int64_t position = first + i, page = pages.page_of(table, position);
+    if (position + kBlockKeys < end) pages.prefetch(table, head, position + kBlockKeys);
+    if (!pages.has(page)) {
+      block.in_runs = false;
+      continue;
+    }
+    pages.take(page, head, position % pages.page_size, spare);
+    convert(to, spare, pages.width);
+    block.rows[i] = to;
+  }
+  return block;
+}
+
+template <class T>
+Context<T> decode(const Attention<T>& job, const Task& task, const Work<T>& work, int64_t first,
+                  int64_t end) {
+  const int32_t* table = job.batch.table(task.seq);
+  const Block<T> keys =
+      decode(*job.coded_keys, table, task.kv_head, first, end, work.row, work.decoded);
+  if (job.coded_values == job.coded_keys) return {first, keys, keys};
+  T* to = work.decoded + kBlockKeys * job.keys.width;
+  return {first, keys, decode(*job.coded_values, table, task.kv_head, first, end, work.row, to)};
+}
 
 // work.scores = q . keys
 template <class T>
@@ -239,7 +287,24 @@ void finish(const Attention<T>& job, const Task& task, const Work<T>& work) {
     const float* sums = work.sums + i * padded;
     float* out = job.out + query * job.value_dim;
     for (int64_t j = 0; j < job.value_dim; ++j) out[j] = sums[j] * factor;
+    if (job.coded_values) job.coded_values->turn(out, job.value_dim);
     job.lse[query] = row.log_sum();
+  }
+}
+
+// The same for pages that have to be decoded.
+template <class T>
+void attend_coded(const Attention<T>& job, const Task* tasks, int64_t num_tasks,
+                  Scratch& scratch) {
+  for (const Task* task = tasks; task < tasks + num_tasks; ++task) {
+    const Work<T> work(scratch, job, task->end - task->begin);
+    load_queries(job, *task, work);
+    const Span span = span_of(job, *task);
+    for (int64_t first = span.begin; first < span.end; first += kBlockKeys) {
+      const Context<T> context = decode(job, *task, work, first, span.end);
+      attend_block(job, *task, work, context, context);
+    }
+    finish(job, *task, work);
   }
 }
 
@@ -247,6 +312,7 @@ void finish(const Attention<T>& job, const Task& task, const Work<T>& work) {
 template <class T>
 void attend(const Attention<T>& job, const Task* tasks, int64_t num_tasks) {
   thread_local Scratch scratch;
+  if (job.coded_keys) return attend_coded(job, tasks, num_tasks, scratch);
   auto begin = [&](const Task& task) {
     const Span span = span_of(job, task);
     return Context<T>(job, task, span.begin, span.end);
@@ -255,7 +321,7 @@ void attend(const Attention<T>& job, const Task* tasks, int64_t num_tasks) {
   for (int64_t i = 0; i < num_tasks; ++i) {
     const Task& task = tasks[i];
     const Work<T> work(scratch, job, task.end - task.begin);
-    load_queries(job, task, work.q);
+    load_queries(job, task, work);
     const int64_t end = span_of(job, task).end;
     for (bool last = false; !last;) {
       last = now.first + kBlockKeys >= end;
@@ -282,23 +348,46 @@ std::vector<Task> cut(const Batch& batch, int64_t num_kv_heads, int64_t group) {
   return tasks;
 }
 
-// Stores x [T, K, width], the rows of this step's tokens, at the tokens' positions.
-template <class T>
-void write(const Pages<T>& pages, const Batch& batch, const float* x) {
-  constexpr int64_t kTokensPerChunk = 32;
+// put(table, head, position, row) for x [T, K, width], the rows of this step's tokens.
+template <class Put>
+void write(const Batch& batch, int64_t num_heads, int64_t width, const float* x, const Put& put) {
+  constexpr int64_t kTokensPerChunk = 32;  // positions that share a byte are in one chunk
   for (int64_t seq = 0; seq < batch.num_seqs; ++seq) {
+    const int64_t first = batch.first_position(seq), odd = first % 2;
     const int64_t count = batch.num_queries(seq);
-    Pool::shared().run((count + kTokensPerChunk - 1) / kTokensPerChunk, [&](int64_t chunk) {
-      const int64_t end = std::min(count, (chunk + 1) * kTokensPerChunk);
-      for (int64_t i = chunk * kTokensPerChunk; i < end; ++i) {
-        const float* from = x + (batch.row_starts[seq] + i) * pages.num_heads * pages.width;
-        for (int64_t head = 0; head < pages.num_heads; ++head, from += pages.width) {
-          T* to = pages.find(batch.table(seq), head, batch.first_position(seq) + i);
-          if (to) convert(to, from, pages.width);
+    Pool::shared().run(ceil_div(count + odd, kTokensPerChunk), [&](int64_t chunk) {
+      const int64_t begin = std::max<int64_t>(0, chunk * kTokensPerChunk - odd);
+      const int64_t end = std::min(count, (chunk + 1) * kTokensPerChunk - odd);
+      for (int64_t i = begin; i < end; ++i) {
+        const float* from = x + (batch.row_starts[seq] + i) * num_heads * width;
+        for (int64_t head = 0; head < num_heads; ++head, from += width) {
+          put(batch.table(seq), head, first + i, from);
         }
       }
     });
   }
+}
+
+template <class T>
+void write(const Pages<T>& pages, const Batch& batch, const float* x) {
+  const int64_t width = pages.width;
+  write(batch, pages.num_heads, width, x,
+        [&](const int32_t* table, int64_t head, int64_t position, const float* from) {
+          T* to = pages.find(table, head, position);
+          if (to) convert(to, from, width);
+        });
+}
+
+void write(const CodedPages& pages, const Batch& batch, const float* x) {
+  const int64_t width = pages.width;
+  write(batch, pages.num_heads, width, x,
+        [&](const int32_t* table, int64_t head, int64_t position, const float* from) {
+          thread_local std::vector<float> row;
+          thread_local std::vector<int8_t> spare;
+          row.assign(from, from + width);
+          spare.resize(width + kLanes);  // quantize() writes whole registers
+          pages.put(table, head, position, row.data(), spare.data());
+        });
 }
 
 template <class T>
@@ -328,7 +417,6 @@ struct Operands {
   Scalar num_seqs, window;
   Floats sinks;
   FloatsOut out, lse;
-  ffi::AnyBuffer k_pages;
   float scale, soft_cap;
 };
 
@@ -338,13 +426,36 @@ Pages<T> pages_of(ffi::AnyBuffer array, Scalar layer) {
   return {static_cast<T*>(array.untyped_data()) + offset, dims[0], dims[1], dims[2], dims[3]};
 }
 
+using Parts = ffi::Span<const int64_t>;
+
+// Nibbles are bytes without sign, two slots in each.
+CodedPages coded_pages_of(ffi::AnyBuffer values, FloatsOut scales, Scalar layer, Parts parts) {
+  const bool nibbles = values.element_type() == ffi::U8;
+  auto [dims, offset] = slice(values, layer, 4);
+  const int64_t first_scale = slice(*scales, layer, parts.size() ? 3 : 2).offset;
+  return {static_cast<uint8_t*>(values.untyped_data()) + offset,
+          scales->typed_data() + first_scale,
+          dims[0],
+          dims[1],
+          nibbles ? 2 * dims[2] : dims[2],
+          dims[3],
+          parts.begin(),
+          int64_t(parts.size()),
+          nibbles};
+}
+
+// Sizes alone, for what reads and writes pages of T.
+template <class T>
+Pages<T> sizes_of(const CodedPages& pages) {
+  return {nullptr, pages.num_pages, pages.num_heads, pages.page_size, pages.width};
+}
+
 template <class T>
 Attention<T> attention_of(Operands in) {
   Attention<T> job;
   const int64_t num_seqs = int64_t(in.kv_lens.element_count());
   job.batch = {in.row_starts.typed_data(), in.kv_lens.typed_data(), in.tables.typed_data(),
                in.tables.dimensions()[1], std::clamp<int64_t>(value(in.num_seqs), 0, num_seqs)};
-  job.keys = job.values = pages_of<T>(in.k_pages, in.layer);
   job.q = in.q.typed_data();
   job.out = in.out->typed_data();
   job.lse = in.lse->typed_data();
@@ -366,7 +477,8 @@ ffi::Error paged_attention(Floats q, Floats k, Floats v, ffi::AnyBuffer, ffi::An
   return visit(*k_pages, [&](auto* typed) {
     using T = std::remove_pointer_t<decltype(typed)>;
     auto job = attention_of<T>({q, k, layer, row_starts, kv_lens, tables, num_seqs, window, sinks,
-                                out, lse, *k_pages, scale, soft_cap});
+                                out, lse, scale, soft_cap});
+    job.keys = pages_of<T>(*k_pages, layer);
     job.values = pages_of<T>(*v_pages, layer);
     write(job.keys, job.batch, k.typed_data());
     write(job.values, job.batch, v.typed_data());
@@ -383,11 +495,48 @@ ffi::Error latent_attention(Floats q, Floats k, ffi::AnyBuffer, Scalar layer, In
   return visit(*k_pages, [&](auto* typed) {
     using T = std::remove_pointer_t<decltype(typed)>;
     auto job = attention_of<T>({q, k, layer, row_starts, kv_lens, tables, num_seqs, window, sinks,
-                                out, lse, *k_pages, scale, soft_cap});
+                                out, lse, scale, soft_cap});
+    job.keys = job.values = pages_of<T>(*k_pages, layer);
     write(job.keys, job.batch, k.typed_data());
     run(job, q.dimensions()[0]);
     return ffi::Error::Success();
   });
+}
+
+// Eight and four bits hold less than bf16 does: rows become that, and queries meet them so.
+ffi::Error coded_attention(Floats q, Floats k, Floats v, ffi::AnyBuffer, Floats, ffi::AnyBuffer,
+                           Floats, Scalar layer, Ints row_starts, Ints kv_lens, Ints tables,
+                           Scalar num_seqs, Scalar window, Floats sinks, FloatsOut out,
+                           FloatsOut lse, ffi::Result<ffi::AnyBuffer> k_pages, FloatsOut k_scales,
+                           ffi::Result<ffi::AnyBuffer> v_pages, FloatsOut v_scales, float scale,
+                           float soft_cap, Parts k_parts, Parts v_parts) {
+  auto job = attention_of<bf16>(
+      {q, k, layer, row_starts, kv_lens, tables, num_seqs, window, sinks, out, lse, scale, soft_cap});
+  const CodedPages keys = coded_pages_of(*k_pages, k_scales, layer, k_parts);
+  const CodedPages values = coded_pages_of(*v_pages, v_scales, layer, v_parts);
+  job.coded_keys = &keys;
+  job.coded_values = &values;
+  job.keys = sizes_of<bf16>(keys);
+  job.values = sizes_of<bf16>(values);
+  write(keys, job.batch, k.typed_data());
+  write(values, job.batch, v.typed_data());
+  run(job, q.dimensions()[0]);
+  return ffi::Error::Success();
+}
+
+ffi::Error coded_latent_attention(Floats q, Floats k, ffi::AnyBuffer, Floats, Scalar layer,
+                                  Ints row_starts, Ints kv_lens, Ints tables, Scalar num_seqs,
+                                  Scalar window, Floats sinks, FloatsOut out, FloatsOut lse,
+                                  ffi::Result<ffi::AnyBuffer> k_pages, FloatsOut k_scales,
+                                  float scale, float soft_cap, Parts k_parts) {
+  auto job = attention_of<bf16>(
+      {q, k, layer, row_starts, kv_lens, tables, num_seqs, window, sinks, out, lse, scale, soft_cap});
+  const CodedPages keys = coded_pages_of(*k_pages, k_scales, layer, k_parts);
+  job.coded_keys = job.coded_values = &keys;
+  job.keys = job.values = sizes_of<bf16>(keys);
+  write(keys, job.batch, k.typed_data());
+  run(job, q.dimensions()[0]);
+  return ffi::Error::Success();
 }
 
 }  // namespace
@@ -430,5 +579,53 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxserve_latent_attention, latent_attention,
                                   .Ret<ffi::AnyBuffer>()
                                   .Attr<float>("scale")
                                   .Attr<float>("soft_cap"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxserve_coded_attention, coded_attention,
+                              ffi::Ffi::Bind()
+                                  .Arg<Floats>()          // q
+                                  .Arg<Floats>()          // k
+                                  .Arg<Floats>()          // v
+                                  .Arg<ffi::AnyBuffer>()  // k_pages, aliased to a result
+                                  .Arg<Floats>()          // k_scales, aliased to a result
+                                  .Arg<ffi::AnyBuffer>()  // v_pages, aliased to a result
+                                  .Arg<Floats>()          // v_scales, aliased to a result
+                                  .Arg<Scalar>()          // layer
+                                  .Arg<Ints>()            // row_starts
+                                  .Arg<Ints>()            // kv_lens
+                                  .Arg<Ints>()            // tables
+                                  .Arg<Scalar>()          // num_seqs
+                                  .Arg<Scalar>()          // window
+                                  .Arg<Floats>()          // sinks
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Attr<float>("scale")
+                                  .Attr<float>("soft_cap")
+                                  .Attr<Parts>("k_parts")
+                                  .Attr<Parts>("v_parts"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxserve_coded_latent_attention, coded_latent_attention,
+                              ffi::Ffi::Bind()
+                                  .Arg<Floats>()          // q
+                                  .Arg<Floats>()          // k
+                                  .Arg<ffi::AnyBuffer>()  // k_pages, aliased to a result
+                                  .Arg<Floats>()          // k_scales, aliased to a result
+                                  .Arg<Scalar>()          // layer
+                                  .Arg<Ints>()            // row_starts
+                                  .Arg<Ints>()            // kv_lens
+                                  .Arg<Ints>()            // tables
+                                  .Arg<Scalar>()          // num_seqs
+                                  .Arg<Scalar>()          // window
+                                  .Arg<Floats>()          // sinks
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Attr<float>("scale")
+                                  .Attr<float>("soft_cap")
+                                  .Attr<Parts>("k_parts"));
 
 }  // namespace jaxserve

@@ -58,6 +58,11 @@ struct Block {
     }
     std::fill(rows + count, rows + kBlockKeys, nullptr);
   }
+
+  // None yet, for whoever puts rows of his own there.
+  Block(int64_t count, bool in_runs) : count(count), in_runs(in_runs) {
+    std::fill(rows, rows + kBlockKeys, nullptr);
+  }
 };
 
 // While one block is packed, the next one comes into L2: pages lie scattered, so the hardware does

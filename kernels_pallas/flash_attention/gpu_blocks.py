@@ -16,7 +16,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas.op import UnsupportedError
+from kernels_pallas.op import UnsupportedError, tried
 
 LOG2E = math.log2(math.e)
 ROWS = 64  # of a warpgroup: what wgmma fixes
@@ -29,8 +29,8 @@ _SHARED = 226 * 1024  # bytes of shared memory that a block may take
 class GpuTile:
     """tokens: in a tile that is brought, 64 or 128. stages: tiles on their way or in use."""
 
-    tokens: int = 64
-    stages: int = 3
+    tokens: int = tried(64, 128)
+    stages: int = tried(3, 2, 4)
 
 
 @dataclass(frozen=True)

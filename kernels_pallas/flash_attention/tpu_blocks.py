@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.flash_attention.reference import Steps
-from kernels_pallas.op import UnsupportedError
+from kernels_pallas.op import UnsupportedError, tried
 
 LOG2E = math.log2(math.e)
 LANES = 128
@@ -31,8 +31,8 @@ _MOST_STEPS = 64 * 1024  # three words each, in a scalar memory of 1 MiB
 class TpuTile:
     """q, k: tokens in a block of queries and of keys. Both are lowered to what divides T."""
 
-    q: int = 512
-    k: int = 512
+    q: int = tried(512, 256, 1024)
+    k: int = tried(512, 256, 1024)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.grouped_matmul.reference import check
 from kernels_pallas.grouped_matmul.visits import blocks
-from kernels_pallas.op import UnsupportedError
+from kernels_pallas.op import UnsupportedError, tried
 
 _LINE = 128  # bytes of K that a swizzled row of shared memory holds
 _TURNED = 64  # tokens that are turned and stored at a time
@@ -39,11 +39,11 @@ class Tile:
         stages: steps whose operands are in shared memory or on their way.
     """
 
-    tokens: int = 128
-    warpgroups: int = 2
-    rows: int = 128
-    bytes: int = 128
-    stages: int = 4
+    tokens: int = tried(128, 16, 32, 64)
+    warpgroups: int = tried(2, 1)
+    rows: int = tried(128, 64)
+    bytes: int = tried(128, 256)
+    stages: int = tried(4, 3)
 
     @classmethod
     def default(cls, M: int, E: int, N: int, row_bytes: int, out_bytes: int) -> Tile:

@@ -13,7 +13,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.grouped_matmul.reference import check
 from kernels_pallas.grouped_matmul.visits import visits
-from kernels_pallas.op import UnsupportedError
+from kernels_pallas.op import UnsupportedError, tried
 from kernels_pallas.tiling import divisor, in_parts
 
 _SCALE_ROWS = 8  # experts whose scales are read together: rows of a tile in VMEM
@@ -26,9 +26,9 @@ _FINISHED = (64, 256)  # of it, which registers hold as floats
 class Tile:
     """rows of x, cols (rows of w) and bytes (of a row of w) in a step of the grid."""
 
-    rows: int = 128
-    cols: int = 512
-    bytes: int = 4096
+    rows: int = tried(128, 32, 64, 256)
+    cols: int = tried(512, 256, 1024)
+    bytes: int = tried(4096, 2048)
 
     @classmethod
     def default(cls, M: int, E: int) -> Tile:

@@ -19,7 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.int8_matmul.reference import check
 from kernels_pallas.linear import GATES
-from kernels_pallas.op import UnsupportedError
+from kernels_pallas.op import UnsupportedError, tried
 
 _LINE = 128  # bytes of K that a swizzled row of shared memory holds
 _SHARED = 224 * 1024  # bytes of shared memory of a core that tiles may take
@@ -38,10 +38,10 @@ class Tile:
         stages: steps whose operands are in shared memory or on their way.
     """
 
-    tokens: int = 256
-    warpgroups: int = 2
-    depth: int = 128
-    stages: int = 4
+    tokens: int = tried(256, 8, 64, 128)
+    warpgroups: int = tried(2, 1)
+    depth: int = tried(128, 256)
+    stages: int = tried(4, 3, 6)
 
     @classmethod
     def default(cls, T: int, N: int, K: int, gated: bool) -> Tile:

@@ -15,7 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.int8_matmul.reference import check
 from kernels_pallas.linear import GATES
-from kernels_pallas.op import UnsupportedError
+from kernels_pallas.op import UnsupportedError, tried
 from kernels_pallas.tiling import divisor, in_parts
 
 _SCALE_ROWS = 8  # layers whose scales are read together: rows of a tile in VMEM
@@ -29,10 +29,10 @@ class Tile:
     part_cols are multiplied at a time: small parts spill nothing, large ones fill the matrix unit.
     """
 
-    rows: int = 1024
-    cols: int = 512
-    depth: int = 4096
-    part_rows: int = 512
+    rows: int = tried(1024, 128, 512)
+    cols: int = tried(512, 256, 1024)
+    depth: int = tried(4096, 1024, 2048)
+    part_rows: int = tried(512, 256)
     part_cols: int = 256
 
     @classmethod

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax.numpy as jnp
 from jax import Array, lax
 
+from kernels_pallas.paged_attention.codec import (
+    Pages,
+    QuantizedPages,
+    round_trip,
+    take,
+    turned,
+)
 from kernels_pallas.paged_attention.ragged import Ragged, locate, write
 from kernels_pallas.weight import Weight, as_array
 
@@ -15,8 +24,8 @@ def paged_attention(
     q: Array,
     k: Array,
     v: Array | None,
-    k_pages: Array,
-    v_pages: Array | None,
+    k_pages: Pages,
+    v_pages: Pages | None,
     layer: Array | int,
     batch: Ragged,
     *,
@@ -25,7 +34,7 @@ def paged_attention(
     sinks: Weight | None = None,
     soft_cap: float = 0.0,
     value_dim: int | None = None,
-) -> tuple[Array, Array, Array, Array | None]:
+) -> tuple[Array, Array, Pages, Pages | None]:
     """As `reference.paged_attention`; needs memory for tokens x longest context x heads.
 
     Pages of bits carry no gradient; this step's own keys and values do, rounded as they are stored.
@@ -33,19 +42,18 @@ def paged_attention(
     T, N, H = q.shape
     row, position = locate(batch, T)
     stored = write(k_pages, v_pages, k, v, layer, batch, row, position)
-    k_pages = _differentiable(k_pages)
-    v_pages = None if v_pages is None else _differentiable(v_pages)
-    k_pages, v_pages = write(k_pages, v_pages, k, v, layer, batch, row, position)
     at = jnp.arange(batch.tables.shape[1] * k_pages.shape[3])
     exists = at < batch.kv_lens[row][:, None]  # [T, S]
 
-    def context(pages: Array) -> Array:  # [T, S, K, H]
-        x = jnp.moveaxis(pages[layer][batch.tables[row]].astype(jnp.float32), 2, 3)
+    def context(pages: Pages, new: Array) -> Array:  # [T, S, K, W]
+        floats, new = _differentiable(pages, new, layer)
+        floats: Any = write(floats, None, new, None, 0, batch, row, position)[0]
+        x = jnp.moveaxis(floats[0][batch.tables[row]].astype(jnp.float32), 2, 3)
         return jnp.where(exists[..., None, None], x.reshape(T, -1, *x.shape[3:]), 0.0)
 
-    keys = context(k_pages)
-    values = (keys if v_pages is None else context(v_pages))[..., :value_dim]
-    keys = keys[..., :H]
+    keys = context(k_pages, k)
+    values = keys if v_pages is None or v is None else context(v_pages, v)
+    keys, values = keys[..., :H], values[..., :value_dim]
     heads = q.astype(jnp.float32).reshape(T, keys.shape[2], -1, H) * scale
     s = jnp.einsum("tkgh,tskh->tkgs", heads, keys)
     s = soft_cap * jnp.tanh(s / soft_cap) if soft_cap else s
@@ -59,9 +67,14 @@ def paged_attention(
     return o.reshape(T, N, -1), lse.reshape(T, N), *stored
 
 
-def _differentiable(pages: Array) -> Array:
+def _differentiable(pages: Pages, x: Array, layer: Array | int) -> tuple[Array, Array]:
+    """The layer's pages [1, P, K, Z, W] as floats, and new rows as they are read from there."""
+    if isinstance(pages, QuantizedPages):
+        floats = turned(pages, take(pages, layer, jnp.arange(pages.shape[1])))
+        return lax.stop_gradient(floats)[None], round_trip(pages, x, layer)
+    pages = pages[jnp.asarray(layer)][None]
     bits = pages.dtype == jnp.uint16
-    return lax.bitcast_convert_type(pages, jnp.bfloat16) if bits else pages
+    return lax.bitcast_convert_type(pages, jnp.bfloat16) if bits else pages, x
 
 
 def _logsumexp(s: Array) -> Array:

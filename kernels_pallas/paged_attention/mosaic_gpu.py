@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas.op import UnsupportedError
+from kernels_pallas.op import UnsupportedError, tried
 from kernels_pallas.paged_attention import mosaic_gpu_latent as latent
 from kernels_pallas.paged_attention.mosaic_gpu_kernel import (
     LOG2E,
@@ -39,10 +39,10 @@ class GpuTile:
     """keys: attended at a time; stages: blocks of keys that are in shared memory or on their way;
     groups: of 64 rows that share them; splits: of a sequence's keys. 0 leaves a choice."""
 
-    keys: int = 0
-    stages: int = 0
+    keys: int = tried(0, 64, 128)
+    stages: int = tried(0, 2, 4)
     groups: int = 0
-    splits: int = 0
+    splits: int = tried(0, 4, 8, 16)
 
 
 def page_attention(

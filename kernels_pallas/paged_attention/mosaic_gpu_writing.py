@@ -17,8 +17,9 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas.op import UnsupportedError
-from kernels_pallas.paged_attention.ragged import Ragged, owners, to_stored
+from kernels_pallas.op import UnsupportedError, tried
+from kernels_pallas.paged_attention.codec import QuantizedPages, to_stored
+from kernels_pallas.paged_attention.ragged import Ragged, owners
 
 _SHARED = 96 * 1024  # bytes of shared memory: two blocks of threads to a core
 _CORES = 132
@@ -30,14 +31,16 @@ _LINE = 128  # bytes: where in shared memory a copy may begin
 class GpuTile:
     """tokens: of a block of threads, 0 for as many as leave a block to every core."""
 
-    tokens: int = 0
+    tokens: int = tried(0, 1, 4, 16)
 
 
 def page_write(
-    k_pages: Array, v_pages: Array | None, k: Array, v: Array | None, layer: Array | int,
+    k_pages: Any, v_pages: Any, k: Array, v: Array | None, layer: Array | int,
     batch: Ragged, *, tile: GpuTile | None = None, interpret: Any = False,
-) -> tuple[Array, Array | None]:  # fmt: skip
+) -> tuple[Any, Any]:  # fmt: skip
     """`reference.page_write` as a Hopper kernel."""
+    if isinstance(k_pages, QuantizedPages):
+        raise UnsupportedError(f"{type(k_pages).__name__} of {k_pages.dtype}: nothing rounds here")
     stacks = [k_pages] if v_pages is None else [k_pages, v_pages]
     T, Z = k.shape[0], k_pages.shape[3]
     tokens = _tokens((tile or GpuTile()).tokens, T, stacks)

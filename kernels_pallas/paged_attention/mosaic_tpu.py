@@ -13,11 +13,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas.op import UnsupportedError
+from kernels_pallas.op import UnsupportedError, tried
+from kernels_pallas.paged_attention.codec import (
+    Int4Pages,
+    Int8Pages,
+    QuantizedPages,
+    StaticInt8Pages,
+)
 from kernels_pallas.paged_attention.mosaic_tpu_kernel import (
     LANES,
     Scalars,
@@ -37,11 +43,11 @@ class TpuTile:
     """keys: and rows of queries attended at a time (rows: whole lanes); tokens: in a program;
     heads: of keys in a program, 0 for all, or for a share of them where there are several cores."""
 
-    keys: int = 512
-    rows: int = 128
+    keys: int = tried(512, 256, 1024)
+    rows: int = tried(128, 256)
     tokens: int = 64
-    heads: int = 0
-    cores: int = 1
+    heads: int = tried(0, 2, 4)
+    cores: int = tried(1, 2)
 
     @classmethod
     def wanted(cls, device: str) -> TpuTile | None:
@@ -51,7 +57,7 @@ class TpuTile:
 
 
 def page_attention(
-    q: Array, k_pages: Array, v_pages: Array | None, layer: Array | int, batch: Ragged, *,
+    q: Array, k_pages: Any, v_pages: Any, layer: Array | int, batch: Ragged, *,
     scale: float, window: Array | int = 0, sinks: Weight | None = None, soft_cap: float = 0.0,
     value_dim: int | None = None, mass: bool = False, tile: TpuTile | None = None,
     interpret: Any = False,
@@ -59,14 +65,17 @@ def page_attention(
     """`reference.page_attention` as one TPU kernel."""
     T, N, H = q.shape
     K, W = k_pages.shape[2], k_pages.shape[-1]
-    caches = [k_pages] if v_pages is None else [k_pages, v_pages]
-    value_dim = value_dim or (H if v_pages is None else v_pages.shape[-1])
+    stacks = [k_pages] if v_pages is None else [k_pages, v_pages]
+    value_dim = value_dim or int(stacks[-1].shape[-1] if v_pages is not None else H)
+    if isinstance(k_pages, StaticInt8Pages):
+        q = _calibrated(q, k_pages, layer)
+    caches, scales, dtype = _leaves(stacks)
     values = pl.cdiv(value_dim, LANES) * LANES  # lanes past value_dim are cut off at the end
     squash, unit = (scale / soft_cap, soft_cap) if soft_cap else (0.0, scale)
-    shape = _shape(tile or TpuTile(), T, N, caches, batch, values, squash, unit, mass)
+    shape = _shape(tile or TpuTile(), T, N, stacks, batch, values, squash, unit, mass)
     blocks, G = pl.cdiv(T, shape.tokens), shape.group
     tokens = shape.tokens if blocks == 1 else T  # a single program's rows fill tiles
-    q = jnp.pad(q.astype(k_pages.dtype), ((0, tokens - T), (0, 0), (0, W - H)))
+    q = jnp.pad(q.astype(dtype), ((0, tokens - T), (0, 0), (0, W - H)))
     queries = [q.reshape(tokens, K, G, W).swapaxes(0, 1).reshape(K, tokens * G, W)]
     if sinks is not None:
         row = as_array(sinks).astype(jnp.float32).reshape(K, 1, G, 1) / unit
@@ -74,10 +83,12 @@ def page_attention(
         queries.append(row.reshape(K, shape.tokens * G, LANES))
     window = jnp.asarray(window, jnp.int32).reshape(1)
     items, spans = _plan(batch, window, blocks, shape)
-    layer = jnp.asarray(layer, jnp.int32).reshape(1)
-    scalars = Scalars(layer, window, batch.tables.reshape(-1), *items, *spans)
-    o, lse, *sums = _launch(scalars, queries, caches, shape, blocks, interpret)
+    index = jnp.asarray(layer, jnp.int32).reshape(1)
+    scalars = Scalars(index, window, batch.tables.reshape(-1), *items, *spans)
+    o, lse, *sums = _launch(scalars, queries, caches, scales, shape, blocks, interpret)
     o = o.reshape(K, tokens, G, values).swapaxes(0, 1).reshape(tokens, N, values)
+    if isinstance(stacks[-1], StaticInt8Pages):
+        o = _calibrated(o, stacks[-1], layer)
     lse = lse.reshape(K, tokens, G).swapaxes(0, 1).reshape(tokens, N)[:T]
     if not mass:
         return o[:T, :, :value_dim], lse
@@ -86,9 +97,25 @@ def page_attention(
     return o[:T, :, :value_dim], lse, jnp.exp(found - lse[..., None])
 
 
+def _calibrated(x: Array, pages: StaticInt8Pages, layer: Array | int) -> Array:
+    """x [T, N, W] times the scales of its lanes: rows of the cache then count as integers."""
+    scale = lax.dynamic_index_in_dim(pages.scale, layer, keepdims=False)  # [K, W]
+    (T, N, W), (K, _) = x.shape, scale.shape
+    scale = jnp.pad(scale, ((0, 0), (0, max(0, W - scale.shape[1]))))[:, None, :W]
+    return (x.astype(jnp.float32).reshape(T, K, N // K, W) * scale).reshape(T, N, W)
+
+
+def _leaves(stacks: list[Any]) -> tuple[list[Array], list[Array], Any]:
+    """Rows of pages, their scales where they have some, and the type of products with them."""
+    if not isinstance(stacks[0], QuantizedPages):
+        return stacks, [], stacks[0].dtype
+    scales = [x.scale for x in stacks if isinstance(x, Int8Pages)]
+    return [x.values for x in stacks], scales, jnp.dtype(jnp.bfloat16)
+
+
 def _launch(
-    scalars: Scalars, queries: list[Array], caches: list[Array], shape: Shape, blocks: int,
-    interpret: Any,
+    scalars: Scalars, queries: list[Array], caches: list[Array], scales: list[Array],
+    shape: Shape, blocks: int, interpret: Any,
 ) -> list[Array]:  # fmt: skip
     """o [K, rows, values], lse [K, 1, rows] and sums of pages [K, pages, rows]."""
     K, all_rows, W = queries[0].shape
@@ -117,20 +144,22 @@ def _launch(
     sinks = [pl.BlockSpec((heads, rows, LANES), lambda h, b, *_: (h, 0, 0))]
     state = pltpu.VMEM((heads, rows, LANES), jnp.float32)
     return pl.pallas_call(
-        partial(kernel, shape=shape, has_sinks=len(queries) > 1, caches=len(caches)),
+        partial(kernel, shape=shape, has_sinks=len(queries) > 1, caches=len(caches),
+                scales=len(scales)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
             grid=(K // heads, blocks),
             in_specs=[
                 pl.BlockSpec((heads, rows, W), by_row),
                 *sinks[: len(queries) - 1],
-                *[pl.BlockSpec(memory_space=pltpu.MemorySpace.HBM)] * len(caches),
+                *[pl.BlockSpec(memory_space=pltpu.MemorySpace.HBM)] * len(caches + scales),
             ],
             out_specs=[spec for _, spec in out],
             scratch_shapes=[
                 *(pltpu.VMEM((2, heads, keys, x.shape[-1]), x.dtype) for x in caches),
+                *(pltpu.VMEM((2, x.shape[2], keys), x.dtype) for x in scales),
                 state, state,
-                pltpu.SemaphoreType.DMA((2, len(caches))), pltpu.SMEM((1,), jnp.int32),
+                pltpu.SemaphoreType.DMA((2, len(caches + scales))), pltpu.SMEM((1,), jnp.int32),
             ],
         ),
         out_shape=[shape for shape, _ in out],
@@ -139,30 +168,31 @@ def _launch(
         ),
         interpret=interpret,
         name="page_attention",
-    )(*scalars, *queries, *caches)  # fmt: skip
+    )(*scalars, *queries, *caches, *scales)  # fmt: skip
 
 
 def _shape(
-    tile: TpuTile, T: int, N: int, caches: list[Array], batch: Ragged, values: int,
+    tile: TpuTile, T: int, N: int, stacks: list[Any], batch: Ragged, values: int,
     squash: float, unit: float, mass: bool,
 ) -> Shape:  # fmt: skip
     """The kernel's sizes, or what speaks against it."""
-    dtype, (_, _, K, Z, _) = caches[0].dtype, caches[0].shape
-    G = N // K
-    if dtype not in (jnp.bfloat16, jnp.float32):
-        raise UnsupportedError(f"pages of {dtype}: keep them in bfloat16 or float32")
+    (_, _, K, Z, _), parts = stacks[0].shape, _parts(stacks)
+    G, dtype = N // K, _leaves(stacks)[2]
     sublanes = 32 // dtype.itemsize
-    if Z % sublanes:
-        raise UnsupportedError(f"{Z=} keys in a page of {dtype} must be a multiple of {sublanes}")
-    lanes = [x.shape[-1] for x in caches]
+    whole = LANES if parts[0] else 32 // stacks[0].dtype.itemsize
+    if Z % whole:
+        raise UnsupportedError(
+            f"{Z=} keys in a page of {stacks[0].dtype} must be a multiple of {whole}"
+        )
+    lanes = [x.shape[-1] for x in stacks]
     if any(n % LANES for n in lanes):  # by default they are laid out otherwise, and copied
         raise UnsupportedError(f"pages of {lanes} lanes: pad them to multiples of {LANES}")
     if batch.tables.size > _TABLE:
         raise UnsupportedError(
             f"a block table {batch.tables.shape} has more than {_TABLE} entries: take larger pages"
         )
-    heads = tile.heads or K // math.gcd(K, tile.cores)
-    if K % heads:
+    heads = tile.heads or (K if parts[0] else K // math.gcd(K, tile.cores))
+    if K % heads or (parts[0] and heads < K):  # scales of all heads come in one copy
         raise UnsupportedError(f"{K=} heads of keys are not groups of {heads}")
     few = sublanes // math.gcd(G, sublanes)
     some = math.lcm(few, tile.rows // math.gcd(G, tile.rows))
@@ -174,7 +204,20 @@ def _shape(
     pages = max(1, min(tile.keys // Z, row))
     if mass:
         few, pages = some, pl.cdiv(pages, 8) * 8
-    return Shape(heads, G, tokens, few, some, Z, pages, row, values, squash, unit, mass)
+    return Shape(heads, G, tokens, few, some, Z, pages, row, values, squash, unit, mass, *parts)
+
+
+def _parts(stacks: list[Any]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Of keys and of values, parts with scales of their own; and what speaks against the type."""
+    dtype, first = stacks[0].dtype, stacks[0]
+    if isinstance(first, Int4Pages):
+        raise UnsupportedError("pages of int4: keep them in bfloat16, float32 or int8")
+    if not isinstance(first, QuantizedPages) and dtype not in (jnp.bfloat16, jnp.float32):
+        raise UnsupportedError(f"pages of {dtype}: keep them in bfloat16 or float32")
+    parts = [x.parts if isinstance(x, Int8Pages) else () for x in stacks]
+    if any(n % LANES for each in parts for n in each):
+        raise UnsupportedError(f"{parts=} of rows must be multiples of {LANES} lanes")
+    return parts[0], parts[-1]
 
 
 def _plan(

@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import jax
@@ -45,6 +46,8 @@ class Shape:
         value_dim: of the outputs.
         squash: what logits are multiplied with before tanh; 0 for no tanh.
         unit: of the logits as the softmax keeps them.
+        key_parts, value_parts: lanes of the parts of rows in eight bits that have scales of their
+            own, keys along the lanes of an array; none where rows have none.
         mass: whether the sum of every page is kept. Then blocks of pages and tiles of rows are
             whole tiles of that array, pages along its sublanes.
     """
@@ -61,6 +64,8 @@ class Shape:
     squash: float
     unit: float
     mass: bool
+    key_parts: tuple[int, ...] = ()
+    value_parts: tuple[int, ...] = ()
 
 
 class Spans(NamedTuple):
@@ -72,6 +77,28 @@ class Spans(NamedTuple):
     pages: Any  # entries of a row of the block table
     end_pages: Any  # at most: others end with the last token
     rows: Any
+
+
+class Rows(NamedTuple):
+    """A block of keys or values [heads, S, W]; the scales of their parts [heads * parts, S]."""
+
+    values: Any
+    parts: tuple[int, ...]
+    scales: Any
+
+    def split(self, h: Array, lanes: int, dtype: Any) -> list[tuple[slice, Array, Array | None]]:
+        """Which lanes of a head's rows, those rows, and their scales [1, S]."""
+        x = self.values[h]
+        x = x if x.dtype == dtype else x.astype(jnp.float32).astype(dtype)
+        if not self.parts:
+            return [(slice(0, lanes), x[:, :lanes], None)]
+        ends = list(accumulate(self.parts))
+        each = [slice(end - n, min(end, lanes)) for n, end in zip(self.parts, ends, strict=True)]
+        n = len(self.parts)
+        return [
+            (at, x[:, at], self.scales[pl.ds(h * n + b, 1)])
+            for b, at in enumerate(each) if at.start < lanes
+        ]  # fmt: skip
 
 
 class Item(NamedTuple):
@@ -115,12 +142,12 @@ class Scalars(NamedTuple):
         return Item(self.rows[s], first, end, shift, page, end_page)
 
 
-def kernel(*refs: Any, shape: Shape, has_sinks: bool, caches: int) -> None:
+def kernel(*refs: Any, shape: Shape, has_sinks: bool, caches: int, scales: int) -> None:
     scalars, rest = Scalars(*refs[: len(Scalars._fields)]), iter(refs[len(Scalars._fields) :])
     q, sinks = next(rest), next(rest) if has_sinks else None
-    stacks = [next(rest) for _ in range(caches)]
+    stacks = [next(rest) for _ in range(caches + scales)]
     o, lse, mass = next(rest), next(rest), next(rest) if shape.mass else None
-    buffers = [next(rest) for _ in range(caches)]
+    buffers = [next(rest) for _ in range(caches + scales)]
     top, total, arrived, turn = rest
     head = pl.program_id(0) * shape.heads
     program = pl.program_id(1)
@@ -128,11 +155,12 @@ def kernel(*refs: Any, shape: Shape, has_sinks: bool, caches: int) -> None:
 
     def copies(row: Array, page: Array, p: Array, slot: Array) -> list[Any]:
         """The copy of the p-th page of a block that begins at `page`, from each cache."""
-        at = scalars.layer[0], scalars.tables[row * shape.row + page + p], pl.ds(head, shape.heads)
+        at = scalars.layer[0], scalars.tables[row * shape.row + page + p]
         to = slot, slice(None), pl.ds(pl.multiple_of(p * shape.page, shape.page), shape.page)
+        heads = [pl.ds(head, shape.heads)] * caches + [slice(None)] * scales
         return [
-            pltpu.make_async_copy(stack.at[at], buffer.at[to], arrived.at[slot, c])
-            for c, (stack, buffer) in enumerate(zip(stacks, buffers, strict=True))
+            pltpu.make_async_copy(stack.at[*at, part], buffer.at[to], arrived.at[slot, c])
+            for c, (stack, buffer, part) in enumerate(zip(stacks, buffers, heads, strict=True))
         ]
 
     def each(item: Item, page: Array, slot: Array, act: str) -> None:
@@ -161,10 +189,14 @@ def kernel(*refs: Any, shape: Shape, has_sinks: bool, caches: int) -> None:
                 each(ahead, jnp.where(more, page + shape.pages, ahead.page), 1 - slot, "start")
 
             each(item, page, slot, "wait")
-            pl.when(~more)(lambda: _silence(buffers[-1].at[slot], item, page, shape))
             blocks = [buffer.at[slot] for buffer in buffers]
+            if blocks[-1].dtype != jnp.int8:  # which cannot be NaN
+                quiet = _silence_scales if scales else _silence
+                pl.when(~more)(partial(quiet, blocks[-1], item, page, shape))
+            keys = Rows(blocks[0], shape.key_parts, blocks[caches] if scales else None)
+            values = Rows(blocks[caches - 1], shape.value_parts, blocks[-1] if scales else None)
             attend = partial(
-                _attend, q, blocks[0], blocks[-1], top, total, o, mass, shape, item, page,
+                _attend, q, keys, values, top, total, o, mass, shape, item, page,
                 scalars.window[0], program * shape.tokens,
             )  # fmt: skip
             first, last = (t - program * shape.tokens for t in (item.first, item.end - 1))
@@ -213,6 +245,13 @@ def kernel(*refs: Any, shape: Shape, has_sinks: bool, caches: int) -> None:
                 lse[h, :, rows] = jnp.transpose(found)[:1]
 
 
+def _silence_scales(scales: Any, item: Item, page: Array, shape: Shape) -> None:
+    """The same for rows in eight bits: it is their scales that might be NaN."""
+    end = item.end + item.shift - page * shape.page
+    x = scales[...]
+    scales[...] = jnp.where(lax.broadcasted_iota(jnp.int32, x.shape, 1) < end, x, 0.0)
+
+
 def _silence(values: Any, item: Item, page: Array, shape: Shape) -> None:
     """Zeros behind the last value that an item sees: a weight of 0 would not silence a NaN there,
     in a slot that nobody has written since its page changed hands."""
@@ -227,26 +266,30 @@ def _silence(values: Any, item: Item, page: Array, shape: Shape) -> None:
 
 
 def _attend(
-    q: Any, keys: Any, values: Any, top: Any, total: Any, o: Any, mass: Any, shape: Shape,
+    q: Any, keys: Rows, values: Rows, top: Any, total: Any, o: Any, mass: Any, shape: Shape,
     item: Item, page: Array, window: Array, base: Array, i: Array, tokens: int,
 ) -> None:  # fmt: skip
     """Adds a block of keys to the softmax of the i-th `tokens` of a program, whose first one is
     the step's `base`, as far as they are the item's."""
-    count, S = tokens * shape.group, keys.shape[1]
+    count, S = tokens * shape.group, keys.values.shape[1]
     rows = pl.ds(pl.multiple_of(i * count, count) if tokens < shape.tokens else 0, count)
     first, key = base + i * tokens, page * shape.page
     at = first + item.shift, first + tokens - 1 + item.shift  # positions of the outermost tokens
     reach = jnp.where(window > 0, window, 2**30)
     all_own = (first >= item.first) & (first + tokens <= item.end)
     all_seen = all_own & (key + S - 1 <= at[0]) & (key > at[1] - reach)
-    precision = lax.Precision.HIGHEST if keys.dtype == jnp.float32 else None
+    precision = lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
     dot = partial(lax.dot_general, precision=precision, preferred_element_type=jnp.float32)
 
     def token(shape_: tuple[int, ...], axis: int) -> Array:  # the step's, of each row
         return first + _div(lax.broadcasted_iota(jnp.int32, shape_, axis), shape.group)
 
     def head(h: Array, masked: bool) -> None:
-        s = dot(q[h, rows], keys[h], (((1,), (1,)), ((), ())))  # [rows, S]
+        asked, s = q[h, rows], []
+        for lanes, k, by in keys.split(h, asked.shape[1], asked.dtype):
+            part = dot(asked[:, lanes], k, (((1,), (1,)), ((), ())))  # [rows, S]
+            s.append(part if by is None else part * by)
+        s = sum(s[1:], s[0])
         s = jnp.tanh(s * shape.squash) if shape.squash else s
         own = None
         if masked:
@@ -265,8 +308,11 @@ def _attend(
             at = h, pl.ds(pl.multiple_of(page, shape.pages), shape.pages), rows
             found = _page_sums(p, now, shape)
             mass[at] = jnp.where(item.owns(token(found.shape, 1)), found, mass[at])
-        v = values[h][:, : shape.value_dim]
-        added = dot(p.astype(v.dtype), v, (((1,), (0,)), ((), ())))
+        sums = list[Array]()
+        for _, v, by in values.split(h, shape.value_dim, asked.dtype):
+            weights = (p if by is None else p * by).astype(v.dtype)
+            sums.append(dot(weights, v, (((1,), (0,)), ((), ()))))
+        added = sums[0] if len(sums) == 1 else jnp.concatenate(sums, 1)
         added += o[h, rows] * _lanes(shrink, shape.value_dim)
         # others' rows have no business with these values, which might be NaN
         o[h, rows] = added if own is None else jnp.where(own, added, o[h, rows])

@@ -3,6 +3,7 @@
 from kernels_pallas.op import Body, Op
 from kernels_pallas.paged_attention import mosaic_gpu, mosaic_tpu, reference
 from kernels_pallas.paged_attention.cases import CASES
+from kernels_pallas.paged_attention.coded_cases import ATTENTION
 from kernels_pallas.paged_attention.writing import page_write
 
 page_attention = Op(
@@ -14,7 +15,7 @@ page_attention = Op(
         ),
         "mosaic_gpu": Body("gpu", mosaic_gpu.page_attention, mosaic_gpu.GpuTile),
     },
-    CASES,
+    (*CASES, *ATTENTION),
 )
 
 __all__ = ["page_attention", "page_write"]

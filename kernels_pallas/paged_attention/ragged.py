@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
+
+from kernels_pallas.paged_attention.codec import put
 
 
 class Groups(NamedTuple):
@@ -66,23 +68,6 @@ def write(k_pages, v_pages, k, v, layer, batch: Ragged, row: Array, position: Ar
     """
     P, Z = k_pages.shape[1], k_pages.shape[3]
     page = jnp.where(position >= 0, batch.tables[row, jnp.maximum(position, 0) // Z], P)
-    where = (layer, page, slice(None), position % Z)
-    k_pages = k_pages.at[where].set(to_stored(k, k_pages), mode="drop")
-    if v_pages is not None:
-        v_pages = v_pages.at[where].set(to_stored(v, v_pages), mode="drop")
-    return k_pages, v_pages
-
-
-def to_stored(x: Array, pages: Array) -> Array:
-    """x as the cache keeps it: uint16 is bfloat16, which jax 0.10 scatters slowly on CPU."""
-    if x.shape[-1] < pages.shape[-1]:
-        x = jnp.pad(x, ((0, 0), (0, 0), (0, pages.shape[-1] - x.shape[-1])))
-    if pages.dtype == jnp.uint16:
-        return lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint16)
-    return x.astype(pages.dtype)
-
-
-def from_stored(x: Array) -> Array:
-    if x.dtype == jnp.uint16:
-        x = lax.bitcast_convert_type(x, jnp.bfloat16)
-    return x.astype(jnp.float32)
+    slot = position % Z
+    k_pages = put(k_pages, k, layer, page, slot)
+    return k_pages, None if v_pages is None else put(v_pages, v, layer, page, slot)

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import Array, lax
 
-from kernels_pallas.paged_attention.ragged import Ragged, from_stored, locate, write
+from kernels_pallas.paged_attention.codec import Pages, take, turned, whole_parts
+from kernels_pallas.paged_attention.ragged import Ragged, locate, write
 from kernels_pallas.weight import Weight, as_array
 
 _KEYS = 128  # keys attended at a time
@@ -42,12 +43,12 @@ def paged_attention(
     q: Array,  # [T, N, H]
     k: Array,  # [T, K, H]
     v: Array | None,  # [T, K, Hv]; None: the first `value_dim` lanes of k
-    k_pages: Array,  # [L, P, K, Z, H]; uint16 holds bfloat16 bits
-    v_pages: Array | None,  # [L, P, K, Z, Hv]
+    k_pages: Pages,  # [L, P, K, Z, H]; uint16 holds bfloat16 bits
+    v_pages: Pages | None,  # [L, P, K, Z, Hv]
     layer: Array | int,
     batch: Ragged,
     **options: Any,
-) -> tuple[Array, Array, Array, Array | None]:
+) -> tuple[Array, Array, Pages, Pages | None]:
     """Writes k and v to their pages, then attends causally: `page_write` and `page_attention`.
 
     Returns:
@@ -59,23 +60,27 @@ def paged_attention(
 
 
 def page_write(
-    k_pages: Array,  # [L, P, K, Z, W]; uint16 holds bfloat16 bits
-    v_pages: Array | None,  # [L, P, K, Z, Wv]
+    k_pages: Pages,  # [L, P, K, Z, W]; uint16 holds bfloat16 bits
+    v_pages: Pages | None,  # [L, P, K, Z, Wv]
     k: Array,  # [T, K, H], H <= W
     v: Array | None,  # [T, K, Hv]
     layer: Array | int,
     batch: Ragged,
-) -> tuple[Array, Array | None]:
+) -> tuple[Pages, Pages | None]:
     """The caches with the step's keys and values in the slots of their positions; lanes that a key
-    lacks become 0. May be donated the caches, and then nothing else of them moves."""
+    lacks become 0. May be donated the caches, and then nothing else of them moves.
+
+    Pages of eight and four bits (codec.py) round a row by itself: by its own scale, or by one that
+    was calibrated. A row that is not finite is lost, and no other.
+    """
     row, position = locate(batch, k.shape[0])
     return write(k_pages, v_pages, k, v, layer, batch, row, position)
 
 
 def page_attention(
     q: Array,  # [T, N, H]
-    k_pages: Array,  # [L, P, K, Z, H]; uint16 holds bfloat16 bits
-    v_pages: Array | None,  # [L, P, K, Z, Hv]; None: the first `value_dim` lanes of k_pages
+    k_pages: Pages,  # [L, P, K, Z, H]; uint16 holds bfloat16 bits
+    v_pages: Pages | None,  # [L, P, K, Z, Hv]; None: the first `value_dim` lanes of k_pages
     layer: Array | int,
     batch: Ragged,
     *,
@@ -87,6 +92,9 @@ def page_attention(
     mass: bool = False,
 ) -> tuple[Array, ...]:
     """Causal attention over pages that hold this step's keys and values already.
+
+    Pages of eight and four bits (codec.py) count as what they decode to. Rows in four bits are
+    rotated; queries and outputs are not.
 
     Args:
         window: keys at least this far back are hidden; 0 hides none.
@@ -103,19 +111,21 @@ def page_attention(
     T, N, H = q.shape
     K, Z = k_pages.shape[2:4]
     row, position = locate(batch, T)
-    heads = q.astype(jnp.float32).reshape(T, K, N // K, H) * scale
+    heads = turned(k_pages, q.astype(jnp.float32)).reshape(T, K, N // K, -1) * scale
     values = value_dim or (H if v_pages is None else v_pages.shape[-1])
-    keys = partial(_keys, k_pages, v_pages, layer, H, values)
+    owner = k_pages if v_pages is None else v_pages
+    lanes = whole_parts(owner, values)
+    keys = partial(_keys, k_pages, v_pages, layer, heads.shape[-1], lanes)
     logits = partial(_mask, window=window, soft_cap=soft_cap)
     if sinks is None:
         sink = jnp.full((K, N // K), _HIDDEN)
     else:
         sink = as_array(sinks).astype(jnp.float32).reshape(K, N // K)
-    start = partial(_start, sink, 0.0 if sinks is None else 1.0, values)
+    start = partial(_start, sink, 0.0 if sinks is None else 1.0, lanes)
     o, lse = _decode_rows(heads, batch, Z, keys, logits, start)
     o, lse = jnp.take(o, row, axis=0), jnp.take(lse, row, axis=0)  # per sequence -> per token
     o, lse = _prompt_rows(heads, batch, Z, keys, logits, start, o, lse)
-    out = o.reshape(T, N, -1), lse.reshape(T, N)
+    out = turned(owner, o.reshape(T, N, -1))[..., :values], lse.reshape(T, N)
     if not mass:
         return out
     found = _page_mass(heads, batch.tables[row], position, Z, keys, logits, lse)
@@ -124,8 +134,8 @@ def page_attention(
 
 def _keys(k_pages, v_pages, layer, key_dim, value_dim, pages: Array) -> tuple[Array, Array]:
     """Keys and values [..., pages, K, Z, H] of the given pages [..., pages]."""
-    k = from_stored(k_pages[layer, pages])
-    v = k if v_pages is None else from_stored(v_pages[layer, pages])
+    k = take(k_pages, layer, pages)
+    v = k if v_pages is None else take(v_pages, layer, pages)
     return k[..., :key_dim], v[..., :value_dim]
 
 

@@ -17,9 +17,11 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas.op import Body, Case, Cost, Op, UnsupportedError
-from kernels_pallas.paged_attention import mosaic_gpu_writing
+from kernels_pallas.op import Body, Case, Cost, Op, UnsupportedError, tried
+from kernels_pallas.paged_attention import mosaic_gpu_writing, mosaic_tpu_coded_writing
 from kernels_pallas.paged_attention.cases import batch as step_of
+from kernels_pallas.paged_attention.codec import QuantizedPages
+from kernels_pallas.paged_attention.coded_cases import WRITING
 from kernels_pallas.paged_attention.ragged import Ragged
 from kernels_pallas.paged_attention.reference import page_write as reference
 
@@ -32,16 +34,19 @@ class TpuTile:
     """slots: of an item, 0 for few where rows decode and many where prompts are long; items: on
     their way at a time."""
 
-    slots: int = 0
-    items: int = 8
+    slots: int = tried(0, 16, 32, 64)
+    items: int = tried(8, 4, 16)
 
 
 def tpu(
-    k_pages: Array, v_pages: Array | None, k: Array, v: Array | None, layer: Array | int,
+    k_pages: Any, v_pages: Any, k: Array, v: Array | None, layer: Array | int,
     batch: Ragged, *, tile: TpuTile | None = None, interpret: Any = False,
-) -> tuple[Array, Array | None]:  # fmt: skip
+) -> tuple[Any, Any]:  # fmt: skip
     """`reference.page_write` as a TPU kernel."""
     tile = tile or TpuTile()
+    if isinstance(k_pages, QuantizedPages):
+        options: dict[str, Any] = {"items": tile.items, "interpret": interpret}
+        return mosaic_tpu_coded_writing.page_write(k_pages, v_pages, k, v, layer, batch, **options)
     stacks = [k_pages] if v_pages is None else [k_pages, v_pages]
     (T, K, _), (R, M) = k.shape, batch.tables.shape
     Z, align = k_pages.shape[3], _check(stacks, batch)
@@ -216,6 +221,7 @@ CASES = (
     _case("decode-256", (1,) * 256, (2048,) * 256, K=8, shipped=True),
     _case("latent-decode-128", (1,) * 128, (2048,) * 128, K=1, H=576, W=640, latent=True,
           shipped=True),
+    *WRITING,
 )  # fmt: skip
 
 page_write = Op(
@@ -226,4 +232,5 @@ page_write = Op(
         "mosaic_gpu": Body("gpu", mosaic_gpu_writing.page_write, mosaic_gpu_writing.GpuTile),
     },
     CASES,
+    in_place=((0, 0), (1, 1)),
 )

@@ -49,6 +49,7 @@ def stored_as(num_params: int) -> Any:
 
 
 WRONG: list[tuple[str, list[Any]]] = [
+    ("kv_cache_dtype", ["fp8", "int2", None, 8]),
     ("quantization", ["int3", 8, "INT8", ""]),
     ("dtype", ["int8", "fp32", None, 4]),
     ("max_model_len", [0, -1, 1.5, "100"]),

@@ -68,6 +68,37 @@ def test_a_named_one_is_taken_or_says_why_not():
         OP(jnp.zeros((5, 2)), target=TPU, implementation="fast")
 
 
+def test_a_signature_tells_calls_apart_that_compute_different_things():
+    x, w = jnp.zeros((4, 2)), jnp.zeros((3, 2), jnp.int8)
+    assert signature(x, None, jnp.int32(7)) == "float32[4,2]", "scalars do not count"
+    assert signature(x, up=w, up_scale=None, scale=0.5, layer=jnp.int32(1)) == (
+        "float32[4,2] up=int8[3,2]"
+    )
+    assert signature(x, activation="silu", mass=True, causal=False, out_dtype=jnp.bfloat16) == (
+        "float32[4,2] activation=silu mass out_dtype=bfloat16"
+    )
+
+
+def test_a_signature_does_not_depend_on_how_arguments_are_passed():
+    def reference(x: Any, y: Any = None, *, out_dtype: Any = jnp.float32) -> Any:
+        return x
+
+    op, x = Op("op", reference, {}, ()), jnp.zeros((4, 2))
+    assert op.signature(x, x) == op.signature(y=x, x=x, out_dtype=jnp.float32)
+    assert op.signature(x, x).endswith(" out_dtype=float32")
+
+
+def test_a_winner_without_sizes_chooses_for_itself(tmp_path, monkeypatch):
+    monkeypatch.setattr(tuning, "TUNED", tmp_path)
+    x = jnp.zeros((4, 2))
+    entry = tuning.entry("large", None, source="measured")
+    tuning.merge(tmp_path / "v6e.json", {"op": {signature(x): entry}})
+    try:
+        assert OP(x, target=TPU) == "large-None"
+    finally:
+        tuning.table.cache_clear()
+
+
 def test_what_was_measured_to_win_comes_first_with_its_tile(tmp_path, monkeypatch):
     monkeypatch.setattr(tuning, "TUNED", tmp_path)
     tuning.table.cache_clear()

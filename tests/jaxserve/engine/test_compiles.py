@@ -116,6 +116,7 @@ PAGES = {"page_write", "page_attention", "sample"}
         ("v5e:2x2", "16b-mla", None, PAGES | {"grouped_matmul"}),
         ("h200:1x1x1", "8b", "int8", 2 * 7 + 2),
         ("h200:1x1x1", "30b-a3b", None, 2 * 4),
+        ("h200:1x1x1", "16b-mla", None, 2 * 2 + 3 + 1),
     ],
 )
 def test_a_step_copies_neither_weights_nor_cache(target, model, quantization, expected):

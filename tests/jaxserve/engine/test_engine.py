@@ -99,9 +99,13 @@ _served: dict[tuple[str, int, int], LLM] = {}
 
 
 def served(kernels: str, page_size: int, decode_steps: int = 1) -> LLM:
+    """A model with kernels of that name, or with the best and a cache of that type."""
     key = (kernels, page_size, decode_steps)
     if key not in _served:
-        _served[key] = serve(kernels=kernels, page_size=page_size, decode_steps=decode_steps)
+        kind: dict[str, Any] = {
+            "kv_cache_dtype" if kernels.startswith("int") else "kernels": kernels
+        }
+        _served[key] = serve(page_size=page_size, decode_steps=decode_steps, **kind)
     return _served[key]
 
 
@@ -195,6 +199,14 @@ def test_company_changes_nothing_in_many_schedules(schedule: Schedule):
 @given(SCHEDULES)
 def test_company_changes_nothing_on_plain_xla(schedule: Schedule):
     play("reference", schedule)
+
+
+@pytest.mark.skipif(not cpu.available(), reason="plain XLA's rounding depends on the batch")
+@pytest.mark.parametrize("cache", ["int8", "int4"])
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(schedule=SCHEDULES)
+def test_company_changes_nothing_in_a_rounded_cache(cache: str, schedule: Schedule):
+    play(cache, schedule)
 
 
 # ---- one thing at a time ----------------------------------------------------------------------

@@ -1,0 +1,191 @@
+"""Who enters the race of a case, compiled, and held against the reference before the clock runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import random
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from benchmarks.alternatives import Alternative, alternatives
+from benchmarks.programs import Program, TorchProgram, agreement, runner, truth
+from benchmarks.stopwatch import Launch, race
+from benchmarks.torch_arrays import torch_sees
+from kernels_pallas.op import Body, Case, Op
+
+XLA = "reference"
+"""The op's plain form, which XLA compiles, as the chooser and its tables call it."""
+
+_LIBRARY_TOLERANCE = 0.02  # of bfloat16 results that were rounded once more than ours
+_FINALISTS = 2  # tiles of a body that enter the race beside its own choice
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """One way to compute a case.
+
+    Attributes:
+        kind: "body", "xla" (the op's reference) or "library".
+        build: compiles it.
+        expected: what `view` of its first result must be.
+        implementation, tile: as the tuned tables say; "" and None for libraries.
+    """
+
+    name: str
+    kind: str
+    build: Callable[[], Program | TorchProgram]
+    expected: Any
+    tolerance: float
+    view: Callable[[tuple[Any, Any]], Any] = lambda found: found
+    implementation: str = ""
+    tile: Any = None
+    note: str = ""
+
+    def about(self) -> dict[str, Any]:
+        """What a record begins with."""
+        line: dict[str, Any] = {"contestant": self.name, "kind": self.kind}
+        if self.tile is not None:
+            line["tile"] = dataclasses.asdict(self.tile)
+        return line | ({"note": self.note} if self.note else {})
+
+
+@dataclass(frozen=True)
+class Checked:
+    """An entrant that has been compiled and compared.
+
+    Attributes:
+        launch: None if it may not race.
+        error: relative to the largest expected value.
+        problem: why it may not: {"failed": ...} or {"wrong": ...}.
+    """
+
+    entrant: Entrant
+    launch: Launch | None
+    error: float
+    problem: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Field:
+    """A case, its inputs and the truth about them: what entrants are made of."""
+
+    op: Op
+    case: Case
+    sets: Sequence[Any]
+    platform: str
+    device: str = ""  # as tuned tables call it
+
+    @property
+    def joined(self) -> bool:
+        return self.platform != "cpu"
+
+    def expected(self) -> tuple[Any, Any]:
+        return truth(self.op, self.case, self.sets, self.joined).first()
+
+    def implementation(self, expected: Any, name: str, tile: Any = None) -> Entrant:
+        def build() -> Program:
+            run = runner(self.op, self.case, name, tile)
+            return Program(run, self.sets, self.joined, self.op.in_place)
+
+        title = "xla" if name == XLA else name
+        return Entrant(
+            f"{title} {_words(tile)}" if tile else title, "xla" if name == XLA else "body",
+            build, expected, self.case.tolerance, implementation=name, tile=tile,
+        )  # fmt: skip
+
+    def bodies(self, expected: Any) -> Iterator[Entrant]:
+        """The op's XLA form, and its bodies for the platform, each as it chooses for itself."""
+        yield self.implementation(expected, XLA)
+        for name, body in self._here().items():
+            own = self.implementation(expected, name, body.wanted(self.device))
+            yield dataclasses.replace(own, name=name, tile=None)
+
+    def tuned(self, expected: Any, most: int, seed: int = 0) -> Iterator[Entrant]:
+        """The quickest tiles of each body, of `most` that are tried."""
+        for name, body in self._here().items():
+            tried = [self.implementation(expected, name, t) for t in candidates(body, most, seed)]
+            right = {c.entrant.name: c for c in check(tried) if c.launch}
+            launches = {key: c.launch for key, c in right.items() if c.launch}
+            times = race(launches, 0.01, least=2, batch=0.005)
+            for key in sorted(times, key=lambda key: times[key].median)[:_FINALISTS]:
+                yield right[key].entrant
+
+    def _here(self) -> dict[str, Body]:
+        named = self.case.bodies
+        return {
+            name: body
+            for name, body in self.op.bodies.items()
+            if body.platform == self.platform and (named is None or name in named)
+        }
+
+    def libraries(self, expected: Any, most_work: float, *, torch: bool) -> Iterator[Entrant]:
+        """What else there is, but for what does more than `most_work` times the operations."""
+        for way in alternatives(self.op, self.case, self.sets[0], self.platform):
+            wanted = not way.uses_torch or (torch and torch_sees(self.platform))
+            if wanted and way.work <= most_work:
+                yield self._library(expected, way)
+
+    def _library(self, expected: Any, way: Alternative) -> Entrant:
+        def build() -> Program | TorchProgram:
+            if way.uses_torch:
+                return TorchProgram(way, self.sets, self.platform)
+            with jax.numpy_dtype_promotion("standard"):  # which libraries rely on
+                return Program(way.run, [way.prepare(x) for x in self.sets], self.joined)
+
+        first, whole = self.sets[0], expected[1]
+        if way.asked:
+            asked = way.asked(first)
+            whole = truth(self.op, self.case, [asked], self.joined).first()[1]
+        return Entrant(
+            way.name, "library", build, way.part(whole),
+            max(self.case.tolerance, _LIBRARY_TOLERANCE),
+            view=lambda found: way.finish(found[1], first), note=way.note,
+        )  # fmt: skip
+
+
+def candidates(body: Body, most: int, seed: int = 0) -> list[Any]:
+    """Tiles to try, `most` of them, drawn from all."""
+    tiles = list(body.tiles())
+    return random.Random(seed).sample(tiles, most) if len(tiles) > most else tiles
+
+
+def check(entrants: Sequence[Entrant]) -> list[Checked]:
+    """Compiles all at once, since compilers let go of the interpreter, and compares one by one."""
+
+    def compiled(entrant: Entrant) -> Program | TorchProgram | Exception:
+        try:
+            return entrant.build()
+        except Exception as error:  # a refusal, a compiler's, or no memory: the record says which
+            return error
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        programs = list(pool.map(compiled, entrants))
+    return [
+        _compared(entrant, program) for entrant, program in zip(entrants, programs, strict=True)
+    ]
+
+
+def _compared(entrant: Entrant, program: Program | TorchProgram | Exception) -> Checked:
+    if not isinstance(program, Exception):
+        try:
+            found = agreement(entrant.view(program.first()), entrant.expected, entrant.tolerance)
+            if found.right:
+                return Checked(entrant, program.launch(), found.error, {})
+            return Checked(entrant, None, found.error, {"wrong": found.reason})
+        except Exception as error:
+            program = error
+    return Checked(entrant, None, 0.0, {"failed": short(program)})
+
+
+def short(error: Exception) -> str:
+    """An error in a line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def _words(tile: Any) -> str:
+    return ",".join(f"{k}={v}" for k, v in dataclasses.asdict(tile).items())

@@ -1,0 +1,226 @@
+"""Contestants of one case: compiled programs over several sets of its inputs, and how they agree.
+
+A small case is given so many sets of inputs that they do not fit the device's cache together: a
+decoding step finds its weights in memory too. On accelerators one program runs over all sets,
+because starting a program takes longer than many a kernel. On CPU starting is cheap and sets take
+turns.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from benchmarks.alternatives import Alternative, Inputs
+from benchmarks.stopwatch import Launch
+from kernels_pallas.op import Case, Op
+
+_CACHE = {"cpu": 64, "gpu": 192, "tpu": 256}  # MiB that the inputs of a case exceed together
+_MOST_SETS = 16
+_NEAR_TIES = 0.05  # of drawn tokens: sums in another order move a border between two
+
+
+def input_sets(case: Case, platform: str, memory: float, most: int = _MOST_SETS) -> list:
+    """Sets of inputs, of `memory` bytes at most."""
+    size = _bytes(jax.eval_shape(case.make, jax.random.key(0)))
+    read = case.cost.bytes if case.cost else size
+    wanted = -(-_CACHE[platform] * 2**20 // max(1, int(read)))
+    count = int(max(1, min(most, wanted, memory // max(1, size))))
+    make = jax.jit(case.make)
+    return [make(jax.random.key(i)) for i in range(count)]
+
+
+def _bytes(tree: Any) -> int:
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree) if hasattr(x, "size"))
+
+
+class Program:
+    """One JAX contestant, compiled over the sets.
+
+    Args:
+        run: inputs -> the op's result.
+        joined: whether one program runs over all sets.
+        in_place: as `Op.in_place`. Such arguments are donated and carried from call to call; those
+            of the first set are copied for it.
+    """
+
+    def __init__(
+        self, run: Callable[[Any], Any], sets: Sequence[Any], joined: bool,
+        in_place: tuple[tuple[int, int], ...] = (),
+    ):  # fmt: skip
+        self._in_place, self._begin = in_place, _carried(sets[0], in_place)
+        rests = [_without(x, in_place) for x in sets]
+        self._groups = [rests] if joined else [[x] for x in rests]
+        self._one = jax.jit(run)  # traced and lowered once, however many sets there are
+        whole = jax.jit(self._whole, donate_argnums=0)
+        self._compiled = whole.lower(self._begin, self._groups[0]).compile()
+
+    def _whole(self, state: Any, rests: Sequence[Any]) -> tuple[Any, list[Any]]:
+        replaced, outs = {result for _, result in self._in_place}, []
+        for rest in rests:
+            out = self._one(_with(rest, state, self._in_place))
+            if replaced:
+                state = tuple(out[result] for _, result in self._in_place)
+                out = [x for i, x in enumerate(out) if i not in replaced]
+            outs.append(out)
+        return state, outs
+
+    def _fresh(self) -> Any:
+        return jax.tree.map(jnp.copy, self._begin)
+
+    def first(self) -> tuple[Any, Any]:
+        """What became of carried arguments, and the result for the first set."""
+        state, outs = self._compiled(self._fresh(), self._groups[0])
+        return state, outs[0]
+
+    def launch(self) -> Launch:
+        state, turns = self._fresh(), itertools.cycle(self._groups)
+
+        def start() -> Any:
+            nonlocal state
+            state, outs = self._compiled(state, next(turns))
+            return state, outs
+
+        return Launch(start, jax.block_until_ready, len(self._groups[0]))
+
+
+def _carried(inputs: Any, in_place: tuple[tuple[int, int], ...]) -> tuple[Any, ...]:
+    return tuple(inputs[0][argument] for argument, _ in in_place)
+
+
+def _without(inputs: Any, in_place: tuple[tuple[int, int], ...]) -> Any:
+    gone = {argument for argument, _ in in_place}
+    return (
+        (tuple(None if i in gone else x for i, x in enumerate(inputs[0])), inputs[1])
+        if gone
+        else inputs
+    )
+
+
+def _with(rest: Any, state: Any, in_place: tuple[tuple[int, int], ...]) -> Any:
+    if not in_place:
+        return rest
+    args = list(rest[0])
+    for (argument, _), x in zip(in_place, state, strict=True):
+        args[argument] = x
+    return tuple(args), rest[1]
+
+
+class TorchProgram:
+    """One torch contestant; on a GPU a graph of its calls, which costs as little to start."""
+
+    def __init__(self, way: Alternative, sets: Sequence[Any], platform: str):
+        import torch
+
+        self._way, self._torch, self._gpu = way, torch, platform == "gpu"
+        self._parts = [way.prepare(x) for x in sets]
+        self._graph: Any = None
+        if self._gpu:
+            self._graph = self._captured()
+
+    def _all(self) -> list[Any]:
+        return [self._way.run(parts) for parts in self._parts]
+
+    def _captured(self) -> Any:
+        """A CUDA graph, or None where the library cannot record itself (autograd may not)."""
+        torch = self._torch
+        try:
+            stream = torch.cuda.Stream()
+            with torch.cuda.stream(stream):
+                self._all()
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self._kept = self._all()
+            return graph
+        except RuntimeError:
+            torch.cuda.synchronize()
+            return None
+
+    def first(self) -> tuple[Any, Any]:
+        """Nothing is carried; and the result for the first set."""
+        out = self._way.run(self._parts[0])
+        self._wait(None)
+        return (), out
+
+    def launch(self) -> Launch:
+        start = self._all if self._graph is None else self._graph.replay
+        return Launch(start, self._wait, len(self._parts))
+
+    def _wait(self, _: Any) -> None:
+        if self._gpu:
+            self._torch.cuda.synchronize()
+
+
+def runner(op: Op, case: Case, name: str, tile: Any = None) -> Callable[[Inputs], Any]:
+    """What one implementation makes of a case's inputs."""
+
+    def run(inputs: Inputs) -> Any:
+        args, arrays = inputs
+        return op.run(name, *args, tile=tile, **arrays, **case.options)
+
+    return run
+
+
+def truth(op: Op, case: Case, sets: Sequence[Any], joined: bool) -> Program:
+    """The reference, in full precision: TF32 and products of bfloat16 are approximations."""
+    used = sets if joined and op.in_place else sets[:1]
+    with jax.default_matmul_precision("highest"):
+        return Program(runner(op, case, "reference"), used, joined, op.in_place)
+
+
+# ---- agreement ----------------------------------------------------------------------------
+
+
+@partial(jax.jit, static_argnames="exact")
+def _apart(x: Array, y: Array, exact: bool) -> tuple[Array, Array]:
+    """The largest difference and the largest value, or the share of entries that differ."""
+    if exact:
+        return jnp.mean(x != y, dtype=jnp.float32), jnp.float32(1)
+    x, y = x.astype(jnp.float32), y.astype(jnp.float32)
+    same = (x == y) | (jnp.isnan(x) & jnp.isnan(y))
+    finite = jnp.where(jnp.isfinite(y), jnp.abs(y), 0.0)
+    return jnp.max(jnp.where(same, 0.0, jnp.abs(x - y)), initial=0.0), jnp.max(finite, initial=0.0)
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Whether a result is right, and how far it is off, relative to the largest value."""
+
+    right: bool
+    error: float
+    reason: str = ""
+
+
+def agreement(found: Any, expected: Any, tolerance: float) -> Agreement:
+    """Compares leaf by leaf. Integers are drawn tokens, or exact where no tolerance is given."""
+    pairs = list(_pairs(found, expected))
+    worst = Agreement(True, 0.0)
+    for x, y in pairs:
+        if x.shape != y.shape:
+            return Agreement(False, float("inf"), f"shape {x.shape} instead of {y.shape}")
+        ids = y.dtype == jnp.int32 and y.ndim == 1
+        apart, top = (float(v) for v in _apart(x, y, bool(ids)))
+        error = apart / max(top, 1e-30) if apart else 0.0
+        limit = _NEAR_TIES if ids else tolerance
+        right = bool(np.isfinite(error)) and error <= limit
+        if not right or error > worst.error:
+            worst = Agreement(right, error, "" if right else f"off by {error:.2g}, not {limit:g}")
+        if not right:
+            return worst
+    return worst
+
+
+def _pairs(found: Any, expected: Any) -> Iterator[tuple[Array, Array]]:
+    xs, ys = jax.tree.leaves(found), jax.tree.leaves(expected)
+    if len(xs) != len(ys):
+        raise ValueError(f"{len(xs)} results instead of {len(ys)}")
+    yield from zip(xs, ys, strict=True)

@@ -1,0 +1,83 @@
+"""The C++ kernels, given arrays as the models shape them and weights as they are stored.
+
+`num_rows` says how many rows of a padded batch are real; None: all of them.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+
+from kernels_pallas import cpu
+from kernels_pallas.linear import linear as linear_reference
+from kernels_pallas.paged_attention.ragged import Ragged
+from kernels_pallas.weight import Int8Weight, StackedWeight, Weight, as_array
+
+_NATIVE = (jnp.float32, jnp.bfloat16, jnp.int8)
+
+
+def linear(x: Array, *weights: Weight, num_rows: Array | None = None, num_in: int = 1) -> Any:
+    """`kernels_pallas.linear.linear`."""
+    if any(w.dtype not in _NATIVE for w in weights):
+        return linear_reference(x, *weights, num_in=num_in)
+    layer = layer_of(weights[0])[1]
+    lead = x.shape[: x.ndim - num_in]
+    flat, scales = _matrices([layer_of(w)[0] for w in weights], num_in, layer is not None)
+    rows = x.reshape(-1, flat[0].shape[-1])
+    ys = cpu.linear(rows, flat, scales=scales, layer=layer, num_rows=num_rows)
+    outs = tuple(
+        y.astype(x.dtype).reshape(*lead, *w.shape[: len(w.shape) - num_in])
+        for y, w in zip(ys, weights, strict=True)
+    )
+    return outs if len(weights) > 1 else outs[0]
+
+
+def gated_linear(
+    x: Array, w_gate: Weight, w_up: Weight, *, activation: str, num_rows: Array | None = None
+) -> Array:
+    """`kernels_pallas.linear.gated_linear`."""
+    layer = layer_of(w_gate)[1]
+    pair, scales = _matrices([layer_of(w)[0] for w in (w_gate, w_up)], 1, layer is not None)
+    options = {"layer": layer, "num_rows": num_rows, "activation": activation}
+    y = cpu.gated_linear(x.reshape(-1, x.shape[-1]), *pair, scales=scales, **options)
+    return y.astype(x.dtype).reshape(*x.shape[:-1], -1)
+
+
+def rms_norm(
+    x: Array, scale: Weight, *, eps: float, offset: float = 0.0, num_rows: Array | None = None
+) -> Array:
+    """`kernels_pallas.rms_norm.rms_norm` of [B, T, ..., D], of which `num_rows` tokens are real."""
+    flat = x.reshape(-1, x.shape[-1])
+    if num_rows is not None:
+        num_rows = num_rows * math.prod(x.shape[2:-1])  # heads, where heads are normed
+    y = cpu.rms_norm(flat, as_array(scale), eps=eps, offset=offset, num_rows=num_rows)
+    return y.astype(x.dtype).reshape(x.shape)
+
+
+def paged_attention(q, k, v, k_pages, v_pages, layer, batch: Ragged, *, sinks=None, **options):
+    """`kernels_pallas.paged_attention.paged_attention`."""
+    sinks, step = None if sinks is None else as_array(sinks), batch[:4]  # groups are passed over
+    return cpu.paged_attention(q, k, v, k_pages, v_pages, layer, *step, sinks=sinks, **options)
+
+
+def layer_of(w: Weight) -> tuple[Any, Array | int | None]:
+    """What is stored, and which layer of it is meant if it is a stack."""
+    if isinstance(w, StackedWeight):
+        return w.stack, w.index
+    return (w if isinstance(w, Int8Weight) else as_array(w)), None
+
+
+def _matrices(weights: list[Any], num_in: int, stacked: bool) -> tuple[tuple[Array, ...], Any]:
+    """Weights [*out, *in] as [out, in], stacks of them as [L, out, in]; and scales alike."""
+    lead = 1 if stacked else 0
+
+    def flat(w: Array) -> Array:
+        inner = math.prod(w.shape[w.ndim - num_in :])
+        return w.reshape(*w.shape[:lead], -1, inner)
+
+    values = tuple(flat(w.values if isinstance(w, Int8Weight) else w) for w in weights)
+    scales = (w.scale for w in weights if isinstance(w, Int8Weight))
+    return values, tuple(s.reshape(*s.shape[:lead], -1) for s in scales)
