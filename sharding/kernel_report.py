@@ -81,7 +81,8 @@ def _of_bundles(folder: Path, name: str) -> Kernel:
     names = [column.strip() for column in columns.split(",")]
     bundles = [dict(zip(names, map(int, row.split()), strict=True)) for row in rows]
     spills, fills = (sum(b[unit] for b in bundles) for unit in ("VSTORE:SPILL", "VLOAD:FILL"))
-    return Kernel(name, spills, fills, tuple(map(tuple, _loops(listing[0].read_text()))))
+    loops = tuple((depth, count) for depth, count in _loops(listing[0].read_text()))
+    return Kernel(name, spills, fills, loops)
 
 
 def _loops(listing: str) -> list[list[int]]:

@@ -20,30 +20,31 @@ from kernels_pallas.tiling import divisor, in_parts
 
 _SCALE_ROWS = 8  # layers whose scales are read together: rows of a tile in VMEM
 _VMEM = 40 * 2**20  # of 64 MiB on the smallest part
-_COLS = 256  # of the output, multiplied at a time
 _FINISHED = (64, 256)  # of it, which registers hold as floats
 
 
 @dataclass(frozen=True)
 class Tile:
-    """rows of x, cols (rows of w) and depth (of K) in a step of the grid; part: of the rows, which
-    are multiplied at a time. Small parts spill no registers, large ones fill the matrix unit."""
+    """rows of x, cols (rows of w) and depth (of K) in a step of the grid, of which part_rows and
+    part_cols are multiplied at a time: small parts spill nothing, large ones fill the matrix unit.
+    """
 
     rows: int = tried(1024, 128, 512)
     cols: int = tried(512, 256, 1024)
     depth: int = tried(4096, 1024, 2048)
-    part: int = tried(512, 256)
+    part_rows: int = tried(512, 256)
+    part_cols: int = 256
 
     @classmethod
     def default(cls, T: int, gated: bool) -> Tile:
         if T <= 128:  # weights are read once and decide the time: few, long reads
-            return cls(128, 256 if gated else 512, 2048)
+            return cls(128, 256 if gated else 512, 2048, 32 if T <= 64 else 128, 128)
         return cls()  # sums stay in the MXU over all of a deep block
 
 
 def _kernel(
     layer_ref, x_ref, x_scale_ref, *refs, gated: bool, biased: bool, activation: str | None,
-    part: int,
+    part: tuple[int, int],
 ):  # fmt: skip
     """refs: weights, their scales, bias, output, sums; two of weights, scales and sums if gated."""
     count = 1 + gated
@@ -76,7 +77,7 @@ def _kernel(
             out += bias_ref[pl.ds(row, 1), columns]
         out_ref[rows, columns] = out.astype(out_ref.dtype)
 
-    in_parts(out_ref.shape, (part, _COLS), multiply)
+    in_parts(out_ref.shape, part, multiply)
     pl.when(k == pl.num_programs(2) - 1)(lambda: in_parts(out_ref.shape, _FINISHED, finish))
 
 
@@ -107,7 +108,11 @@ def tpu(
     column = pl.BlockSpec((scale_rows, cols), lambda t, n, k, i: (lax.div(i[0], _SCALE_ROWS), n))
     return pl.pallas_call(
         partial(
-            _kernel, gated=gated, biased=bias is not None, activation=activation, part=tile.part
+            _kernel,
+            gated=gated,
+            biased=bias is not None,
+            activation=activation,
+            part=(tile.part_rows, tile.part_cols),
         ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,

@@ -51,6 +51,7 @@ def _compile(op_name: str, body: str, case_name: str, target: str) -> Compiled:
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         jax.eval_shape(case.make, jax.random.key(0)),
     )
-    run = jax.jit(lambda args, arrays: op.run(body, *args, **arrays, **case.options))
+    tile = op.bodies[body].wanted(target.split(":")[0])
+    run = jax.jit(lambda args, arrays: op.run(body, *args, tile=tile, **arrays, **case.options))
     compiled, kernels = kernel_report.compile_with_report(run.lower(args, arrays))
     return Compiled(compiled.memory_analysis().temp_size_in_bytes, kernels)
