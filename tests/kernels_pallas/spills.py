@@ -51,6 +51,21 @@ BOUNDS = (
         {"v5e": 201, "v5p": 196, "v6e": 199, "tpu7x": 79},
     ),
     Bound(
+        "page_attention", "int8-latent.*",
+        "as with latent pages of floats, and keys of eight bits become bfloat16 on their way",
+        {"v5e": 501, "v5p": 499, "v6e": 350, "tpu7x": 292},
+    ),
+    Bound(
+        "page_attention", "int8-.*",
+        "as with pages of floats, and steps of keys and values beside them",
+        {"v5e": 69, "v5p": 64, "v6e": 96, "tpu7x": 96},
+    ),
+    Bound(
+        "page_write", "int8-latent.*",
+        "a row of 640 lanes is rounded at a time; writing waits for memory",
+        {"v5e": 23, "v5p": 29, "v6e": 15, "tpu7x": 3},
+    ),
+    Bound(
         "flash_attention", ".*",
         "512 queries by 512 keys: tiles of 128 spill 16 to 31 and take 2.3 (v5e) to 3.4 (v6e) "
         "times the bundles; 256 by 256 spill a tenth, in 30 to 60 % more",
