@@ -5,27 +5,31 @@ PYTHON  ?= python3
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 VENV    ?= .venv-$(VERSION)
 PARITY  ?= ,parity
-SLOW    ?= 0
+SLOW    ?= inf
+JOBS    ?= 2
 SUITE   ?= quick
 BIN     := $(VENV)/bin
+PYTEST  := $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
 PIP     := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: demo setup test test-all aot lint format format-check types imports bench eval clean
+.PHONY: demo setup test slow test-all aot lint format format-check types imports bench eval clean
 .DEFAULT_GOAL := test
 
 demo: $(VENV)/.demo  ## Serves a model of ours, and solves a problem through an OpenAI client
 	$(BIN)/python examples/demo.py
 
-test: $(VENV)/.dev  ## SLOW=600 starts slow tests too, until ten minutes have passed
-	$(BIN)/python -m pytest -q -m "not gpu and not tpu and not aot" --slow $(SLOW) $(ARGS)
+test: $(VENV)/.dev  ## All but slow tests, JOBS files at a time
+	$(PYTEST) -m "not slow and not gpu and not tpu and not aot" $(ARGS)
 
-test-all:
-	@$(MAKE) --no-print-directory test SLOW=inf
+slow: $(VENV)/.dev  ## The slow ones; SLOW=600 starts none after ten minutes
+	$(PYTEST) -m "slow and not gpu and not tpu and not aot" --slow $(SLOW) $(ARGS)
+
+test-all: test slow
 
 aot: $(VENV)/.aot  ## Compiles for TPUs and for Hopper, none of which need be there
-	$(BIN)/python -m pytest -q -m aot $(ARGS)
+	$(PYTEST) -m aot $(ARGS)
 
 setup: $(VENV)/.dev
 

@@ -34,17 +34,8 @@ _START = time.monotonic()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    text = "start no test marked slow later than this many seconds into the run; 0 runs none"
+    text = "start no test marked slow later than this many seconds into the run"
     parser.addoption("--slow", type=float, default=float("inf"), metavar="SECONDS", help=text)
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Slow tests come last, and not at all where there is no time for them."""
-    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
-    if config.getoption("--slow") == 0:
-        slow = [item for item in items if item.get_closest_marker("slow")]
-        config.hook.pytest_deselected(items=slow)
-        items[:] = items[: len(items) - len(slow)]
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
