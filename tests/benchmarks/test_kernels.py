@@ -243,6 +243,7 @@ def test_alternatives_compute_what_the_reference_does(each, small):
         assert checked.launch, f"{checked.entrant.name}: {checked.problem}"
 
 
+@pytest.mark.slow
 def test_a_whole_run_on_cpu_writes_valid_json(tmp_path):
     work = list(kernels.chosen(["linear", "rms_norm"], [], shipped=False))
     out = tmp_path / "r.json"

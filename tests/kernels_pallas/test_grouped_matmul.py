@@ -102,7 +102,8 @@ def test_any_groups_on_tpu(sizes, padding):
     np.testing.assert_allclose(found, by_hand(x, w[1], sizes), atol=1e-5)
 
 
-@pytest.mark.parametrize("rows", [64, pytest.param(128, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("rows", [64, 128])
 def test_several_warpgroups_on_hopper(rows):
     sizes = [3, 0, 150, 20]
     x, w, groups = operands(sizes, 179, N=2 * rows, K=128)

@@ -245,6 +245,7 @@ def test_heads_may_be_split_over_programs():
         np.testing.assert_allclose(x, y, rtol=0.01, atol=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"splits": 3}, {"groups": 2, "stages": 2}])
 def test_tiles_on_hopper(options):
     """Shares of keys that merge, of which some are empty; two tiles of rows that share a ring."""

@@ -17,6 +17,7 @@ from jaxserve.models.family import family
 from jaxserve.plan import Plan, resolve
 from jaxserve.testing import family_config, write_checkpoint
 from tests.jaxserve.test_plan import GIB, Device
+from tests.sparing import sparing
 
 ROUNDED = ("int8", "int4")
 SHIPPED = Path(__file__).parents[3] / "models"
@@ -68,9 +69,13 @@ def test_a_shipped_model_loses_little(name: str):
 
 @pytest.mark.parametrize(
     ("model_type", "kernels"),
-    [("gpt_oss", "auto"), ("deepseek_v3", "auto"), ("deepseek_v3", "reference")],
+    [
+        ("gpt_oss", "auto"),
+        pytest.param("deepseek_v3", "auto", marks=pytest.mark.slow),
+        pytest.param("deepseek_v3", "reference", marks=pytest.mark.slow),
+    ],
 )
-@pytest.mark.parametrize("cache", ROUNDED)
+@pytest.mark.parametrize("cache", sparing(ROUNDED, "int8"))
 def test_it_hits_sleeps_and_wakes(model_type: str, kernels: Any, cache: Any, tmp_path: Path):
     folder = write_checkpoint(tmp_path, model_type, tokenizer=False)
     settings: dict[str, Any] = {"progress": False, "tokenizer": False, "num_pages": 16}

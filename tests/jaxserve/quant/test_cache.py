@@ -21,7 +21,7 @@ from kernels_pallas.paged_attention.codec import StaticInt8Pages
 SCORED = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
 PROMPTS = [list(range(5, 45)), [7, 9, 11]]
 KERNELS = [
-    "reference",
+    pytest.param("reference", marks=pytest.mark.slow),
     pytest.param("native", marks=pytest.mark.skipif(not cpu.available(), reason="no C++ compiler")),
 ]
 

@@ -17,6 +17,7 @@ from jaxserve.quant import rotate, scale_search
 from jaxserve.quant.leaves import Leaves, readers
 from jaxserve.quant.record import record
 from jaxserve.testing import FAMILIES, write_checkpoint
+from tests.sparing import sparing
 
 WRITABLE = [f for f in FAMILIES if f != "gpt_oss"]
 TURNABLE = [f for f in WRITABLE if f != "gemma3_text"]
@@ -50,7 +51,7 @@ def same(found: np.ndarray, want: np.ndarray) -> None:
     assert np.abs(found - want).max() < 1e-4 * np.abs(want).max()
 
 
-@pytest.mark.parametrize("model_type", TURNABLE)
+@pytest.mark.parametrize("model_type", sparing(TURNABLE, "qwen3_moe", "deepseek_v3"))
 def test_rotations_change_no_output(model_type, tmp_path):
     leaves = tiny(tmp_path, model_type)
     want, before = logits(leaves), leaves.layers[0]["attn.wo"].copy()
@@ -60,7 +61,7 @@ def test_rotations_change_no_output(model_type, tmp_path):
     same(logits(leaves), want)
 
 
-@pytest.mark.parametrize("model_type", WRITABLE)
+@pytest.mark.parametrize("model_type", sparing(WRITABLE, "qwen2", "deepseek_v3"))
 def test_folded_scales_change_no_output(model_type, tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
 

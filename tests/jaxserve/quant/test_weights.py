@@ -24,7 +24,8 @@ SHIPPED = Path(__file__).parents[3] / "models"
 
 
 def serve(folder: Path, **settings) -> LLM:
-    settings = {"num_pages": 16, "progress": False, "tokenizer": False, **settings}
+    few = {"max_num_seqs": 4, "max_num_batched_tokens": 32}  # programs, and so seconds
+    settings = {"num_pages": 16, "progress": False, "tokenizer": False, **few, **settings}
     return LLM(folder, quantization="int8", **settings)
 
 
