@@ -10,4 +10,9 @@ import pytest
 
 def sparing(values: Iterable[Any], *quick: Any) -> list[Any]:
     """The values, all but the `quick` ones marked slow."""
-    return [v if v in quick else pytest.param(v, marks=pytest.mark.slow) for v in values]
+
+    def case(value: Any) -> Any:
+        row = value if isinstance(value, tuple) else (value,)
+        return value if value in quick else pytest.param(*row, marks=pytest.mark.slow)
+
+    return [case(value) for value in values]

@@ -75,6 +75,7 @@ def parts(draw):
     return tuple(draw(st.lists(st.integers(1, 20).map(lambda n: 8 * n), min_size=1, max_size=3)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", FORMATS)
 @given(parts=parts(), K=st.integers(1, 3), seed=st.integers(0, 2**31), power=st.integers(-20, 20))
 @settings(max_examples=8, deadline=None)
@@ -110,6 +111,7 @@ def test_a_row_that_is_not_finite_is_lost_and_no_other(kind, bad):
         assert not np.isfinite(found[LAYER, 0, 0, 1]).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lanes", [8, 48, 128, 192, 576])
 def test_a_rotation_leaves_scores_and_undoes_itself(lanes):
     pages = blank("int4", 1, 1, lanes, (512, 64) if lanes == 576 else None)
@@ -266,6 +268,7 @@ def on_tpu(op, *args, **options):
     return fast(lambda args: op.run("mosaic_tpu", *args, interpret=True, **options))(args)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["int8", "static"])
 @given(data=st.data(), seed=st.integers(0, 2**31))
 @settings(max_examples=5, deadline=None)

@@ -71,6 +71,7 @@ def test_is_a_softmax_over_what_a_token_sees(form, options):
         np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.slow
 @settings(max_examples=6, deadline=None)
 @given(
     words=st.lists(st.sampled_from(["aaaaaaaa", "aabbbcdd", "abcdefgh", "aaaaa...", "..aabb.c"]),

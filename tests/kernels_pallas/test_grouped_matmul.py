@@ -41,6 +41,7 @@ def by_hand(x, w, sizes):
     return y
 
 
+@pytest.mark.slow
 @given(sizes=SIZES, padding=st.integers(0, 30), size=st.sampled_from([8, 16, 64]),
        align=st.sampled_from([1, 8]))  # fmt: skip
 @settings(max_examples=30, deadline=None)

@@ -63,6 +63,7 @@ def test_products_of_quantized_rows_are_close_to_those_of_the_rows():
     assert np.sqrt(np.mean((found - wanted) ** 2) / np.mean(wanted**2)) < 0.015
 
 
+@pytest.mark.slow
 @given(
     T=st.integers(1, 100), N=st.integers(1, 3), K=st.integers(1, 4), layers=st.integers(0, 10),
     form=st.sampled_from(["plain", "bias", "silu", "gelu_tanh"]), depth=st.sampled_from([128, 256]),

@@ -157,6 +157,7 @@ def test_tokens_come_before_the_native_kernels_are_built(monkeypatch: pytest.Mon
         assert llm.generate([list(range(5, 60))], params)[0].outputs == before[0].outputs
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not cpu.available(), reason="no C++ compiler")
 @pytest.mark.timeout(120)
 def test_a_failed_build_leaves_a_server_with_reference_kernels(monkeypatch: pytest.MonkeyPatch):

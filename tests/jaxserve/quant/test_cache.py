@@ -17,6 +17,7 @@ from jaxserve.quant.leaves import Leaves
 from jaxserve.testing import write_checkpoint
 from kernels_pallas import cpu
 from kernels_pallas.paged_attention.codec import StaticInt8Pages
+from tests.sparing import sparing
 
 SCORED = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
 PROMPTS = [list(range(5, 45)), [7, 9, 11]]
@@ -31,7 +32,7 @@ def documents(seed: int = 0) -> list[list[int]]:
     return [rng.integers(5, 200, n).tolist() for n in (40, 23, 40, 7) * 4]
 
 
-@pytest.fixture(scope="module", params=["qwen3", "deepseek_v3"])
+@pytest.fixture(scope="module", params=sparing(["qwen3", "deepseek_v3"], "qwen3"))
 def folders(request, tmp_path_factory):
     """A checkpoint, and one in eight bits with scales of its cache."""
     place = tmp_path_factory.mktemp(request.param)

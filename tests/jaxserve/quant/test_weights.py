@@ -17,6 +17,7 @@ from jaxserve.quant.weights import is_quantized, round_to_int8, weight_bytes
 from jaxserve.testing import FAMILIES, write_checkpoint
 from kernels_pallas.quantize import quantize_rows
 from sharding.tree import is_weight
+from tests.sparing import sparing
 
 PROMPTS = [{"prompt_token_ids": list(range(3, 3 + n))} for n in (1, 9, 40)]
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
@@ -33,7 +34,10 @@ def tokens(llm: LLM) -> list[list[int]]:
     return [out.outputs[0].token_ids for out in llm.generate(PROMPTS, GREEDY)]
 
 
-@pytest.fixture(scope="module", params=["qwen3", "qwen3_moe", "deepseek_v3", "gpt_oss"])
+MODELS = ("qwen3", "qwen3_moe", "deepseek_v3", "gpt_oss")
+
+
+@pytest.fixture(scope="module", params=sparing(MODELS, "qwen3_moe"))
 def folder(request, tmp_path_factory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("m"), request.param, tokenizer=False)
 
