@@ -29,7 +29,7 @@ slow: $(VENV)/.dev  ## The slow ones; SLOW=600 starts none after ten minutes
 test-all: test slow
 
 aot: $(VENV)/.aot  ## Compiles for TPUs and for Hopper, none of which need be there
-	$(PYTEST) -m aot $(ARGS)
+	$(PYTEST) --dist load -m aot $(ARGS)
 
 setup: $(VENV)/.dev
 

@@ -20,8 +20,8 @@ TARGETS = {
 }
 
 
-def table(shipped: bool | None, *bodies: str, slow: str = ""):
-    """Parameters (op, body, case) for cases of one kind or both; those of one body may be slow."""
+def table(shipped: bool | None, *bodies: str, slow: tuple[str, ...] = ()):
+    """Parameters (op, body, case) for cases of one kind or both; some bodies or ops may be slow."""
     return pytest.mark.parametrize(
         ("op", "body", "case"),
         [
@@ -30,7 +30,7 @@ def table(shipped: bool | None, *bodies: str, slow: str = ""):
                 body,
                 case,
                 id=f"{op.name}-{body}-{case.name}",
-                marks=[pytest.mark.slow] if body == slow else [],
+                marks=[pytest.mark.slow] if {op.name, body} & {*slow} else [],
             )
             for op in OPS
             for body in op.bodies
@@ -54,7 +54,7 @@ def agree(found, expected, tolerance: float) -> None:
         np.testing.assert_allclose(x, y, rtol=0, atol=bound)
 
 
-@table(False, slow="mosaic_gpu")  # always simulated, seconds each
+@table(False, slow=("mosaic_gpu",))  # always simulated, seconds each
 def test_matches_its_reference(op: Op, body: str, case: Case):
     args, arrays = case.make(jax.random.key(0))
     try:
@@ -109,7 +109,7 @@ def compiled():
 
 
 @pytest.mark.aot
-@table(True, *PLATFORMS)
+@table(True, *PLATFORMS, slow=("flash_attention", "flash_attention_gradient"))  # a minute each
 def test_compiles_for_absent_hardware(op: Op, body: str, case: Case, compiled):
     """With few temporaries, and with no more spills than spills.py says and gives reasons for."""
     for target in TARGETS[body]:
