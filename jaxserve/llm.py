@@ -78,7 +78,8 @@ class LLM:
         keep_programs()
         size = partial(quant.weight_bytes, self._family, self.model_config)
         cfg = self.model_config
-        scales = cache_scales.load(folder, cfg.num_layers, cfg.kv_shape)
+        rounded = self.engine_config.kv_cache_dtype == "int8"
+        scales = cache_scales.load(folder, cfg.num_layers, cfg.kv_shape) if rounded else None
         self.plan = planning.resolve(
             self.engine_config, raw, cfg, size, device, kv_calibrated=scales is not None
         )
