@@ -156,12 +156,10 @@ def pack_tokens(step: Step, T: int, R: int, table: SlotTable) -> StepArrays:
     return StepArrays(tokens, rows, tables, np.array((n, scored), np.int32))
 
 
-def pack_sampling(step: Step, R: int, table: SlotTable, unused: dict[str, Any]) -> SampleArrays:
+def pack_sampling(step: Step, R: int, table: SlotTable) -> SampleArrays:
     """Arrays for drawing the next token of each row of a step.
 
-    Args:
-        unused: what to pass for `bias_ids`, `bias` and `mask` where no row needs them; on the
-            device already, so that a step does not upload zeros.
+    `bias_ids`, `bias` and `mask` are None where no row needs them.
     """
     rows, n = step.rows, len(step.rows)
     index = [row.seq.slot for row in rows]
@@ -174,13 +172,10 @@ def pack_sampling(step: Step, R: int, table: SlotTable, unused: dict[str, Any]) 
         idle = np.flatnonzero(~np.array(drawing))
         ints[idle, 0], floats[idle, 0] = table.tables.shape[0], 0.0
     flags = np.any(table.flags[index], axis=0)
-    arrays = dict(unused)
-    if flags[1]:
-        arrays["bias_ids"] = _rows(table.bias_ids, index, R)
-        arrays["bias"] = _rows(table.bias, index, R)
-    if flags[2]:
-        arrays["mask"] = _masks(rows, R, table.vocab)
-    return SampleArrays(ints, floats, flags, **arrays)
+    bias_ids = _rows(table.bias_ids, index, R) if flags[1] else None
+    bias = _rows(table.bias, index, R) if flags[1] else None
+    mask = _masks(rows, R, table.vocab) if flags[2] else None
+    return SampleArrays(ints, floats, flags, bias_ids, bias, mask)
 
 
 def pack_stops(step: Step, R: int) -> np.ndarray:

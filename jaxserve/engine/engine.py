@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,7 +22,7 @@ from jaxserve.engine.compile_watch import watch
 from jaxserve.engine.output import TokenText, advance, not_finite, token_logprobs
 from jaxserve.engine.runner import Launched, Runner
 from jaxserve.engine.sampler import Sampled
-from jaxserve.engine.scheduler import Row, Scheduler
+from jaxserve.engine.scheduler import Row, Scheduler, Step
 from jaxserve.engine.sequence import Sequence
 from jaxserve.errors import EngineError, RequestError
 from jaxserve.request import CompletionOutput, EmbeddingOutput
@@ -58,8 +58,15 @@ class Engine:
     def __init__(self, runner: Runner, *, prefix_caching: bool = True, token_text: TokenText = str):
         plan = runner.plan
         self.runner = runner
-        self.pages = PageManager(plan.num_pages, plan.page_size)
-        self.scheduler = Scheduler(self.pages, plan.max_num_seqs, prefix_caching=prefix_caching)
+        self.ranks = [
+            Scheduler(
+                PageManager(plan.num_pages, plan.page_size),
+                plan.max_num_seqs,
+                prefix_caching=prefix_caching,
+            )
+            for _ in range(plan.num_ranks)
+        ]
+        self.params_version = 0
         self._token_text = token_text
         self._in_flight: deque[Launched] = deque()
         self._requests: dict[str, list[Sequence]] = {}
@@ -81,7 +88,10 @@ class Engine:
         self._requests[name] = list(sequences)
         head.siblings = sequences[1:]
         self._prompt_tokens += head.prompt_len
-        self.scheduler.add(head)
+        rank = min(range(len(self.ranks)), key=lambda r: self.ranks[r].num_queued)
+        for seq in sequences:
+            seq.rank = rank
+        self.ranks[rank].add(head)
 
     def abort(self, request_id: str) -> None:
         """Ends a request at once; unknown ids are ignored, since it may just have finished."""
@@ -102,7 +112,7 @@ class Engine:
     def _end(self, seq: Sequence, last: CompletionOutput | BaseException) -> None:
         if seq.finished:
             return
-        self.scheduler.finish(seq)
+        self.ranks[seq.rank].finish(seq)
         group = self._requests[seq.generation.request_id]
         group.remove(seq)
         if not group:
@@ -119,16 +129,26 @@ class Engine:
         """
         future: Future[int] = Future()
         self._swaps.append((params, future))
-        self.scheduler.held = True
+        self._hold(True)
         return future
+
+    def _hold(self, held: bool) -> None:
+        for rank in self.ranks:
+            rank.held = held
+
+    @property
+    def _num_begun(self) -> int:
+        return sum(rank.num_begun for rank in self.ranks)
 
     def _swap(self) -> None:
         params, future = self._swaps.popleft()
         self.runner.params = params
-        self.pages.forget()
-        self.scheduler.params_version += 1
-        self.scheduler.held = bool(self._swaps)
-        future.set_result(self.scheduler.params_version)
+        self.reset_prefix_cache()
+        self.params_version += 1
+        for rank in self.ranks:
+            rank.params_version = self.params_version
+        self._hold(bool(self._swaps))
+        future.set_result(self.params_version)
 
     @property
     def has_work(self) -> bool:
@@ -142,7 +162,7 @@ class Engine:
         Raises:
             Exception: whatever the device raised; every request has been failed with it.
         """
-        while self._swaps and not self._in_flight and not self.scheduler.num_begun:
+        while self._swaps and not self._in_flight and not self._num_begun:
             self._swap()
         started = time.perf_counter()
         try:
@@ -155,19 +175,20 @@ class Engine:
             raise
 
     def _launch(self) -> bool:
-        step = self.scheduler.schedule(*self.runner.limits)
-        if not step.rows:
+        limits = self.runner.limits
+        steps = [rank.schedule(*limits) for rank in self.ranks]
+        if not any(step.rows for step in steps):
             if not self._in_flight and self._requests:
-                if self.scheduler.held and not self.scheduler.num_begun:
+                if self._swaps and not self._num_begun:
                     return False  # they wait for other weights, which come with the next step
                 stuck = [s for group in self._requests.values() for s in group]
                 self.fail(
                     EngineError("no pages are left for this request; raise num_pages"), stuck[:1]
                 )
             return False
-        if (repeats := self.runner.max_repeats(step)) > 1:
-            self.scheduler.repeat(step, repeats)
-        self._in_flight.append(self.runner.launch(step))
+        if (repeats := self.runner.max_repeats(steps)) > 1:
+            self.ranks[0].repeat(steps[0], repeats)
+        self._in_flight.append(self.runner.launch(steps))
         self._steps += 1
         return True
 
@@ -177,19 +198,21 @@ class Engine:
         started = time.perf_counter()
         if launched.scored:
             self._read_prompt_logprobs(launched)
-        if launched.step.pools:
+        if any(step.pools for step in launched.steps):
             self._read_hidden(launched)
         if launched.sampled is not None:
             self._read_tokens(launched, launched.sampled)
         self._host_seconds += time.perf_counter() - started
 
     def _read_tokens(self, launched: Launched, sampled: Sampled) -> None:
-        tokens = np.atleast_2d(np.asarray(sampled.tokens)).tolist()  # [repeats, R]
+        tokens = np.atleast_2d(np.asarray(sampled.tokens)).tolist()  # [repeats, ranks * R]
         alternatives = [np.asarray(a) for a in sampled[1:]] if launched.reports else None
-        for drawn in tokens[: launched.step.repeats]:
-            for r, row in enumerate(launched.step.rows):
-                if row.samples:
-                    self._token(row.seq, drawn[r], r, alternatives)
+        width = len(tokens[0]) // len(launched.steps)
+        for rank, step in enumerate(launched.steps):
+            for drawn in tokens[: step.repeats]:
+                for r, row in enumerate(step.rows, rank * width):
+                    if row.samples:
+                        self._token(row.seq, drawn[r], r, alternatives)
 
     def _token(
         self, seq: Sequence, token: int, r: int, alternatives: list[np.ndarray] | None
@@ -207,8 +230,8 @@ class Engine:
             self.fail(error, self._requests[seq.generation.request_id])
             return
         self._output_tokens += 1
-        if len(seq.tokens) // self.pages.page_size > seq.published:
-            self.scheduler.publish(seq)
+        if len(seq.tokens) // self.runner.plan.page_size > seq.published:
+            self.ranks[seq.rank].publish(seq)
         if delta.finished:
             self._end(seq, delta)
         else:
@@ -217,8 +240,7 @@ class Engine:
     def _read_prompt_logprobs(self, launched: Launched) -> None:
         assert launched.forward is not None, "decode loops score no prompts"
         scores = [np.asarray(s) for s in launched.forward.scores]
-        at = 0
-        for row in launched.step.rows:
+        for row, at in _rows(launched.steps, len(scores[0])):
             seq, n = row.seq, row.seq.params.prompt_logprobs
             if n is not None and not seq.finished and row.start < seq.prompt_len - 1:
                 found = seq.generation.prompt_logprobs
@@ -227,17 +249,13 @@ class Engine:
                 for i in range(len(found) - 1, last):  # a preempted prompt is scored once
                     where, following = at + i - row.start, seq.tokens[i + 1]
                     found.append(token_logprobs(following, scores, where, n, self._token_text))
-            at += row.count
 
     def _read_hidden(self, launched: Launched) -> None:
         assert launched.forward is not None, "decode loops embed nothing"
         hidden = np.asarray(launched.forward.hidden, np.float32)
-        at = 0
-        for row in launched.step.rows:
-            seq = row.seq
-            if seq.pooling and not seq.finished:
+        for row, at in _rows(launched.steps, len(hidden)):
+            if row.seq.pooling and not row.seq.finished:
                 self._pool(row, hidden[at : at + row.count])
-            at += row.count
 
     def _pool(self, row: Row, hidden: np.ndarray) -> None:
         """Adds a chunk's hidden states to an embedding, and hands it out once it is whole."""
@@ -260,7 +278,7 @@ class Engine:
         log.error("step failed; all %d requests end with it", len(self._requests), exc_info=error)
         self._in_flight.clear()
         self.fail(EngineError(f"the step failed: {error}"))
-        self.pages.forget()
+        self.reset_prefix_cache()
         if self.runner.kv is not None:
             self.runner.allocate()
 
@@ -271,19 +289,19 @@ class Engine:
         self._warm_compiles = watch.compiled
 
     def reset_prefix_cache(self) -> None:
-        self.pages.forget()
+        for rank in self.ranks:
+            rank.pages.forget()
 
     def stats(self) -> EngineStats:
-        s = self.scheduler
         after = 0 if self._warm_compiles is None else watch.compiled - self._warm_compiles
         return EngineStats(
-            num_running=len(s.running),
-            num_waiting=len(s.waiting),
-            num_pages=self.pages.num_pages,
-            num_free_pages=self.pages.num_free,
-            prefix_cache_queries=s.prefix_queries,
-            prefix_cache_hits=s.prefix_hits,
-            num_preemptions=s.num_preemptions,
+            num_running=sum(len(s.running) for s in self.ranks),
+            num_waiting=sum(len(s.waiting) for s in self.ranks),
+            num_pages=sum(s.pages.num_pages for s in self.ranks),
+            num_free_pages=sum(s.pages.num_free for s in self.ranks),
+            prefix_cache_queries=sum(s.prefix_queries for s in self.ranks),
+            prefix_cache_hits=sum(s.prefix_hits for s in self.ranks),
+            num_preemptions=sum(s.num_preemptions for s in self.ranks),
             num_steps=self._steps,
             num_compiled_programs=self.runner.num_programs,
             compiles_after_warmup=after,
@@ -292,3 +310,14 @@ class Engine:
             host_seconds_total=self._host_seconds,
             requests_total=dict(self._finished),
         )
+
+
+def _rows(steps: list[Step], num_tokens: int) -> Iterator[tuple[Row, int]]:
+    """Rows of a step of all ranks, and where each begins among its tokens [num_tokens], padding
+    included."""
+    width = num_tokens // len(steps)
+    for rank, step in enumerate(steps):
+        at = rank * width
+        for row in step.rows:
+            yield row, at
+            at += row.count

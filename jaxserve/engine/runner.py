@@ -19,11 +19,14 @@ from typing import Any
 import jax
 import numpy as np
 from jax import Array
+from jax.sharding import Mesh
 
 import kernels_pallas.cpu
 from jaxserve.cache.kv_cache import KVCache, with_scales
 from jaxserve.engine.batch import (
+    SampleArrays,
     SlotTable,
+    StepArrays,
     needs_history,
     pack_sampling,
     pack_stops,
@@ -33,6 +36,7 @@ from jaxserve.engine.programs import Forward
 from jaxserve.engine.sampler import MAX_BIAS, Sampled
 from jaxserve.engine.scheduler import Step
 from jaxserve.engine.signature import COPIES, empty_state, head, program
+from jaxserve.engine.spread import empty_states, on_devices, spread, stacked
 from jaxserve.errors import EngineError
 from jaxserve.models.family import Family
 from jaxserve.plan import Plan
@@ -48,8 +52,8 @@ _HASTY: dict[str, Any] = {"xla_backend_optimization_level": 0}  # halves the tim
 class Launched:
     """A step on its way; arrays may not have been computed yet."""
 
-    step: Step
-    sampled: Sampled | None  # None: no row of the step draws a token
+    steps: Sequence[Step]  # of each rank
+    sampled: Sampled | None  # rows of all ranks; None: none of them draws a token
     reports: bool  # log-probabilities of drawn tokens are asked for
     scored: bool  # and of prompt tokens
     forward: Forward | None  # None: a decode loop
@@ -75,10 +79,12 @@ class Runner:
         params: Any,
         device: Any,
         kv_scales: Sequence[np.ndarray] | None = None,
+        mesh: Mesh | None = None,
     ):
         self.plan, self.family, self.cfg, self.device = plan, family, cfg, device
+        self.mesh = mesh  # None: there is one device
         self.params: Any = params  # None while asleep
-        self.table = SlotTable(plan, cfg.vocab)
+        self.tables = [SlotTable(plan, cfg.vocab) for _ in range(plan.num_ranks)]
         self._traced = plan  # what programs are compiled for now; only its kernels may differ
         self._programs: dict[tuple[str, int], Callable[..., Any]] = {}
         self._sizes: dict[str, tuple[int, ...]] = {}  # of programs, by kind
@@ -94,7 +100,10 @@ class Runner:
 
     def allocate(self) -> None:
         """An empty cache and history."""
-        self.kv, self.history = empty_state(self.plan, self.cfg, self.device)
+        if self.mesh is None:
+            self.kv, self.history = empty_state(self.plan, self.cfg, self.device)
+        else:
+            self.kv, self.history = empty_states(self.plan, self.cfg, self.mesh)
         if self._kv_scales is not None:
             self.kv = with_scales(self.kv, self._kv_scales)
 
@@ -181,6 +190,8 @@ class Runner:
         """Makes or replaces a program, `hasty` one that will not live; the seconds it took."""
         started = time.monotonic()
         made = program(self._traced, self.family, self.cfg, self.params, kind, size)
+        if self.mesh is not None:
+            made = spread(made, self._traced, self.mesh)
         with jax.default_device(self.device):
             lowered = jax.jit(made.function, donate_argnums=made.donated).lower(*made.arguments)
             self._programs[kind, size] = lowered.compile(compiler_options=_HASTY if hasty else None)
@@ -188,102 +199,144 @@ class Runner:
         return time.monotonic() - started
 
     def _unused_arrays(self, R: int) -> dict[str, Any]:
+        """What `pack_sampling` leaves out, on the device already: a step uploads no zeros."""
         if R not in self._unused:
-            zeros = partial(jax.device_put, device=self.device)
-            self._unused[R] = {
-                "bias_ids": zeros(np.zeros((R, MAX_BIAS), np.int32)),
-                "bias": zeros(np.zeros((R, MAX_BIAS), np.float32)),
-                "mask": zeros(np.zeros((R, -(-self.cfg.vocab // 32)), np.uint32)),
+            zeros = {
+                "bias_ids": np.zeros((R, MAX_BIAS), np.int32),
+                "bias": np.zeros((R, MAX_BIAS), np.float32),
+                "mask": np.zeros((R, -(-self.cfg.vocab // 32)), np.uint32),
             }
+            if self.mesh is None:
+                self._unused[R] = jax.device_put(zeros, self.device)
+            else:
+                self._unused[R] = on_devices([zeros] * len(self.tables), self.mesh)
         return self._unused[R]
+
+    def _host(self, each: Sequence[Any]) -> Any:
+        """Host arrays of each rank as a program takes them."""
+        return each[0] if self.mesh is None else stacked(each, self.mesh)
 
     # ---- steps ------------------------------------------------------------------------
 
-    def launch(self, step: Step) -> Launched:
-        """Starts a step behind those already started."""
+    def launch(self, steps: Sequence[Step]) -> Launched:
+        """Starts a step of each rank behind those already started."""
         self._check()
-        for row in step.rows:
-            if self.table.enter(row) and needs_history(row.seq):
-                self._seed(row.seq)
-        if step.copies:
-            self._copy(step.copies)
-        if step.repeats > 1:
-            return self._launch_decode(step)
-        R = self._whole(step)
-        return self._launch_parts(step) if R is None else self._launch_whole(step, R)
+        self._enter(steps)
+        if any(step.copies for step in steps):
+            self._copy([step.copies for step in steps])
+        if steps[0].repeats > 1:
+            return self._launch_decode(steps[0])
+        R = self._whole(steps)
+        return self._launch_parts(steps) if R is None else self._launch_whole(steps, R)
 
-    def _launch_whole(self, step: Step, R: int) -> Launched:
-        inputs = pack_tokens(step, self.plan.step_tokens(R), R, self.table)
-        drawing = pack_sampling(step, R, self.table, self._unused_arrays(R))
+    def _enter(self, steps: Sequence[Step]) -> None:
+        """Brings the tables of slots up to date, and histories that sampling will look at."""
+        for rank, (step, table) in enumerate(zip(steps, self.tables, strict=True)):
+            for row in step.rows:
+                if table.enter(row) and needs_history(row.seq):
+                    self._seed(rank, row.seq)
+
+    def _launch_whole(self, steps: Sequence[Step], R: int) -> Launched:
+        inputs, scored = self._packed(steps, self.plan.step_tokens(R), R)
+        drawing, reports = self._drawing(steps, R)
         sampled, forward, self.kv, self.history = self._programs["step", R](
             self.params, self.kv, self.history, inputs, drawing
         )
-        return Launched(step, sampled, bool(drawing.flags[3]), bool(inputs.counts[1]), forward)
+        return Launched(steps, sampled, reports, scored, forward)
 
-    def _launch_parts(self, step: Step) -> Launched:
-        T = self._bucket(step)
-        inputs = pack_tokens(step, T, self.plan.rows(T), self.table)
+    def _launch_parts(self, steps: Sequence[Step]) -> Launched:
+        T = self._bucket(steps)
+        inputs, scored = self._packed(steps, T, self.plan.rows(T))
         forward, self.kv = self._programs["forward", T](self.params, self.kv, self.history, inputs)
-        scored = bool(inputs.counts[1])
-        if not any(row.samples for row in step.rows):  # chunks of prompts that go on
-            return Launched(step, None, False, scored, forward)
-        R = self._row_bucket(step)
-        drawing = pack_sampling(step, R, self.table, self._unused_arrays(R))
+        if not any(row.samples for step in steps for row in step.rows):
+            return Launched(steps, None, False, scored, forward)  # chunks of prompts that go on
+        R = self._row_bucket(steps)
+        drawing, reports = self._drawing(steps, R)
         sampled, self.history = self._programs["sample", R](
             head(self.params), forward.last, self.history, drawing
         )
-        return Launched(step, sampled, bool(drawing.flags[3]), scored, forward)
+        return Launched(steps, sampled, reports, scored, forward)
 
-    def max_repeats(self, step: Step) -> int:
+    def _packed(self, steps: Sequence[Step], T: int, R: int) -> tuple[StepArrays, bool]:
+        """Arrays of a forward pass, and whether it scores prompts."""
+        each = [
+            pack_tokens(step, T, R, table) for step, table in zip(steps, self.tables, strict=True)
+        ]
+        return self._host(each), any(arrays.counts[1] for arrays in each)
+
+    def _drawing(self, steps: Sequence[Step], R: int) -> tuple[SampleArrays, bool]:
+        """Arrays for drawing tokens, and whether log-probabilities are asked for."""
+        each = [pack_sampling(step, R, t) for step, t in zip(steps, self.tables, strict=True)]
+        unused = self._unused_arrays(R)
+
+        def column(name: str) -> Any:
+            values = [getattr(arrays, name) for arrays in each]
+            seen = next((v for v in values if v is not None), None)
+            if seen is None:
+                return unused[name]
+            return self._host([np.zeros_like(seen) if v is None else v for v in values])
+
+        drawing = SampleArrays(*map(column, SampleArrays._fields))
+        return drawing, any(arrays.flags[3] for arrays in each)
+
+    def max_repeats(self, steps: Sequence[Step]) -> int:
         """Tokens that a launch may draw for each row of a decoding step."""
-        R = self._decode_bucket(step)
+        R = self._decode_bucket(steps[0])
         return self.plan.decode_steps if ("decode", R) in self._programs else 1
 
     def _decode_bucket(self, step: Step) -> int:
         return next(R for R in self.plan.row_buckets if len(step.rows) <= R)
 
     def _launch_decode(self, step: Step) -> Launched:
-        """Draws `step.repeats` tokens for every row in one launch."""
+        """Draws `step.repeats` tokens for every row in one launch, on one device."""
         R = self._decode_bucket(step)
-        inputs = pack_tokens(step, R, R, self.table)
-        drawing = pack_sampling(step, R, self.table, self._unused_arrays(R))
+        inputs, _ = self._packed([step], R, R)
+        drawing, _ = self._drawing([step], R)
         tokens, self.kv, self.history = self._programs["decode", R](
             self.params, self.kv, self.history, inputs, drawing,
             pack_stops(step, R), np.int32(step.repeats),
         )  # fmt: skip
-        return Launched(step, Sampled(tokens, *(None,) * 4), False, False, None)
+        return Launched([step], Sampled(tokens, *(None,) * 4), False, False, None)
 
-    def _whole(self, step: Step) -> int | None:
+    def _whole(self, steps: Sequence[Step]) -> int | None:
         """Rows of the smallest program that exists and is this whole step."""
-        fits = (r for r in self._ready("step") if r >= len(step.rows))
-        return next((r for r in fits if self.plan.step_tokens(r) >= step.num_tokens), None)
+        rows, tokens = _largest(steps)
+        fits = (r for r in self._ready("step") if r >= rows)
+        return next((r for r in fits if self.plan.step_tokens(r) >= tokens), None)
 
-    def _bucket(self, step: Step) -> int:
+    def _bucket(self, steps: Sequence[Step]) -> int:
         """Tokens of the smallest `forward` that exists and holds the step."""
-        fits = [t for t in self._ready("forward") if self.plan.rows(t) >= len(step.rows)]
-        return next(t for t in fits if t >= step.num_tokens)
+        rows, tokens = _largest(steps)
+        fits = [t for t in self._ready("forward") if self.plan.rows(t) >= rows]
+        return next(t for t in fits if t >= tokens)
 
-    def _row_bucket(self, step: Step) -> int:
+    def _row_bucket(self, steps: Sequence[Step]) -> int:
         """Rows of the smallest `sample` that exists and holds the step."""
-        return next(r for r in self._ready("sample") if r >= len(step.rows))
+        return next(r for r in self._ready("sample") if r >= _largest(steps)[0])
 
     def _ready(self, kind: str) -> tuple[int, ...]:
         """Sizes that exist, ascending."""
         return self._sizes.get(kind, ())
 
-    def _seed(self, seq: Any) -> None:
+    def _seed(self, rank: int, seq: Any) -> None:
         self._wait_for("seed_history")
         row = np.zeros(self.plan.max_model_len + 1, np.int32)
         row[: len(seq.tokens)] = seq.tokens
-        self.history = self._programs["seed_history", 0](self.history, np.int32(seq.slot), row)
+        slots = np.full(len(self.tables), self.plan.max_num_seqs, np.int32)
+        slots[rank] = seq.slot  # those of the other ranks are past the last: nothing is written
+        arrays = self._host([(slot, row) for slot in slots])
+        self.history = self._programs["seed_history", 0](self.history, *arrays)
 
-    def _copy(self, copies: list[tuple[int, int]]) -> None:
+    def _copy(self, copies: list[list[tuple[int, int]]]) -> None:
+        """Copies pages of each rank."""
         self._wait_for("copy_pages")
-        for i in range(0, len(copies), COPIES):
-            pairs = np.full((2, COPIES), self.plan.num_pages, np.int32)  # out of range: not copied
-            part = copies[i : i + COPIES]
-            pairs[:, : len(part)] = np.asarray(part, np.int32).T
-            self.kv = self._programs["copy_pages", 0](self.kv, pairs[0], pairs[1])
+        for i in range(0, max(map(len, copies)), COPIES):
+            pairs = np.full((len(copies), 2, COPIES), self.plan.num_pages, np.int32)  # not copied
+            for rank, all_ in enumerate(copies):
+                if part := all_[i : i + COPIES]:
+                    pairs[rank, :, : len(part)] = np.asarray(part, np.int32).T
+            arrays = self._host([(source, target) for source, target in pairs])
+            self.kv = self._programs["copy_pages", 0](self.kv, *arrays)
 
     def _wait_for(self, kind: str) -> None:
         while (kind, 0) not in self._programs:
@@ -310,3 +363,8 @@ def _settle_heap() -> None:
     """
     gc.collect()
     gc.freeze()
+
+
+def _largest(steps: Sequence[Step]) -> tuple[int, int]:
+    """Rows and tokens of the largest step: all ranks run the program that holds it."""
+    return max(len(step.rows) for step in steps), max(step.num_tokens for step in steps)

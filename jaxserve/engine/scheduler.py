@@ -138,6 +138,11 @@ class Scheduler:
         return step
 
     @property
+    def num_queued(self) -> int:
+        """Sequences that run or wait, those included that fork from one of them."""
+        return len(self.running) + sum(1 + len(seq.siblings) for seq in self.waiting)
+
+    @property
     def num_begun(self) -> int:
         """Sequences of requests that have had a token computed: they run, or wait at the head."""
         return len(self.running) + sum(seq.begun for seq in self.waiting)

@@ -23,6 +23,7 @@ class Sequence:
         computed: tokens whose keys are in pages, or will be once all launched steps have run.
         in_flight: tokens sampled by launched steps that the host has not read.
         pages: in order; `published` of them are in the prefix index, `keys` being their keys.
+        rank: of the data-parallel replica that serves it: the owner of its pages and its slot.
         slot: its row in the device's per-sequence state; -1 while it waits. `stay` counts moves.
         stop_ids: tokens that end it.
         pooling: "last" or "mean" for an embedding, which samples nothing.
@@ -41,6 +42,7 @@ class Sequence:
     pages: list[int] = field(default_factory=list)
     keys: list[bytes] = field(default_factory=list)
     published: int = 0
+    rank: int = 0
     slot: int = -1
     stay: int = 0
     stop_ids: frozenset[int] = frozenset()

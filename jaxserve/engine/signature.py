@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import NamedSharding
 
 from jaxserve.cache import kv_cache
 from jaxserve.cache.kv_cache import KVCache
@@ -27,11 +28,18 @@ _ints = partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
 
 
 class Program(NamedTuple):
-    """One of `Plan.programs`: what is traced, which arguments it may destroy, and their shapes."""
+    """One of `Plan.programs`: what is traced, which arguments it may destroy, and their shapes.
+
+    `takes` and `gives` say of arguments and results how a mesh holds them (engine/spread.py):
+    "params"; "kv"; "state", of which each rank has a block of rows; "host", arrays that the host
+    packs for each rank; "drawn", which every device is to know.
+    """
 
     function: Callable[..., Any]
     donated: tuple[int, ...]
     arguments: tuple[Any, ...]
+    takes: tuple[str, ...]
+    gives: tuple[str, ...]
 
 
 def program(plan: Plan, family: Family, cfg: Any, params: Any, kind: str, size: int) -> Program:
@@ -41,32 +49,52 @@ def program(plan: Plan, family: Family, cfg: Any, params: Any, kind: str, size: 
         params: weights, or their shapes.
         kind, size: an entry of `plan.programs`.
     """
-    kv, history = jax.eval_shape(partial(empty_state, plan, cfg, None))
+    kv, history = jax.eval_shape(partial(empty_state, plan, cfg))
     model, params = (plan, family, cfg), abstract(params)
     if kind == "forward":
-        step = step_arrays(plan, size, plan.rows(size))
-        return Program(partial(forward_step, *model), (1,), (params, kv, history, step))
+        return Program(
+            partial(forward_step, *model), (1,),
+            (params, kv, history, step_arrays(plan, size, plan.rows(size))),
+            ("params", "kv", "state", "host"), ("state", "kv"),
+        )  # fmt: skip
     if kind == "step":
         step = step_arrays(plan, plan.step_tokens(size), size)
-        arguments = (params, kv, history, step, sample_arrays(size, cfg.vocab))
-        return Program(partial(whole_step, *model), (1, 2), arguments)
+        return Program(
+            partial(whole_step, *model), (1, 2),
+            (params, kv, history, step, sample_arrays(size, cfg.vocab)),
+            ("params", "kv", "state", "host", "host"), ("drawn", "state", "kv", "state"),
+        )  # fmt: skip
     if kind == "sample":
         last = jax.ShapeDtypeStruct((plan.max_num_seqs, cfg.embed), plan.activation_dtype)
-        arguments = (head(params), last, history, sample_arrays(size, cfg.vocab))
-        return Program(partial(sample_step, *model), (2,), arguments)
+        return Program(
+            partial(sample_step, *model), (2,),
+            (head(params), last, history, sample_arrays(size, cfg.vocab)),
+            ("params", "state", "state", "host"), ("drawn", "state"),
+        )  # fmt: skip
     if kind == "decode":
         drawing = sample_arrays(size, cfg.vocab), _ints((size, MAX_STOPS)), _ints(())
-        arguments = (params, kv, history, step_arrays(plan, size, size), *drawing)
-        return Program(partial(decode_loop, *model), (1, 2), arguments)
+        return Program(
+            partial(decode_loop, *model), (1, 2),
+            (params, kv, history, step_arrays(plan, size, size), *drawing),
+            ("params", "kv", "state", *4 * ("host",)), ("drawn", "kv", "state"),
+        )  # fmt: skip
     if kind == "seed_history":
         row = _ints((plan.max_model_len + 1,))
-        return Program(lambda h, slot, row: h.at[slot].set(row), (0,), (history, _ints(()), row))
+        return Program(
+            _seed_history, (0,), (history, _ints(()), row), ("state", "host", "host"), ("state",)
+        )
     assert kind == "copy_pages"
-    return Program(kv_cache.copy_pages, (0,), (kv, _ints((COPIES,)), _ints((COPIES,))))
+    pages = _ints((COPIES,))
+    return Program(kv_cache.copy_pages, (0,), (kv, pages, pages), ("kv", "host", "host"), ("kv",))
 
 
-def empty_state(plan: Plan, cfg: Any, device: Any) -> tuple[KVCache, Array]:
-    """An empty cache, and a history [max_num_seqs, max_model_len + 1] of no tokens."""
+def _seed_history(history: Array, slot: Array, row: Array) -> Array:
+    """The history with a sequence's tokens in its slot; a slot past the last is nobody's."""
+    return history.at[slot].set(row, mode="drop")
+
+
+def empty_state(plan: Plan, cfg: Any, device: Any = None) -> tuple[KVCache, Array]:
+    """One rank's empty cache, and its history [max_num_seqs, max_model_len + 1] of no tokens."""
     kv = kv_cache.allocate(
         cfg.num_layers,
         plan.num_pages,
@@ -105,5 +133,11 @@ def sample_arrays(rows: int, vocab: int) -> SampleArrays:
 
 
 def abstract(tree: Any) -> Any:
-    """The shapes and types of a tree's arrays."""
-    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(np.shape(a), a.dtype), tree)
+    """The shapes and types of a tree's arrays, and their places on a mesh."""
+
+    def leaf(a: Any) -> jax.ShapeDtypeStruct:
+        sharding = getattr(a, "sharding", None)
+        on_mesh = sharding if isinstance(sharding, NamedSharding) else None
+        return jax.ShapeDtypeStruct(np.shape(a), a.dtype, sharding=on_mesh)
+
+    return jax.tree.map(leaf, tree)

@@ -83,7 +83,7 @@ class Config:
         return {
             "vocab": self.vocab, "embed": self.embed, "mlp": self.mlp, "heads": self.heads,
             "kv_heads": self.kv_heads, "head_dim": self.head_dim,
-            "experts": experts, "expert_mlp": self.expert_mlp,
+            "routes": experts, "experts": experts, "expert_mlp": self.expert_mlp,
         }  # fmt: skip
 
     @property

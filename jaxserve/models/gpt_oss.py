@@ -65,8 +65,8 @@ class GptOssExperts(Experts):
 
 @pytree
 class Moe:
-    router: Weight = weight("experts embed", "router.weight")
-    router_bias: Weight = weight("experts", "router.bias")
+    router: Weight = weight("routes embed", "router.weight")
+    router_bias: Weight = weight("routes", "router.bias")
     experts: GptOssExperts = part(GptOssExperts, "experts.")
 
 

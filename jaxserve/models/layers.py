@@ -90,7 +90,7 @@ def mlp(ops: Ops, p: Mlp, x: Array, activation: str) -> Array:  # [B, T, D] -> [
 class Moe:
     """Routed experts: the names of Qwen and DeepSeek."""
 
-    router: Weight = weight("experts embed", "gate.weight")
+    router: Weight = weight("routes embed", "gate.weight")
     experts: Experts = part(Experts, "experts.")
 
 

@@ -27,7 +27,7 @@ class MixtralExperts(Experts):
 
 @pytree
 class MixtralMoe:
-    router: Weight = weight("experts embed", "gate.weight")
+    router: Weight = weight("routes embed", "gate.weight")
     experts: MixtralExperts = part(MixtralExperts, "experts.")
 
 

@@ -140,9 +140,9 @@ class SharedMlp(Mlp):
 
 @pytree
 class Moe:
-    router: Weight = weight("experts embed", "gate.weight")
+    router: Weight = weight("routes embed", "gate.weight")
     correction: Weight | None = weight(
-        "experts", "gate.e_score_correction_bias", dtype="float32", init="zeros", when="correction"
+        "routes", "gate.e_score_correction_bias", dtype="float32", init="zeros", when="correction"
     )
     experts: Experts = part(Experts, "experts.")
     shared: SharedMlp | None = part(SharedMlp, "shared_experts.", when="shared_mlp")

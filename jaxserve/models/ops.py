@@ -73,6 +73,7 @@ class Ops:
     Attributes:
         attend: see `Attend`.
         dtype: element type of activations.
+        lookup: see `embed` above.
         record: looks at every layer's routing, and returns `kv` with what it wants to keep.
         layers: how a stack is run. "indexed": weights stay in their stack, so that none is copied
             (serving). "sliced": a scan takes its slices, so that gradients are stacked rather than
@@ -87,8 +88,9 @@ class Ops:
     rms_norm: Callable[..., Array] = kernels_pallas.rms_norm.rms_norm
     rotate: Callable[..., Array] = kernels_pallas.rope.rotate
     experts: Callable[..., Array] = moe.experts.experts
+    lookup: Callable[..., Array] = embed
     record: Callable[..., Any] = unrecorded
     layers: Literal["indexed", "sliced", "recomputed"] = "indexed"
 
     def embed(self, table: Array, tokens: Array) -> Array:
-        return embed(table, tokens, dtype=self.dtype)
+        return self.lookup(table, tokens, dtype=self.dtype)

@@ -74,9 +74,15 @@ class Driver:
         runner: Any = Limited(llm._runner, budget or plan.max_num_batched_tokens)
         text = llm.tokenizer.token_text if llm.tokenizer else str
         self.engine = Engine(runner, prefix_caching=prefix_caching, token_text=text)
-        self.engine.pages = PageManager(num_pages or plan.num_pages, plan.page_size)
         seqs = min(max_num_seqs or plan.max_num_seqs, plan.max_num_seqs)
-        self.engine.scheduler = Watched(self.engine.pages, seqs, prefix_caching=prefix_caching)
+        self.engine.ranks = [
+            Watched(
+                PageManager(num_pages or plan.num_pages, plan.page_size),
+                seqs,
+                prefix_caching=prefix_caching,
+            )
+            for _ in self.engine.ranks
+        ]
 
     def add(
         self, prompt: list[int], params: SamplingParams, pooling: str | None = None
@@ -95,4 +101,5 @@ class Driver:
         """Steps until nothing is left to do."""
         while self.engine.has_work:
             self.engine.step()
-        assert self.engine.pages.num_free == self.engine.pages.num_pages, "a page leaked"
+        for rank in self.engine.ranks:
+            assert rank.pages.num_free == rank.pages.num_pages, "a page leaked"

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from jaxserve.cache.page_manager import PageManager
 from jaxserve.engine.engine import Engine
 from jaxserve.engine.generation import Generation
 from jaxserve.engine.programs import Forward
@@ -51,6 +52,7 @@ class FakePlan:
     num_pages: int
     page_size: int
     max_num_seqs: int
+    num_ranks: int = 1
 
     def rows(self, num_tokens: int) -> int:
         return min(num_tokens, self.max_num_seqs)
@@ -72,7 +74,8 @@ class FakeRunner:
         self.kv = np.full((self.plan.num_pages, self.plan.page_size), -1, np.int64)
         self._drawn: dict[tuple[int, int], int] = {}  # by slot and position
 
-    def launch(self, step: Step) -> Launched:
+    def launch(self, steps: list[Step]) -> Launched:
+        (step,) = steps
         if self.fails:
             raise RuntimeError("the device is on fire")
         assert len(step.rows) <= self.limits[1]
@@ -85,14 +88,14 @@ class FakeRunner:
         kept = [[self._at(r.seq, i) for i in range(r.start, r.start + r.count)] for r in step.rows]
         blank = np.zeros((len(step.rows), MAX_LOGPROBS))
         return Launched(
-            step=step,
+            steps=steps,
             sampled=Sampled(np.array(drawn), blank[:, 0], blank[:, 0], blank, blank),
             reports=False,
             scored=False,
             forward=Forward(None, np.concatenate(kept)[:, None] % 1000, None),
         )
 
-    def max_repeats(self, step: Step) -> int:
+    def max_repeats(self, steps: list[Step]) -> int:
         return self.decode_steps
 
     def _draw(self, step: Step, repeat: int, written: set[tuple[int, int]]) -> list[int]:
@@ -174,9 +177,8 @@ class Bench:
         plan = FakePlan(num_pages, page_size, max_num_seqs)
         self.runner = FakeRunner(plan, max_tokens, decode_steps)
         self.engine = Engine(self.runner, prefix_caching=prefix_caching)  # type: ignore[arg-type]
-        self.engine.scheduler = Watched(
-            self.engine.pages, max_num_seqs, prefix_caching=prefix_caching
-        )
+        pages = self.engine.ranks[0].pages
+        self.engine.ranks = [Watched(pages, max_num_seqs, prefix_caching=prefix_caching)]
         self.max_len = num_pages * page_size
         self._ids = itertools.count()
 
@@ -223,7 +225,11 @@ class Bench:
                 break
             self.engine.step()
         assert not self.engine.has_work, f"still busy after {most} steps"
-        assert self.engine.pages.num_free == self.engine.pages.num_pages, "a page leaked"
+        assert self.pages.num_free == self.pages.num_pages, "a page leaked"
+
+    @property
+    def pages(self) -> PageManager:
+        return self.engine.ranks[0].pages
 
     def outputs(self, generation: Generation) -> list[CompletionOutput]:
         """What a finished request has said."""

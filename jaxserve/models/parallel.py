@@ -1,0 +1,115 @@
+"""How a model computes on a mesh: each device has its share of the weights, and some sums go round.
+
+A step runs inside `jax.shard_map`, so models see the shapes of one device, and fewer heads, a
+narrower MLP or a part of the vocabulary are nothing to them. What they cannot see is that a product
+with a weight whose *inputs* are split is a part of a sum, or that a table is a part of the
+vocabulary. Those weights are marked, and the operations here look at the mark. Layers are divided
+as in Megatron-LM (Shoeybi et al., 2019): two sums a layer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jaxserve.models.ops import Ops
+from kernels_pallas.weight import as_array
+from moe.experts import Experts
+from sharding.mesh import TENSOR
+from sharding.tree import Weight, is_weight
+
+
+@dataclass(frozen=True)
+class _Split:
+    part: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.part.shape
+
+    @property
+    def dtype(self) -> Any:
+        return self.part.dtype
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class InputSplit(_Split):
+    """A weight [*out, in / devices]: its product is a part of a sum over the axis "tensor"."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class VocabSplit(_Split):
+    """A table [V / devices, D] of some of the tokens, in their order along the axis "tensor"."""
+
+
+def marked(declared: Any, params: Any, sizes: Mapping[str, int], local: Mapping[str, int]) -> Any:
+    """One device's params, with marks where an operation must know of the other devices.
+
+    Args:
+        declared: the tree of `Weight` that params fill.
+        sizes, local: of every axis, on all devices together and on one.
+    """
+    if declared.lm_head is None and params.lm_head is not None:  # a copy of the table of its own
+        declared = replace(declared, lm_head=declared.embed)
+
+    def mark(w: Weight, leaf: Any) -> Any:
+        first, *_, last = (_size(axis, sizes) != _size(axis, local) for axis in w.axes[:1] + w.axes)
+        if first and w.axes[0] == "vocab":
+            return VocabSplit(leaf)
+        return InputSplit(leaf) if last and w.is_matrix and "experts" not in w.axes else leaf
+
+    return jax.tree.map(mark, declared, params, is_leaf=is_weight)
+
+
+def _size(axis: str, sizes: Mapping[str, int]) -> int:
+    return 0 if axis == "layer" else math.prod(sizes[name] for name in axis.split("*"))
+
+
+def parallel_ops(ops: Ops) -> Ops:
+    """The operations of one device, for marked params of several along the axis "tensor"."""
+    return replace(
+        ops,
+        linear=partial(_linear, ops.linear),
+        lookup=partial(_lookup, ops.lookup),
+        experts=partial(_narrow_experts, ops.experts),
+    )
+
+
+def _linear(linear: Callable[..., Any], x: Array, *weights: Any) -> Any:
+    if not isinstance(weights[0], _Split):
+        return linear(x, *weights)
+    (w,) = weights
+    y = linear(x, w.part)
+    if isinstance(w, InputSplit):
+        return lax.psum(y, TENSOR)
+    return lax.all_gather(y, TENSOR, axis=y.ndim - 1, tiled=True)
+
+
+def _lookup(lookup: Callable[..., Array], table: Any, tokens: Array, *, dtype: Any) -> Array:
+    """Each device finds the rows of its own tokens, and the sum has all."""
+    if not isinstance(table, VocabSplit):
+        return lookup(table, tokens, dtype=dtype)
+    count = table.shape[0]
+    at = tokens - lax.axis_index(TENSOR) * count
+    rows = lookup(table.part, jnp.clip(at, 0, count - 1), dtype=dtype)
+    mine = (at >= 0) & (at < count)
+    return lax.psum(jnp.where(mine[..., None], rows, 0), TENSOR)
+
+
+def _narrow_experts(
+    experts: Callable[..., Array], x: Array, ids: Array, weights: Array, p: Experts, **how: Any
+) -> Array:
+    """Every device has a part of the width of every expert."""
+    if p.b_down is not None:  # it is added once, not by everybody
+        b_down = as_array(p.b_down)
+        p = replace(p, b_down=jnp.where(lax.axis_index(TENSOR) == 0, b_down, 0))
+    return lax.psum(experts(x, ids, weights, p, **how), TENSOR)
