@@ -58,7 +58,7 @@ def visited(run: Run) -> float:
     """Weights that a token is multiplied with; a tied table counts once, as the head."""
     cfg, total = run.cfg, 0.0
     for w in jax.tree.leaves(run.family.declare_params(cfg), is_leaf=is_weight):
-        if w.num_in and not (w.name.startswith("model.embed") and not cfg.tied):
+        if w.is_matrix and not (w.name.startswith("model.embed") and not cfg.tied):
             share = cfg.router.top_k / cfg.router.num_experts if "{expert}" in w.name else 1.0
             total += share * np.prod(w.shape(cfg.sizes))
     return total

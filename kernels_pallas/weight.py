@@ -17,7 +17,7 @@ class Int8Weight:
     """values * scale, in products with rows of x that are rounded to eight bits too (W8A8).
 
     Attributes:
-        values: int8 [..., *out, *in].
+        values: int8 [..., *out, K].
         scale: float32 [..., *out].
     """
 
@@ -83,8 +83,8 @@ class LowRankWeight:
     """base + scale * up @ down (LoRA; Hu et al., 2021).
 
     Attributes:
-        base: [*out, *in].
-        down: [rank, *in].
+        base: [*out, K].
+        down: [rank, K].
         up: [*out, rank].
     """
 
@@ -104,10 +104,8 @@ class LowRankWeight:
     def merged(self) -> Array:
         """The sum, as one array; also of whole stacks."""
         base, down, up = (as_array(w) for w in (self.base, self.down, self.up))
-        lead = down.ndim - (base.ndim - (up.ndim - 1)) - 1  # stacked axes: 1 or 0
-        rows = up.reshape(*up.shape[:lead], -1, up.shape[-1])
-        cols = down.reshape(*down.shape[: lead + 1], -1)
-        added = self.scale * (rows @ cols).reshape(base.shape)
+        rows = up.reshape(*down.shape[:-2], -1, up.shape[-1])  # of each layer, in a stack
+        added = self.scale * (rows @ down).reshape(base.shape)
         return (base.astype(added.dtype) + added).astype(base.dtype)
 
 

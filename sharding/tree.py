@@ -61,17 +61,11 @@ class Weight:
         return tuple(math.prod(map(size, axis.split("*"))) for axis in self.axes)
 
     @property
-    def num_in(self) -> int:
-        """How many of the last axes a product contracts; 0 for norms, biases and other vectors.
-
-        A layer passes "embed" on: where that is the first axis it is the output, and all others are
-        contracted.
-        """
+    def is_matrix(self) -> bool:
+        """Whether products contract its last axis; not so for norms, biases and other vectors."""
         counted = {"layer"} | ({"experts"} if "{expert}" in self.name else set())
         axes = [axis for axis in self.axes if axis not in counted]
-        if len(axes) < 2 or self.init != "normal" or self.name.endswith("bias"):
-            return 0
-        return len(axes) - 1 if axes[0] == "embed" else 1
+        return len(axes) > 1 and self.init == "normal" and not self.name.endswith("bias")
 
 
 @dataclass(frozen=True)

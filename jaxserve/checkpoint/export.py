@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -113,10 +112,9 @@ def _put_eight_bits(tensors: dict[str, np.ndarray], spec: Weight, w: Int8Weight)
 
 def _stored_shape(spec: Weight, part: np.ndarray) -> tuple[int, ...]:
     """Checkpoints know vectors and matrices: heads and their lanes are one axis there."""
-    if not spec.num_in:
+    if not spec.is_matrix:
         return (part.size,)
-    inputs = math.prod(part.shape[part.ndim - spec.num_in :])
-    return (part.size // inputs, inputs)
+    return (part.size // part.shape[-1], part.shape[-1])
 
 
 def _copy_text_files(source: Path, target: Path) -> None:

@@ -127,11 +127,11 @@ def _fill_int8(w: Weight, shards: Shards, cfg: Any) -> EightBits | None:
         return None
     shape = w.shape(cfg.sizes)
     parts = list(tensor_names(w, shape))
-    if not w.num_in or not all(shards.is_quantized(name) for _, name in parts):
+    if not w.is_matrix or not all(shards.is_quantized(name) for _, name in parts):
         return None
     out = EightBits(
         aligned_empty(shape, np.dtype(np.int8)),
-        aligned_empty(shape[: len(shape) - w.num_in], np.dtype(np.float32)),
+        aligned_empty(shape[:-1], np.dtype(np.float32)),
     )
     for index, name in parts:
         shards.read_int8(name, EightBits(out.values[index], out.scale[index]))

@@ -125,7 +125,7 @@ def _round_layer(leaves: Leaves, inputs: Inputs | None, i: int, config: Quantize
             bias = name.replace(".w", ".b")
             if inputs is not None and config.compensation and bias in layer:
                 layer[bias] = layer[bias] + _mean_error(w, layer[name], inputs.rows(i, name))
-        elif spec.num_in and not config.mixed_precision:
+        elif spec.is_matrix and not config.mixed_precision:
             layer[name] = _as_eight_bits(layer[name])
 
 
@@ -143,7 +143,7 @@ def _round_leaf(
             for e, x in enumerate(w)
         ]
         return Int8Weight(np.stack([f.values for f in found]), np.stack([f.scale for f in found]))
-    out = w.shape[: w.ndim - spec.num_in]
+    out = w.shape[:-1]
     rows = None if inputs is None else inputs.rows(i, name)
     found = round_matrix(w.reshape(int(np.prod(out)), -1), rows, **measures)
     return Int8Weight(found.values.reshape(w.shape), found.scale.reshape(out))
@@ -241,7 +241,7 @@ def _ignored(leaves: Leaves) -> list[str]:
         spec.name.format(layer=spec.layers[0]).removesuffix(".weight")
         for specs in leaves.specs()
         for spec in specs.values()
-        if spec.num_in and not is_quantized(spec)
+        if spec.is_matrix and not is_quantized(spec)
     }
     return ["lm_head", *sorted(names)]
 

@@ -25,7 +25,7 @@ which expert works; matrices that latent attention absorbs into its queries."""
 
 def is_quantized(w: Weight) -> bool:
     """Whether a leaf is held in eight bits."""
-    return w.num_in > 0 and not any(part in w.name for part in KEPT)
+    return w.is_matrix and not any(part in w.name for part in KEPT)
 
 
 def quantize(w: Weight, leaf: np.ndarray | EightBits) -> Int8Weight | np.ndarray:
@@ -33,25 +33,22 @@ def quantize(w: Weight, leaf: np.ndarray | EightBits) -> Int8Weight | np.ndarray
     if isinstance(leaf, EightBits):
         stored = Int8Weight(*leaf)
         return stored if is_quantized(w) else np.asarray(stored.dequantized())
-    return round_to_int8(leaf, w.num_in) if is_quantized(w) else leaf
+    return round_to_int8(leaf) if is_quantized(w) else leaf
 
 
-def round_to_int8(array: np.ndarray, num_in: int) -> Int8Weight:
+def round_to_int8(array: np.ndarray) -> Int8Weight:
     """The nearest eight-bit weight with a scale for each output: the largest becomes 127.
 
     Args:
-        array: [..., *out, *in].
-        num_in: how many of the last axes are contracted.
+        array: [..., *out, K].
     """
-    lead = array.shape[: array.ndim - num_in]
-    rows = array.reshape(*lead, -1)
-    values, scale = np.empty(rows.shape, np.int8), np.empty(lead, np.float32)
-    for i in np.ndindex(lead[:1]):  # a part at a time: floats need four times the room
-        part = rows[i].astype(np.float32)
+    values, scale = np.empty(array.shape, np.int8), np.empty(array.shape[:-1], np.float32)
+    for i in range(len(array)):  # a part at a time: floats need four times the room
+        part = array[i].astype(np.float32)
         top = np.abs(part).max(-1, keepdims=True)
         steps = np.divide(127.0, top, out=np.zeros_like(top), where=top > 0)
         values[i], scale[i] = np.rint(part * steps), top[..., 0] / 127.0
-    return Int8Weight(values.reshape(array.shape), scale)
+    return Int8Weight(values, scale)
 
 
 def with_own_head(params: Any) -> Any:
@@ -62,7 +59,7 @@ def with_own_head(params: Any) -> Any:
     """
     if params.lm_head is not None:
         return params
-    head = round_to_int8(np.asarray(params.embed), 1)
+    head = round_to_int8(np.asarray(params.embed))
     device = next(iter(params.embed.devices()))
     return dataclasses.replace(params, lm_head=jax.device_put(head, device))
 
@@ -74,7 +71,7 @@ def weight_bytes(family: Family, cfg: Any, dtype: Any, quantization: str | None)
         shape = w.shape(cfg.sizes)
         size = int(np.prod(shape))
         if quantization and is_quantized(w):
-            total += size + 4 * int(np.prod(shape[: len(shape) - w.num_in]))
+            total += size + 4 * int(np.prod(shape[:-1]))
         else:
             total += size * np.dtype(w.dtype or dtype).itemsize
     if quantization and declared.lm_head is None:

@@ -44,7 +44,7 @@ class Full:
 
     def decayed(self, declared: Any, trainable: Any) -> Any:
         """Matrices decay; norms and biases do not."""
-        return jax.tree.map(lambda w: w.num_in > 0, declared, is_leaf=is_weight)
+        return jax.tree.map(lambda w: w.is_matrix, declared, is_leaf=is_weight)
 
 
 @dataclass(frozen=True)
@@ -63,16 +63,19 @@ class Lora:
         specs = dict(jax.tree_util.tree_flatten_with_path(declared, is_leaf=is_weight)[0])
         pairs: dict[str, dict[str, Any]] = {}
         for path, w in jax.tree_util.tree_flatten_with_path(params)[0]:
-            if _last(path) in self.targets and specs[path].num_in and "layer" in specs[path].axes:
-                num_in = specs[path].num_in
-                into, out = w.shape[w.ndim - num_in :], w.shape[1 : w.ndim - num_in]
-                down = rng.standard_normal((w.shape[0], self.rank, *into), np.float32)
+            if (
+                _last(path) in self.targets
+                and specs[path].is_matrix
+                and "layer" in specs[path].axes
+            ):
+                layers, *out, into = w.shape
+                down = rng.standard_normal((layers, self.rank, into), np.float32)
                 pairs[_name(path)] = {
-                    "down": jnp.asarray(down / np.prod(into) ** 0.5),
-                    "up": jnp.zeros((w.shape[0], *out, self.rank), jnp.float32),
+                    "down": jnp.asarray(down / into**0.5),
+                    "up": jnp.zeros((layers, *out, self.rank), jnp.float32),
                 }
         if not pairs:
-            layered = (path for path, w in specs.items() if w.num_in and "layer" in w.axes)
+            layered = (path for path, w in specs.items() if w.is_matrix and "layer" in w.axes)
             names = sorted(set(map(_last, layered)))
             raise ConfigError(
                 f"[adapter] targets {list(self.targets)} name no weight; there are "

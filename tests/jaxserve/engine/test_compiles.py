@@ -72,7 +72,7 @@ def compiled(target: str, model: str, quantization: str | None):
     def rounded(w, a):
         if not quantization or not is_quantized(w):
             return a
-        scale = jax.ShapeDtypeStruct(a.shape[: a.ndim - w.num_in], jnp.float32)
+        scale = jax.ShapeDtypeStruct(a.shape[:-1], jnp.float32)
         return Int8Weight(jax.ShapeDtypeStruct(a.shape, jnp.int8), scale)
 
     params = abstract(declared, cfg.sizes, plan.dtype)

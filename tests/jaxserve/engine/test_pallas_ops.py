@@ -87,7 +87,7 @@ def weights(hf, quantization):
     params = initialise(declared, cfg.sizes, "bfloat16")
     if quantization:
         rounded = jax.tree.map(
-            lambda w, a: quantize(w, np.asarray(a, np.float32)) if w.num_in else a,
+            lambda w, a: quantize(w, np.asarray(a, np.float32)) if w.is_matrix else a,
             declared, params, is_leaf=is_weight,
         )  # fmt: skip
         kept = jax.tree.map(lambda a: jnp.asarray(a), rounded)

@@ -80,7 +80,7 @@ def test_rows_of_exact_arithmetic_stay_exact():
 
 def test_plain_is_what_loading_does():
     w, x = drawn(2, 8, 16, 24)
-    found, want = round_matrix(w, x, clipping=False, compensation=False), round_to_int8(w, 1)
+    found, want = round_matrix(w, x, clipping=False, compensation=False), round_to_int8(w)
     np.testing.assert_array_equal(found.values, want.values)
     np.testing.assert_allclose(found.scale, want.scale, rtol=1e-6)
 
