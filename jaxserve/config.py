@@ -29,6 +29,10 @@ class EngineConfig:
         page_size: tokens per page of the cache.
         num_pages: of the cache; overrides `memory_utilization`.
         memory_utilization: share of the device's memory for weights and cache.
+        tensor_parallel_size: devices that split heads and wide layers among them.
+        data_parallel_size: replicas of attention, each with requests and a cache of its own;
+            None: as many as `expert_parallel_size` asks for.
+        expert_parallel_size: devices that split the experts among them.
         seed: of requests that bring none.
         enable_prefix_caching: reuse pages of equal prompt beginnings.
         decode_steps: tokens decoded per launch when every row decodes and none needs the host.
@@ -48,6 +52,9 @@ class EngineConfig:
     page_size: int | None = None
     num_pages: int | None = None
     memory_utilization: float = 0.9
+    tensor_parallel_size: int = 1
+    data_parallel_size: int | None = None
+    expert_parallel_size: int = 1
     seed: int = 0
     enable_prefix_caching: bool = True
     decode_steps: int = 1

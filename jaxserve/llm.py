@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxserve import plan as planning
 from jaxserve.checkpoint import cache_scales, hf, hub
@@ -29,6 +30,7 @@ from jaxserve.errors import ConfigError, EngineError, RequestError
 from jaxserve.intake import Intake, Prompt, as_prompts, per_prompt
 from jaxserve.models.family import family
 from jaxserve.models.layers import restack
+from jaxserve.models.parallel import put_on_mesh
 from jaxserve.quant import weights as quant
 from jaxserve.request import (
     CompletionOutput,
@@ -37,6 +39,9 @@ from jaxserve.request import (
     SamplingParams,
 )
 from jaxserve.text.tokenizer import Tokenizer
+from sharding.mesh import Parallelism, first_devices
+from sharding.mesh import mesh as make_mesh
+from sharding.rules import local_sizes
 from sharding.tree import Weight, initialise, is_weight, unstack
 
 log = logging.getLogger(__name__)
@@ -74,17 +79,20 @@ class LLM:
         self._family = family(self.model_type)
         self.model_config = hf.model_config(self._family, raw)
         self.tokenizer: Tokenizer | None = _tokenizer(folder, tokenizer, self.model_config.vocab)
-        device = device or planning.default_device()
+        cfg, parallelism = self.model_config, planning.parallelism_of(self.engine_config)
+        self._mesh = _mesh(parallelism, device)
+        device = self._mesh.devices.flat[0] if self._mesh else device or planning.default_device()
         keep_programs()
-        size = partial(quant.weight_bytes, self._family, self.model_config)
-        cfg = self.model_config
+        size = partial(
+            quant.weight_bytes, self._family, cfg, sizes=local_sizes(cfg.sizes, parallelism)
+        )
         rounded = self.engine_config.kv_cache_dtype == "int8"
         scales = cache_scales.load(folder, cfg.num_layers, cfg.kv_shape) if rounded else None
         self.plan = planning.resolve(
             self.engine_config, raw, cfg, size, device, kv_calibrated=scales is not None
         )
         self._folder, self._device = folder, device
-        runner = Runner(self.plan, self._family, cfg, self._weights(), device, scales)
+        runner = Runner(self.plan, self._family, cfg, self._weights(), device, scales, self._mesh)
         self._progress = Progress(self.plan, self.engine_config.progress, started)
         self._progress.say(f"{self.model_name}: {self.plan.describe()}")
         runner.warm_up(
@@ -363,9 +371,8 @@ class LLM:
         cfg, plan = self.model_config, self.plan
         if self.engine_config.load_format == "dummy":
             declared = self._declared()
-            return self._quantized(
-                initialise(declared, cfg.sizes, plan.dtype, self.engine_config.seed)
-            )
+            drawn = initialise(declared, cfg.sizes, plan.dtype, self.engine_config.seed)
+            return self._served(drawn)
         params = hf.load_params(
             self._folder,
             self._family,
@@ -373,25 +380,39 @@ class LLM:
             plan.dtype,
             unrolled=plan.unrolled,
             convert=quant.quantize if plan.quantization else None,
-            place=lambda x: jax.device_put(x, self._device),
+            place=self._place,
             progress=self.engine_config.progress,
         )
-        return quant.with_own_head(params) if plan.quantization else params
+        return self._with_own_head(params)
+
+    def _place(self, w: Weight, leaf: Any) -> Any:
+        """A leaf on the device, or each device's share on the mesh."""
+        if self._mesh is None:
+            return jax.device_put(leaf, self._device)
+        return put_on_mesh(w, leaf, self.model_config.sizes, self.plan.parallelism, self._mesh)
+
+    def _with_own_head(self, params: Any) -> Any:
+        """With an eight-bit copy of a tied table, which products want while lookups want floats."""
+        if not self.plan.quantization or params.lm_head is not None:
+            return params
+        head = quant.round_to_int8(np.asarray(params.embed))
+        return dataclasses.replace(params, lm_head=self._place(self._declared().embed, head))
 
     def _declared(self) -> Any:
         declared = self._family.declare_params(self.model_config)
         return unstack(declared) if self.plan.unrolled else declared
 
-    def _quantized(self, params: Any) -> Any:
+    def _served(self, params: Any) -> Any:
         """A tree of floats as it is served."""
-        if not self.plan.quantization:
+        if not self.plan.quantization and self._mesh is None:
             return params
 
         def leaf(w: Weight, x: Any) -> Any:
-            return jax.device_put(quant.quantize(w, np.asarray(x)), self._device)
+            x = np.asarray(x)
+            return self._place(w, quant.quantize(w, x) if self.plan.quantization else x)
 
         leaves = jax.tree.map(leaf, self._declared(), params, is_leaf=is_weight)
-        return quant.with_own_head(leaves)
+        return self._with_own_head(leaves)
 
     def _placed(self, params: Any) -> Any:
         """A copy of a tree in the form, the type and the place of the one that is served."""
@@ -401,7 +422,7 @@ class LLM:
         sizes = [jax.tree.leaves(stack)[0].shape[0] for stack in self.params.stacks]
         if [jax.tree.leaves(stack)[0].shape[0] for stack in params.stacks] != sizes:
             params = restack(jax.tree.map(np.asarray, params), sizes)
-        params = self._quantized(params)
+        params = self._served(params)
         wanted, tree = jax.tree_util.tree_flatten_with_path(self.params)
         given = dict(jax.tree_util.tree_flatten_with_path(params)[0])
         leaves = []
@@ -410,7 +431,7 @@ class LLM:
             if new is None or new.shape != old.shape:
                 seen = "missing" if new is None else f"of shape {list(new.shape)}"
                 raise ConfigError(f"{name} is {seen}; the engine serves {list(old.shape)}")
-            leaves.append(_copied(new, old.dtype, self._device))
+            leaves.append(_copied(new, old))
         if given:
             raise ConfigError(
                 f"{jax.tree_util.keystr(next(iter(given))).lstrip('.')} is not served"
@@ -418,14 +439,29 @@ class LLM:
         return jax.tree.unflatten(tree, leaves)
 
 
-def _copied(x: Any, dtype: Any, device: Any) -> jax.Array:
-    """x in another buffer, without a program: none may be compiled while an engine serves."""
-    if x.dtype == dtype:
-        return jax.device_put(x, device, may_alias=False)
+def _copied(x: Any, old: jax.Array) -> jax.Array:
+    """x in another buffer, of the type and in the place of `old`, without a program: none may be
+    compiled while an engine serves."""
+    if x.dtype == old.dtype:
+        return jax.device_put(x, old.sharding, may_alias=False)
     host = np.asarray(x)
-    out = hf.aligned_empty(host.shape, np.dtype(dtype))
-    out[...] = host.astype(dtype)
-    return jax.device_put(out, device)
+    out = hf.aligned_empty(host.shape, np.dtype(old.dtype))
+    out[...] = host.astype(old.dtype)
+    return jax.device_put(out, old.sharding)
+
+
+def _mesh(parallelism: Parallelism, device: Any) -> Mesh | None:
+    """The mesh of a split over several devices."""
+    if parallelism.num_devices == 1:
+        return None
+    if device is not None:
+        raise ConfigError(
+            f"device={device} is one, but {parallelism} asks for {parallelism.num_devices}"
+        )
+    try:
+        return make_mesh(parallelism, first_devices(parallelism.num_devices))
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def _close(loop: EngineLoop) -> None:

@@ -18,6 +18,8 @@ from jaxserve.checkpoint.quantized import scheme
 from jaxserve.config import EngineConfig
 from jaxserve.errors import ConfigError
 from kernels_pallas.target import Target
+from sharding.mesh import Parallelism
+from sharding.rules import local_sizes
 
 FIRST_BUCKET = 64
 """Tokens of the program that is compiled first and serves until the others exist."""
@@ -63,6 +65,17 @@ class Plan:
     decode_steps: int
     weight_bytes: int
     kv_bytes: int
+    parallelism: Parallelism = Parallelism()
+    splits_kv_heads: bool = False
+
+    @property
+    def num_ranks(self) -> int:
+        """Replicas of attention, each with a scheduler, a cache and a batch of its own."""
+        return self.parallelism.data
+
+    @property
+    def on_mesh(self) -> bool:
+        return self.parallelism.num_devices > 1
 
     @property
     def max_num_batched_tokens(self) -> int:
@@ -138,7 +151,7 @@ def resolve(
     Args:
         hf: `config.json`.
         cfg: the family's config.
-        weight_bytes: memory of the weights, which are not loaded yet, in an element type and
+        weight_bytes: memory of a device's weights, which are not loaded yet, in an element type and
             with large ones quantised or not.
         kv_calibrated: the checkpoint brings scales for a cache in eight bits.
 
@@ -154,13 +167,22 @@ def resolve(
     max_seqs = config.max_num_seqs or (64 if platform == "cpu" else 256)
     batched = config.max_num_batched_tokens or (512 if platform == "cpu" else 2048)
     quantization = config.quantization or _stored_quantization(hf)
+    parallelism = parallelism_of(config)
+    local = local_sizes(cfg.sizes, parallelism)
     weights = weight_bytes(dtype, quantization)
-    kv_shape = stored_shape(cfg.kv_shape, target) if kernels == "pallas" else cfg.kv_shape
+    latent = cfg.kv_shape[2] == 0  # its one head is every device's
+    kv_shape = cfg.kv_shape if latent else (local["kv_heads"], *cfg.kv_shape[1:])
+    kv_shape = stored_shape(kv_shape, target) if kernels == "pallas" else kv_shape
     kv_calibrated = kv_calibrated and kv_dtype == jnp.int8
     per_page = page_bytes(
         cfg.num_layers, page_size, kv_shape, kv_dtype, cfg.key_parts, calibrated=kv_calibrated
     )
-    max_len, num_pages = _cache(config, cfg.max_len, page_size, per_page, max_seqs, weights, device)
+    total = memory_limit(device)
+    if platform == "cpu":
+        total //= parallelism.num_devices  # which are one machine
+    max_len, num_pages = _cache(
+        config, cfg.max_len, page_size, per_page, max_seqs, weights, platform, total
+    )
     max_seqs = min(max_seqs, num_pages)  # each has a page of its own
     batched = min(batched, num_pages * page_size)
     return Plan(
@@ -182,7 +204,15 @@ def resolve(
         decode_steps=config.decode_steps,
         weight_bytes=weights,
         kv_bytes=num_pages * per_page,
+        parallelism=parallelism,
+        splits_kv_heads=not latent,
     )
+
+
+def parallelism_of(config: EngineConfig) -> Parallelism:
+    """The asked split; experts that are split bring as many replicas of attention along."""
+    tensor, expert = config.tensor_parallel_size, config.expert_parallel_size
+    return Parallelism(config.data_parallel_size or max(1, expert // tensor), expert, tensor)
 
 
 def _kernels(config: EngineConfig, platform: str) -> str:
@@ -242,15 +272,15 @@ def _cache(
     per_page: int,
     max_seqs: int,
     weights: int,
-    device: Any,
+    platform: str,
+    total: int,
 ) -> tuple[int, int]:
-    """Context length and number of pages."""
+    """Context length and number of pages, on a device with `total` bytes."""
     asked = config.max_model_len or model_len
     if asked > model_len:
         raise ConfigError(
             f"max_model_len={asked} is beyond the {model_len} positions that the model knows"
         )
-    total = memory_limit(device)
     most = (total - weights) // per_page
     if most < 1:
         raise ConfigError(
@@ -267,7 +297,7 @@ def _cache(
             )
     else:
         room = int(config.memory_utilization * total) - weights
-        if device.platform == "cpu":  # shared with everything else: no more than is of use
+        if platform == "cpu":  # shared with everything else: no more than is of use
             room = min(room, max(_GIB, 2 * per_page * -(-min(asked, 8192) // page_size)))
         pages = min(room // per_page, max_seqs * -(-asked // page_size))
         if pages < 1:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -35,3 +36,19 @@ class Parallelism:
 
 def mesh(parallelism: Parallelism, devices: Sequence[Any]) -> Mesh:
     return Mesh(np.array(devices).reshape(parallelism.shape), AXES)
+
+
+def first_devices(count: int) -> list[Any]:
+    """As many devices; on a CPU, virtual ones are made if JAX has not begun yet."""
+    if jax.config.jax_num_cpu_devices < count:
+        try:
+            jax.config.update("jax_num_cpu_devices", count)
+        except RuntimeError:
+            pass
+    devices = jax.devices()
+    if len(devices) < count:
+        raise ValueError(
+            f"{count} devices are asked for, and there are {len(devices)}. On a CPU, set "
+            f"JAX_NUM_CPU_DEVICES={count} before JAX begins"
+        )
+    return devices[:count]

@@ -69,7 +69,7 @@ def load_params(
     *,
     unrolled: bool = False,
     convert: Callable[[Weight, Any], Any] | None = None,
-    place: Callable[[Any], Any] = jax.device_put,
+    place: Callable[[Weight, Any], Any] = lambda _, x: jax.device_put(x),
     progress: bool = True,
 ) -> Any:
     """The family's tree of weights, in `dtype`; with `unrolled`, every layer is its own stack.
@@ -105,7 +105,7 @@ def load_params(
             leaf = None if convert is None else _fill_int8(w, shards, cfg)
             if leaf is None:
                 leaf = _fill(w, shards, cfg, np.dtype(w.dtype or dtype))
-            return place(leaf if convert is None else convert(w, leaf))
+            return place(w, leaf if convert is None else convert(w, leaf))
 
         return jax.tree.map(load, declared, is_leaf=is_weight)
 

@@ -7,6 +7,7 @@ begins with them: logits, the largest array of all, exist for as many rows as dr
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +19,9 @@ from jaxserve.engine.batch import SampleArrays, StepArrays, StepInputs
 from jaxserve.engine.sampler import Sampled, logprobs_of, sample
 from jaxserve.engine.serving_ops import head_ops, sampling_ops, serving_ops
 from jaxserve.models.family import Family
+from jaxserve.models.parallel import marked
 from jaxserve.plan import Plan
+from sharding.tree import unstack
 
 _SCORED = 64  # prompt tokens whose logits exist at a time
 
@@ -136,6 +139,7 @@ def _hidden(
     """Hidden states [T, D] of a step's tokens, and the cache."""
     drawn = history[x.slots, x.positions[0]][None]
     tokens = jnp.where(x.tokens < 0, drawn, x.tokens)
+    params = _marked(plan, family, cfg, params)
     hidden, kv = family.forward(cfg, params, tokens, x.positions, serving_ops(plan, x.ragged), kv)
     return hidden[0], kv
 
@@ -144,7 +148,19 @@ def _logits(
     plan: Plan, family: Family, cfg: Any, params: Any, rows: Array, num_rows: Array
 ) -> Array:
     """Logits [R, V] of hidden states [R, D], of which the first `num_rows` are real."""
+    params = _marked(plan, family, cfg, params)
     return family.logits(cfg, params, rows[None], head_ops(plan, num_rows))[0]
+
+
+def _marked(plan: Plan, family: Family, cfg: Any, params: Any) -> Any:
+    """Params as the operations of a mesh want them."""
+    if not plan.on_mesh:
+        return params
+    declared = family.declare_params(cfg)
+    declared = unstack(declared) if plan.unrolled else declared
+    if not params.stacks:  # `signature.head`
+        declared = replace(declared, stacks=())
+    return marked(declared, params, cfg.sizes, plan.parallelism)
 
 
 def _score(

@@ -12,6 +12,7 @@ import kernels_pallas.cpu as cpu
 from jaxserve.cache.attend import paged
 from jaxserve.engine import sampler
 from jaxserve.models.ops import Ops
+from jaxserve.models.parallel import parallel_ops
 from jaxserve.plan import Plan
 from kernels_pallas.paged_attention import Ragged
 
@@ -19,15 +20,19 @@ from kernels_pallas.paged_attention import Ragged
 def serving_ops(plan: Plan, batch: Ragged) -> Ops:
     """Operations for the plan's kernels, which skip the padding of a bucket."""
     if plan.kernels == "reference":
-        return Ops(attend=paged(batch), dtype=plan.activation_dtype)
-    return _kernels(plan, batch.row_starts[batch.num_seqs], batch)
+        ops = Ops(attend=paged(batch), dtype=plan.activation_dtype)
+    else:
+        ops = _kernels(plan, batch.row_starts[batch.num_seqs], batch)
+    return parallel_ops(ops) if plan.on_mesh else ops
 
 
 def head_ops(plan: Plan, num_rows: Array) -> Ops:
     """Operations for `logits`, which see sequences instead of tokens."""
     if plan.kernels == "reference":
-        return Ops(attend=_no_attention, dtype=plan.activation_dtype)
-    return _kernels(plan, num_rows, None)
+        ops = Ops(attend=_no_attention, dtype=plan.activation_dtype)
+    else:
+        ops = _kernels(plan, num_rows, None)
+    return parallel_ops(ops) if plan.on_mesh else ops
 
 
 def sampling_ops(plan: Plan, num_rows: Array) -> dict[str, Callable[..., Any]]:

@@ -9,7 +9,6 @@ as in Megatron-LM (Shoeybi et al., 2019): two sums a layer.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,12 +16,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxserve.models.ops import Ops
 from kernels_pallas.weight import as_array
 from moe.experts import Experts
-from sharding.mesh import TENSOR
+from sharding.mesh import TENSOR, Parallelism
+from sharding.rules import spec
 from sharding.tree import Weight, is_weight
 
 
@@ -51,27 +53,23 @@ class VocabSplit(_Split):
     """A table [V / devices, D] of some of the tokens, in their order along the axis "tensor"."""
 
 
-def marked(declared: Any, params: Any, sizes: Mapping[str, int], local: Mapping[str, int]) -> Any:
+def marked(declared: Any, params: Any, sizes: Mapping[str, int], parallelism: Parallelism) -> Any:
     """One device's params, with marks where an operation must know of the other devices.
 
     Args:
         declared: the tree of `Weight` that params fill.
-        sizes, local: of every axis, on all devices together and on one.
+        sizes: of every axis of the model.
     """
     if declared.lm_head is None and params.lm_head is not None:  # a copy of the table of its own
         declared = replace(declared, lm_head=declared.embed)
 
     def mark(w: Weight, leaf: Any) -> Any:
-        first, *_, last = (_size(axis, sizes) != _size(axis, local) for axis in w.axes[:1] + w.axes)
-        if first and w.axes[0] == "vocab":
+        split = spec(w.axes, sizes, parallelism)
+        if w.axes[0] == "vocab" and split[0]:
             return VocabSplit(leaf)
-        return InputSplit(leaf) if last and w.is_matrix and "experts" not in w.axes else leaf
+        return InputSplit(leaf) if split[-1] and w.is_matrix and "experts" not in w.axes else leaf
 
     return jax.tree.map(mark, declared, params, is_leaf=is_weight)
-
-
-def _size(axis: str, sizes: Mapping[str, int]) -> int:
-    return 0 if axis == "layer" else math.prod(sizes[name] for name in axis.split("*"))
 
 
 def parallel_ops(ops: Ops) -> Ops:
@@ -113,3 +111,25 @@ def _narrow_experts(
         b_down = as_array(p.b_down)
         p = replace(p, b_down=jnp.where(lax.axis_index(TENSOR) == 0, b_down, 0))
     return lax.psum(experts(x, ids, weights, p, **how), TENSOR)
+
+
+def put_on_mesh(
+    w: Weight, leaf: Any, sizes: Mapping[str, int], parallelism: Parallelism, mesh: Mesh
+) -> Any:
+    """A leaf (a numpy array, or an `Int8Weight` of them) with each device's share on it.
+
+    Where there are more devices than KV heads, each head is there as often as it is needed.
+    """
+    if "kv_heads" in w.axes and (copies := parallelism.tensor // sizes["kv_heads"]) > 1:
+        axis = w.axes.index("kv_heads")
+        leaf = jax.tree.map(lambda x: np.repeat(x, copies, axis), leaf)
+    place = spec(w.axes, sizes, parallelism)
+
+    def put(x: Any) -> jax.Array:
+        own = PartitionSpec(*place[: x.ndim])  # scales lack the last axis
+        sharding = NamedSharding(mesh, own)
+        if sharding.is_fully_addressable:
+            return jax.device_put(x, sharding)
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    return jax.tree.map(put, leaf)

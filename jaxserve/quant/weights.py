@@ -7,7 +7,7 @@ output, made here; exact integer sums in between.
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -51,29 +51,23 @@ def round_to_int8(array: np.ndarray) -> Int8Weight:
     return Int8Weight(values, scale)
 
 
-def with_own_head(params: Any) -> Any:
-    """Params whose output head, if it is tied to the embedding, is an eight-bit copy of that.
-
-    A lookup wants the table and a product wants eight bits: where one array served for both, both
-    are kept, and each step reads half or a quarter of what it did.
-    """
-    if params.lm_head is not None:
-        return params
-    head = round_to_int8(np.asarray(params.embed))
-    device = next(iter(params.embed.devices()))
-    return dataclasses.replace(params, lm_head=jax.device_put(head, device))
-
-
-def weight_bytes(family: Family, cfg: Any, dtype: Any, quantization: str | None) -> int:
-    """Memory of a family's weights."""
+def weight_bytes(
+    family: Family,
+    cfg: Any,
+    dtype: Any,
+    quantization: str | None,
+    sizes: Mapping[str, int] | None = None,
+) -> int:
+    """Memory of a family's weights, or of one device's share, where axes have other `sizes`."""
+    sizes = sizes or cfg.sizes
     declared, total = family.declare_params(cfg), 0
     for w in jax.tree.leaves(declared, is_leaf=is_weight):
-        shape = w.shape(cfg.sizes)
+        shape = w.shape(sizes)
         size = int(np.prod(shape))
         if quantization and is_quantized(w):
             total += size + 4 * int(np.prod(shape[:-1]))
         else:
             total += size * np.dtype(w.dtype or dtype).itemsize
     if quantization and declared.lm_head is None:
-        total += int(np.prod(declared.embed.shape(cfg.sizes)))
+        total += int(np.prod(declared.embed.shape(sizes)))
     return total
