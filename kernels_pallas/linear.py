@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from kernels_pallas.quantize import quantize_rows
+from kernels_pallas.quantize import Int8Rows, quantize_rows
 from kernels_pallas.weight import Int8Weight, LowRankWeight, Weight, unstacked
 
 
@@ -40,15 +40,17 @@ def _product(x: Array, w: Array | Int8Weight) -> Array:
     return y.reshape(*x.shape[:-1], *w.shape[:-1])
 
 
-def product(x: Array, w: Array | Int8Weight) -> Array:
+def product(x: Array | Int8Rows, w: Array | Int8Weight) -> Array:
     """x [T, K] @ w.T in float32, [T, N]; the axes of w [*out, K] may be any that make N."""
     dims = (((1,), (1,)), ((), ()))
     if isinstance(w, Int8Weight):
-        values, scale = quantize_rows(x)
+        rows = x if isinstance(x, Int8Rows) else Int8Rows(*quantize_rows(x))
         y = lax.dot_general(
-            values, w.values.reshape(-1, x.shape[1]), dims, preferred_element_type=jnp.int32
+            rows.values, w.values.reshape(-1, x.shape[1]), dims, preferred_element_type=jnp.int32
         )
-        return y.astype(jnp.float32) * scale[:, None] * w.scale.reshape(-1)
+        return y.astype(jnp.float32) * rows.scale[:, None] * w.scale.reshape(-1)
+    if isinstance(x, Int8Rows):
+        x = x.dequantized()
     w = w.reshape(-1, x.shape[1])
     return lax.dot_general(x.astype(w.dtype), w, dims, preferred_element_type=jnp.float32)
 

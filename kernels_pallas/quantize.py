@@ -2,8 +2,33 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Int8Rows:
+    """Rows that have been rounded already: values * scale, as `quantize_rows` makes them.
+
+    Attributes:
+        values: int8 [T, K].
+        scale: float32 [T].
+    """
+
+    values: Array
+    scale: Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.values.shape
+
+    def dequantized(self) -> Array:
+        """The rows as float32."""
+        return self.values.astype(jnp.float32) * self.scale[:, None]
 
 
 def quantize_rows(x: Array) -> tuple[Array, Array]:

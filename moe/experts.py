@@ -8,6 +8,7 @@ from jax import Array, lax
 
 from kernels_pallas.linear import GATES
 from kernels_pallas.linear import product as matrix_product
+from kernels_pallas.quantize import Int8Rows
 from kernels_pallas.weight import Int8Weight, StackedWeight, Weight, as_array, expert_of, unstacked
 from sharding.tree import pytree, weight
 
@@ -56,6 +57,34 @@ def experts(x: Array, ids: Array, weights: Array, p: Experts, *, activation: str
     return (flat.reshape(T, A, -1) * weights[..., None]).sum(1).astype(x.dtype)
 
 
+def experts_on_rows(x: Array | Int8Rows, sizes: Array, p: Experts, *, activation: str) -> Array:
+    """down(gate(x) * up(x)) for rows that are sorted by expert.
+
+    Rows that were rounded to eight bits meet weights of eight bits as they are.
+
+    Args:
+        x: [R, D].
+        sizes: [E] int32, rows of each expert; rows past their sum cost nothing and come out 0.
+
+    Returns:
+        [R, D] float32.
+    """
+    R, D = x.shape
+    row, expert_of_block = _cut(sizes, R)
+
+    def block(y: Array, inputs: tuple[Array, Array]) -> tuple[Array, None]:
+        rows, e = inputs
+
+        def answered(y: Array) -> Array:
+            one = jax.tree.map(lambda w: expert_of(w, e), p, is_leaf=_is_weight)
+            h = jax.tree.map(lambda a: a.at[rows].get(mode="fill", fill_value=0), x)
+            return y.at[rows].set(_mlp(h, one, activation), mode="drop")
+
+        return lax.cond(rows[0] < R, answered, lambda y: y, y), None
+
+    return lax.scan(block, jnp.zeros((R, D), jnp.float32), (row, expert_of_block))[0]
+
+
 def dense_experts(x: Array, ids: Array, weights: Array, p: Experts, *, activation: str) -> Array:
     """The same sum, with every expert over every token: E / A times the work in three products.
 
@@ -87,30 +116,37 @@ def _is_weight(w: object) -> bool:
 def _blocks(ids: Array, num_experts: int) -> tuple[Array, Array]:
     """Rows of `ids` (flattened tokens x choices) by block, and each block's expert.
 
-    Every expert's rows start at a fresh block; slots past an expert's last row hold len(ids),
-    which gathers as zeros and scatters nowhere.
+    Slots past an expert's last row hold len(ids), which gathers as zeros and scatters nowhere.
     """
     n = ids.shape[0]
     ids = jnp.where((ids >= 0) & (ids < num_experts), ids, num_experts)
     order = jnp.argsort(ids, stable=True)
-    count = jnp.bincount(ids, length=num_experts + 1)[:num_experts]
-    blocks = -(-count // BLOCK_ROWS)
+    row, expert = _cut(jnp.bincount(ids, length=num_experts + 1)[:num_experts], n)
+    return order.at[row].get(mode="fill", fill_value=n), expert
+
+
+def _cut(sizes: Array, num_rows: int) -> tuple[Array, Array]:
+    """Rows sorted by expert as blocks of `BLOCK_ROWS`, and each block's expert.
+
+    Every expert's rows start at a fresh block; slots past its last row hold `num_rows`.
+
+    Args:
+        sizes: [E], rows of each expert.
+    """
+    num_experts = sizes.shape[0]
+    blocks = -(-sizes // BLOCK_ROWS)
     first_block = jnp.cumsum(blocks) - blocks
-    first_row = jnp.cumsum(count) - count
-    num_blocks = -(-n // BLOCK_ROWS) + min(num_experts, n)
+    first_row = jnp.cumsum(sizes) - sizes
+    num_blocks = -(-num_rows // BLOCK_ROWS) + min(num_experts, num_rows)
     b = jnp.arange(num_blocks)
     expert = jnp.clip(jnp.searchsorted(jnp.cumsum(blocks), b, side="right"), 0, num_experts - 1)
     within = (b - first_block[expert])[:, None] * BLOCK_ROWS + jnp.arange(BLOCK_ROWS)
-    rows = jnp.where(
-        (within >= 0) & (within < count[expert][:, None]),
-        order[jnp.clip(first_row[expert][:, None] + within, 0, n - 1)],
-        n,
-    )
-    return rows, expert
+    real = (within >= 0) & (within < sizes[expert][:, None])
+    return jnp.where(real, first_row[expert][:, None] + within, num_rows), expert
 
 
-def _mlp(h: Array, p: Experts, activation: str) -> Array:  # [rows, D] -> [rows, D] float32
-    def product(a: Array, w: Weight, b: Weight | None) -> Array:
+def _mlp(h: Array | Int8Rows, p: Experts, activation: str) -> Array:  # [rows, D] float32
+    def product(a: Array | Int8Rows, w: Weight, b: Weight | None) -> Array:
         y = matrix_product(a, unstacked(w))
         return y if b is None else y + as_array(b).astype(jnp.float32)
 

@@ -2,7 +2,8 @@
 
 One CPU device is the default: XLA divides its threads among virtual devices, so eight of them
 would slow every test down for the sake of the few that need a mesh. Those are marked `mesh`, and
-each runs in a process of its own. `JAX_NUM_CPU_DEVICES=8 pytest -m mesh` runs them all in one.
+each runs in a process of its own, with eight devices or as many as `mesh(10)` asks for.
+`JAX_NUM_CPU_DEVICES=10 pytest -m mesh` runs them all in one.
 
 Ranks are promoted: a norm's scale [D] times activations [B, T, D] is the models' plain notation.
 """
@@ -59,13 +60,15 @@ def no_compilation_cache() -> Iterator[None]:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
-    """Runs a test marked `mesh` where there are eight devices."""
-    if pyfuncitem.get_closest_marker("mesh") is None or os.environ.get(_DEVICES) == "8":
+    """Runs a test marked `mesh` where there are enough devices."""
+    marker = pyfuncitem.get_closest_marker("mesh")
+    needed = 0 if marker is None else (marker.args or (8,))[0]
+    if int(os.environ.get(_DEVICES, "1")) >= needed:
         return None
     child = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "--no-header", pyfuncitem.nodeid],
         cwd=pyfuncitem.config.rootpath,
-        env={**os.environ, _DEVICES: "8"},
+        env={**os.environ, _DEVICES: str(needed)},
         capture_output=True,
         text=True,
     )
