@@ -33,6 +33,7 @@ class EngineConfig:
         data_parallel_size: replicas of attention, each with requests and a cache of its own;
             None: as many as `expert_parallel_size` asks for.
         expert_parallel_size: devices that split the experts among them.
+        num_redundant_experts: further places for copies of the experts that are asked for most.
         seed: of requests that bring none.
         enable_prefix_caching: reuse pages of equal prompt beginnings.
         decode_steps: tokens decoded per launch when every row decodes and none needs the host.
@@ -55,6 +56,7 @@ class EngineConfig:
     tensor_parallel_size: int = 1
     data_parallel_size: int | None = None
     expert_parallel_size: int = 1
+    num_redundant_experts: int = 0
     seed: int = 0
     enable_prefix_caching: bool = True
     decode_steps: int = 1

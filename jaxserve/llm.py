@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxserve import plan as planning
 from jaxserve.checkpoint import cache_scales, hf, hub
@@ -30,7 +30,7 @@ from jaxserve.errors import ConfigError, EngineError, RequestError
 from jaxserve.intake import Intake, Prompt, as_prompts, per_prompt
 from jaxserve.models.family import family
 from jaxserve.models.layers import restack
-from jaxserve.models.parallel import put_on_mesh
+from jaxserve.models.parallel import placed, put_on_mesh
 from jaxserve.quant import weights as quant
 from jaxserve.request import (
     CompletionOutput,
@@ -383,13 +383,23 @@ class LLM:
             place=self._place,
             progress=self.engine_config.progress,
         )
-        return self._with_own_head(params)
+        return self._with_placement(self._with_own_head(params))
 
     def _place(self, w: Weight, leaf: Any) -> Any:
         """A leaf on the device, or each device's share on the mesh."""
         if self._mesh is None:
             return jax.device_put(leaf, self._device)
-        return put_on_mesh(w, leaf, self.model_config.sizes, self.plan.parallelism, self._mesh)
+        dispatch, sizes = self.plan.dispatch, self.model_config.sizes
+        placement = dispatch.layout.initial() if dispatch else None
+        return put_on_mesh(w, leaf, sizes, self.plan.parallelism, self._mesh, placement)
+
+    def _with_placement(self, params: Any) -> Any:
+        """With tables of where experts live, if they are spread over devices."""
+        if self.plan.dispatch is None:
+            return params
+        everywhere = NamedSharding(self._mesh, PartitionSpec())
+        placement = self.plan.dispatch.layout.initial(self.model_config.num_layers)
+        return placed(params, placement, partial(jax.device_put, device=everywhere))
 
     def _with_own_head(self, params: Any) -> Any:
         """With an eight-bit copy of a tied table, which products want while lookups want floats."""
@@ -412,7 +422,7 @@ class LLM:
             return self._place(w, quant.quantize(w, x) if self.plan.quantization else x)
 
         leaves = jax.tree.map(leaf, self._declared(), params, is_leaf=is_weight)
-        return self._with_own_head(leaves)
+        return self._with_placement(self._with_own_head(leaves))
 
     def _placed(self, params: Any) -> Any:
         """A copy of a tree in the form, the type and the place of the one that is served."""

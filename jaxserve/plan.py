@@ -18,7 +18,10 @@ from jaxserve.checkpoint.quantized import scheme
 from jaxserve.config import EngineConfig
 from jaxserve.errors import ConfigError
 from kernels_pallas.target import Target
-from sharding.mesh import Parallelism
+from moe.dispatch import Dispatch
+from moe.placement import ExpertLayout
+from moe.transport import Transport
+from sharding.mesh import EXPERTS, Parallelism
 from sharding.rules import local_sizes
 
 FIRST_BUCKET = 64
@@ -36,6 +39,9 @@ class Plan:
         quantization: "int8" where large weights are held in eight bits.
         activation_dtype: of hidden states. On CPU float32, which its vector units are quicker at.
         kv_dtype: in which pages are stored. int8 and int4 are rounded, with scales of their own.
+        parallelism: how devices share the work; everything else here is of one of them.
+        splits_kv_heads: KV heads, and so pages, are split over the axis "tensor".
+        dispatch: how tokens reach experts on other devices, where there are any.
         kv_calibrated: int8 pages have scales that came with the checkpoint, for each lane.
         kv_shape: KV heads, and lanes of a key and of a value, of a page.
         target: the hardware that programs are compiled for.
@@ -65,8 +71,9 @@ class Plan:
     decode_steps: int
     weight_bytes: int
     kv_bytes: int
-    parallelism: Parallelism = Parallelism()
-    splits_kv_heads: bool = False
+    parallelism: Parallelism
+    splits_kv_heads: bool
+    dispatch: Dispatch | None
 
     @property
     def num_ranks(self) -> int:
@@ -206,7 +213,27 @@ def resolve(
         kv_bytes=num_pages * per_page,
         parallelism=parallelism,
         splits_kv_heads=not latent,
+        dispatch=_dispatch(config, cfg, parallelism, platform, quantization),
     )
+
+
+def _dispatch(
+    config: EngineConfig, cfg: Any, parallelism: Parallelism, platform: Any, quantization: str | None
+) -> Dispatch | None:
+    """How tokens reach experts on other devices; rows are rounded where experts would do so."""
+    if parallelism.expert == 1:
+        return None
+    num_experts = cfg.router.num_experts if cfg.router else 0
+    if not num_experts:
+        raise ConfigError(
+            f"expert_parallel_size={parallelism.expert}, and the model has no experts; set "
+            "tensor_parallel_size or data_parallel_size"
+        )
+    slots = -(-(num_experts + config.num_redundant_experts) // parallelism.expert)
+    layout = ExpertLayout(num_experts, parallelism.expert, slots)
+    way = "ragged" if platform == "tpu" else "padded"
+    transport = Transport(EXPERTS, way, platform)
+    return Dispatch(layout, transport, early_int8=quantization == "int8")
 
 
 def parallelism_of(config: EngineConfig) -> Parallelism:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import jax.numpy as jnp
 from jax import Array
 
 import kernels_pallas.cpu as cpu
@@ -17,12 +18,14 @@ from kernels_pallas.linear import gated_linear as gated_linear_reference
 from kernels_pallas.linear import linear as linear_reference
 from kernels_pallas.op import with_reference_gradient
 from kernels_pallas.paged_attention import gathered
+from kernels_pallas.quantize import Int8Rows
 from kernels_pallas.rms_norm import rms_norm as rms_norm_reference
 from kernels_pallas.rope import Table
 from kernels_pallas.rope import rotate as rotate_reference
 from kernels_pallas.weight import Int8Weight
 from moe.experts import Experts
 from moe.experts import experts as experts_reference
+from moe.experts import experts_on_rows as experts_on_rows_reference
 
 
 def ops(attend: Attend, dtype: Any, num_rows: Array) -> Ops:
@@ -36,6 +39,7 @@ def ops(attend: Attend, dtype: Any, num_rows: Array) -> Ops:
         rms_norm=op(bodies.rms_norm, rms_norm_reference),
         rotate=op(_rotate, rotate_reference),
         experts=op(_experts, experts_reference),
+        experts_on_rows=with_reference_gradient(_experts_on_rows, experts_on_rows_reference),
     )
 
 
@@ -57,6 +61,18 @@ def _experts(
     scales = tuple(w.scale for w in stored if isinstance(w, Int8Weight))
     options = {"layer": layer, "num_rows": num_rows, "activation": activation}
     return cpu.experts(x, ids, weights, *values, scales=scales, **options).astype(x.dtype)
+
+
+def _experts_on_rows(
+    x: Array | Int8Rows, sizes: Array, p: Experts, *, activation: str
+) -> Array:
+    """Rows of eight bits are rounded again, to the same bits."""
+    ends = jnp.cumsum(sizes)
+    expert = jnp.searchsorted(ends, jnp.arange(x.shape[0]), side="right")[:, None]
+    once = jnp.ones((x.shape[0], 1), jnp.float32)
+    x = x.dequantized() if isinstance(x, Int8Rows) else x.astype(jnp.float32)
+    ids = expert.astype(jnp.int32)
+    return _experts(x, ids, once, p, num_rows=ends[-1], activation=activation)
 
 
 attention = with_reference_gradient(bodies.paged_attention, gathered.paged_attention)

@@ -23,12 +23,13 @@ from kernels_pallas.linear import linear as linear_reference
 from kernels_pallas.op import with_reference_gradient
 from kernels_pallas.paged_attention import Ragged, gathered
 from kernels_pallas.paged_attention.ops import page_attention, page_write
-from kernels_pallas.quantize import quantize_rows
+from kernels_pallas.quantize import Int8Rows, quantize_rows
 from kernels_pallas.sample import sample
 from kernels_pallas.target import Target
 from kernels_pallas.weight import Int8Weight, StackedWeight, Weight
 from moe.experts import Experts
 from moe.experts import experts as experts_reference
+from moe.experts import experts_on_rows as experts_on_rows_reference
 
 
 def ops(target: Target, attend: Attend, dtype: Any, num_rows: Array) -> Ops:
@@ -43,6 +44,7 @@ def ops(target: Target, attend: Attend, dtype: Any, num_rows: Array) -> Ops:
         linear=op(_linear, linear_reference),
         gated_linear=op(_gated_linear, gated_linear_reference),
         experts=op(_experts, experts_reference, num_rows=num_rows),
+        experts_on_rows=op(_experts_on_rows, experts_on_rows_reference),
     )
 
 
@@ -104,27 +106,46 @@ def _experts(
     expert = jnp.where(real, ids, E).reshape(-1)  # padding goes behind the last, to no expert
     order = jnp.argsort(expert, stable=True)
     sizes = jnp.sum(expert[:, None] == jnp.arange(E), 0, dtype=jnp.int32)
-    product = partial(_grouped, target, sizes)
-    gate, up = product(x, order // A, p.w_gate, p.w_up)
-    hidden = GATES[activation](gate.astype(jnp.float32), up.astype(jnp.float32)).astype(x.dtype)
-    (y,) = product(hidden, None, p.w_down)
+    y = _answers(target, sizes, x, order // A, p, activation)
     y = y[jnp.argsort(order)].reshape(T, A, -1).astype(jnp.float32)  # rows of padding are 0
     return jnp.sum(y * weights[..., None], 1).astype(x.dtype)
 
 
+def _experts_on_rows(
+    target: Target, x: Array | Int8Rows, sizes: Array, p: Experts, *, activation: str
+) -> Array:
+    if p.b_gate is not None:
+        return experts_on_rows_reference(x, sizes, p, activation=activation)
+    return _answers(target, sizes, x, None, p, activation).astype(jnp.float32)
+
+
+def _answers(
+    target: Target, sizes: Array, x: Array | Int8Rows, rows: Array | None, p: Experts,
+    activation: str,
+) -> Array:  # fmt: skip
+    """What experts say of rows of x that are sorted by expert, `sizes` of each."""
+    product = partial(_grouped, target, sizes)
+    gate, up = product(x, rows, p.w_gate, p.w_up)
+    hidden = GATES[activation](gate.astype(jnp.float32), up.astype(jnp.float32)).astype(gate.dtype)
+    return product(hidden, None, p.w_down)[0]
+
+
 def _grouped(
-    target: Target, sizes: Array, x: Array, rows: Array | None, *weights: Weight
+    target: Target, sizes: Array, x: Array | Int8Rows, rows: Array | None, *weights: Weight
 ) -> list[Array]:
     """Rows of x, or some of them, times their experts' weights."""
 
     def take(a: Array) -> Array:
         return a if rows is None else a[rows]
 
-    run = partial(grouped_matmul, target=target, **_out(x))
+    out = {"out_dtype": jnp.bfloat16} if isinstance(x, Int8Rows) else _out(x)
+    run = partial(grouped_matmul, target=target, **out)
     if not isinstance(_stored(weights[0]), Int8Weight):
+        x = x.dequantized() if isinstance(x, Int8Rows) else x
         x = take(x.astype(weights[0].dtype))
         return [run(x, _stored(w), sizes, layer=_layer(w)) for w in weights]
-    values, scale = map(take, quantize_rows(x))  # each token once, however many experts it has
+    known = (x.values, x.scale) if isinstance(x, Int8Rows) else quantize_rows(x)
+    values, scale = map(take, known)  # each token once, however many experts it has
     return [
         run(values, s.values, sizes, layer=_layer(w), x_scale=scale, w_scale=s.scale)
         for w, s in ((w, _stored(w)) for w in weights)

@@ -19,11 +19,12 @@ from kernels_pallas.paged_attention import Ragged
 
 def serving_ops(plan: Plan, batch: Ragged) -> Ops:
     """Operations for the plan's kernels, which skip the padding of a bucket."""
+    num_rows = batch.row_starts[batch.num_seqs]
     if plan.kernels == "reference":
         ops = Ops(attend=paged(batch), dtype=plan.activation_dtype)
     else:
-        ops = _kernels(plan, batch.row_starts[batch.num_seqs], batch)
-    return parallel_ops(ops) if plan.on_mesh else ops
+        ops = _kernels(plan, num_rows, batch)
+    return _on_mesh(plan, ops, num_rows)
 
 
 def head_ops(plan: Plan, num_rows: Array) -> Ops:
@@ -32,7 +33,13 @@ def head_ops(plan: Plan, num_rows: Array) -> Ops:
         ops = Ops(attend=_no_attention, dtype=plan.activation_dtype)
     else:
         ops = _kernels(plan, num_rows, None)
-    return parallel_ops(ops) if plan.on_mesh else ops
+    return _on_mesh(plan, ops, num_rows)
+
+
+def _on_mesh(plan: Plan, ops: Ops, num_rows: Array) -> Ops:
+    if not plan.on_mesh:
+        return ops
+    return parallel_ops(ops, plan.dispatch, num_rows, split=plan.parallelism.tensor > 1)
 
 
 def sampling_ops(plan: Plan, num_rows: Array) -> dict[str, Callable[..., Any]]:

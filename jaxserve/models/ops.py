@@ -73,6 +73,7 @@ class Ops:
     Attributes:
         attend: see `Attend`.
         dtype: element type of activations.
+        experts_on_rows: what `experts` is made of where rows come from other devices.
         lookup: see `embed` above.
         record: looks at every layer's routing, and returns `kv` with what it wants to keep.
         layers: how a stack is run. "indexed": weights stay in their stack, so that none is copied
@@ -88,6 +89,7 @@ class Ops:
     rms_norm: Callable[..., Array] = kernels_pallas.rms_norm.rms_norm
     rotate: Callable[..., Array] = kernels_pallas.rope.rotate
     experts: Callable[..., Array] = moe.experts.experts
+    experts_on_rows: Callable[..., Array] = moe.experts.experts_on_rows
     lookup: Callable[..., Array] = embed
     record: Callable[..., Any] = unrecorded
     layers: Literal["indexed", "sliced", "recomputed"] = "indexed"

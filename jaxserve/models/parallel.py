@@ -20,9 +20,13 @@ import numpy as np
 from jax import Array, lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+import moe.parallel
 from jaxserve.models.ops import Ops
 from kernels_pallas.weight import as_array
+from moe.dispatch import Dispatch
 from moe.experts import Experts
+from moe.parallel import PlacedExperts
+from moe.placement import Placement
 from sharding.mesh import TENSOR, Parallelism
 from sharding.rules import spec
 from sharding.tree import Weight, is_weight
@@ -53,6 +57,25 @@ class VocabSplit(_Split):
     """A table [V / devices, D] of some of the tokens, in their order along the axis "tensor"."""
 
 
+def placed(tree: Any, placement: Placement, put: Callable[[Any], Any]) -> Any:
+    """A tree whose layers of experts know where those live.
+
+    Args:
+        placement: of every layer that has experts, in order; leading axes are layers.
+        put: what becomes of a stack's part of the tables.
+    """
+    first, stacks = 0, []
+    for stack in tree.stacks:
+        experts = getattr(stack.mlp, "experts", None)
+        if experts is not None:
+            n = jax.tree.leaves(stack)[0].shape[0]
+            tables = jax.tree.map(lambda a, i=first, n=n: put(a[i : i + n]), placement)
+            stack = replace(stack, mlp=replace(stack.mlp, experts=PlacedExperts(experts, tables)))
+            first += n
+        stacks.append(stack)
+    return replace(tree, stacks=tuple(stacks))
+
+
 def marked(declared: Any, params: Any, sizes: Mapping[str, int], parallelism: Parallelism) -> Any:
     """One device's params, with marks where an operation must know of the other devices.
 
@@ -63,22 +86,38 @@ def marked(declared: Any, params: Any, sizes: Mapping[str, int], parallelism: Pa
     if declared.lm_head is None and params.lm_head is not None:  # a copy of the table of its own
         declared = replace(declared, lm_head=declared.embed)
 
-    def mark(w: Weight, leaf: Any) -> Any:
+    def mark(w: Weight | Experts, leaf: Any) -> Any:
+        if isinstance(w, Experts):  # their own operation knows how they are split
+            return leaf
         split = spec(w.axes, sizes, parallelism)
         if w.axes[0] == "vocab" and split[0]:
             return VocabSplit(leaf)
-        return InputSplit(leaf) if split[-1] and w.is_matrix and "experts" not in w.axes else leaf
+        return InputSplit(leaf) if split[-1] and w.is_matrix else leaf
 
-    return jax.tree.map(mark, declared, params, is_leaf=is_weight)
+    return jax.tree.map(
+        mark, declared, params, is_leaf=lambda x: is_weight(x) or isinstance(x, Experts)
+    )
 
 
-def parallel_ops(ops: Ops) -> Ops:
-    """The operations of one device, for marked params of several along the axis "tensor"."""
+def parallel_ops(ops: Ops, dispatch: Dispatch | None, num_rows: Array, *, split: bool) -> Ops:
+    """The operations of one device of a mesh, from those of a device alone.
+
+    Args:
+        dispatch: how tokens reach experts that live elsewhere; None: every device has a part of
+            the width of each.
+        num_rows: real tokens of the step.
+        split: whether there are several devices along the axis "tensor".
+    """
+    if dispatch is None:
+        experts = partial(_narrow_experts, ops.experts)
+    else:
+        far = partial(moe.parallel.experts, dispatch, ops.experts_on_rows, num_rows=num_rows)
+        experts = partial(far, replicated=(TENSOR,) if split else ())
     return replace(
         ops,
         linear=partial(_linear, ops.linear),
         lookup=partial(_lookup, ops.lookup),
-        experts=partial(_narrow_experts, ops.experts),
+        experts=experts,
     )
 
 
@@ -114,12 +153,24 @@ def _narrow_experts(
 
 
 def put_on_mesh(
-    w: Weight, leaf: Any, sizes: Mapping[str, int], parallelism: Parallelism, mesh: Mesh
+    w: Weight,
+    leaf: Any,
+    sizes: Mapping[str, int],
+    parallelism: Parallelism,
+    mesh: Mesh,
+    placement: Placement | None = None,
 ) -> Any:
     """A leaf (a numpy array, or an `Int8Weight` of them) with each device's share on it.
 
-    Where there are more devices than KV heads, each head is there as often as it is needed.
+    Where there are more devices than KV heads, each head is there as often as it is needed; and an
+    expert is in every slot that is its own.
+
+    Args:
+        placement: of experts, the same in every layer.
     """
+    if placement is not None and "experts" in w.axes:
+        axis = w.axes.index("experts")
+        leaf = jax.tree.map(lambda x: np.take(x, placement.expert_of, axis), leaf)
     if "kv_heads" in w.axes and (copies := parallelism.tensor // sizes["kv_heads"]) > 1:
         axis = w.axes.index("kv_heads")
         leaf = jax.tree.map(lambda x: np.repeat(x, copies, axis), leaf)
