@@ -41,7 +41,7 @@ from jaxserve.request import (
 from jaxserve.text.tokenizer import Tokenizer
 from sharding.mesh import Parallelism, first_devices
 from sharding.mesh import mesh as make_mesh
-from sharding.rules import local_sizes
+from sharding.probe import probe
 from sharding.tree import Weight, initialise, is_weight, unstack
 
 log = logging.getLogger(__name__)
@@ -83,9 +83,8 @@ class LLM:
         self._mesh = _mesh(parallelism, device)
         device = self._mesh.devices.flat[0] if self._mesh else device or planning.default_device()
         keep_programs()
-        size = partial(
-            quant.weight_bytes, self._family, cfg, sizes=local_sizes(cfg.sizes, parallelism)
-        )
+        local = planning.sizes_on_device(cfg, parallelism)
+        size = partial(quant.weight_bytes, self._family, cfg, sizes=local)
         rounded = self.engine_config.kv_cache_dtype == "int8"
         scales = cache_scales.load(folder, cfg.num_layers, cfg.kv_shape) if rounded else None
         self.plan = planning.resolve(
@@ -469,7 +468,8 @@ def _mesh(parallelism: Parallelism, device: Any) -> Mesh | None:
             f"device={device} is one, but {parallelism} asks for {parallelism.num_devices}"
         )
     try:
-        return make_mesh(parallelism, first_devices(parallelism.num_devices))
+        devices = first_devices(parallelism.num_devices)
+        return make_mesh(parallelism, probe(devices), devices)
     except ValueError as error:
         raise ConfigError(str(error)) from None
 

@@ -17,12 +17,13 @@ from jaxserve.cache.kv_cache import page_bytes, storage_dtype, stored_shape
 from jaxserve.checkpoint.quantized import scheme
 from jaxserve.config import EngineConfig
 from jaxserve.errors import ConfigError
+from jaxserve.models.parallel import whole_sizes
 from kernels_pallas.target import Target
 from moe.dispatch import Dispatch
 from moe.placement import ExpertLayout
 from moe.transport import Transport
 from sharding.mesh import EXPERTS, Parallelism
-from sharding.rules import local_sizes
+from sharding.rules import DECODE, fitted, local_sizes
 
 FIRST_BUCKET = 64
 """Tokens of the program that is compiled first and serves until the others exist."""
@@ -175,7 +176,7 @@ def resolve(
     batched = config.max_num_batched_tokens or (512 if platform == "cpu" else 2048)
     quantization = config.quantization or _stored_quantization(hf)
     parallelism = parallelism_of(config)
-    local = local_sizes(cfg.sizes, parallelism)
+    local = sizes_on_device(cfg, parallelism)
     weights = weight_bytes(dtype, quantization)
     latent = cfg.kv_shape[2] == 0  # its one head is every device's
     kv_shape = cfg.kv_shape if latent else (local["kv_heads"], *cfg.kv_shape[1:])
@@ -217,8 +218,25 @@ def resolve(
     )
 
 
+def sizes_on_device(cfg: Any, parallelism: Parallelism) -> dict[str, int]:
+    """What one device has of every axis of a model.
+
+    Raises:
+        ConfigError: the split divides some axis of it unevenly.
+    """
+    try:
+        whole = whole_sizes(cfg.sizes, parallelism)
+        return local_sizes(fitted(DECODE, parallelism), whole, parallelism.abstract_mesh)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
 def _dispatch(
-    config: EngineConfig, cfg: Any, parallelism: Parallelism, platform: Any, quantization: str | None
+    config: EngineConfig,
+    cfg: Any,
+    parallelism: Parallelism,
+    platform: Any,
+    quantization: str | None,
 ) -> Dispatch | None:
     """How tokens reach experts on other devices; rows are rounded where experts would do so."""
     if parallelism.expert == 1:
@@ -238,8 +256,12 @@ def _dispatch(
 
 def parallelism_of(config: EngineConfig) -> Parallelism:
     """The asked split; experts that are split bring as many replicas of attention along."""
-    tensor, expert = config.tensor_parallel_size, config.expert_parallel_size
-    return Parallelism(config.data_parallel_size or max(1, expert // tensor), expert, tensor)
+    try:
+        return Parallelism.of(
+            config.data_parallel_size, config.expert_parallel_size, config.tensor_parallel_size
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def _kernels(config: EngineConfig, platform: str) -> str:

@@ -10,6 +10,7 @@ import functools
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jax.experimental import topologies
@@ -41,11 +42,20 @@ def mesh(target: str, shape: Sequence[int] = (1,), names: Sequence[str] = ("x",)
     Raises:
         AbsentCompilerError: the extra `aot` is not installed, or not of the right release.
     """
-    devices = np.array(_topology(target).devices)
+    there = np.array(devices(target))
     count = int(np.prod(shape))
-    if count > devices.size:
-        raise ValueError(f"{target} has {devices.size} devices, and a mesh {shape} needs {count}")
-    return Mesh(devices[:count].reshape(shape), names)
+    if count > there.size:
+        raise ValueError(f"{target} has {there.size} devices, and a mesh {shape} needs {count}")
+    return Mesh(there[:count].reshape(shape), names)
+
+
+def devices(target: str) -> tuple[Any, ...]:
+    """All devices of a target, in the compiler's order.
+
+    Raises:
+        AbsentCompilerError: as `mesh` does.
+    """
+    return tuple(_topology(target).devices)
 
 
 @functools.cache

@@ -63,9 +63,7 @@ def _experts(
     return cpu.experts(x, ids, weights, *values, scales=scales, **options).astype(x.dtype)
 
 
-def _experts_on_rows(
-    x: Array | Int8Rows, sizes: Array, p: Experts, *, activation: str
-) -> Array:
+def _experts_on_rows(x: Array | Int8Rows, sizes: Array, p: Experts, *, activation: str) -> Array:
     """Rows of eight bits are rounded again, to the same bits."""
     ends = jnp.cumsum(sizes)
     expert = jnp.searchsorted(ends, jnp.arange(x.shape[0]), side="right")[:, None]

@@ -28,7 +28,7 @@ from moe.experts import Experts
 from moe.parallel import PlacedExperts
 from moe.placement import Placement
 from sharding.mesh import TENSOR, Parallelism
-from sharding.rules import spec
+from sharding.rules import DECODE, fitted, spec
 from sharding.tree import Weight, is_weight
 
 
@@ -89,7 +89,7 @@ def marked(declared: Any, params: Any, sizes: Mapping[str, int], parallelism: Pa
     def mark(w: Weight | Experts, leaf: Any) -> Any:
         if isinstance(w, Experts):  # their own operation knows how they are split
             return leaf
-        split = spec(w.axes, sizes, parallelism)
+        split = _split(w, sizes, parallelism)
         if w.axes[0] == "vocab" and split[0]:
             return VocabSplit(leaf)
         return InputSplit(leaf) if split[-1] and w.is_matrix else leaf
@@ -152,6 +152,18 @@ def _narrow_experts(
     return lax.psum(experts(x, ids, weights, p, **how), TENSOR)
 
 
+def whole_sizes(sizes: Mapping[str, int], parallelism: Parallelism) -> dict[str, int]:
+    """Sizes of a model's axes over all devices: a KV head that several need is there for each."""
+    heads = sizes["kv_heads"]
+    spare = heads < parallelism.tensor and parallelism.tensor % heads == 0
+    return {**sizes, "kv_heads": parallelism.tensor if spare else heads}
+
+
+def _split(w: Weight, sizes: Mapping[str, int], parallelism: Parallelism) -> PartitionSpec:
+    rules, whole = fitted(DECODE, parallelism), whole_sizes(sizes, parallelism)
+    return spec(w.axes, rules, whole, parallelism.abstract_mesh)
+
+
 def put_on_mesh(
     w: Weight,
     leaf: Any,
@@ -174,7 +186,7 @@ def put_on_mesh(
     if "kv_heads" in w.axes and (copies := parallelism.tensor // sizes["kv_heads"]) > 1:
         axis = w.axes.index("kv_heads")
         leaf = jax.tree.map(lambda x: np.repeat(x, copies, axis), leaf)
-    place = spec(w.axes, sizes, parallelism)
+    place = _split(w, sizes, parallelism)
 
     def put(x: Any) -> jax.Array:
         own = PartitionSpec(*place[: x.ndim])  # scales lack the last axis
