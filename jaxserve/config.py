@@ -34,6 +34,8 @@ class EngineConfig:
             None: as many as `expert_parallel_size` asks for.
         expert_parallel_size: devices that split the experts among them.
         num_redundant_experts: further places for copies of the experts that are asked for most.
+        enable_dbo: dual batch overlap: halves of a step take turns, so that one computes while the
+            other's tokens travel to experts and back.
         seed: of requests that bring none.
         enable_prefix_caching: reuse pages of equal prompt beginnings.
         decode_steps: tokens decoded per launch when every row decodes and none needs the host.
@@ -57,6 +59,7 @@ class EngineConfig:
     data_parallel_size: int | None = None
     expert_parallel_size: int = 1
     num_redundant_experts: int = 0
+    enable_dbo: bool = False
     seed: int = 0
     enable_prefix_caching: bool = True
     decode_steps: int = 1

@@ -42,6 +42,7 @@ class Plan:
         kv_dtype: in which pages are stored. int8 and int4 are rounded, with scales of their own.
         parallelism: how devices share the work; everything else here is of one of them.
         splits_kv_heads: KV heads, and so pages, are split over the axis "tensor".
+        interleaved: two halves of a step's tokens take turns, layer by layer.
         dispatch: how tokens reach experts on other devices, where there are any.
         kv_calibrated: int8 pages have scales that came with the checkpoint, for each lane.
         kv_shape: KV heads, and lanes of a key and of a value, of a page.
@@ -75,6 +76,7 @@ class Plan:
     parallelism: Parallelism
     splits_kv_heads: bool
     dispatch: Dispatch | None
+    interleaved: bool
 
     @property
     def num_ranks(self) -> int:
@@ -215,7 +217,17 @@ def resolve(
         parallelism=parallelism,
         splits_kv_heads=not latent,
         dispatch=_dispatch(config, cfg, parallelism, platform, quantization),
+        interleaved=_interleaved(config),
     )
+
+
+def _interleaved(config: EngineConfig) -> bool:
+    if config.enable_dbo and config.expert_parallel_size == 1:
+        raise ConfigError(
+            "enable_dbo=True hides what travels to experts of other devices, and there are none; "
+            "set expert_parallel_size, or leave it out"
+        )
+    return config.enable_dbo
 
 
 def sizes_on_device(cfg: Any, parallelism: Parallelism) -> dict[str, int]:

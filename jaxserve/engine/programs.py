@@ -140,7 +140,8 @@ def _hidden(
     drawn = history[x.slots, x.positions[0]][None]
     tokens = jnp.where(x.tokens < 0, drawn, x.tokens)
     params = _marked(plan, family, cfg, params)
-    hidden, kv = family.forward(cfg, params, tokens, x.positions, serving_ops(plan, x.ragged), kv)
+    ops = serving_ops(plan, x.ragged, tokens.shape[1])
+    hidden, kv = family.forward(cfg, params, tokens, x.positions, ops, kv)
     return hidden[0], kv
 
 

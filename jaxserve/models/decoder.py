@@ -9,6 +9,7 @@ from typing import Any
 
 from jax import Array
 
+from jaxserve.models.interleaved import run_halves
 from jaxserve.models.layers import (
     Attention,
     Mlp,
@@ -17,7 +18,6 @@ from jaxserve.models.layers import (
     mlp,
     moe,
     per_layer,
-    run_layers,
     runs,
 )
 from jaxserve.models.ops import Ops
@@ -139,10 +139,10 @@ def grouped(
     return attention(cfg, ops, rope, p, x, kv, i, scale=cfg.head_dim**-0.5, window=window)
 
 
-def layer(
+def attend_half(
     cfg: Config,
-    ops: Ops,
     attend: Callable[..., tuple[Array, Any]],
+    ops: Ops,
     rope: Table,
     p: Any,
     x: Array,
@@ -151,7 +151,12 @@ def layer(
 ) -> tuple[Array, Any]:
     h = ops.rms_norm(x, p.attn_norm, eps=cfg.norm_eps)
     o, kv = attend(cfg, ops, rope, p.attn, h, kv, i)
-    x = x + o
+    return x + o, kv
+
+
+def mlp_half(
+    cfg: Config, ops: Ops, rope: Table, p: Any, x: Array, kv: Any, i: Array | int
+) -> tuple[Array, Any]:
     h = ops.rms_norm(x, p.mlp_norm, eps=cfg.norm_eps)
     if isinstance(p.mlp, Mlp):
         return x + mlp(ops, p.mlp, h, cfg.activation), kv
@@ -177,7 +182,8 @@ def forward(
     """
     rope = cfg.rope.tables(positions)
     x = ops.embed(params.embed, tokens)
-    x, kv = run_layers(ops, partial(layer, cfg, ops, attend, rope), params.stacks, x, kv)
+    first, second = partial(attend_half, cfg, attend), partial(mlp_half, cfg)
+    x, kv = run_halves(ops, first, second, rope, params.stacks, x, kv)
     return ops.rms_norm(x, params.final_norm, eps=cfg.norm_eps), kv
 
 

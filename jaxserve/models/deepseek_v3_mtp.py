@@ -98,5 +98,6 @@ def _layer(
         ops.rms_norm(x, p.hidden_norm, eps=cfg.norm_eps),
     )
     x = ops.linear(jnp.concatenate(both, -1), p.join)
-    x, kv = decoder.layer(cfg, ops, mla.attention, table, p.block, x, kv, i)
+    x, kv = decoder.attend_half(cfg, mla.attention, ops, table, p.block, x, kv, i)
+    x, kv = decoder.mlp_half(cfg, ops, table, p.block, x, kv, i)
     return ops.rms_norm(x, p.final_norm, eps=cfg.norm_eps), kv

@@ -124,7 +124,7 @@ def run_layers(
     for stack in stacks:
         n = jax.tree.leaves(stack)[0].shape[0]
         if n == 1:
-            x, kv = layer(_at(stack, 0), x, kv, first)
+            x, kv = layer(layer_of(stack, 0), x, kv, first)
         elif ops.layers == "indexed":
             x, kv = _scan_indices(layer, stack, x, kv, first, n)
         else:
@@ -146,12 +146,12 @@ def _scan_indices(
 ) -> tuple[Array, Any]:
     def body(carry, i):
         x, kv = carry
-        return layer(_at(stack, i), x, kv, first + i), None
+        return layer(layer_of(stack, i), x, kv, first + i), None
 
     return lax.scan(body, (x, kv), jnp.arange(n, dtype=jnp.int32))[0]
 
 
-def _at(stack: Any, i: Array | int) -> Any:
+def layer_of(stack: Any, i: Array | int) -> Any:
     """Layer i of a stack: vectors are sliced out, which is cheap; the rest stays where it is."""
 
     def take(w: Array | Int8Weight) -> Weight:

@@ -67,6 +67,21 @@ def unrecorded(kv: Any, layer: Array | int, router: Router, scores: Array, ids: 
 
 
 @dataclass(frozen=True)
+class Halves:
+    """Two halves of a step's tokens that take turns (jaxserve/models/interleaved.py).
+
+    Attributes:
+        ops: operations of each.
+        cut: [B, T, ...] -> both halves [B, T / 2, ...].
+        join: the way back.
+    """
+
+    ops: tuple[Ops, Ops]
+    cut: Callable[[Array], tuple[Array, Array]]
+    join: Callable[[Array, Array], Array]
+
+
+@dataclass(frozen=True)
 class Ops:
     """Implementations of every operation; the fields' signatures are those of the references.
 
@@ -80,6 +95,7 @@ class Ops:
             (serving). "sliced": a scan takes its slices, so that gradients are stacked rather than
             summed over whole stacks (training). "recomputed": that, and a layer's activations are
             computed again in the backward pass, which costs a third more time for much less memory.
+        halves: layers are run over two halves of the tokens in turn.
     """
 
     attend: Attend
@@ -93,6 +109,7 @@ class Ops:
     lookup: Callable[..., Array] = embed
     record: Callable[..., Any] = unrecorded
     layers: Literal["indexed", "sliced", "recomputed"] = "indexed"
+    halves: Halves | None = None
 
     def embed(self, table: Array, tokens: Array) -> Array:
         return self.lookup(table, tokens, dtype=self.dtype)
