@@ -10,7 +10,7 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxserve.engine.batch import SlotTable
+from jaxserve.engine.batch import SlotTable, pack_tokens
 from jaxserve.engine.groups import Grouping
 from jaxserve.engine.runner import Launched
 from jaxserve.engine.scheduler import Row, Step
@@ -40,10 +40,30 @@ class GroupingRunner(FakeRunner):
 
     def launch(self, step: Step) -> Launched:
         self._scheduled = list(step.rows)
-        self.grouping.arrange(step, any([self.table.enter(row) for row in step.rows]))
+        self.arrange(step)
         self._check(self._scheduled, step)
+        self._check_arrays(step)
         self.saved += step.shared_pages
         return super().launch(step)
+
+    def arrange(self, step: Step) -> None:
+        moved_in = [self.table.enter(row) for row in step.rows]
+        self.grouping.arrange(step, any(moved_in))
+
+    def _check_arrays(self, step: Step) -> None:
+        R = len(step.rows)
+        x = pack_tokens(step, step.num_tokens, R, self.table).unpack().ragged
+        assert step.groups is not None
+        if R == 1:
+            assert x.groups is None and not step.groups, "two rows make a group"
+            return
+        groups = list(zip(*(field.tolist() for field in x.groups), strict=True))
+        unused = R // 2 - len(step.groups)
+        assert groups == [*step.groups, *[(0, 0, 0)] * unused]
+        for first, end, pages in groups:
+            assert (x.tables[first:end, :pages] == x.tables[first, :pages]).all()
+            new = x.row_starts[first + 1 : end + 1] - x.row_starts[first:end]
+            assert (pages * self.plan.page_size <= x.kv_lens[first:end] - new).all()
 
     def _draw(self, step: Step, repeat: int, written: set[tuple[int, int]]) -> list[int]:
         """Layers write before they read; here a row does, so those that write go first."""
@@ -146,3 +166,18 @@ def test_pools_that_are_too_small_preempt_and_group_again():
     assert runner.saved > 0
     for generation, kind in zip(generations, (0, 0, 1, 2, 3, 0), strict=True):
         assert bench.outputs(generation)[0].token_ids == expected(prompt(26, kind), 14)
+
+
+def test_a_sequence_that_comes_back_to_other_pages_leaves_its_group():
+    bench = Bench(num_pages=64, page_size=4, max_tokens=64)
+    runner = GroupingRunner(bench, block=2)
+    bench.add(prompt(30, 0), 12, n=2)
+    for _ in range(3):
+        bench.engine.step()
+    last = runner.steps[-1]
+    assert last.groups == [(0, 2, 6)]
+    back = last.rows[1].seq
+    back.pages, back.stay = bench.engine.pages.allocate(len(back.pages)), back.stay + 1
+    step = Step([replace(row, start=row.start + 1) for row in last.rows], num_tokens=2)
+    runner.arrange(step)
+    assert step.groups == []
