@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import jax
@@ -13,32 +12,31 @@ from kernels_pallas.quantize import quantize_rows
 from kernels_pallas.weight import Int8Weight, LowRankWeight, Weight, unstacked
 
 
-def linear(x: Array, *weights: Weight, num_in: int = 1) -> Array | tuple[Array, ...]:
+def linear(x: Array, *weights: Weight) -> Array | tuple[Array, ...]:
     """x @ w.T for each weight, accumulated in float32 and returned in x's type.
 
     Args:
-        x: [..., *in]; its last `num_in` axes are contracted.
-        weights: [*out, *in] each, of one element type. On a narrower type than x's, x is rounded
+        x: [..., K].
+        weights: [*out, K] each, of one element type. On a narrower type than x's, x is rounded
             to it first, as the hardware's own matrix units do; on `Int8Weight` every row of x is
             rounded to eight bits with a scale of its own.
 
     Returns:
         [..., *out] for each weight, in a tuple if there are several.
     """
-    outs = tuple(_apply(x, w, num_in) for w in weights)
+    outs = tuple(_apply(x, w) for w in weights)
     return outs if len(weights) > 1 else outs[0]
 
 
-def _apply(x: Array, w: Weight, num_in: int) -> Array:
+def _apply(x: Array, w: Weight) -> Array:
     if not isinstance(w, LowRankWeight):
-        return _product(x, unstacked(w), num_in).astype(x.dtype)
-    added = _apply(_apply(x, w.down, num_in), w.up, 1)
-    return _apply(x, w.base, num_in) + (w.scale * added).astype(x.dtype)
+        return _product(x, unstacked(w)).astype(x.dtype)
+    added = _apply(_apply(x, w.down), w.up)
+    return _apply(x, w.base) + (w.scale * added).astype(x.dtype)
 
 
-def _product(x: Array, w: Array | Int8Weight, num_in: int) -> Array:
-    lead, out = x.shape[: x.ndim - num_in], w.shape[: w.ndim - num_in]
-    return product(x.reshape(-1, math.prod(x.shape[x.ndim - num_in :])), w).reshape(*lead, *out)
+def _product(x: Array, w: Array | Int8Weight) -> Array:
+    return product(x.reshape(-1, x.shape[-1]), w).reshape(*x.shape[:-1], *w.shape[:-1])
 
 
 def product(x: Array, w: Array | Int8Weight) -> Array:

@@ -7,7 +7,6 @@ the op's reference, and all have the references' gradients.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -66,15 +65,14 @@ def _attention(
     return o, lse, k_pages, v_pages
 
 
-def _linear(target: Target, x: Array, *weights: Weight, num_in: int = 1) -> Any:
+def _linear(target: Target, x: Array, *weights: Weight) -> Any:
     if not all(isinstance(_stored(w), Int8Weight) for w in weights):
-        return linear_reference(x, *weights, num_in=num_in)
-    lead = x.shape[: x.ndim - num_in]
-    values, scale = quantize_rows(x.reshape(math.prod(lead), -1))
+        return linear_reference(x, *weights)
+    values, scale = quantize_rows(x.reshape(-1, x.shape[-1]))
 
     def product(w: Weight) -> Array:
         y = int8_matmul(values, scale, *_matrix(w), layer=_layer(w), target=target, **_out(x))
-        return y.astype(x.dtype).reshape(*lead, *w.shape[: len(w.shape) - num_in])
+        return y.astype(x.dtype).reshape(*x.shape[:-1], *w.shape[:-1])
 
     outs = [product(w) for w in weights]
     return tuple(outs) if len(outs) > 1 else outs[0]

@@ -152,9 +152,9 @@ class _Recorder:
         model, cfg = self._leaves.family, self._leaves.cfg
         model.forward(cfg, self._params, jnp.asarray(tokens), at, ops, None)
 
-    def _linear(self, x: Array, *weights: Any, num_in: int = 1) -> Any:
+    def _linear(self, x: Array, *weights: Any) -> Any:
         self._offer(x, weights)
-        return linear(x, *weights, num_in=num_in)
+        return linear(x, *weights)
 
     def _gated_linear(self, x: Array, *weights: Any, activation: str) -> Array:
         self._offer(x, weights)

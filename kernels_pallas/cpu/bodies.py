@@ -19,17 +19,16 @@ from kernels_pallas.weight import Int8Weight, StackedWeight, Weight, as_array
 _NATIVE = (jnp.float32, jnp.bfloat16, jnp.int8)
 
 
-def linear(x: Array, *weights: Weight, num_rows: Array | None = None, num_in: int = 1) -> Any:
+def linear(x: Array, *weights: Weight, num_rows: Array | None = None) -> Any:
     """`kernels_pallas.linear.linear`."""
     if any(w.dtype not in _NATIVE for w in weights):
-        return linear_reference(x, *weights, num_in=num_in)
+        return linear_reference(x, *weights)
     layer = layer_of(weights[0])[1]
-    lead = x.shape[: x.ndim - num_in]
-    flat, scales = _matrices([layer_of(w)[0] for w in weights], num_in, layer is not None)
+    flat, scales = _matrices([layer_of(w)[0] for w in weights], layer is not None)
     rows = x.reshape(-1, flat[0].shape[-1])
     ys = cpu.linear(rows, flat, scales=scales, layer=layer, num_rows=num_rows)
     outs = tuple(
-        y.astype(x.dtype).reshape(*lead, *w.shape[: len(w.shape) - num_in])
+        y.astype(x.dtype).reshape(*x.shape[:-1], *w.shape[:-1])
         for y, w in zip(ys, weights, strict=True)
     )
     return outs if len(weights) > 1 else outs[0]
@@ -40,7 +39,7 @@ def gated_linear(
 ) -> Array:
     """`kernels_pallas.linear.gated_linear`."""
     layer = layer_of(w_gate)[1]
-    pair, scales = _matrices([layer_of(w)[0] for w in (w_gate, w_up)], 1, layer is not None)
+    pair, scales = _matrices([layer_of(w)[0] for w in (w_gate, w_up)], layer is not None)
     options = {"layer": layer, "num_rows": num_rows, "activation": activation}
     y = cpu.gated_linear(x.reshape(-1, x.shape[-1]), *pair, scales=scales, **options)
     return y.astype(x.dtype).reshape(*x.shape[:-1], -1)
@@ -70,13 +69,12 @@ def layer_of(w: Weight) -> tuple[Any, Array | int | None]:
     return (w if isinstance(w, Int8Weight) else as_array(w)), None
 
 
-def _matrices(weights: list[Any], num_in: int, stacked: bool) -> tuple[tuple[Array, ...], Any]:
-    """Weights [*out, *in] as [out, in], stacks of them as [L, out, in]; and scales alike."""
+def _matrices(weights: list[Any], stacked: bool) -> tuple[tuple[Array, ...], Any]:
+    """Weights [*out, K] as [out, K], stacks of them as [L, out, K]; and scales alike."""
     lead = 1 if stacked else 0
 
     def flat(w: Array) -> Array:
-        inner = math.prod(w.shape[w.ndim - num_in :])
-        return w.reshape(*w.shape[:lead], -1, inner)
+        return w.reshape(*w.shape[:lead], -1, w.shape[-1])
 
     values = tuple(flat(w.values if isinstance(w, Int8Weight) else w) for w in weights)
     scales = (w.scale for w in weights if isinstance(w, Int8Weight))

@@ -21,8 +21,8 @@ def normal(seed: int, *shape: int) -> jax.Array:
     return jnp.asarray(rows, jnp.float32)
 
 
-def weight(seed: int, *shape: int, num_in: int = 1) -> Int8Weight:
-    return Int8Weight(*quantize_rows(normal(seed, *shape), num_in))
+def weight(seed: int, *shape: int) -> Int8Weight:
+    return Int8Weight(*quantize_rows(normal(seed, *shape)))
 
 
 def linear(x: jax.Array, *weights: Int8Weight, **options) -> tuple[jax.Array, ...]:

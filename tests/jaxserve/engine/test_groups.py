@@ -102,7 +102,7 @@ def prompt(length: int, kind: int) -> list[int]:
             for i in range(length)]  # fmt: skip
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(
     schedule=st.lists(
         st.tuples(st.integers(0, 4), st.integers(1, 50), st.integers(0, 3), st.integers(1, 12),

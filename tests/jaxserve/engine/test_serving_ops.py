@@ -48,8 +48,8 @@ IDS = jnp.array([[0, 2], [1, 0], [2, 1], [0, 1], [2, 0], [1, 2]], jnp.int32)
 CASES = {
     "linear": (lambda o, x, w: o.linear(x, w), (normal(0, 1, ROWS, 8), normal(1, 5, 8))),
     "linear from a stack": (
-        lambda o, x, w: o.linear(x, StackedWeight(w, jnp.int32(1)), num_in=2),
-        (normal(0, 1, ROWS, 2, 4), normal(1, 3, 5, 2, 4)),
+        lambda o, x, w: o.linear(x, StackedWeight(w, jnp.int32(1))),
+        (normal(0, 1, ROWS, 8), normal(1, 3, 5, 2, 8)),
     ),
     "gated linear": (
         lambda o, x, g, u: o.gated_linear(x, g, u, activation="silu"),
