@@ -17,6 +17,7 @@ from jaxserve.cache.kv_cache import page_bytes, storage_dtype, stored_shape
 from jaxserve.checkpoint.quantized import scheme
 from jaxserve.config import EngineConfig
 from jaxserve.errors import ConfigError
+from kernels_pallas.paged_attention import SHARED_KEYS
 from kernels_pallas.target import Target
 
 FIRST_BUCKET = 64
@@ -77,6 +78,14 @@ class Plan:
     @property
     def pages_per_seq(self) -> int:
         return -(-self.max_model_len // self.page_size)
+
+    @property
+    def group_pages(self) -> int:
+        """Pages in a block of keys, of which sequences with a common beginning share whole ones; 0
+        where kernels know no groups, or no sequence is longer than that."""
+        pages = max(1, SHARED_KEYS // self.page_size)
+        knows = self.kernels == "pallas" and self.target.platform == "tpu"
+        return pages if knows and pages < self.pages_per_seq else 0
 
     def rows(self, num_tokens: int) -> int:
         """Sequences of the program for a bucket of tokens."""

@@ -29,6 +29,7 @@ from jaxserve.engine.batch import (
     pack_stops,
     pack_tokens,
 )
+from jaxserve.engine.groups import Grouping
 from jaxserve.engine.programs import Forward
 from jaxserve.engine.sampler import MAX_BIAS, Sampled
 from jaxserve.engine.scheduler import Step
@@ -79,6 +80,7 @@ class Runner:
         self.plan, self.family, self.cfg, self.device = plan, family, cfg, device
         self.params: Any = params  # None while asleep
         self.table = SlotTable(plan, cfg.vocab)
+        self._grouping = Grouping(plan, self.table.tables) if plan.group_pages else None
         self._traced = plan  # what programs are compiled for now; only its kernels may differ
         self._programs: dict[tuple[str, int], Callable[..., Any]] = {}
         self._sizes: dict[str, tuple[int, ...]] = {}  # of programs, by kind
@@ -202,9 +204,14 @@ class Runner:
     def launch(self, step: Step) -> Launched:
         """Starts a step behind those already started."""
         self._check()
+        moved_in = False
         for row in step.rows:
-            if self.table.enter(row) and needs_history(row.seq):
-                self._seed(row.seq)
+            if self.table.enter(row):
+                moved_in = True
+                if needs_history(row.seq):
+                    self._seed(row.seq)
+        if self._grouping is not None:
+            self._grouping.arrange(step, moved_in)
         if step.copies:
             self._copy(step.copies)
         if step.repeats > 1:
