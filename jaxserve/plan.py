@@ -18,6 +18,7 @@ from jaxserve.checkpoint.quantized import scheme
 from jaxserve.config import EngineConfig
 from jaxserve.errors import ConfigError
 from jaxserve.models.parallel import whole_sizes
+from kernels_pallas.paged_attention import SHARED_KEYS
 from kernels_pallas.target import Target
 from moe.dispatch import Dispatch
 from moe.placement import ExpertLayout
@@ -100,6 +101,14 @@ class Plan:
     @property
     def pages_per_seq(self) -> int:
         return -(-self.max_model_len // self.page_size)
+
+    @property
+    def group_pages(self) -> int:
+        """Pages in a block of keys, of which sequences with a common beginning share whole ones; 0
+        where kernels know no groups, or no sequence is longer than that."""
+        pages = max(1, SHARED_KEYS // self.page_size)
+        knows = self.kernels == "pallas" and self.target.platform == "tpu"
+        return pages if knows and pages < self.pages_per_seq else 0
 
     def rows(self, num_tokens: int) -> int:
         """Sequences of the program for a bucket of tokens."""

@@ -16,7 +16,7 @@ from jaxserve.engine.scheduler import Row, Step
 from jaxserve.engine.sequence import Sequence
 from jaxserve.errors import RequestError
 from jaxserve.plan import Plan
-from kernels_pallas.paged_attention import Ragged
+from kernels_pallas.paged_attention import Groups, Ragged
 
 MAX_STOPS = 8
 """Stop tokens of one sequence that a decode loop looks at; the host looks at all."""
@@ -38,16 +38,19 @@ class StepArrays(NamedTuple):
     """`StepInputs` as it travels: an array costs the host microseconds, whatever its size."""
 
     tokens: Any  # int32 [4, T]: tokens, positions, slots, targets
-    rows: Any  # int32 [3, R + 1]: row_starts; kv_lens and last, with an unused column
+    rows: Any  # int32 [3, R + 1]: row_starts; kv_lens and last, with an unused column; or
+    # [6, R + 1], with firsts, ends and pages of up to R // 2 groups
     tables: Any  # int32 [R, M]
     counts: Any  # int32 [2]: num_seqs, num_scored
 
     def unpack(self) -> StepInputs:
         tokens, positions, slots, targets = self.tokens
-        ragged = Ragged(self.rows[0], self.rows[1, :-1], self.tables, self.counts[0])
-        last = self.rows[2, :-1]
+        (starts, lens, last), groups = self.rows[:3], self.rows[3:]
+        most = len(self.tables) // 2  # two rows make a group
+        shared = Groups(*groups[:, :most]) if most and len(groups) else None
+        ragged = Ragged(starts, lens[:-1], self.tables, self.counts[0], shared)
         return StepInputs(
-            tokens[None], positions[None], slots, targets, last, self.counts[1], ragged
+            tokens[None], positions[None], slots, targets, last[:-1], self.counts[1], ragged
         )
 
 
@@ -146,11 +149,14 @@ def pack_tokens(step: Step, T: int, R: int, table: SlotTable) -> StepArrays:
         ends.append(len(ids))
         lens.append(stop)
     n = len(ends)
-    tokens, rows = np.zeros((4, T), np.int32), np.zeros((3, R + 1), np.int32)
+    lines = 3 if step.groups is None else 6
+    tokens, rows = np.zeros((4, T), np.int32), np.zeros((lines, R + 1), np.int32)
     tokens[:3, : len(ids)] = ids, positions, slots
     tokens[3] = targets
     rows[0, 1 : n + 1], rows[0, n + 1 :] = ends, len(ids)
     rows[1, :n], rows[2, :n] = lens, rows[0, 1 : n + 1] - 1
+    if step.groups:
+        rows[3:, : len(step.groups)] = np.array(step.groups).T
     tables = np.zeros((R, table.tables.shape[1]), np.int32)
     tables[:n] = table.tables[[row.seq.slot for row in step.rows]]
     return StepArrays(tokens, rows, tables, np.array((n, scored), np.int32))

@@ -34,7 +34,12 @@ _IN_FLIGHT = 2  # steps launched and not read
 
 @dataclass(frozen=True)
 class EngineStats:
-    """A snapshot; token counts are since start-up."""
+    """A snapshot; token counts are since start-up.
+
+    `shared_keys_total` counts keys of shared prefixes that steps need not read again, since a row's
+    neighbour has them too: in each full-attention layer, and as far as one program of a kernel
+    has both rows.
+    """
 
     num_running: int = 0
     num_waiting: int = 0
@@ -42,6 +47,7 @@ class EngineStats:
     num_free_pages: int = 0
     prefix_cache_queries: int = 0
     prefix_cache_hits: int = 0
+    shared_keys_total: int = 0
     num_preemptions: int = 0
     num_steps: int = 0
     num_compiled_programs: int = 0
@@ -72,7 +78,7 @@ class Engine:
         self._requests: dict[str, list[Sequence]] = {}
         self._swaps: deque[tuple[Any, Future[int]]] = deque()
         self._warm_compiles: int | None = None
-        self._steps = self._prompt_tokens = self._output_tokens = 0
+        self._steps = self._prompt_tokens = self._output_tokens = self._shared_pages = 0
         self._host_seconds = 0.0
         self._finished: Counter[str] = Counter()
 
@@ -190,6 +196,7 @@ class Engine:
             self.ranks[0].repeat(steps[0], repeats)
         self._in_flight.append(self.runner.launch(steps))
         self._steps += 1
+        self._shared_pages += sum(step.shared_pages for step in steps)
         return True
 
     def _read(self, launched: Launched) -> None:
@@ -301,6 +308,7 @@ class Engine:
             num_free_pages=sum(s.pages.num_free for s in self.ranks),
             prefix_cache_queries=sum(s.prefix_queries for s in self.ranks),
             prefix_cache_hits=sum(s.prefix_hits for s in self.ranks),
+            shared_keys_total=self._shared_pages * self.runner.plan.page_size,
             num_preemptions=sum(s.num_preemptions for s in self.ranks),
             num_steps=self._steps,
             num_compiled_programs=self.runner.num_programs,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +17,7 @@ from jax import Array, lax
 
 from jaxserve.cache.kv_cache import KVCache
 from jaxserve.engine.batch import SampleArrays, StepArrays, StepInputs
+from jaxserve.engine.halving import halves
 from jaxserve.engine.sampler import Sampled, logprobs_of, sample
 from jaxserve.engine.serving_ops import head_ops, sampling_ops, serving_ops
 from jaxserve.models.family import Family
@@ -140,7 +142,10 @@ def _hidden(
     drawn = history[x.slots, x.positions[0]][None]
     tokens = jnp.where(x.tokens < 0, drawn, x.tokens)
     params = _marked(plan, family, cfg, params)
-    ops = serving_ops(plan, x.ragged, tokens.shape[1])
+    ops = serving_ops(plan, x.ragged)
+    if plan.interleaved and tokens.shape[1] > 1:
+        in_turn = halves(x.ragged, tokens.shape[1], partial(serving_ops, plan))
+        ops = replace(ops, halves=in_turn)
     hidden, kv = family.forward(cfg, params, tokens, x.positions, ops, kv)
     return hidden[0], kv
 

@@ -31,6 +31,7 @@ from jaxserve.engine.batch import (
     pack_stops,
     pack_tokens,
 )
+from jaxserve.engine.groups import Grouping
 from jaxserve.engine.programs import Forward
 from jaxserve.engine.sampler import MAX_BIAS, Sampled
 from jaxserve.engine.scheduler import Step
@@ -84,6 +85,7 @@ class Runner:
         self.mesh = mesh  # None: there is one device
         self.params: Any = params  # None while asleep
         self.tables = [SlotTable(plan, cfg.vocab) for _ in range(plan.num_ranks)]
+        self._groupings = [Grouping(plan, t.tables) for t in self.tables if plan.group_pages]
         self._traced = plan  # what programs are compiled for now; only its kernels may differ
         self._programs: dict[tuple[str, int], Callable[..., Any]] = {}
         self._sizes: dict[str, tuple[int, ...]] = {}  # of programs, by kind
@@ -229,11 +231,15 @@ class Runner:
         return self._launch_parts(steps) if R is None else self._launch_whole(steps, R)
 
     def _enter(self, steps: Sequence[Step]) -> None:
-        """Brings the tables of slots up to date, and histories that sampling will look at."""
+        """Brings the tables of slots up to date, and histories that sampling will look at; puts
+        rows of one prefix side by side."""
         for rank, (step, table) in enumerate(zip(steps, self.tables, strict=True)):
-            for row in step.rows:
-                if table.enter(row) and needs_history(row.seq):
-                    self._seed(rank, row.seq)
+            moved_in = [row.seq for row in step.rows if table.enter(row)]
+            for seq in moved_in:
+                if needs_history(seq):
+                    self._seed(rank, seq)
+            if self._groupings:
+                self._groupings[rank].arrange(step, bool(moved_in))
 
     def _launch_whole(self, steps: Sequence[Step], R: int) -> Launched:
         inputs, scored = self._packed(steps, self.plan.step_tokens(R), R)

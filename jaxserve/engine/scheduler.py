@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from jaxserve.cache.page_manager import PageManager, chain
 from jaxserve.engine.sequence import Sequence
@@ -41,11 +42,24 @@ class Row:
     samples: bool  # the row ends at the last known token, so the next one is drawn
 
 
+class Group(NamedTuple):
+    """Rows first to end of a step, whose tables begin with the same so many pages.
+
+    No row of the group writes to those in this step.
+    """
+
+    first: int
+    end: int
+    pages: int
+
+
 @dataclass(slots=True)
 class Step:
     """What one launch computes; page copies come first.
 
     With `repeats` above 1 every row decodes, and the launch draws so many tokens for each.
+    `groups` are found by the launch, which may put rows in another order; None where kernels know
+    no groups.
     """
 
     rows: list[Row] = field(default_factory=list)
@@ -53,6 +67,13 @@ class Step:
     num_tokens: int = 0
     repeats: int = 1
     pools: bool = False  # some row is of an embedding
+    groups: list[Group] | None = None
+
+    @property
+    def shared_pages(self) -> int:
+        """Pages that rows of groups do not read again."""
+        once = sum((g.end - g.first - 1) * g.pages for g in self.groups or ())
+        return once * self.repeats
 
 
 def wait_for_token(seq: Sequence, count: int) -> int:

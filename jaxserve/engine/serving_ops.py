@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,22 +11,14 @@ from jax import Array
 import kernels_pallas.cpu as cpu
 from jaxserve.cache.attend import paged
 from jaxserve.engine import sampler
-from jaxserve.engine.halving import halves
 from jaxserve.models.ops import Ops
 from jaxserve.models.parallel import parallel_ops
 from jaxserve.plan import Plan
 from kernels_pallas.paged_attention import Ragged
 
 
-def serving_ops(plan: Plan, batch: Ragged, num_tokens: int) -> Ops:
-    """Operations for the plan's kernels, which skip the padding of a bucket of `num_tokens`."""
-    ops = _batch_ops(plan, batch)
-    if not plan.interleaved or num_tokens == 1:
-        return ops
-    return replace(ops, halves=halves(batch, num_tokens, partial(_batch_ops, plan)))
-
-
-def _batch_ops(plan: Plan, batch: Ragged) -> Ops:
+def serving_ops(plan: Plan, batch: Ragged) -> Ops:
+    """Operations for the plan's kernels, which skip the padding of a bucket."""
     num_rows = batch.row_starts[batch.num_seqs]
     if plan.kernels == "reference":
         ops = Ops(attend=paged(batch), dtype=plan.activation_dtype)

@@ -115,7 +115,8 @@ def head(params: Any) -> Any:
 
 def step_arrays(plan: Plan, tokens: int, rows: int) -> StepArrays:
     tables = _ints((rows, plan.pages_per_seq))
-    return StepArrays(_ints((4, tokens)), _ints((3, rows + 1)), tables, _ints((2,)))
+    lines = 6 if plan.group_pages else 3
+    return StepArrays(_ints((4, tokens)), _ints((lines, rows + 1)), tables, _ints((2,)))
 
 
 def sample_arrays(rows: int, vocab: int) -> SampleArrays:

@@ -26,6 +26,7 @@ _GAUGES = {
 _COUNTERS = {
     "prefix_cache_queries": ("prefix_cache_queries", "Prompt tokens looked up in the cache."),
     "prefix_cache_hits": ("prefix_cache_hits", "Prompt tokens found in the cache."),
+    "shared_keys": ("shared_keys_total", "Keys of shared prefixes that were not read again."),
     "num_preemptions": ("num_preemptions", "Sequences that gave their pages up."),
     "compiles_after_warmup": ("compiles_after_warmup", "Programs compiled after warm-up."),
     "prompt_tokens": ("prompt_tokens_total", "Prompt tokens processed."),

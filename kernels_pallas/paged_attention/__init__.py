@@ -8,8 +8,8 @@ that sequences which share a page written in this very step see it. Its two halv
 from kernels_pallas.op import with_reference_gradient
 from kernels_pallas.paged_attention import gathered, reference
 from kernels_pallas.paged_attention.merging import merge
-from kernels_pallas.paged_attention.ragged import Groups, Ragged
+from kernels_pallas.paged_attention.ragged import SHARED_KEYS, Groups, Ragged
 
 paged_attention = with_reference_gradient(reference.paged_attention, gathered.paged_attention)
 
-__all__ = ["Groups", "Ragged", "merge", "paged_attention"]
+__all__ = ["SHARED_KEYS", "Groups", "Ragged", "merge", "paged_attention"]

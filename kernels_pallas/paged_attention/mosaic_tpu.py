@@ -31,7 +31,7 @@ from kernels_pallas.paged_attention.mosaic_tpu_kernel import (
     Spans,
     kernel,
 )
-from kernels_pallas.paged_attention.ragged import Groups, Ragged
+from kernels_pallas.paged_attention.ragged import SHARED_KEYS, Groups, Ragged
 from kernels_pallas.weight import Weight, as_array
 
 _TABLE = 2**17  # entries: half of a v5e's SMEM
@@ -43,7 +43,7 @@ class TpuTile:
     """keys: and rows of queries attended at a time (rows: whole lanes); tokens: in a program;
     heads: of keys in a program, 0 for all, or for a share of them where there are several cores."""
 
-    keys: int = tried(512, 256, 1024)
+    keys: int = tried(SHARED_KEYS, 256, 1024)
     rows: int = tried(128, 256)
     tokens: int = 64
     heads: int = tried(0, 2, 4)

@@ -9,12 +9,15 @@ from jax import Array
 
 from kernels_pallas.paged_attention.codec import put
 
+SHARED_KEYS = 512
+"""Keys in a block, unless a kernel is told otherwise: it shares whole blocks of a group's pages."""
+
 
 class Groups(NamedTuple):
     """Neighbours in a step whose tables begin with the same pages. All int32.
 
-    Sequences firsts[g] to ends[g] of the step have their first pages[g] pages in common, none of
-    which holds a token of this step. Groups do not overlap; where firsts[g] == ends[g] is none.
+    Sequences firsts[g] to ends[g] of the step have their first pages[g] pages in common, and none
+    of them writes there in this step. Groups do not overlap; where firsts[g] == ends[g] is none.
 
     This says what need not be read twice and changes no result: keys are added up in the same
     blocks and the same order, so not a bit of a row depends on its group. A kernel may pass over a

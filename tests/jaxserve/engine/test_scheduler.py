@@ -101,7 +101,7 @@ class Requests(RuleBasedStateMachine):
     def nothing_is_counted_twice(self) -> None:
         if not hasattr(self, "bench"):
             return
-        scheduler = self.bench.engine.scheduler
+        scheduler = self.bench.engine.ranks[0]
         queued = [*scheduler.running, *scheduler.waiting]
         assert len({id(seq) for seq in queued}) == len(queued)
         slots = [seq.slot for seq in scheduler.running]

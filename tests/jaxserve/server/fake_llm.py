@@ -80,6 +80,7 @@ class Stats:
     num_free_pages: int = 1000
     prefix_cache_queries: int = 0
     prefix_cache_hits: int = 0
+    shared_keys_total: int = 0
     num_preemptions: int = 0
     num_compiled_programs: int = 2
     compiles_after_warmup: int = 0

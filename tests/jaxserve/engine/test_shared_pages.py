@@ -1,0 +1,115 @@
+"""An engine on a simulated TPU says the same, to the bit, whether its rows are grouped or not."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partialmethod
+from typing import Any
+
+import jax
+import pytest
+
+from jaxserve.config import EngineConfig
+from jaxserve.engine.engine import Engine
+from jaxserve.engine.generation import Generation
+from jaxserve.engine.runner import Runner
+from jaxserve.engine.sequence import Sequence
+from jaxserve.models.family import family
+from jaxserve.plan import Plan, resolve
+from jaxserve.request import CompletionOutput, RequestMetrics, SamplingParams
+from kernels_pallas.op import Op
+from kernels_pallas.paged_attention.mosaic_tpu import TpuTile
+from sharding.tree import initialise
+from tests.jaxserve.engine.test_lowering import AbsentDevice
+
+HF = {
+    "model_type": "qwen3", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 32,
+    "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16,
+    "max_position_embeddings": 128, "rms_norm_eps": 1e-6, "rope_theta": 1e4,
+    "torch_dtype": "float32", "hidden_act": "silu",
+}  # fmt: skip
+PAGE, BLOCK = 8, 16  # keys in a page, and in a block that the kernel attends at a time
+PROMPT = [(7 * i + 3) % 60 for i in range(37)]
+
+
+class SmallBlocks(Plan):
+    """A plan for kernels with smaller blocks of keys."""
+
+    @property
+    def group_pages(self) -> int:
+        return BLOCK // PAGE
+
+
+class NoGroups(Plan):
+    """A plan for kernels that know no groups."""
+
+    @property
+    def group_pages(self) -> int:
+        return 0
+
+
+@pytest.fixture
+def grouped(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Simulates the kernels of a TPU; whether each attention that was traced had groups."""
+    found, run = list[bool](), Op.run
+
+    def simulate(op: Op, name: str, *args: Any, **options: Any) -> Any:
+        if op.name == "page_attention":
+            assert name == "mosaic_tpu", "a kernel, and it declines nothing"
+            found.append(args[4].groups is not None)
+            options["tile"] = TpuTile(keys=BLOCK)
+        return run(op, name, *args, interpret=name == "mosaic_tpu", **options)
+
+    monkeypatch.setattr(Op, "run", partialmethod(simulate))
+    return found
+
+
+def engine(kind: type[Plan]) -> Engine:
+    module = family("qwen3")
+    cfg = module.config(HF)
+    config = EngineConfig(
+        max_num_seqs=4, max_num_batched_tokens=16, num_pages=24, page_size=PAGE, dtype="float32"
+    )
+    plan = resolve(config, HF, cfg, lambda *_: 0, AbsentDevice("tpu"))
+    plan = kind(**{name: getattr(plan, name) for name in plan.__dataclass_fields__})
+    params = initialise(module.declare_params(cfg), cfg.sizes, "float32")
+    runner = Runner(replace(plan, token_buckets=(16,)), module, cfg, params, jax.devices()[0])
+    runner.warm_up(background=False, on_program=lambda *_: None)
+    return Engine(runner)
+
+
+def request(served: Engine, prompt: list[int], count: int, n: int) -> Generation:
+    params = SamplingParams(n=n, max_tokens=count, temperature=0.8, logprobs=1)
+    generation = Generation(f"{prompt} {n}", prompt, n, RequestMetrics(0.0), served.abort)
+    served.add([
+        Sequence(list(prompt), len(prompt), params, generation, b"root", i, (i, len(prompt)),
+                 len(prompt) + count)
+        for i in range(n)
+    ])  # fmt: skip
+    return generation
+
+
+def texts(served: Engine) -> list[list[CompletionOutput]]:
+    """Siblings, and prompts that begin as theirs do, some of which come later; one is preempted."""
+    generations = [request(served, PROMPT, 40, 2), request(served, [5, *PROMPT], 40, 1)]
+    for _ in range(7):
+        served.step()
+    generations += [request(served, [*PROMPT[:34], 1, 2, 3], 40, 1)]
+    while served.has_work:
+        served.step()
+    served.runner.close()
+    return [generation.result().outputs for generation in generations]
+
+
+@pytest.mark.slow
+def test_groups_change_no_bit(grouped: list[bool]) -> None:
+    served = engine(SmallBlocks)
+    found = texts(served)
+    assert any(grouped)
+    stats = served.stats()
+    assert stats.shared_keys_total > 40 * 32 and stats.num_preemptions > 0
+    del grouped[:]
+    plain = engine(NoGroups)
+    expected = texts(plain)
+    assert grouped and not any(grouped) and plain.stats().shared_keys_total == 0
+    assert found == expected  # tokens and log-probabilities
