@@ -115,7 +115,7 @@ def two_microbatches(mesh: Mesh, options: dict) -> str:
 @pytest.mark.parametrize(
     "target, options",
     [
-        ("v5e:2x2", {"xla_tpu_enable_async_all_to_all": True}),
+        pytest.param("v5e:2x2", {"xla_tpu_enable_async_all_to_all": True}, marks=pytest.mark.slow),
         ("h200:1x1x4", {}),
     ],
 )
