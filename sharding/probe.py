@@ -67,8 +67,8 @@ def _tpu(kind: str, devices: Sequence[Any]) -> Topology:
 
 
 def _gpu(kind: str, devices: Sequence[Any]) -> Topology:
-    hosts = {(d.slice_index, d.process_index) for d in devices}
-    slices = {d.slice_index for d in devices}
+    slices = {getattr(d, "slice_index", 0) for d in devices}  # absent where there is but one
+    hosts = {(getattr(d, "slice_index", 0), d.process_index) for d in devices}
     return named(f"{kind}:{len(slices)}x{len(hosts) // len(slices)}x{len(devices) // len(hosts)}")
 
 
