@@ -1,1 +1,1 @@
-"""How a model would run on a machine that need not be there: a cost model and a search over splits."""
+"""How a model would run on hardware that is not there: a cost model, a search over splits."""

@@ -11,7 +11,7 @@ class. A step is one after the other, or two microbatches interleaved, whichever
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache, partial
@@ -21,6 +21,9 @@ from jaxserve.deployment.operators import Collective, Layers, Operator
 from jaxserve.errors import ConfigError
 from sharding import collective_time
 from sharding.topology import Topology
+
+Waits = dict[str, float]
+"""Seconds by the resource that is waited for."""
 
 NETWORK = ("dispatch", "combine", "exchange")
 
@@ -46,7 +49,7 @@ class LayerTime:
     """
 
     seconds: float
-    waits: Counter[str]
+    waits: Waits
     microbatches: int = 1
     cores: int | None = None
 
@@ -57,8 +60,8 @@ def check_chip(topology: Topology) -> None:
     needed = ("bf16", "hbm_gb", "hbm_gbps")
     if missing := [field for field in needed if getattr(chip, field) is None]:
         raise ConfigError(
-            f"{topology.name}: {', '.join(missing)} of {chip.name} are not known, so there is nothing "
-            "to predict with; describe it in a TOML file, or try cm384-decode or v5p:4x4x4"
+            f"{topology.name}: {', '.join(missing)} of {chip.name} are not known, so nothing can be "
+            "predicted; describe it in a TOML file, or try cm384-decode or v5p:4x4x4"
         )
 
 
@@ -99,24 +102,29 @@ def serial(operators: Iterable[Operator], topology: Topology, share: float = 1.0
     """Seconds of one operator after the other."""
     operators = tuple(operators)
     kernels = sum(op.kind != "vector" for op in operators)
-    return kernels * KERNEL_SECONDS + sum(operator_time(op, topology, share).seconds for op in operators)
+    return kernels * KERNEL_SECONDS + sum(
+        operator_time(op, topology, share).seconds for op in operators
+    )
 
 
-def waits(operators: Iterable[Operator], topology: Topology, times: int = 1) -> Counter[str]:
-    """Seconds by resource, of operators that run so many times."""
-    found: Counter[str] = Counter()
+def waits(operators: Iterable[Operator], topology: Topology, times: int = 1) -> Waits:
+    """Of operators that run so many times."""
+    found: defaultdict[str, float] = defaultdict(float)
     for op in operators:
         time = operator_time(op, topology)
         found[time.resource] += times * time.seconds
         found["starting kernels"] += times * KERNEL_SECONDS * (op.kind != "vector")
-    return found
+    return dict(found)
 
 
-def _layer_waits(layers: tuple[Layers, ...], topology: Topology, microbatches: int) -> Counter[str]:
-    found: Counter[str] = Counter()
-    for layer in layers:
-        found.update(waits(layer.operators, topology, layer.count * microbatches))
-    return found
+def added(*parts: Waits) -> Waits:
+    """The sum, resource by resource."""
+    resources = dict.fromkeys(resource for part in parts for resource in part)
+    return {resource: sum(part.get(resource, 0.0) for part in parts) for resource in resources}
+
+
+def _layer_waits(layers: tuple[Layers, ...], topology: Topology, microbatches: int) -> Waits:
+    return added(*(waits(x.operators, topology, x.count * microbatches) for x in layers))
 
 
 def whole(layers: tuple[Layers, ...], topology: Topology) -> LayerTime:

@@ -1,4 +1,4 @@
-"""What one device holds: weights of its part of the model, cache, and what tokens travel through."""
+"""What one device holds: its part of the weights, cache, and what tokens travel through."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from sharding.mesh import Parallelism
 
 BF16 = 2
 SORT_PASSES = 4
-"""A radix sort of float32 scores, eight bits at a time: sampling's cumulative sum wants them sorted."""
+"""Of a radix sort of float32 scores, eight bits at a time: sampling adds them up in order."""
 
 
 @dataclass(frozen=True)
@@ -153,9 +153,7 @@ def step(model: Model, work: Work) -> tuple[Layers, ...]:
     cfg = model.shape.cfg
     sparse = cfg.moe_layers or (False,) * cfg.num_layers
     kinds = list(zip(sparse, cfg.windows, strict=True))
-    return tuple(
-        _layers(model, work, kinds.count(kind), *kind) for kind in sorted(set(kinds))
-    )
+    return tuple(_layers(model, work, kinds.count(kind), *kind) for kind in sorted(set(kinds)))
 
 
 def draft_layer(model: Model, work: Work) -> Layers:
@@ -189,7 +187,7 @@ def _product(model: Model, name: str, rows: float, params: float) -> Operator:
 
 
 def _vectors(name: str, elements: float) -> Operator:
-    """Norms, rotations, roundings, sums and layouts between products: all that is written or read."""
+    """Norms, rotations, roundings, sums and layouts between products, by what they pass."""
     return Operator(name, "vector", passing=BF16 * elements)
 
 
@@ -202,7 +200,7 @@ def _exchange(name: str, kind: str, num_bytes: float, n: int) -> Iterator[Operat
 
 
 def _latent_attention(model: Model, work: Work, window: int) -> Iterator[Operator]:
-    """MLA: absorbed in decoding; heads split over tensor devices, tokens too outside of them (§7)."""
+    """MLA: absorbed in decoding; heads split over tensor devices, tokens outside of them (§7)."""
     cfg, split, t = model.shape.cfg, model.split, work.tokens
     heads, down_rows = cfg.heads / split.tensor, t / split.sequence
     row = cfg.kv_lora + cfg.rope_dim

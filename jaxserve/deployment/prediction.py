@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass, replace
 
 from jaxserve.deployment import cost, efficiency, memory, operators
-from jaxserve.deployment.cost import LayerTime
+from jaxserve.deployment.cost import LayerTime, Waits
 from jaxserve.deployment.memory import Memory
 from jaxserve.deployment.operators import Model, Work
 from jaxserve.deployment.shapes import Shape
@@ -56,7 +55,7 @@ class Decode:
     seconds: float
     tokens: float
     layers: LayerTime
-    waits: Counter[str]
+    waits: Waits
     memory: Memory
 
     @property
@@ -72,8 +71,8 @@ class Decode:
     @property
     def binding(self) -> str:
         """What most of the step waits for."""
-        resource, seconds = self.waits.most_common(1)[0]
-        return f"{resource} ({seconds / self.waits.total():.0%} of the work)"
+        resource, seconds = max(self.waits.items(), key=lambda item: item[1])
+        return f"{resource} ({seconds / sum(self.waits.values()):.0%} of the work)"
 
 
 @dataclass(frozen=True)
@@ -123,9 +122,9 @@ def decode(
     if drafts:
         tail += operators.draft_layer(model, work).operators
         tail += operators.head(model, work.sequences, sample=False)
-    waits = layers.waits + cost.waits(tail, topology)
-    waits["launching graphs"] = efficiency.LAUNCH_SECONDS * (1 + drafts)
-    seconds = layers.seconds + cost.serial(tail, topology) + waits["launching graphs"]
+    launches = efficiency.LAUNCH_SECONDS * (1 + drafts)
+    waits = cost.added(layers.waits, cost.waits(tail, topology), {"launching graphs": launches})
+    seconds = layers.seconds + cost.serial(tail, topology) + launches
     tokens = 1 + drafts * efficiency.DRAFT_ACCEPTANCE
     longest = traffic.prompt_len + traffic.output_len
     held = memory.needed(model, work, longest, draft=drafts)

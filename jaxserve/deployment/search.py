@@ -25,8 +25,9 @@ LARGEST_INSTANCE = 256
 
 DEEPSEEK = ("deepseek-r1", "deepseek-v3")
 PUBLISHED = {"cm384-decode": Parallelism(data=320, expert=320)}
-"""An instance that the paper names is a deployment: its split comes first where it works, whatever
-the search would like better. "cm384" is the same hardware with the choice left open."""
+"""An instance that the paper names is a deployment: at a batch that is asked for, as in the paper's
+tables, its own split comes first, whatever the search would like better and whether or not it is in
+time (`Plan.in_time`). "cm384" is the same hardware with the choice left open."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class Plan:
     shape: Shape
     topology: Topology
     traffic: Traffic
+    wish: Wish
     decode: Decode
     prefill: Prefill
     runner_up: Decode | None
@@ -70,10 +72,15 @@ class Plan:
         """Of an accelerator."""
         return batch_of(self.decode, self.topology)
 
+    @property
+    def in_time(self) -> bool:
+        """Whether a token takes no longer than was asked."""
+        return self.wish.tpot is None or self.decode.tpot <= self.wish.tpot
 
-def _published(shape: Shape, topology: Topology) -> Parallelism | None:
+
+def _published(shape: Shape, topology: Topology, wish: Wish) -> Parallelism | None:
     """The split that goes with the name of a published instance."""
-    return PUBLISHED.get(topology.name) if shape.name in DEEPSEEK else None
+    return PUBLISHED.get(topology.name) if wish.batch and shape.name in DEEPSEEK else None
 
 
 def batch_of(decode: Decode, topology: Topology) -> int:
@@ -88,18 +95,20 @@ def plan(shape: Shape, topology: Topology, traffic: Traffic, wish: Wish) -> Plan
         ConfigError: nothing works; with the numbers, and the nearest that does.
     """
     cost.check_chip(topology)
-    allowed = _splits(shape, topology, wish)
+    allowed, published = _splits(shape, topology, wish), _published(shape, topology, wish)
     found = [
-        best for split in allowed if (best := _best_batch(shape, topology, split, traffic, wish))
+        best
+        for split in allowed
+        for wanted in [replace(wish, tpot=None) if split == published else wish]
+        if (best := _best_batch(shape, topology, split, traffic, wanted))
     ]
     if not found:
         raise ConfigError(_nothing(shape, topology, allowed, traffic, wish))
-    found.sort(key=lambda decode: decode.rate, reverse=True)
-    found.sort(key=lambda decode: decode.split != _published(shape, topology))  # stable
+    found.sort(key=lambda decode: (decode.split != published, -decode.rate))
     best, second = found[0], found[1] if len(found) > 1 else None
     why = _why(best, second, topology, wish) if second else ""
     prefill = _prefill(shape, topology, traffic, wish)
-    return Plan(shape, topology, traffic, best, prefill, second, why)
+    return Plan(shape, topology, traffic, wish, best, prefill, second, why)
 
 
 # ---- splits -----------------------------------------------------------------------------------
@@ -133,9 +142,7 @@ def splits(shape: Shape, topology: Topology, n: int) -> list[Parallelism]:
     """All over n devices that divide the model and have a place on the machine."""
     divisors = [d for d in range(1, n + 1) if n % d == 0]
     experts = divisors if shape.cfg.router else [1]
-    every = (
-        Parallelism(n // t, e, t) for t in divisors for e in experts if e == 1 or e % t == 0
-    )
+    every = (Parallelism(n // t, e, t) for t in divisors for e in experts if e == 1 or e % t == 0)
     return [split for split in every if refusal(shape, topology, split) is None]
 
 
@@ -153,7 +160,9 @@ def _splits(shape: Shape, topology: Topology, wish: Wish) -> list[Parallelism]:
     asked = " ".join(f"{k}={v}" for k, v in fixed.items())
     message = f"{shape.name} on {topology.name} {asked}: {_disagreement(shape, topology, fixed)}"
     if every:
-        near = min(every, key=lambda s: sum(abs(math.log(getattr(s, k) / v)) for k, v in fixed.items()))
+        near = min(
+            every, key=lambda s: sum(abs(math.log(getattr(s, k) / v)) for k, v in fixed.items())
+        )
         message += f"; the nearest that works is {options(near)}"
     raise ConfigError(message)
 
@@ -226,39 +235,58 @@ def _unit(split: Parallelism, topology: Topology) -> int:
 
 
 def _nothing(
-    shape: Shape, topology: Topology, splits: list[Parallelism], traffic: Traffic, wish: Wish
+    shape: Shape, topology: Topology, allowed: list[Parallelism], traffic: Traffic, wish: Wish
 ) -> str:
     """Why no split works, in numbers, and what would."""
-    where, room = f"{shape.name} on {topology.name}", memory.limit(topology)
-    tried = [d for split in splits for d in _least(shape, topology, split, traffic, wish)]
+    room = memory.limit(topology)
+    tried = [d for split in allowed for d in _least(shape, topology, split, traffic, wish)]
+    fitting = [d for d in tried if d.memory.total <= room]
     if not tried:
-        dies, batch = prediction.devices_per_accelerator(topology), wish.batch or 0
-        near = batch + 1 if batch < dies else batch - batch % dies
-        return f"{where}: a batch of {batch} is not divided by the {dies} devices that have it; try {near}"
-    least = min(tried, key=lambda d: d.memory.total)
-    if least.memory.total > room:
-        short = least.memory.total / room
-        advice = f"{topology.num_devices} devices are too few: about {short:.1f} times as many"
-        if least.memory.cache > least.memory.total - room:
-            fits = int(least.sequences * (1 - (least.memory.total - room) / least.memory.cache))
-            advice = f"a device has room for {fits} such sequences: a smaller --batch or shorter lengths"
-        return (
-            f"{where}: at least {least.memory.total / 1e9:.1f} GB a device are needed "
-            f"({least.memory.cache / 1e9:.1f} of them cache) and {room / 1e9:.1f} may be filled; {advice}"
+        dies = prediction.devices_per_accelerator(topology)
+        why = f"a batch of {wish.batch} is not divided by the {dies} devices that have it"
+    elif not fitting:
+        least = min(tried, key=lambda d: d.memory.total).memory
+        why = (
+            f"at least {least.total / 1e9:.1f} GB a device are needed "
+            f"({least.cache / 1e9:.1f} of them cache) and {room / 1e9:.1f} may be filled"
         )
-    fast = min((d for d in tried if d.memory.total <= room), key=lambda d: d.tpot)
-    return (
-        f"{where}: no split makes a token within {(wish.tpot or 0) * 1e3:.1f} ms; the nearest takes "
-        f"{fast.tpot * 1e3:.1f} ms with {options(fast.split)} --batch {batch_of(fast, topology)}, "
-        f"most of it for {fast.binding}"
-    )
+    else:
+        fast = min(fitting, key=lambda d: d.tpot)
+        why = (
+            f"no split makes a token within {(wish.tpot or 0) * 1e3:.1f} ms; the nearest takes "
+            f"{fast.tpot * 1e3:.1f} ms with {options(fast.split)} "
+            f"--batch {batch_of(fast, topology)}, most of it for {fast.binding}"
+        )
+    advice = _advice(shape, topology, allowed, traffic, wish)
+    if not advice and not fitting:
+        times = min(d.memory.total for d in tried) / room
+        advice = f"the machine is too small: take one about {times:.1f} times as large"
+    return f"{shape.name} on {topology.name}: {why}" + (f"; {advice}" if advice else "")
+
+
+def _advice(
+    shape: Shape, topology: Topology, allowed: list[Parallelism], traffic: Traffic, wish: Wish
+) -> str:
+    """The nearest batch that works, where another one was asked for."""
+    if wish.batch is None:
+        return ""
+    free = replace(wish, batch=None)
+    found = [b for s in allowed if (b := _best_batch(shape, topology, s, traffic, free))]
+    if not found:
+        return ""
+    best = max(found, key=lambda d: min(batch_of(d, topology), wish.batch or 0))
+    dies = prediction.devices_per_accelerator(topology)
+    batch = min(batch_of(best, topology), max(dies, wish.batch - wish.batch % dies))
+    return f"the nearest that works is --batch {batch} {options(best.split)}"
 
 
 def _least(
     shape: Shape, topology: Topology, split: Parallelism, traffic: Traffic, wish: Wish
 ) -> Iterator[Decode]:
     """A split with the batch that is asked for, or else the smallest."""
-    sequences = _unit(split, topology) if wish.batch is None else _of_replica(wish.batch, split, topology)
+    sequences = _unit(split, topology) if wish.batch is None else None
+    if wish.batch is not None:
+        sequences = _of_replica(wish.batch, split, topology)
     if sequences:
         yield _predictor(shape, topology, split, traffic)(sequences)
 
@@ -275,7 +303,9 @@ def _why(best: Decode, second: Decode, topology: Topology, wish: Wish) -> str:
         text += f", with a batch of {batch_of(second, topology)} limited by {limited}"
 
     def spent(decode: Decode, resource: str) -> float:
-        kind = resource.split()[0]  # what waits for memory in one may wait for arithmetic in another
+        kind = resource.split()[
+            0
+        ]  # what waits for memory in one may wait for arithmetic in another
         seconds = sum(s for other, s in decode.waits.items() if other.split()[0] == kind)
         return seconds / decode.sequences * 1e6
 
@@ -318,8 +348,8 @@ def _prefill(shape: Shape, topology: Topology, traffic: Traffic, wish: Wish) -> 
     if fitting:
         fast = min(fitting, key=lambda p: p.ttft)
         raise ConfigError(
-            f"{where}: no instance answers within {(wish.ttft or 0) * 1e3:.0f} ms; the nearest takes "
-            f"{fast.ttft * 1e3:.0f} ms with {fast.split}"
+            f"{where}: no instance answers within {(wish.ttft or 0) * 1e3:.0f} ms; "
+            f"the nearest takes {fast.ttft * 1e3:.0f} ms with {fast.split}"
         )
     least = min(found, key=lambda p: p.memory.total).memory
     raise ConfigError(
