@@ -44,6 +44,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--no-microbatch", action="store_true", help="no two microbatches interleaved"
     )
     fixed.add_argument(
+        "--bf16", action="store_true", help="matrices in bfloat16 even if the chip has eight bits"
+    )
+    fixed.add_argument(
         "--perfect-eplb", action="store_true", help="prompts visit all experts evenly"
     )
 
@@ -83,7 +86,12 @@ def find(args: argparse.Namespace) -> Plan:
     from jaxserve.deployment.prediction import Traffic
 
     traffic = Traffic(
-        args.prompt_len, args.output_len, not args.no_mtp, not args.no_microbatch, args.perfect_eplb
+        args.prompt_len,
+        args.output_len,
+        draft=not args.no_mtp,
+        microbatch=not args.no_microbatch,
+        balanced=args.perfect_eplb,
+        eight_bit=not args.bf16,
     )
     wish = search.Wish(args.batch, args.dp, args.ep, args.tp, args.slo_tpot, args.slo_ttft)
     return search.plan(shapes.read(args.model), topology, traffic, wish)
@@ -127,6 +135,7 @@ def _rows(found: dict[str, Any]) -> list[tuple[str, str]]:
         ("batch", f"{found['batch']} a {unit}, {streams}"),
         ("lengths", f"{found['prompt_len']} in, {found['output_len']} out"),
         ("memory", f"{found['memory_per_device_gb']:.1f} GB a device: {parts}"),
+        ("weights", found["weights"]),
         ("first token", f"{found['ttft_ms']:,.0f} ms"),
         ("per token", f"{found['tpot_ms']:.1f} ms, {found['tokens_per_step']:.1f} tokens a step"
                       + ("" if found["in_time"] else "; more than --slo-tpot")),

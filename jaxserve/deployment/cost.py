@@ -60,8 +60,8 @@ def check_chip(topology: Topology) -> None:
     needed = ("bf16", "hbm_gb", "hbm_gbps")
     if missing := [field for field in needed if getattr(chip, field) is None]:
         raise ConfigError(
-            f"{topology.name}: {', '.join(missing)} of {chip.name} are not known, so nothing can be "
-            "predicted; describe it in a TOML file, or try cm384-decode or v5p:4x4x4"
+            f"{topology.name}: {', '.join(missing)} of {chip.name} are not known, and nothing "
+            "can be predicted; describe it in a TOML file, or try cm384-decode or v5p:4x4x4"
         )
 
 

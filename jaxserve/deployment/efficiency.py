@@ -35,13 +35,13 @@ CLASSES = {
     "experts": Efficiency(0.80, source="INT8 GEMM, 77.4-82.7 % measured, §9"),
     "attention": Efficiency(0.654, source="MLA 65.4 % of BF16, 1,346 of 1,600 GB/s measured, §4"),
     "head": Efficiency(0.80, source="taken to be as projections; BF16, as the gate"),
-    "vector": Efficiency(memory=0.36, source="calibrated"),
+    "vector": Efficiency(memory=0.37, source="calibrated"),
     "dispatch": Efficiency(network=0.40, source="54 of 135 GB/s measured at EP128 and EP256, §3"),
     "combine": Efficiency(network=0.82, source="128 x 9 BF16 rows in 149 us measured at EP256, §3"),
     "exchange": Efficiency(source="what the fabric is measured at, §1.1"),
 }
 
-KERNEL_SECONDS = 15e-6
+KERNEL_SECONDS = 15.5e-6
 """To start, fill and drain one operator of a layer; vector work is fused into those. Calibrated."""
 
 LAUNCH_SECONDS = 0.7e-3

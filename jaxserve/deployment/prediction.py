@@ -21,6 +21,7 @@ class Traffic:
         draft: with one draft per step, where the model has a layer for it.
         microbatch: two may be interleaved.
         balanced: prompts visit experts evenly (perfect placement); decoding is taken to.
+        eight_bit: layers' matrices are INT8, or FP8, where the chip has either.
     """
 
     prompt_len: int = 4096
@@ -28,6 +29,7 @@ class Traffic:
     draft: bool = True
     microbatch: bool = True
     balanced: bool = False
+    eight_bit: bool = True
 
     def drafts(self, shape: Shape) -> bool:
         return self.draft and shape.mtp_layers > 0
@@ -106,6 +108,11 @@ def devices_per_accelerator(topology: Topology) -> int:
     return topology.parts.get("die", 1) if topology.platform == "npu" else 1
 
 
+def eight_bit(topology: Topology, traffic: Traffic) -> bool:
+    """Whether matrices are held and multiplied in eight bits."""
+    return traffic.eight_bit and cost.eight_bit_peak(topology) is not None
+
+
 def decode(
     shape: Shape, topology: Topology, split: Parallelism, traffic: Traffic, sequences: float
 ) -> Decode:
@@ -114,7 +121,7 @@ def decode(
     Args:
         sequences: of one device; a replica of attention over `tensor` devices has as many times it.
     """
-    model = Model(shape, replace(split, sequence=1), cost.eight_bit_peak(topology) is not None)
+    model = Model(shape, replace(split, sequence=1), eight_bit(topology, traffic))
     drafts = traffic.drafts(shape)
     work = Work(sequences * split.tensor, 1 + drafts, traffic.mean_keys, decode=True)
     layers = _layers(model, work, topology, traffic)
@@ -136,7 +143,7 @@ def prefill(
 ) -> Prefill:
     """Predicts a step over `tokens` of each device, or over one prompt if that is more."""
     imbalance = 1.0 if traffic.balanced else efficiency.DEFAULT_IMBALANCE
-    model = Model(shape, split, cost.eight_bit_peak(topology) is not None, imbalance)
+    model = Model(shape, split, eight_bit(topology, traffic), imbalance)
     of_replica = max(tokens * split.tensor, traffic.prompt_len)
     work = Work(of_replica / traffic.prompt_len, traffic.prompt_len, 0, decode=False)
     layers = _layers(model, work, topology, traffic)

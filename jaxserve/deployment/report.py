@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from jaxserve.deployment.cost import Waits
-from jaxserve.deployment.prediction import Decode, Prefill, devices_per_accelerator
+from jaxserve.deployment.prediction import Decode, Prefill, devices_per_accelerator, eight_bit
 from jaxserve.deployment.search import Plan, batch_of
 
 
@@ -28,6 +28,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         "batch": plan.batch,
         "prompt_len": plan.traffic.prompt_len,
         "output_len": plan.traffic.output_len,
+        "weights": weights(plan),
         "memory_per_device_gb": _gb(decode.memory.total),
         "memory_gb": {name: _gb(size) for name, size in asdict(decode.memory).items()},
         "ttft_ms": _ms(prefill.ttft),
@@ -44,6 +45,12 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         "prefill": _prefill(prefill),
         "runner_up": _runner_up(plan, plan.runner_up) if plan.runner_up else None,
     }
+
+
+def weights(plan: Plan) -> str:
+    """What layers' matrices are held in."""
+    eight = "int8" if plan.topology.chip.int8 else "fp8"
+    return eight if eight_bit(plan.topology, plan.traffic) else "bfloat16"
 
 
 def _prefill(prefill: Prefill) -> dict[str, Any]:
