@@ -95,6 +95,12 @@ def plan(shape: Shape, topology: Topology, traffic: Traffic, wish: Wish) -> Plan
         ConfigError: nothing works; with the numbers, and the nearest that does.
     """
     cost.check_chip(topology)
+    length, most = traffic.prompt_len + traffic.output_len, shape.cfg.max_len
+    if length > most:
+        raise ConfigError(
+            f"{shape.name} has positions for {most} tokens, and {traffic.prompt_len} in and "
+            f"{traffic.output_len} out are {length}; shorten one of them by {length - most}"
+        )
     allowed, published = _splits(shape, topology, wish), _published(shape, topology, wish)
     found = [
         best
@@ -331,19 +337,19 @@ def _prefill(shape: Shape, topology: Topology, traffic: Traffic, wish: Wish) -> 
     Raises:
         ConfigError: none has the memory, or is as fast as was asked.
     """
-    n = topology.num_devices
-    sizes = [d for d in range(1, min(n, LARGEST_INSTANCE) + 1) if n % d == 0]
-    found = [
-        prediction.prefill(shape, topology, replace(split, sequence=sequence), traffic, tokens)
-        for size in sizes
-        for split in splits(shape, topology, size)
-        for sequence in {1, split.tensor}
-        for tokens in PREFILL_TOKENS
-    ]
-    fitting = [p for p in found if p.memory.total <= memory.limit(topology)]
-    in_time = [p for p in fitting if wish.ttft is None or p.ttft <= wish.ttft]
-    if in_time:
-        return max(in_time, key=lambda p: p.rate)
+    n, room = topology.num_devices, memory.limit(topology)
+
+    def works(p: Prefill) -> bool:
+        return p.memory.total <= room and (wish.ttft is None or p.ttft <= wish.ttft)
+
+    tried: list[Prefill] = []
+    for size in [d for d in range(1, min(n, LARGEST_INSTANCE) + 1) if n % d == 0]:
+        for split in splits(shape, topology, size):
+            for sequence in {1, split.tensor}:
+                tried += _steps(shape, topology, replace(split, sequence=sequence), traffic, works)
+    fitting = [p for p in tried if p.memory.total <= room]
+    if working := [p for p in fitting if works(p)]:
+        return max(working, key=lambda p: p.rate)
     where = f"{shape.name} on {topology.name}"
     if fitting:
         fast = min(fitting, key=lambda p: p.ttft)
@@ -351,9 +357,24 @@ def _prefill(shape: Shape, topology: Topology, traffic: Traffic, wish: Wish) -> 
             f"{where}: no instance answers within {(wish.ttft or 0) * 1e3:.0f} ms; "
             f"the nearest takes {fast.ttft * 1e3:.0f} ms with {fast.split}"
         )
-    least = min(found, key=lambda p: p.memory.total).memory
+    least = min(tried, key=lambda p: p.memory.total).memory
     raise ConfigError(
         f"{where}: reading prompts of {traffic.prompt_len} tokens needs at least "
         f"{least.total / 1e9:.1f} GB a device ({least.cache / 1e9:.1f} of them cache), and "
-        f"{memory.limit(topology) / 1e9:.1f} may be filled; shorten --prompt-len"
+        f"{room / 1e9:.1f} may be filled; shorten --prompt-len"
     )
+
+
+def _steps(
+    shape: Shape,
+    topology: Topology,
+    split: Parallelism,
+    traffic: Traffic,
+    works: Callable[[Prefill], bool],
+) -> Iterator[Prefill]:
+    """Ever smaller steps, down to the first that works: larger ones read more with each device."""
+    for tokens in PREFILL_TOKENS:
+        step = prediction.prefill(shape, topology, split, traffic, tokens)
+        yield step
+        if works(step):
+            return

@@ -105,6 +105,11 @@ def test_the_nearest_batch_works():
     assert plan(LLAMA, TPUS, batch=batch, tensor=tensor).batch == batch
 
 
+def test_lengths_past_the_models_positions_are_refused():
+    with pytest.raises(ConfigError, match=r"positions for 131072 tokens.*shorten one of them by 1"):
+        plan(LLAMA, TPUS, 131072 - 256 + 1)
+
+
 def test_hardware_of_unknown_speed_is_refused():
     with pytest.raises(ConfigError, match="bf16, hbm_gb, hbm_gbps of CPU are not known"):
         plan(LLAMA, named("cpu:4"))
