@@ -125,7 +125,9 @@ def _print(found: dict[str, Any]) -> None:
 
 
 def _rows(found: dict[str, Any]) -> list[tuple[str, str]]:
-    unit = "2-die NPU" if found["devices_per_npu"] == 2 else "device"
+    npu = found["devices_per_npu"] > 1
+    unit = f"{found['devices_per_npu']}-die NPU" if npu else "device"
+    of_device = f", {found['tokens_per_s_per_device']:,.0f} a device" if npu else ""
     parts = ", ".join(f"{name} {size:.1f}" for name, size in found["memory_gb"].items() if size)
     streams = "two microbatches" if found["microbatches"] == 2 else "one batch"
     if found["attention_cores"]:
@@ -139,8 +141,8 @@ def _rows(found: dict[str, Any]) -> list[tuple[str, str]]:
         ("first token", f"{found['ttft_ms']:,.0f} ms"),
         ("per token", f"{found['tpot_ms']:.1f} ms, {found['tokens_per_step']:.1f} tokens a step"
                       + ("" if found["in_time"] else "; more than --slo-tpot")),
-        ("decode", f"{found['decode_tokens_per_s_per_npu']:,.0f} tokens/s a {unit}, "
-                   f"{found['tokens_per_s_per_device']:,.0f} a device"),
+        ("decode",
+         f"{found['decode_tokens_per_s_per_npu']:,.0f} tokens/s a {unit}{of_device}"),
         ("binding", found["binding"]),
         ("prefill", f"{found['prefill_tokens_per_s_per_npu']:,.0f} tokens/s a {unit}, "
                     f"split {_split(found['prefill']['parallelism'])}"),

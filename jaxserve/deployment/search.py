@@ -290,9 +290,8 @@ def _least(
     shape: Shape, topology: Topology, split: Parallelism, traffic: Traffic, wish: Wish
 ) -> Iterator[Decode]:
     """A split with the batch that is asked for, or else the smallest."""
-    sequences = _unit(split, topology) if wish.batch is None else None
-    if wish.batch is not None:
-        sequences = _of_replica(wish.batch, split, topology)
+    fixed = wish.batch is not None
+    sequences = _of_replica(wish.batch, split, topology) if fixed else _unit(split, topology)
     if sequences:
         yield _predictor(shape, topology, split, traffic)(sequences)
 
@@ -309,9 +308,7 @@ def _why(best: Decode, second: Decode, topology: Topology, wish: Wish) -> str:
         text += f", with a batch of {batch_of(second, topology)} limited by {limited}"
 
     def spent(decode: Decode, resource: str) -> float:
-        kind = resource.split()[
-            0
-        ]  # what waits for memory in one may wait for arithmetic in another
+        kind = resource.split()[0]  # one may wait for memory where the other does for arithmetic
         seconds = sum(s for other, s in decode.waits.items() if other.split()[0] == kind)
         return seconds / decode.sequences * 1e6
 
