@@ -290,8 +290,8 @@ def _least(
     shape: Shape, topology: Topology, split: Parallelism, traffic: Traffic, wish: Wish
 ) -> Iterator[Decode]:
     """A split with the batch that is asked for, or else the smallest."""
-    fixed = wish.batch is not None
-    sequences = _of_replica(wish.batch, split, topology) if fixed else _unit(split, topology)
+    batch, smallest = wish.batch, _unit(split, topology)
+    sequences = smallest if batch is None else _of_replica(batch, split, topology)
     if sequences:
         yield _predictor(shape, topology, split, traffic)(sequences)
 
