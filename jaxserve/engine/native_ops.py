@@ -8,6 +8,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import jax.numpy as jnp
 from jax import Array
 
 import kernels_pallas.cpu as cpu
@@ -17,6 +18,7 @@ from kernels_pallas.linear import gated_linear as gated_linear_reference
 from kernels_pallas.linear import linear as linear_reference
 from kernels_pallas.op import with_reference_gradient
 from kernels_pallas.paged_attention import gathered
+from kernels_pallas.quantize import Int8Rows
 from kernels_pallas.rms_norm import rms_norm as rms_norm_reference
 from kernels_pallas.rope import Table
 from kernels_pallas.rope import rotate as rotate_reference
@@ -57,6 +59,17 @@ def _experts(
     scales = tuple(w.scale for w in stored if isinstance(w, Int8Weight))
     options = {"layer": layer, "num_rows": num_rows, "activation": activation}
     return cpu.experts(x, ids, weights, *values, scales=scales, **options).astype(x.dtype)
+
+
+def experts_on_rows(x: Array | Int8Rows, sizes: Array, p: Experts, *, activation: str) -> Array:
+    """`moe.experts.experts_on_rows` with the C++ kernel.
+
+    It rounds rows for itself, and rows of eight bits come out of that as they were.
+    """
+    rows = x.dequantized() if isinstance(x, Int8Rows) else x
+    slot = jnp.repeat(jnp.arange(len(sizes), dtype=jnp.int32), sizes, total_repeat_length=len(rows))
+    ones = jnp.ones((len(rows), 1), jnp.float32)
+    return _experts(rows, slot[:, None], ones, p, num_rows=sizes.sum(), activation=activation)
 
 
 attention = with_reference_gradient(bodies.paged_attention, gathered.paged_attention)

@@ -24,12 +24,13 @@ from kernels_pallas.linear import linear as linear_reference
 from kernels_pallas.op import with_reference_gradient
 from kernels_pallas.paged_attention import Ragged, gathered
 from kernels_pallas.paged_attention.ops import page_attention, page_write
-from kernels_pallas.quantize import quantize_rows
+from kernels_pallas.quantize import Int8Rows, quantize_rows
 from kernels_pallas.sample import sample
 from kernels_pallas.target import Target
 from kernels_pallas.weight import Int8Weight, StackedWeight, Weight
 from moe.experts import Experts
 from moe.experts import experts as experts_reference
+from moe.experts import experts_on_rows as rows_reference
 
 
 def ops(target: Target, attend: Attend, dtype: Any, num_rows: Array) -> Ops:
@@ -114,19 +115,37 @@ def _experts(
     return jnp.sum(y * weights[..., None], 1).astype(x.dtype)
 
 
+def experts_on_rows(
+    target: Target, x: Array | Int8Rows, sizes: Array, p: Experts, *, activation: str
+) -> Array:
+    """`moe.experts.experts_on_rows` with the target's kernels."""
+    if p.b_gate is not None:
+        return rows_reference(x, sizes, p, activation=activation)
+    product = partial(_grouped, target, sizes)
+    gate, up = product(x, None, p.w_gate, p.w_up)
+    hidden = GATES[activation](gate.astype(jnp.float32), up.astype(jnp.float32))
+    (y,) = product(hidden.astype(gate.dtype), None, p.w_down)
+    return y
+
+
 def _grouped(
-    target: Target, sizes: Array, x: Array, rows: Array | None, *weights: Weight
+    target: Target, sizes: Array, x: Array | Int8Rows, rows: Array | None, *weights: Weight
 ) -> list[Array]:
     """Rows of x, or some of them, times their experts' weights."""
 
     def take(a: Array) -> Array:
         return a if rows is None else a[rows]
 
-    run = partial(grouped_matmul, target=target, **_out(x))
+    if isinstance(x, Int8Rows):
+        run = partial(grouped_matmul, target=target, out_dtype=jnp.bfloat16)
+    else:
+        run = partial(grouped_matmul, target=target, **_out(x))
     if not isinstance(_stored(weights[0]), Int8Weight):
+        x = x.dequantized() if isinstance(x, Int8Rows) else x
         x = take(x.astype(weights[0].dtype))
         return [run(x, _stored(w), sizes, layer=_layer(w)) for w in weights]
-    values, scale = map(take, quantize_rows(x))  # each token once, however many experts it has
+    rounded = (x.values, x.scale) if isinstance(x, Int8Rows) else quantize_rows(x)
+    values, scale = map(take, rounded)  # each token once, however many experts it has
     return [
         run(values, s.values, sizes, layer=_layer(w), x_scale=scale, w_scale=s.scale)
         for w, s in ((w, _stored(w)) for w in weights)

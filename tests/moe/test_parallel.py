@@ -143,4 +143,5 @@ def test_rows_by_expert_are_the_plain_product(kind, sizes):
     run = jax.jit(partial(experts_on_rows, activation="silu"))
     garbage = x.at[sum(sizes) :].set(jnp.nan)
     found = run(garbage, jnp.asarray(sizes, jnp.int32), p)
-    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
+    total = sum(sizes)
+    np.testing.assert_allclose(found[:total], wanted[:total], rtol=1e-5, atol=1e-6)
