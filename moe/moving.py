@@ -29,11 +29,8 @@ def sources(layout: ExpertLayout, old: Placement, new: Placement) -> np.ndarray:
     Itself if it can, else one of its own device, else copies in turn.
     """
     if np.ndim(new.expert_of) == 2:
-        layers = [
-            (jax.tree.map(lambda a, i=i: np.asarray(a)[i], p) for p in (old, new))
-            for i in range(len(new.expert_of))
-        ]
-        return np.stack([sources(layout, *pair) for pair in layers])
+        pairs = ((_layer(old, i), _layer(new, i)) for i in range(len(new.expert_of)))
+        return np.stack([sources(layout, *pair) for pair in pairs])
     slots = np.arange(layout.num_slots)
     copies = np.asarray(old.num_replicas)[new.expert_of]
     choice = np.asarray(old.slots_of)[new.expert_of, slots % copies]
@@ -43,6 +40,10 @@ def sources(layout: ExpertLayout, old: Placement, new: Placement) -> np.ndarray:
         if near.size:
             choice[slot] = slot if slot in near else near[0]
     return choice.astype(np.int32)
+
+
+def _layer(placement: Placement, i: int) -> Placement:
+    return jax.tree.map(lambda a: np.asarray(a)[i], placement)
 
 
 def mover(
