@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -64,6 +64,7 @@ def push(
     if W % _LANES:
         raise UnsupportedError(f"push: rows of {W} entries, which must be a multiple of {_LANES}")
     tile, sent = tile or Tile(), counts.sum(1)
+    tile = replace(tile, block_rows=min(tile.block_rows, M, num_out))
     header = jnp.concatenate([sent[:, None], counts], 1)
     lines = -(-(K + 1) // _LANES)
     header = jnp.pad(header, ((0, 0), (0, lines * _LANES - K - 1))).reshape(n, lines, _LANES)
@@ -111,14 +112,15 @@ def _kernel(
 
     def device(j: Array) -> dict[str, Array]:
         strides = [math.prod(sizes[i + 1 :]) for i in range(len(sizes))]
-        return {a: j // s % m for a, s, m in zip(axes, strides, sizes, strict=True)}
+        parts = zip(axes, strides, sizes, strict=True)
+        return {axis: lax.rem(lax.div(j, jnp.int32(s)), jnp.int32(m)) for axis, s, m in parts}
 
     def peers(act: Callable[[Array], None]) -> None:
         """Everybody in turn, beginning behind oneself, so that not all write to one at once."""
 
         @pl.loop(1, n + 1)
         def _(k):
-            act(lax.rem(me + k, n))
+            act(lax.rem(me + k, jnp.int32(n)))
 
     def remote(source, target, arrival, j):
         return pltpu.make_async_remote_copy(source, target, sending, arrival, device_id=device(j))
@@ -138,7 +140,7 @@ def _kernel(
                 act(k, 1)
 
     def rounds(j: Array) -> Array:
-        return pl.cdiv(jnp.maximum(sent[j], due[j]), B)
+        return lax.div(jnp.maximum(sent[j], due[j]) + (B - 1), jnp.int32(B))
 
     def counts_to(j):
         return remote(header.at[j], theirs.at[me], counts_here.at[me], j)
