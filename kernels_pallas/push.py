@@ -110,12 +110,12 @@ def _kernel(
         me = me * size + lax.axis_index(axis)
     sending, unloading, reading = (local.at[i] for i in range(3))
 
-    def device(j: Array) -> dict[str, Array]:
+    def device(j: Array) -> Any:
         strides = [math.prod(sizes[i + 1 :]) for i in range(len(sizes))]
         parts = zip(axes, strides, sizes, strict=True)
         return {axis: lax.rem(lax.div(j, jnp.int32(s)), jnp.int32(m)) for axis, s, m in parts}
 
-    def peers(act: Callable[[Array], None]) -> None:
+    def peers(act: Callable[[Any], None]) -> None:
         """Everybody in turn, beginning behind oneself, so that not all write to one at once."""
 
         @pl.loop(1, n + 1)
@@ -125,7 +125,7 @@ def _kernel(
     def remote(source, target, arrival, j):
         return pltpu.make_async_remote_copy(source, target, sending, arrival, device_id=device(j))
 
-    def pieces(count: Array, r: Array, act: Callable[[Array | int, int], None]) -> None:
+    def pieces(count: Array, r: Array | int, act: Callable[[Array | int, int], None]) -> None:
         """What round r moves of `count` rows: a block at once, or the last rows one by one."""
         left = count - r * B
 

@@ -17,6 +17,7 @@ from moe.dispatch import Dispatch, combine, dispatch
 from moe.placement import ExpertLayout
 from moe.transport import Transport
 from tests.moe.routing import answers, oracle, routings
+from tests.sparing import sparing
 
 AXES = ("expert", "tensor")
 SPLIT, WHOLE = PartitionSpec(AXES), PartitionSpec()
@@ -78,7 +79,8 @@ def transports():
 
 @pytest.mark.mesh
 @pytest.mark.parametrize(
-    ("way", "devices", "examples"), [("padded", 8, 40), ("ragged", 8, 40), ("push", 4, 4)]
+    ("way", "devices", "examples"),
+    sparing([("padded", 8, 20), ("ragged", 8, 20), ("push", 4, 4)], ("padded", 8, 20)),
 )
 def test_tokens_are_conserved_and_answers_exact(way, devices, examples):
     """Two slots a device and a shared expert, over two axes, under every kind of routing."""
@@ -155,10 +157,10 @@ def test_ep10_is_ep320_at_a_thirty_second():
     d = Dispatch(layout, Transport(AXES, "ragged"), early_int8=False)
 
     @given(routings(10, T, A - 1, 8), st.integers(0, 99))
-    @settings(max_examples=20, deadline=None)
+    @settings(max_examples=10, deadline=None)
     def run(ids, seed):
         shared = np.full((10, T, 1), 8, np.int32)
-        check(d, np.concatenate([ids, shared], -1), seed)
+        check(d, np.concatenate([np.where(ids < 8, ids, -1), shared], -1), seed)
 
     run()
 
