@@ -64,10 +64,10 @@ def experts_on_rows(x: Array | Int8Rows, sizes: Array, p: Experts, *, activation
 
     Args:
         x: [R, D].
-        sizes: [E] int32, rows of each expert; rows past their sum cost nothing and come out 0.
+        sizes: [E] int32, rows of each expert.
 
     Returns:
-        [R, D] float32.
+        [R, D] in floats. Rows past the sum of sizes cost nothing, and are undefined.
     """
     R, D = x.shape
     row, expert_of_block = _cut(sizes, R)

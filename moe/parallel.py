@@ -61,7 +61,8 @@ def experts(
     num_rows = T if num_rows is None else num_rows
     if d.layout.num_shared:
         shared = jnp.full((T, 1), d.layout.num_experts, ids.dtype)
-        ids = jnp.concatenate([ids, shared], 1)
+        routed = jnp.where(ids < d.layout.num_experts, ids, -1)
+        ids = jnp.concatenate([routed, shared], 1)
         weights = jnp.concatenate([weights, jnp.ones((T, 1), weights.dtype)], 1)
     if replicated:
         share = -(-T // lax.axis_size(replicated))

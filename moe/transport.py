@@ -9,8 +9,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
+
+from kernels_pallas.push import push
 
 Way = Literal["padded", "ragged", "push"]
 
@@ -82,7 +85,8 @@ def _padded(
     sent, due = counts.sum(1), theirs.sum(1)
     few, many = sorted((rows.shape[0], num_out))
     part = capacity(transport, few, many // n, n)
-    rounds = lax.pmax(-(-sent.max() // part), axes)
+    # groups that share no row still agree on rounds: some barriers are the whole mesh's
+    rounds = lax.pmax(-(-sent.max() // part), jax.sharding.get_abstract_mesh().manual_axes)
 
     def places(sizes: Array, r: Array, outside: int) -> Array:  # [n * part]
         k = r * part + jnp.arange(part)
@@ -129,4 +133,15 @@ def _swap(x: Array, axes: tuple[str, ...]) -> Array:
     return lax.all_to_all(x, axes, 0, 0, tiled=True)
 
 
-WAYS: dict[str, Callable[..., tuple[Array, Array]]] = {"padded": _padded, "ragged": _ragged}
+def _push(
+    transport: Transport, rows: Array, counts: Array, num_out: int, theirs: Array | None
+) -> tuple[Array, Array]:
+    """Rows written to their receivers' memory, with counts behind them instead of before."""
+    return push(rows, counts, num_out, axes=transport.axes, interpret=transport.interpret)
+
+
+WAYS: dict[str, Callable[..., tuple[Array, Array]]] = {
+    "padded": _padded,
+    "ragged": _ragged,
+    "push": _push,
+}

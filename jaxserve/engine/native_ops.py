@@ -39,7 +39,7 @@ def ops(attend: Attend, dtype: Any, num_rows: Array) -> Ops:
         rms_norm=op(bodies.rms_norm, rms_norm_reference),
         rotate=op(_rotate, rotate_reference),
         experts=op(_experts, experts_reference),
-        experts_on_rows=with_reference_gradient(_experts_on_rows, experts_on_rows_reference),
+        experts_on_rows=with_reference_gradient(experts_on_rows, experts_on_rows_reference),
     )
 
 
@@ -63,14 +63,15 @@ def _experts(
     return cpu.experts(x, ids, weights, *values, scales=scales, **options).astype(x.dtype)
 
 
-def _experts_on_rows(x: Array | Int8Rows, sizes: Array, p: Experts, *, activation: str) -> Array:
-    """Rows of eight bits are rounded again, to the same bits."""
-    ends = jnp.cumsum(sizes)
-    expert = jnp.searchsorted(ends, jnp.arange(x.shape[0]), side="right")[:, None]
-    once = jnp.ones((x.shape[0], 1), jnp.float32)
-    x = x.dequantized() if isinstance(x, Int8Rows) else x.astype(jnp.float32)
-    ids = expert.astype(jnp.int32)
-    return _experts(x, ids, once, p, num_rows=ends[-1], activation=activation)
+def experts_on_rows(x: Array | Int8Rows, sizes: Array, p: Experts, *, activation: str) -> Array:
+    """`moe.experts.experts_on_rows` with the C++ kernel.
+
+    It rounds rows for itself, and rows of eight bits come out of that as they were.
+    """
+    rows = x.dequantized() if isinstance(x, Int8Rows) else x
+    slot = jnp.repeat(jnp.arange(len(sizes), dtype=jnp.int32), sizes, total_repeat_length=len(rows))
+    ones = jnp.ones((len(rows), 1), jnp.float32)
+    return _experts(rows, slot[:, None], ones, p, num_rows=sizes.sum(), activation=activation)
 
 
 attention = with_reference_gradient(bodies.paged_attention, gathered.paged_attention)

@@ -29,7 +29,7 @@ from kernels_pallas.target import Target
 from kernels_pallas.weight import Int8Weight, StackedWeight, Weight
 from moe.experts import Experts
 from moe.experts import experts as experts_reference
-from moe.experts import experts_on_rows as experts_on_rows_reference
+from moe.experts import experts_on_rows as rows_reference
 
 
 def ops(target: Target, attend: Attend, dtype: Any, num_rows: Array) -> Ops:
@@ -44,7 +44,7 @@ def ops(target: Target, attend: Attend, dtype: Any, num_rows: Array) -> Ops:
         linear=op(_linear, linear_reference),
         gated_linear=op(_gated_linear, gated_linear_reference),
         experts=op(_experts, experts_reference, num_rows=num_rows),
-        experts_on_rows=op(_experts_on_rows, experts_on_rows_reference),
+        experts_on_rows=op(experts_on_rows, rows_reference),
     )
 
 
@@ -111,11 +111,12 @@ def _experts(
     return jnp.sum(y * weights[..., None], 1).astype(x.dtype)
 
 
-def _experts_on_rows(
+def experts_on_rows(
     target: Target, x: Array | Int8Rows, sizes: Array, p: Experts, *, activation: str
 ) -> Array:
+    """`moe.experts.experts_on_rows` with the target's kernels."""
     if p.b_gate is not None:
-        return experts_on_rows_reference(x, sizes, p, activation=activation)
+        return rows_reference(x, sizes, p, activation=activation)
     return _answers(target, sizes, x, None, p, activation).astype(jnp.float32)
 
 

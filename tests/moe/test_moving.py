@@ -1,0 +1,99 @@
+"""Experts change their slots without a compilation, and load is what makes them."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from kernels_pallas.quantize import quantize_rows
+from kernels_pallas.weight import Int8Weight
+from moe.load import add_load, no_load, take_load
+from moe.moving import mover, sources
+from moe.parallel import PlacedExperts
+from moe.placement import ExpertLayout
+from moe.transport import Transport
+
+AXES = ("expert", "tensor")
+L, F, D = 2, 6, 128
+
+
+def layout_of(num_experts=6):
+    return ExpertLayout(num_experts, 8, 2, shared_block=4)
+
+
+def experts_in(layout, placement, layers):
+    """A weight of eight bits and one of floats, by slot: [L, S, ...], or [S, ...]."""
+    lead = (L,) if layers else ()
+    rng = np.random.default_rng(0)
+    E = layout.num_experts + layout.num_shared
+    tree = {
+        "rounded": Int8Weight(*quantize_rows(jnp.asarray(rng.normal(size=(*lead, E, F, D))))),
+        "float": jnp.asarray(rng.normal(size=(*lead, E, D, F)), jnp.bfloat16),
+    }
+
+    def by_slot(w):
+        if not layers:
+            return np.asarray(w)[placement.expert_of]
+        return np.stack([np.asarray(w)[i, placement.expert_of[i]] for i in range(L)])
+
+    return jax.tree.map(by_slot, tree)
+
+
+@pytest.mark.mesh
+@pytest.mark.parametrize("layers", [False, True])
+def test_experts_move_to_any_placement_with_one_program(layers):
+    layout = layout_of()
+    mesh = Mesh(np.array(jax.devices()[:8]).reshape(4, 2), AXES)
+    transport = Transport(AXES, "ragged" if layers else "padded")
+    move = mover(mesh, layout, transport, stacked=layers)
+    old = layout.initial(L if layers else None)
+    split = NamedSharding(mesh, PartitionSpec(*((None,) if layers else ()), AXES))
+    whole = NamedSharding(mesh, PartitionSpec())
+    placed = PlacedExperts(
+        jax.device_put(experts_in(layout, old, layers), split), jax.device_put(old, whole)
+    )
+    lead = (L,) if layers else ()
+    for seed in range(3):
+        load = np.random.default_rng(seed).zipf(1.3, (*lead, layout.num_experts)).clip(0, 99)
+        new = layout.rebalance(load)
+        source = sources(layout, old, new)
+        before = placed.weights["float"]
+        placed = move(placed, source, jax.device_put(new, whole))
+        assert before.is_deleted()  # its memory is the new weight's
+        wanted = experts_in(layout, new, layers)
+        jax.tree.map(np.testing.assert_array_equal, placed.weights, wanted)
+        np.testing.assert_array_equal(placed.placement.expert_of, new.expert_of)
+        old = new
+    assert move._cache_size() == 1  # type: ignore[attr-defined]
+
+
+def test_what_can_stay_stays():
+    layout = layout_of()
+    old = layout.initial()
+    np.testing.assert_array_equal(sources(layout, old, old), np.arange(layout.num_slots))
+    new = layout.rebalance(np.array([90, 1, 1, 1, 1, 1]), old)
+    source = sources(layout, old, new)
+    np.testing.assert_array_equal(old.expert_of[source], new.expert_of)
+    kept = old.expert_of == new.expert_of
+    np.testing.assert_array_equal(source[kept], np.flatnonzero(kept))
+    device = np.arange(layout.num_slots) // 2
+    for slot, expert in enumerate(new.expert_of):
+        at_home = expert in old.expert_of[device == device[slot]]
+        assert (source[slot] // 2 == device[slot]) == at_home
+
+
+def test_load_is_the_choices_of_real_tokens():
+    rng = np.random.default_rng(0)
+    ids = rng.integers(-1, 6, (3, 7, 2)).astype(np.int32)  # 3 devices; -1 and 5 are no experts
+    rows = [7, 3, 0]
+    count = jax.jit(partial(add_load, layer=1))
+    devices = [count(no_load(2, 5), ids=i, num_rows=n) for i, n in zip(ids, rows, strict=True)]
+    total, fresh = take_load(jnp.stack(devices))
+    real = np.concatenate([i[:n].reshape(-1) for i, n in zip(ids, rows, strict=True)])
+    wanted = np.bincount(real[(real >= 0) & (real < 5)], minlength=5)
+    np.testing.assert_array_equal(total, [np.zeros(5), wanted])
+    assert fresh.shape == (3, 2, 5) and not np.any(fresh)
+    assert total.is_ready()
