@@ -92,6 +92,11 @@ _RULES: dict[str, _Rule] = {
     "page_size": (Integral, lambda n: n >= 8 and n & (n - 1) == 0, "a power of two, at least 8"),
     "num_pages": _COUNT,
     "memory_utilization": (Real, lambda share: 0 < share <= 1, "in (0, 1]"),
+    "tensor_parallel_size": _COUNT,
+    "data_parallel_size": _COUNT,
+    "expert_parallel_size": _COUNT,
+    "num_redundant_experts": (Integral, lambda n: n >= 0, "a whole number, at least 0"),
+    "enable_dbo": _FLAG,
     "seed": (Integral, lambda _: True, "a whole number"),
     "enable_prefix_caching": _FLAG,
     "decode_steps": (Integral, lambda n: 1 <= n <= 64, "between 1 and 64"),
@@ -108,6 +113,7 @@ _RULES: dict[str, _Rule] = {
 """What each field of `EngineConfig` may be."""
 
 _OPTIONAL = {
+    "data_parallel_size",
     "quantization",
     "max_model_len",
     "max_num_seqs",

@@ -220,7 +220,7 @@ def resolve(
         num_pages=num_pages,
         kernels=kernels,
         unrolled=platform == "gpu" or (kernels == "reference" and platform == "cpu"),
-        decode_steps=config.decode_steps,
+        decode_steps=_decode_steps(config, parallelism),
         weight_bytes=weights,
         kv_bytes=num_pages * per_page,
         parallelism=parallelism,
@@ -228,6 +228,15 @@ def resolve(
         dispatch=_dispatch(config, cfg, parallelism, platform, quantization),
         interleaved=_interleaved(config),
     )
+
+
+def _decode_steps(config: EngineConfig, parallelism: Parallelism) -> int:
+    if config.decode_steps > 1 and parallelism.num_devices > 1:
+        raise ConfigError(
+            f"decode_steps={config.decode_steps} needs one device: ranks of a mesh would stop at "
+            "different steps. Use decode_steps=1"
+        )
+    return config.decode_steps
 
 
 def _interleaved(config: EngineConfig) -> bool:

@@ -13,6 +13,14 @@ from jaxserve.config import EngineConfig
 from jaxserve.request import SamplingParams
 
 
+_SHORT = {
+    "tensor_parallel_size": ("--tp", "-tp"),
+    "data_parallel_size": ("--dp", "-dp"),
+    "expert_parallel_size": ("--ep", "-ep"),
+}
+"""Other spellings, as vLLM and SGLang have them."""
+
+
 def add_engine_options(parser: argparse.ArgumentParser) -> None:
     """`--max-model-len` for `EngineConfig.max_model_len`, and so on."""
     group = parser.add_argument_group("engine")
@@ -21,7 +29,8 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     for field in dataclasses.fields(EngineConfig):
         options: dict[str, Any] = typed(kinds[field.name])
         options |= {"default": field.default, "help": texts[field.name].replace("%", "%%")}
-        group.add_argument(f"--{field.name.replace('_', '-')}", **options)
+        names = [f"--{field.name.replace('_', '-')}", *_SHORT.get(field.name, ())]
+        group.add_argument(*names, **options)
 
 
 def engine_settings(args: argparse.Namespace) -> dict[str, Any]:
