@@ -12,7 +12,6 @@ from typing import Any
 from jaxserve.config import EngineConfig
 from jaxserve.request import SamplingParams
 
-
 _SHORT = {
     "tensor_parallel_size": ("--tp", "-tp"),
     "data_parallel_size": ("--dp", "-dp"),
