@@ -89,7 +89,7 @@ def marked(declared: Any, params: Any, sizes: Mapping[str, int], parallelism: Pa
     def mark(w: Weight | Experts, leaf: Any) -> Any:
         if isinstance(w, Experts):  # their own operation knows how they are split
             return leaf
-        split = _split(w, sizes, parallelism)
+        split = place_of(w, sizes, parallelism)
         if w.axes[0] == "vocab" and split[0]:
             return VocabSplit(leaf)
         return InputSplit(leaf) if split[-1] and w.is_matrix else leaf
@@ -159,7 +159,8 @@ def whole_sizes(sizes: Mapping[str, int], parallelism: Parallelism) -> dict[str,
     return {**sizes, "kv_heads": parallelism.tensor if spare else heads}
 
 
-def _split(w: Weight, sizes: Mapping[str, int], parallelism: Parallelism) -> PartitionSpec:
+def place_of(w: Weight, sizes: Mapping[str, int], parallelism: Parallelism) -> PartitionSpec:
+    """How a leaf lies on the mesh."""
     rules, whole = fitted(DECODE, parallelism), whole_sizes(sizes, parallelism)
     return spec(w.axes, rules, whole, parallelism.abstract_mesh)
 
@@ -186,7 +187,7 @@ def put_on_mesh(
     if "kv_heads" in w.axes and (copies := parallelism.tensor // sizes["kv_heads"]) > 1:
         axis = w.axes.index("kv_heads")
         leaf = jax.tree.map(lambda x: np.repeat(x, copies, axis), leaf)
-    place = _split(w, sizes, parallelism)
+    place = place_of(w, sizes, parallelism)
 
     def put(x: Any) -> jax.Array:
         own = PartitionSpec(*place[: x.ndim])  # scales lack the last axis
