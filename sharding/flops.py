@@ -37,7 +37,9 @@ def by_window(hlo: str, kernel_flops: Mapping[str, float]) -> Work:
     bodies, times = computations(hlo), executions(hlo)
     inside = {name: _products(body) for name, body in bodies.items()}
     total = overlapped = 0.0
-    fused = {name for body in bodies.values() for x in body if x.op == "fusion" for name in _called(x)}
+    fused = {
+        name for body in bodies.values() for x in body if x.op == "fusion" for name in _called(x)
+    }
     for name, body in bodies.items():
         if not times[name] or name in fused:
             continue

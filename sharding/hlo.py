@@ -108,13 +108,25 @@ def executions(hlo: str) -> Counter[str]:
     def visit(name: str, count: int) -> None:
         times[name] += count
         for x in bodies.get(name, ()):
-            trips = re.search(r'known_trip_count":\{"n":"(\d+)"', x.text) if x.op == "while" else None
+            trips = _trips(x, bodies) if x.op == "while" else 1
             for called in re.findall(r"(?:calls|to_apply|body)=%?([\w.-]+)", x.text):
-                visit(called, count * (int(trips[1]) if trips else 1))
+                visit(called, count * trips)
 
     if entry:
         visit(entry[1], 1)
     return times
+
+
+def _trips(loop: Instruction, bodies: dict[str, list[Instruction]]) -> int:
+    """How often a loop runs whose condition compares a counter from 0 on with a constant; else 1."""
+    condition = re.search(r"condition=%?([\w.-]+)", loop.text)
+    inside = bodies.get(condition[1], []) if condition else []
+    limits = {x.name: int(n[1]) for x in inside if (n := re.match(r"(\d+)\)", x.text))
+              and x.op == "constant"}  # fmt: skip
+    for x in inside:
+        if x.op == "compare" and "direction=LT" in x.text and x.operands[1] in limits:
+            return limits[x.operands[1]]
+    return 1
 
 
 def overlap(hlo: str) -> list[Window]:

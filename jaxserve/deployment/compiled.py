@@ -7,13 +7,11 @@ fast that would be it does not say, and neither does this.
 
 from __future__ import annotations
 
-import re
 import time
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cached_property, partial
-from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -213,8 +211,6 @@ def _resolve(shape: Shape, parallelism: Parallelism, step: Step, device: Any) ->
         num_pages=step.sequences * -(-step.context // page),
     )
     sizes = planning.sizes_on_device(cfg, parallelism)
-    if cfg.router is not None and parallelism.expert > 1:
-        sizes["experts"] = -(-cfg.router.num_experts // parallelism.expert)
     size = partial(weight_bytes, shape.family, cfg, sizes=sizes)
     return planning.resolve(config, shape.hf, cfg, size, device)
 

@@ -153,10 +153,12 @@ def _narrow_experts(
 
 
 def whole_sizes(sizes: Mapping[str, int], parallelism: Parallelism) -> dict[str, int]:
-    """Sizes of a model's axes over all devices: a KV head that several need is there for each."""
-    heads = sizes["kv_heads"]
+    """Sizes of a model's axes over all devices: a KV head that several need is there for each, and
+    devices have equally many places for experts."""
+    heads, devices = sizes["kv_heads"], parallelism.expert
     spare = heads < parallelism.tensor and parallelism.tensor % heads == 0
-    return {**sizes, "kv_heads": parallelism.tensor if spare else heads}
+    places = -(-sizes["experts"] // devices) * devices
+    return {**sizes, "kv_heads": parallelism.tensor if spare else heads, "experts": places}
 
 
 def place_of(w: Weight, sizes: Mapping[str, int], parallelism: Parallelism) -> PartitionSpec:
