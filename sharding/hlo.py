@@ -118,7 +118,7 @@ def executions(hlo: str) -> Counter[str]:
 
 
 def _trips(loop: Instruction, bodies: dict[str, list[Instruction]]) -> int:
-    """How often a loop runs whose condition compares a counter from 0 on with a constant; else 1."""
+    """Runs of a loop whose condition compares a counter from 0 with a constant; else 1."""
     condition = re.search(r"condition=%?([\w.-]+)", loop.text)
     inside = bodies.get(condition[1], []) if condition else []
     limits = {x.name: int(n[1]) for x in inside if (n := re.match(r"(\d+)\)", x.text))

@@ -116,7 +116,7 @@ class Compiled:
         ]
 
     def predicted(self) -> list[dict[str, Any]]:
-        """Rows that go to experts and come back, by the formula of the specification's section 3."""
+        """Rows to experts and back, by the formula of the specification's section 3."""
         d, cfg = self.plan.dispatch, self.shape.cfg
         if d is None:
             return []
