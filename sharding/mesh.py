@@ -126,7 +126,7 @@ def first_devices(count: int) -> list[Any]:
     Raises:
         ValueError: there are fewer.
     """
-    if jax.config.jax_num_cpu_devices < count:
+    if getattr(jax.config, "jax_num_cpu_devices", 0) < count:
         with contextlib.suppress(RuntimeError):  # it has begun: there are as many as there are
             jax.config.update("jax_num_cpu_devices", count)
     devices = jax.devices()

@@ -35,7 +35,7 @@ from sharding.mesh import mesh as make_mesh
 from sharding.topology import Topology
 from sharding.tree import Weight, is_weight
 
-_OVERLAP = {
+_OVERLAP: dict[str, str | bool] = {
     "xla_tpu_enable_async_all_to_all": True,
     "xla_tpu_enable_async_ragged_all_to_all": True,
 }

@@ -40,11 +40,11 @@ def spread(program: Program, plan: Plan, mesh: Mesh) -> Program:
         ]
         out = program.function(*local)
         outs = out if len(program.gives) > 1 else (out,)
-        shared = tuple(
+        shared = [
             jax.tree.map(_gathered, o) if kind == "drawn" else o
             for kind, o in zip(program.gives, outs, strict=True)
-        )
-        return shared if len(program.gives) > 1 else shared[0]
+        ]
+        return tuple(shared) if len(shared) > 1 else shared[0]
 
     function = jax.shard_map(
         one_rank, mesh=mesh, in_specs=specs,

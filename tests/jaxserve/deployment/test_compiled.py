@@ -60,5 +60,5 @@ def test_what_cannot_be_compiled_is_refused_before_it_is_tried():
 @pytest.mark.aot
 def test_weights_that_do_not_fit_are_refused_with_numbers():
     shape = shapes.read("deepseek-r1")
-    with pytest.raises(ConfigError, match="weights take .* GiB .* but the device has 15.75 GiB"):
+    with pytest.raises(ConfigError, match=r"weights take .* GiB .* but the device has 15.75 GiB"):
         compile_step(shape, named("v5e:4x4"), Parallelism(16, 16), Step(8, 1024))
