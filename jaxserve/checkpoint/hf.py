@@ -171,8 +171,7 @@ def _read(
 def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """Memory that the CPU backend takes over without copying it: it starts at a multiple of 64.
 
-    numpy asks for huge pages where an array is large, and the backend does not: one row of tokens
-    reads weights half as fast again from pages of 2 MiB.
+    numpy asks for huge pages where an array is large, and the backend does not.
     """
     nbytes = int(np.prod(shape)) * dtype.itemsize
     raw = np.empty(nbytes + 64, np.uint8)
