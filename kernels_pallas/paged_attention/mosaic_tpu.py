@@ -23,6 +23,7 @@ from kernels_pallas.paged_attention.codec import (
     Int8Pages,
     QuantizedPages,
     StaticInt8Pages,
+    turned,
 )
 from kernels_pallas.paged_attention.mosaic_tpu_kernel import (
     LANES,
@@ -69,13 +70,15 @@ def page_attention(
     value_dim = value_dim or int(stacks[-1].shape[-1] if v_pages is not None else H)
     if isinstance(k_pages, StaticInt8Pages):
         q = _calibrated(q, k_pages, layer)
+    if isinstance(k_pages, Int4Pages):
+        q = turned(k_pages, q.astype(jnp.float32))
     caches, scales, dtype = _leaves(stacks)
     values = pl.cdiv(value_dim, LANES) * LANES  # lanes past value_dim are cut off at the end
     squash, unit = (scale / soft_cap, soft_cap) if soft_cap else (0.0, scale)
     shape = _shape(tile or TpuTile(), T, N, stacks, batch, values, squash, unit, mass)
     blocks, G = pl.cdiv(T, shape.tokens), shape.group
     tokens = shape.tokens if blocks == 1 else T  # a single program's rows fill tiles
-    q = jnp.pad(q.astype(dtype), ((0, tokens - T), (0, 0), (0, W - H)))
+    q = jnp.pad(q.astype(dtype), ((0, tokens - T), (0, 0), (0, W - q.shape[-1])))
     queries = [q.reshape(tokens, K, G, W).swapaxes(0, 1).reshape(K, tokens * G, W)]
     if sinks is not None:
         row = as_array(sinks).astype(jnp.float32).reshape(K, 1, G, 1) / unit
@@ -89,6 +92,7 @@ def page_attention(
     o = o.reshape(K, tokens, G, values).swapaxes(0, 1).reshape(tokens, N, values)
     if isinstance(stacks[-1], StaticInt8Pages):
         o = _calibrated(o, stacks[-1], layer)
+    o = turned(stacks[-1], o)
     lse = lse.reshape(K, tokens, G).swapaxes(0, 1).reshape(tokens, N)[:T]
     if not mass:
         return o[:T, :, :value_dim], lse
@@ -109,7 +113,7 @@ def _leaves(stacks: list[Any]) -> tuple[list[Array], list[Array], Any]:
     """Rows of pages, their scales where they have some, and the type of products with them."""
     if not isinstance(stacks[0], QuantizedPages):
         return stacks, [], stacks[0].dtype
-    scales = [x.scale for x in stacks if isinstance(x, Int8Pages)]
+    scales = [x.scale for x in stacks if isinstance(x, Int8Pages | Int4Pages)]
     return [x.values for x in stacks], scales, jnp.dtype(jnp.bfloat16)
 
 
@@ -156,7 +160,8 @@ def _launch(
             ],
             out_specs=[spec for _, spec in out],
             scratch_shapes=[
-                *(pltpu.VMEM((2, heads, keys, x.shape[-1]), x.dtype) for x in caches),
+                *(pltpu.VMEM((2, heads, shape.pages * x.shape[3], x.shape[-1]), x.dtype)
+                  for x in caches),
                 *(pltpu.VMEM((2, x.shape[2], keys), x.dtype) for x in scales),
                 state, state,
                 pltpu.SemaphoreType.DMA((2, len(caches + scales))), pltpu.SMEM((1,), jnp.int32),
@@ -210,11 +215,9 @@ def _shape(
 def _parts(stacks: list[Any]) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Of keys and of values, parts with scales of their own; and what speaks against the type."""
     dtype, first = stacks[0].dtype, stacks[0]
-    if isinstance(first, Int4Pages):
-        raise UnsupportedError("pages of int4: keep them in bfloat16, float32 or int8")
     if not isinstance(first, QuantizedPages) and dtype not in (jnp.bfloat16, jnp.float32):
         raise UnsupportedError(f"pages of {dtype}: keep them in bfloat16 or float32")
-    parts = [x.parts if isinstance(x, Int8Pages) else () for x in stacks]
+    parts = [x.parts if isinstance(x, Int8Pages | Int4Pages) else () for x in stacks]
     if any(n % LANES for each in parts for n in each):
         raise UnsupportedError(f"{parts=} of rows must be multiples of {LANES} lanes")
     return parts[0], parts[-1]
