@@ -60,9 +60,15 @@ WRITING = (
     _writing("int8-latent", "int8", (1, 5, 40), (40, 133, 300), K=1, H=192, W=256,
              latent=(128, 128), dtype=jnp.float32),
     _writing("int8-static", "static", (1, 37, 1, 9), (70, 40, 9, 64), K=2, H=100, Z=64, idle=2),
+    _writing("int4", "int4", (1, 70, 1, 9), (140, 200, 9, 256), K=2, idle=2),
+    _writing("int4-latent", "int4", (1, 5, 40), (40, 133, 300), K=1, H=192, W=256,
+             latent=(128, 128), dtype=jnp.float32),
     _writing("int8-decode-128", "int8", (1,) * 128, (2048,) * 128, K=8, shipped=True),
+    _writing("int4-decode-128", "int4", (1,) * 128, (2048,) * 128, K=8, shipped=True),
     _writing("int8-static-decode-128", "static", (1,) * 128, (2048,) * 128, K=8, shipped=True),
     _writing("int8-latent-decode-128", "int8", (1,) * 128, (2048,) * 128, K=1, H=576, W=640,
+             latent=(512, 128), shipped=True),
+    _writing("int4-latent-decode-128", "int4", (1,) * 128, (2048,) * 128, K=1, H=576, W=640,
              latent=(512, 128), shipped=True),
 )  # fmt: skip
 
