@@ -22,7 +22,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.op import UnsupportedError
-from kernels_pallas.paged_attention.codec import Int4Pages, QuantizedPages, StaticInt8Pages
+from kernels_pallas.paged_attention.codec import (
+    Int4Pages,
+    QuantizedPages,
+    StaticInt8Pages,
+    whole_scales,
+)
 from kernels_pallas.paged_attention.ragged import Ragged
 
 _LANES = 128
@@ -129,6 +134,9 @@ def _shape(stacks: list[Any], batch: Ragged, dtype: Any, items: int) -> Shape:
     parts = tuple(() if isinstance(p, StaticInt8Pages) else p.parts for p in stacks)
     if any(n % _LANES for each in parts for n in each):
         raise UnsupportedError(f"{parts=} of rows must be multiples of {_LANES} lanes")
+    rows = [p.scale.shape[2] for p in stacks if not isinstance(p, StaticInt8Pages)]
+    if any(n != whole_scales(n) for n in rows):  # they would be copied
+        raise UnsupportedError(f"{rows} rows of scales: pad them to 1, 2, 4 or eights")
     whole = _LANES if any(parts) else group
     if Z % whole:
         raise UnsupportedError(
