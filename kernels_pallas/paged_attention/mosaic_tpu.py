@@ -111,8 +111,8 @@ def _calibrated(x: Array, pages: StaticInt8Pages, layer: Array | int) -> Array:
 
 
 def _turned(x: Array) -> Array:
-    """x [T, N, W] as `codec.turned` has it, but for rounding: by a product, where butterflies within a
-    register would have XLA move lanes about, in temporaries of megabytes."""
+    """x [T, N, W] as `codec.turned` has it, but for rounding: by a product. Butterflies of lanes
+    took XLA megabytes of temporaries."""
     matrix = reduce(np.kron, [[[1, 1], [1, -1]]] * (ROTATED.bit_length() - 1))
     by = jnp.asarray(matrix * ROTATED**-0.5, jnp.float32)
     blocks = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, ROTATED)

@@ -1,4 +1,4 @@
-"""Writing keys and values into pages of eight or four bits on a TPU: rounded on their way, in place.
+"""Writing into pages of eight or four bits on a TPU: rows are rounded on their way, in place.
 
 An *item* is a page of one sequence that gets new rows. Its scales come and go whole, since they lie
 along lanes; of its values only those groups of slots do that new rows fall into, since memory moves
