@@ -182,9 +182,9 @@ def round_trip(pages: QuantizedPages, x: Array, layer: Array | int) -> Array:
     """Rows x [T, K, H] as they would be read again [T, K, W], turned back, with x's gradient."""
     K, W = pages.shape[2], pages.shape[-1]
     x = _widened(x, W)
-    parts = {} if isinstance(pages, StaticInt8Pages) else {"parts": pages.parts}
+    parts = None if isinstance(pages, StaticInt8Pages) else pages.parts
     blank = empty(jnp.int4 if isinstance(pages, Int4Pages) else jnp.int8, (1, x.shape[0], K, 2, W),
-                  **parts)  # fmt: skip
+                  parts=parts)  # fmt: skip
     if isinstance(pages, StaticInt8Pages):
         blank = StaticInt8Pages(blank.values, pages.scale[layer][None])
     every = jnp.arange(x.shape[0])
