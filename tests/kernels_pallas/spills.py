@@ -62,8 +62,8 @@ BOUNDS = (
     ),
     Bound(
         "page_attention", "int4-latent.*",
-        "as with eight bits; five parts with steps of their own are five products, not two. Counted "
-        "with five rows of scales a page, before they were padded to eight",
+        "as with eight bits; five parts with steps of their own are five products, not two. "
+        "Counted with five rows of scales a page, before padding to eight",
         {"v5e": 845, "v5p": 846, "v6e": 598, "tpu7x": 525},
     ),
     Bound(
