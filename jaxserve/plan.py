@@ -167,8 +167,9 @@ def resolve(
     kv_shape = stored_shape(cfg.kv_shape, target) if kernels == "pallas" else cfg.kv_shape
     kv_calibrated = kv_calibrated and kv_dtype == jnp.int8
     per_page = page_bytes(
-        cfg.num_layers, page_size, kv_shape, kv_dtype, cfg.key_parts, calibrated=kv_calibrated
-    )
+        cfg.num_layers, page_size, kv_shape, kv_dtype, cfg.key_parts,
+        calibrated=kv_calibrated, whole_scales=platform == "tpu",
+    )  # fmt: skip
     max_len, num_pages = _cache(config, cfg.max_len, page_size, per_page, max_seqs, weights, device)
     max_seqs = min(max_seqs, num_pages)  # each has a page of its own
     batched = min(batched, num_pages * page_size)

@@ -3,7 +3,7 @@
 A row is one head's key (or value) of one token. Its lanes fall into *parts* with a scale each,
 since a latent row is a normed latent with a few rotated lanes of quite another size behind it.
 Scales lie beside the values, `[L, P, K * parts, Z]`: those of a page come in one copy, keys along
-its lanes, as logits lie.
+its lanes, as logits lie. More rows than that are padding (`whole_scales`).
 
 Four bits are taken after a fixed rotation: a Hadamard matrix on each block of lanes spreads what a
 few large lanes hold over all of them. Queries turn alike, which leaves scores as they are, and what
@@ -182,9 +182,9 @@ def round_trip(pages: QuantizedPages, x: Array, layer: Array | int) -> Array:
     """Rows x [T, K, H] as they would be read again [T, K, W], turned back, with x's gradient."""
     K, W = pages.shape[2], pages.shape[-1]
     x = _widened(x, W)
-    parts = {} if isinstance(pages, StaticInt8Pages) else {"parts": pages.parts}
+    parts = None if isinstance(pages, StaticInt8Pages) else pages.parts
     blank = empty(jnp.int4 if isinstance(pages, Int4Pages) else jnp.int8, (1, x.shape[0], K, 2, W),
-                  **parts)  # fmt: skip
+                  parts=parts)  # fmt: skip
     if isinstance(pages, StaticInt8Pages):
         blank = StaticInt8Pages(blank.values, pages.scale[layer][None])
     every = jnp.arange(x.shape[0])
@@ -193,21 +193,36 @@ def round_trip(pages: QuantizedPages, x: Array, layer: Array | int) -> Array:
     return x + lax.stop_gradient(read - x)
 
 
+def whole_scales(rows: int) -> int:
+    """As many rows of scales as a TPU's page wants: 1, 2, 4 or eights. XLA lays arrays with others
+    out by another axis, and a kernel would pay a copy of all scales."""
+    return rows if rows in (1, 2, 4) else -(-rows // 8) * 8
+
+
 def empty(
-    dtype: Any, shape: tuple[int, ...], *, parts: tuple[int, ...] | None = None, device: Any = None
-) -> Any:
-    """Blank pages [L, P, K, Z, W]: int8 and int4 with scales of their own, others as they are."""
+    dtype: Any, shape: tuple[int, ...], *, parts: tuple[int, ...] | None = None,
+    whole: bool = False, device: Any = None,
+) -> Any:  # fmt: skip
+    """Blank pages [L, P, K, Z, W]: int8 and int4 with scales of their own, others as they are.
+
+    Args:
+        whole: rows of scales are padded to `whole_scales`.
+    """
     zeros = partial(jnp.zeros, device=device)
     L, P, K, Z, W = shape
     parts = parts or (W,)
+
+    def scales(parts: tuple[int, ...]) -> Array:
+        rows = K * len(parts)
+        return zeros((L, P, whole_scales(rows) if whole else rows, Z))
+
     if dtype == jnp.int8:
-        return Int8Pages(zeros(shape, jnp.int8), zeros((L, P, K * len(parts), Z)), parts)
+        return Int8Pages(zeros(shape, jnp.int8), scales(parts), parts)
     if dtype == jnp.int4:
         if Z % 2:
             raise ValueError(f"pages of {Z} slots: two share a byte, take an even number")
         parts = tuple(min(ROTATED, n - i) for n in parts for i in range(0, n, ROTATED))
-        scale = zeros((L, P, K * len(parts), Z))
-        return Int4Pages(zeros((L, P, K, Z // 2, W), jnp.uint8), scale, parts)
+        return Int4Pages(zeros((L, P, K, Z // 2, W), jnp.uint8), scales(parts), parts)
     return zeros(shape, dtype)
 
 
@@ -253,8 +268,9 @@ def _round(x: Array) -> Array:
 
 
 def _scaled(values: Array, scale: Array, parts: tuple[int, ...]) -> Array:
-    """values [..., K, Z, W] times scale [..., K * parts, Z]."""
+    """values [..., K, Z, W] times scale [..., K * parts, Z], or with padding behind."""
     *lead, K, Z, _ = values.shape
+    scale = scale[..., : K * len(parts), :]
     each = jnp.split(scale.reshape(*lead, K, len(parts), Z), len(parts), -2)
     rows = [
         part.astype(jnp.float32) * jnp.swapaxes(by, -1, -2)
@@ -267,7 +283,7 @@ def _put_scales(
     stored: Array, each: list[Array], layer: Array | int, page: Array, slot: Array
 ) -> Array:
     scales = jnp.stack(each, -1).reshape(each[0].shape[0], -1)  # [T, K * parts]
-    return stored.at[layer, page, :, slot].set(scales, mode="drop")
+    return stored.at[layer, page, : scales.shape[1], slot].set(scales, mode="drop")
 
 
 def _split(x: Array, parts: tuple[int, ...]) -> list[Array]:

@@ -42,7 +42,7 @@ LATENT = family_config(
         ("qwen3", HEADS, "int8", 256 / 132),  # two bytes a lane; a scale for 128 lanes
         ("qwen3", HEADS, "int4", 256 / 68),
         ("deepseek_v3", LATENT, "int8", 1280 / 648),  # two parts; 576 lanes are padded to 640
-        ("deepseek_v3", LATENT, "int4", 1280 / 340),  # five of up to 128 lanes
+        ("deepseek_v3", LATENT, "int4", 1280 / 352),  # five of 128 lanes, padded to eight
     ],
 )
 def test_a_gibibyte_holds_so_many_more_tokens(name: str, raw: Any, cache: str, factor: float):
