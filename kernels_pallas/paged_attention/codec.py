@@ -78,7 +78,7 @@ class Int8Pages(_Quantized):
 class StaticInt8Pages(_Quantized):
     """values * scale with scales from a calibration: writing is one product and needs no maximum.
 
-    A kernel may fold those of keys into queries, and those of values into what attention says.
+    A kernel may `fold` those of keys into queries, and those of values into what attention says.
 
     Attributes:
         values: int8 [L, P, K, Z, W]; what is beyond 127 scales is cut.
@@ -97,6 +97,13 @@ class StaticInt8Pages(_Quantized):
 
     def take(self, layer: Array | int, index: Array) -> Array:
         return self.values[layer, index].astype(jnp.float32) * self.scale[layer][:, None]
+
+    def fold(self, x: Array, layer: Array | int) -> Array:
+        """x [T, N, H] times the scales of its lanes: rows of the cache then count as integers."""
+        scale = lax.dynamic_index_in_dim(self.scale, layer, keepdims=False)  # [K, W]
+        (T, N, H), (K, W) = x.shape, scale.shape
+        scale = jnp.pad(scale, ((0, 0), (0, max(0, H - W))))[:, None, :H]
+        return (x.astype(jnp.float32).reshape(T, K, N // K, H) * scale).reshape(T, N, H)
 
 
 @partial(_register, data_fields=["values", "scale"])

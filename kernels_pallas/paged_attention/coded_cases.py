@@ -70,7 +70,8 @@ WRITING = (
 def _attention(
     name: str, kind: str, new: tuple[int, ...], lens: tuple[int, ...], *, N: int, K: int,
     H: int = 128, Z: int = 128, idle: int = 0, window: int = 0, value_dim: int | None = None,
-    latent: tuple[int, ...] | None = None, shipped: bool = False, **options: Any,
+    latent: tuple[int, ...] | None = None, shipped: bool = False,
+    bodies: tuple[str, ...] | None = None, **options: Any,
 ) -> Case:  # fmt: skip
     T, W = sum(new), -(-H // 128) * 128
     step, P = step_of(new, lens, Z, idle)
@@ -89,7 +90,7 @@ def _attention(
     pairs = sum(n * s - n * (n - 1) / 2 for n, s in zip(new, lens, strict=True))
     cost = Cost(read, 2 * pairs * N * (H + values), "bfloat16")
     options = {"scale": H**-0.5, "value_dim": value_dim, **options}
-    return Case(name, make, options, shipped, cost, 0.01, ("mosaic_tpu",))
+    return Case(name, make, options, shipped, cost, 0.01, bodies)
 
 
 ATTENTION = (
