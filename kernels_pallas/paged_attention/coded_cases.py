@@ -52,7 +52,7 @@ def _writing(
 
     size = jnp.dtype(dtype).itemsize
     cost = Cost((1 if latent else 2) * T * K * (size * H + _row_bytes(kind, W, len(latent or "1"))))
-    return Case(name, make, {}, shipped, cost, 0.0, ("mosaic_tpu",))
+    return Case(name, make, {}, shipped, cost, 0.0)
 
 
 WRITING = (
