@@ -141,9 +141,10 @@ def _shape(
     splits = tile.splits or _splits(blocks, M * Z // keys, prompts=T > 4 * R)
     factor, cap = (scale / soft_cap, soft_cap * LOG2E) if soft_cap else (scale * LOG2E, 0.0)
     part = min(Z, keys)
+    owned = tuple(len(x.parts) for x in (k_pages, v_pages) if isinstance(x, Int8Pages))
     shape = Shape(
         G, heads, tokens, groups, 0, splits, part, Z // part, keys // part, M, lanes,
-        values, in_keys, wide, 0, key_parts, mass, factor, cap,
+        values, in_keys, wide, 0, key_parts, owned, mass, factor, cap,
     )  # fmt: skip
     stages, ahead = _depths(shape, tile.stages, isinstance(k_pages, QuantizedPages))
     return replace(shape, stages=stages, ahead=ahead)

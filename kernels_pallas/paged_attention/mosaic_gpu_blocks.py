@@ -35,6 +35,7 @@ class Shape:
         ahead: blocks of eight bits on their way; 0 where pages are floats.
         key_parts: lanes of the parts of keys that have scales of their own, as far as they are
             brought. Values have one.
+        owned: scales that a head has of a row of each cache, brought or not.
         mass: whether sums of exponentials are kept, by part.
         factor: of logits, inside tanh where there is a `cap`.
     """
@@ -55,6 +56,7 @@ class Shape:
     wide: bool
     ahead: int
     key_parts: tuple[int, ...]
+    owned: tuple[int, ...]
     mass: bool
     factor: float
     cap: float
@@ -186,11 +188,10 @@ def bring(work: Work, shape: Shape, layer, tables, stacks, scales, ring: Ring) -
                 plgpu.copy_gmem_to_smem(where, block.at[slot, to], told.at[slot])
 
     def copy_scales(step: Array) -> None:
-        for stack, block, told in zip(scales, ring.scales, ring.scaled, strict=True):
-            turn, own = (
-                lax.rem(step, jnp.int32(block.shape[0])),
-                stack.shape[2] // stacks[0].shape[2],
-            )
+        for stack, own, block, told in zip(
+            scales, shape.owned, ring.scales, ring.scaled, strict=True
+        ):
+            turn = lax.rem(step, jnp.int32(block.shape[0]))
             for page, z, to in parts(step):
                 for b in range(block.shape[1]):
                     where = stack.at[layer[0], page, head * own + b, z]
@@ -208,7 +209,7 @@ def bring(work: Work, shape: Shape, layer, tables, stacks, scales, ring: Ring) -
             ring.raw, ring.arrived, ring.blocks, ring.ready, strict=True
         ):
             plgpu.barrier_wait(arrived.at[at])
-            widen(raw.at[at], block.at[slot])
+            widen(raw.at[at], block.at[slot], 32 if shape.wide else 64)  # few registers are left
             plgpu.barrier_arrive(ready.at[slot])
         pl.when(step + shape.ahead < work.steps)(lambda: begin(step + shape.ahead))
 
@@ -222,13 +223,13 @@ def bring(work: Work, shape: Shape, layer, tables, stacks, scales, ring: Ring) -
             finish(step) if shape.ahead else copy(step, ring.blocks, ring.ready)
 
 
-def widen(raw: Any, block: Any) -> None:
-    """Rows of eight bits as bfloat16, four lanes of a thread at a time."""
+def widen(raw: Any, block: Any, lanes: int) -> None:
+    """Rows of eight bits as bfloat16, so many lanes at a time, four of them in a thread."""
 
-    @pl.loop(0, raw.shape[1] // 64)  # unrolled it takes too many registers
+    @pl.loop(0, raw.shape[1] // lanes)  # unrolled it takes too many registers
     def _(i: Array) -> None:
-        lanes = pl.ds(i * 64, 64)
-        x = plgpu.layout_cast(raw[:, lanes], plgpu.Layout.WGMMA_UPCAST_2X)
-        block[:, lanes] = x.astype(block.dtype)
+        at = pl.ds(i * lanes, lanes)
+        x = plgpu.layout_cast(raw[:, at], plgpu.Layout.WGMMA_UPCAST_2X)
+        block[:, at] = x.astype(block.dtype)
 
     plgpu.commit_smem()
