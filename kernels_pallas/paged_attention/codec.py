@@ -50,7 +50,8 @@ class _Quantized:
         return [self.values, self.scale]
 
     def with_written(self, arrays: list[Any]) -> Any:
-        return replace(self, **dict(zip(("values", "scale"), arrays, strict=False)))
+        pages: Any = self  # a dataclass
+        return replace(pages, **dict(zip(("values", "scale"), arrays, strict=False)))
 
 
 _register = partial(jax.tree_util.register_dataclass, meta_fields=["parts"])

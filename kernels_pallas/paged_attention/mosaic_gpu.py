@@ -56,7 +56,7 @@ def page_attention(
 ) -> tuple[Array, ...]:  # fmt: skip
     """`reference.page_attention` as one Hopper kernel."""
     (T, N, H), K = q.shape, k_pages.shape[2]
-    value_dim = value_dim or (H if v_pages is None else v_pages.shape[-1])
+    value_dim = value_dim or int(H if v_pages is None else v_pages.shape[-1])
     shape = _shape(tile or GpuTile(), q, k_pages, v_pages, batch, value_dim, mass, scale, soft_cap)
     G, heads = shape.group, K * shape.heads
     seqs, firsts, first_item = _items(batch, T, shape)
@@ -67,9 +67,8 @@ def page_attention(
     token = jnp.minimum(firsts[:, None] + token.reshape(-1), T - 1)  # [items, rows]; some idle
     head = jnp.arange(heads)[:, None] * G + jnp.tile(row % G, shape.groups)  # [heads, rows]
     queries = queries[token[:, None], head]  # [items, heads, rows, lanes]
-    stacks = [k_pages] if v_pages is None else [k_pages, v_pages]
-    rounded = isinstance(k_pages, QuantizedPages)
-    caches = [*((x.values if rounded else x) for x in stacks)]
+    stacks: list[Any] = [k_pages] if v_pages is None else [k_pages, v_pages]
+    caches = [x.values if isinstance(x, QuantizedPages) else x for x in stacks]
     caches += [x.scale for x in stacks if isinstance(x, Int8Pages)]
     window = jnp.asarray(window, jnp.int32)
     o, lse, *masses = _launch(

@@ -128,12 +128,9 @@ def _launch(
 
 
 def _kernel(layer, slots, *refs: Any, shape: Shape) -> None:
-    *refs, fresh, known, rows, scales, arrived = refs
-    new, given, caches = (
-        refs[: len(rows)],
-        refs[len(rows) :][: len(known)],
-        refs[len(rows + known) :],
-    )
+    *inputs, fresh, known, rows, scales, arrived = refs
+    new, inputs = inputs[: len(rows)], inputs[len(rows) :]
+    given, caches = inputs[: len(known)], inputs[len(known) :]
     head, first = lax.axis_index("head"), lax.axis_index("block") * _ROWS
     for x, here in zip(new, fresh, strict=True):
         plgpu.copy_gmem_to_smem(x.at[pl.ds(first, _ROWS), head], here, arrived)

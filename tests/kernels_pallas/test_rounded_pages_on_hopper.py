@@ -1,6 +1,7 @@
 """Hopper's kernels on rounded pages: wide latents, and what they refuse. Others are cases."""
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,11 @@ from kernels_pallas.paged_attention.cases import batch as step_of
 from kernels_pallas.paged_attention.codec import empty
 from kernels_pallas.paged_attention.coded_cases import pages_of
 from kernels_pallas.paged_attention.ops import page_attention, page_write
+
+
+def abstract_step() -> Ragged:
+    int32 = partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
+    return Ragged(int32((4,)), int32((3,)), int32((3, 2)), int32(()))
 
 
 @pytest.mark.slow
@@ -60,7 +66,7 @@ def test_it_says_what_rounded_pages_it_cannot_take_on_hopper(name):
     shape = (1, 4, 2, sizes["Z"], 128)
     pages = jax.eval_shape(lambda: empty(sizes["dtype"], shape, parts=sizes["parts"]))
     q = jax.ShapeDtypeStruct((3, 4, 128), jnp.bfloat16)
-    step = Ragged(*(jax.ShapeDtypeStruct(s, jnp.int32) for s in ((4,), (3,), (3, 2), ())))
+    step = abstract_step()
 
     def run(q, pages, step):
         return page_attention.run("mosaic_gpu", q, pages, pages, 0, step, scale=1.0)
@@ -81,7 +87,7 @@ def test_writing_says_what_rounded_pages_it_cannot_take_on_hopper(name):
     dtype, lanes, message = ROUNDED_WRITES_REFUSED_ON_HOPPER[name]
     pages = jax.eval_shape(lambda: empty(dtype, (1, 4, 2, 64, lanes)))
     k = jax.ShapeDtypeStruct((3, 2, lanes), jnp.float32)
-    step = Ragged(*(jax.ShapeDtypeStruct(s, jnp.int32) for s in ((4,), (3,), (3, 2), ())))
+    step = abstract_step()
     with pytest.raises(UnsupportedError, match=message):
         jax.eval_shape(lambda *a: page_write.run("mosaic_gpu", *a[:4], 0, a[4]),
                        pages, pages, k, k, step)  # fmt: skip
