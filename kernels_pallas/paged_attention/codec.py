@@ -12,7 +12,7 @@ attention says is turned back, once per row of the output.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -33,6 +33,7 @@ mean square; with 32 lanes (5 bits) 0.74 %. Without the range's odd end, -8, it 
 
 class _Quantized:
     values: Any
+    scale: Any
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -42,6 +43,15 @@ class _Quantized:
     @property
     def dtype(self) -> Any:
         return self.values.dtype
+
+    @property
+    def written(self) -> list[Any]:
+        """The arrays that writing changes."""
+        return [self.values, self.scale]
+
+    def with_written(self, arrays: list[Any]) -> Any:
+        pages: Any = self  # a dataclass
+        return replace(pages, **dict(zip(("values", "scale"), arrays, strict=False)))
 
 
 _register = partial(jax.tree_util.register_dataclass, meta_fields=["parts"])
@@ -78,7 +88,7 @@ class Int8Pages(_Quantized):
 class StaticInt8Pages(_Quantized):
     """values * scale with scales from a calibration: writing is one product and needs no maximum.
 
-    A kernel may fold those of keys into queries, and those of values into what attention says.
+    A kernel may `fold` those of keys into queries, and those of values into what attention says.
 
     Attributes:
         values: int8 [L, P, K, Z, W]; what is beyond 127 scales is cut.
@@ -88,15 +98,29 @@ class StaticInt8Pages(_Quantized):
     values: Any
     scale: Any
 
+    @property
+    def written(self) -> list[Any]:
+        return [self.values]
+
     def put(self, x: Array, layer: Array | int, page: Array, slot: Array) -> StaticInt8Pages:
-        scale = self.scale[layer]
-        steps = jnp.where(scale > 0, 1 / jnp.where(scale > 0, scale, 1.0), 0.0)
-        values = jnp.clip(_round(x * steps), -127, 127).astype(jnp.int8)
+        values = jnp.clip(_round(x * self.steps(layer)), -127, 127).astype(jnp.int8)
         values = self.values.at[layer, page, :, slot].set(values, mode="drop")
         return StaticInt8Pages(values, self.scale)
 
     def take(self, layer: Array | int, index: Array) -> Array:
         return self.values[layer, index].astype(jnp.float32) * self.scale[layer][:, None]
+
+    def steps(self, layer: Array | int) -> Array:
+        """What rows are multiplied with before they are rounded [K, W]; 0 where the scale is."""
+        scale = lax.dynamic_index_in_dim(self.scale, layer, keepdims=False)
+        return jnp.where(scale > 0, 1 / jnp.where(scale > 0, scale, 1.0), 0.0)
+
+    def fold(self, x: Array, layer: Array | int) -> Array:
+        """x [T, N, H] times the scales of its lanes: rows of the cache then count as integers."""
+        scale = lax.dynamic_index_in_dim(self.scale, layer, keepdims=False)  # [K, W]
+        (T, N, H), (K, W) = x.shape, scale.shape
+        scale = jnp.pad(scale, ((0, 0), (0, max(0, H - W))))[:, None, :H]
+        return (x.astype(jnp.float32).reshape(T, K, N // K, H) * scale).reshape(T, N, H)
 
 
 @partial(_register, data_fields=["values", "scale"])

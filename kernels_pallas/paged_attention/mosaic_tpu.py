@@ -71,7 +71,7 @@ def page_attention(
     stacks = [k_pages] if v_pages is None else [k_pages, v_pages]
     value_dim = value_dim or int(stacks[-1].shape[-1] if v_pages is not None else H)
     if isinstance(k_pages, StaticInt8Pages):
-        q = _calibrated(q, k_pages, layer)
+        q = k_pages.fold(q, layer)
     caches, scales, dtype = _leaves(stacks)
     values = pl.cdiv(value_dim, LANES) * LANES  # lanes past value_dim are cut off at the end
     squash, unit = (scale / soft_cap, soft_cap) if soft_cap else (0.0, scale)
@@ -92,7 +92,7 @@ def page_attention(
     o, lse, *sums = _launch(scalars, queries, caches, scales, shape, blocks, interpret)
     o = o.reshape(K, tokens, G, values).swapaxes(0, 1).reshape(tokens, N, values)
     if isinstance(stacks[-1], StaticInt8Pages):
-        o = _calibrated(o, stacks[-1], layer)
+        o = stacks[-1].fold(o, layer)
     o = _turned(o) if isinstance(stacks[-1], Int4Pages) else o
     lse = lse.reshape(K, tokens, G).swapaxes(0, 1).reshape(tokens, N)[:T]
     if not mass:
@@ -100,14 +100,6 @@ def page_attention(
     found = jnp.moveaxis(sums[0].reshape(K, -1, tokens, G), (2, 0, 3, 1), (0, 1, 2, 3))
     found = found.reshape(tokens, N, -1)[:T, :, : shape.row]
     return o[:T, :, :value_dim], lse, jnp.exp(found - lse[..., None])
-
-
-def _calibrated(x: Array, pages: StaticInt8Pages, layer: Array | int) -> Array:
-    """x [T, N, W] times the scales of its lanes: rows of the cache then count as integers."""
-    scale = lax.dynamic_index_in_dim(pages.scale, layer, keepdims=False)  # [K, W]
-    (T, N, W), (K, _) = x.shape, scale.shape
-    scale = jnp.pad(scale, ((0, 0), (0, max(0, W - scale.shape[1]))))[:, None, :W]
-    return (x.astype(jnp.float32).reshape(T, K, N // K, W) * scale).reshape(T, N, W)
 
 
 def _turned(x: Array) -> Array:

@@ -72,8 +72,8 @@ def page_write(
         return jnp.pad(x.astype(dtype), padding).swapaxes(0, 1)
 
     rows_in = [rows(x, pages) for x, pages in zip(new, stacks, strict=True)]
-    steps = [_steps(pages, layer) for pages in stacks if isinstance(pages, StaticInt8Pages)]
-    leaves = [leaf for pages in stacks for leaf in _moved(pages)]
+    steps = [pages.steps(layer) for pages in stacks if isinstance(pages, StaticInt8Pages)]
+    leaves = [leaf for pages in stacks for leaf in pages.written]
     scalars = (
         jnp.asarray(layer, jnp.int32).reshape(1), batch.row_starts, batch.kv_lens,
         batch.tables.reshape(-1), *_items(batch, T, shape.page),
@@ -102,24 +102,8 @@ def page_write(
         name="page_write_int4" if isinstance(k_pages, Int4Pages) else "page_write_int8",
     )(*scalars, *rows_in, *steps, *leaves)  # fmt: skip
     done = iter(out)
-    results = [_with(pages, [next(done) for _ in _moved(pages)]) for pages in stacks]
+    results = [pages.with_written([next(done) for _ in pages.written]) for pages in stacks]
     return results[0], None if v_pages is None else results[1]
-
-
-def _moved(pages: Any) -> list[Array]:
-    """What a write changes."""
-    return [pages.values] if isinstance(pages, StaticInt8Pages) else [pages.values, pages.scale]
-
-
-def _with(pages: Any, leaves: list[Array]) -> Any:
-    if isinstance(pages, StaticInt8Pages):
-        return StaticInt8Pages(leaves[0], pages.scale)
-    return type(pages)(*leaves, pages.parts)
-
-
-def _steps(pages: StaticInt8Pages, layer: Array | int) -> Array:  # [K, W]
-    scale = lax.dynamic_index_in_dim(pages.scale, layer, keepdims=False)
-    return jnp.where(scale > 0, 1 / jnp.where(scale > 0, scale, 1.0), 0.0)
 
 
 def _shape(stacks: list[Any], batch: Ragged, dtype: Any, items: int) -> Shape:

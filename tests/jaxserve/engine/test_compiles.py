@@ -136,6 +136,13 @@ def test_nor_does_one_over_pages_of_four_bits(target, model, others):
     _copies_nothing(*compiled(target, model, None, "int4"), names | others)
 
 
+@pytest.mark.aot
+@pytest.mark.usefixtures("no_compilation_cache")
+@pytest.mark.parametrize(("model", "expected"), [("8b", 2 * 2 + 1), ("16b-mla", 2 * 2 + 3 + 1)])
+def test_nor_does_one_over_pages_of_eight_bits_on_hopper(model, expected):
+    _copies_nothing(*compiled("h200:1x1x1", model, None, "int8"), expected)
+
+
 def _copies_nothing(program: Any, plan: Any, expected: Any) -> None:
     memory, hlo = program.memory_analysis(), program.as_text()
     assert memory.alias_size_in_bytes >= plan.kv_bytes  # written where it lies

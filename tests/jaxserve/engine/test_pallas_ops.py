@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partialmethod
+from functools import partial, partialmethod
 from types import SimpleNamespace
 
 import jax
@@ -172,6 +172,37 @@ def test_a_step_over_pages_of_four_bits_runs_the_kernels(bodies, monkeypatch):
     assert jnp.abs(hidden - expected).max() < 0.04 * jnp.abs(expected).max()
     for x, y in zip(jax.tree.leaves(kv), jax.tree.leaves(plain), strict=True):
         np.testing.assert_array_equal(x[0], y[0])  # written before any attention
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["qwen3", "deepseek_v3"])
+def test_a_step_over_pages_of_eight_bits_on_hopper_equals_the_reference(model, bodies):
+    """From blank pages, in one step; both round what they write, so pages are nearly the same."""
+    module, cfg, params = weights(MODELS[model], None)
+    lanes = stored_shape(cfg.kv_shape, GPU)
+    pages = allocate(cfg.num_layers, 4, 64, lanes, jnp.dtype("int8"), None, cfg.key_parts)
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 128, (1, 16)), jnp.int32)
+    at = jnp.arange(16, dtype=jnp.int32)[None]
+    batch = Ragged(*map(jnp.asarray, ([0, 9], [9], [[3, 1]], 1)))
+
+    def run(kernels, params, dtype):
+        plan = SimpleNamespace(kernels=kernels, activation_dtype=dtype, target=GPU)
+        forward = partial(module.forward, cfg)
+        return jax.jit(lambda p, kv: forward(p, tokens, at, serving_ops(plan, batch), kv))(
+            params, pages
+        )[0]
+
+    try:
+        hidden = jax.block_until_ready(run("pallas", params, jnp.bfloat16))
+    finally:
+        versions.reset_simulated_gpu()
+    ran = set(bodies)
+    assert {("page_write", "mosaic_gpu"), ("page_attention", "mosaic_gpu")} <= ran
+    assert not any(body == "reference" for op, body in ran if op.startswith("page"))
+    wide = jax.tree.map(lambda a: a.astype(jnp.float32), params)
+    expected = run("reference", wide, jnp.float32)[:, :9]
+    off = jnp.abs(hidden[:, :9].astype(jnp.float32) - expected).max()
+    assert off < 0.04 * jnp.abs(expected).max()
 
 
 def test_products_come_from_a_stack_of_layers(bodies):
