@@ -63,7 +63,7 @@ BOUNDS = (
     Bound(
         "page_attention", "int4-latent.*",
         "as with eight bits; five parts with steps of their own are five products, not two. "
-        "Counted with five rows of scales a page, before padding to eight",
+        "Rows of scales padded from five to eight, v5e still has 845; others are of before that",
         {"v5e": 845, "v5p": 846, "v6e": 598, "tpu7x": 525},
     ),
     Bound(
