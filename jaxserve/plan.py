@@ -194,8 +194,9 @@ def resolve(
     kv_shape = stored_shape(kv_shape, target) if kernels == "pallas" else kv_shape
     kv_calibrated = kv_calibrated and kv_dtype == jnp.int8
     per_page = page_bytes(
-        cfg.num_layers, page_size, kv_shape, kv_dtype, cfg.key_parts, calibrated=kv_calibrated
-    )
+        cfg.num_layers, page_size, kv_shape, kv_dtype, cfg.key_parts,
+        calibrated=kv_calibrated, whole_scales=platform == "tpu",
+    )  # fmt: skip
     total = memory_limit(device)
     if platform == "cpu":
         total //= parallelism.num_devices  # which are one machine

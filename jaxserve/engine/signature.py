@@ -104,6 +104,7 @@ def empty_state(plan: Plan, cfg: Any, device: Any = None) -> tuple[KVCache, Arra
         device,
         cfg.key_parts,
         calibrated=plan.kv_calibrated,
+        whole_scales=plan.platform == "tpu",
     )
     return kv, jnp.zeros((plan.max_num_seqs, plan.max_model_len + 1), jnp.int32, device=device)
 
