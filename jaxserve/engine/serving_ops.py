@@ -25,7 +25,7 @@ def serving_ops(plan: Plan, batch: Ragged, num_tokens: int) -> Ops:
     """Operations for the plan's kernels, which skip the padding of a bucket of `num_tokens`."""
     num_rows = batch.row_starts[batch.num_seqs]
     ops = _on_mesh(plan, _kernels(plan, num_rows, batch), num_rows)
-    if not plan.spreads_tokens:
+    if not (plan.on_mesh and plan.spreads_tokens):
         return ops
     size = num_tokens // plan.parallelism.sequence
     own_rows = jnp.clip(num_rows - lax.axis_index(TENSOR) * size, 0, size)

@@ -75,7 +75,7 @@ def step(target: Target, kernels: str, num_rows: int = 9, dtype=jnp.bfloat16):
     tables = np.array([[3, 1], [0, 2], [0, 0]], np.int32)
     batch = Ragged(starts, np.array([20, 8 + 4, 0], np.int32), tables, np.array(2, np.int32))
     plan = SimpleNamespace(kernels=kernels, activation_dtype=dtype, target=target, on_mesh=False)
-    return serving_ops(plan, jax.tree.map(jnp.asarray, batch))
+    return serving_ops(plan, jax.tree.map(jnp.asarray, batch), num_rows)
 
 
 def weights(hf, quantization):
