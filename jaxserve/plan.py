@@ -287,8 +287,8 @@ def _check_spread(cfg: Any, parallelism: Parallelism) -> None:
     if cfg.router is not None and parallelism.expert == 1:
         raise ConfigError(
             f"sequence_parallel_size={n} gives each device tokens of its own, and with "
-            "expert_parallel_size=1 every expert is split over them; the nearest setting that works "
-            f"is expert_parallel_size={n}"
+            "expert_parallel_size=1 every expert is split over them; the nearest setting that "
+            f"works is expert_parallel_size={n}"
         )
 
 

@@ -1,4 +1,4 @@
-"""Attention over the paged cache, as a model asks for it; and beside it, where nothing is cached."""
+"""Attention over the paged cache, as a model asks for it; and among tokens that begin there."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def beginning(
 ) -> AttendMade:
     """Attends tokens of a step to those before them in it; `kv` is a `Beginning`.
 
-    A part of a step is attended where it lies in the whole one, since sums over as many keys in as
-    many places have the same bits: what comes before `first` is there for the sequence that goes on.
+    A part of a step is attended where it lies in the whole one, since sums over the same places
+    have the same bits: what comes before `first` is there for the sequence that goes on.
 
     Args:
         step: sequences of the whole step, of `num_tokens`. None has earlier keys.

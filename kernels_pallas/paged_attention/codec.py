@@ -179,7 +179,7 @@ def whole_parts(pages: Pages, lanes: int) -> int:
 
 
 def as_read(pages: Pages, x: Array, layer: Array | int) -> Array:
-    """Rows x [T, K, H] as they would be read again, in x's type: rounded as the pages round them."""
+    """Rows x [T, K, H] as they would be read again, in x's type: rounded as pages round them."""
     if isinstance(pages, QuantizedPages):
         return round_trip(pages, x.astype(jnp.float32), layer)[..., : x.shape[-1]].astype(x.dtype)
     kept = jnp.bfloat16 if pages.dtype == jnp.uint16 else pages.dtype

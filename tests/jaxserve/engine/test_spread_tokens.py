@@ -17,12 +17,14 @@ from jaxserve import LLM, SamplingParams
 from jaxserve.config import EngineConfig
 from jaxserve.engine.batch import StepArrays
 from jaxserve.engine.programs import Forward
+from jaxserve.engine.runner import Runner
 from jaxserve.engine.signature import empty_state, program
 from jaxserve.engine.spread import empty_states, spread, stacked
 from jaxserve.errors import ConfigError
 from jaxserve.models.family import family
 from jaxserve.models.parallel import placed, put_on_mesh
-from jaxserve.plan import Plan, resolve
+from jaxserve.plan import Plan, resolve, sizes_on_device
+from jaxserve.quant.weights import weight_bytes
 from jaxserve.testing import family_config
 from sharding import compile_only
 from sharding.hlo import Collective, collectives_of
@@ -34,6 +36,7 @@ from tests.jaxserve.engine.test_compiles import MODELS, Absent
 
 T, ROWS, PAGE, PAGES = 32, 8, 8, 16
 LENGTHS = (11, 1, 14)
+BROKEN = 310
 SPLIT: dict[str, Any] = {
     "tensor_parallel_size": 4, "expert_parallel_size": 4, "sequence_parallel_size": 4,
 }  # fmt: skip
@@ -59,10 +62,17 @@ class Case(NamedTuple):
         return jax.jit(made.function)(self.params, *state, arrays)
 
 
-def case(model_type: str = "deepseek_v3", *, interleaved: bool = False, **settings: Any) -> Case:
+def case(
+    model_type: str = "deepseek_v3",
+    *,
+    interleaved: bool = False,
+    dense: bool = False,
+    **settings: Any,
+) -> Case:
+    """Random weights; the embedding of the token `BROKEN` is no number."""
     hf = {**family_config(model_type), "torch_dtype": "float32"}
-    if model_type == "deepseek_v2":  # heads make queries of x itself
-        hf["q_lora_rank"] = None
+    hf["first_k_dense_replace"] = hf["num_hidden_layers"] if dense else 1
+    hf["q_lora_rank"] = None if model_type == "deepseek_v2" else 20  # None: queries are made of x
     f = family(model_type)
     cfg = f.config(hf)
     config = EngineConfig(
@@ -73,6 +83,7 @@ def case(model_type: str = "deepseek_v3", *, interleaved: bool = False, **settin
     plan = replace(plan, interleaved=interleaved)
     declared = unstack(f.declare_params(cfg)) if plan.unrolled else f.declare_params(cfg)
     params = initialise(declared, cfg.sizes, jnp.float32)
+    params = replace(params, embed=params.embed.at[BROKEN].set(jnp.nan))
     if not plan.on_mesh:
         return Case(f, cfg, plan, params, None)
     devices = np.array(jax.devices()[: plan.parallelism.num_devices])
@@ -117,7 +128,7 @@ def alone(model_type: str, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     ("model_type", "split"),
     [
         ("deepseek_v3", SPLIT),
-        ("deepseek_v2", {**SPLIT, "expert_parallel_size": 8}),
+        pytest.param("deepseek_v2", {**SPLIT, "expert_parallel_size": 8}, marks=pytest.mark.slow),
     ],
 )
 def test_states_and_caches_are_those_of_one_device(model_type, split):
@@ -141,10 +152,9 @@ def test_prompts_do_not_see_each_other_and_halves_change_no_bit():
     whole = case(**SPLIT)
     states, pages = whole.run("beginning", [step()])
     hidden = np.asarray(states.hidden)
-    other = np.asarray(whole.run("beginning", [step(first=99)])[0].hidden)
-    changed = (hidden != other).any(-1)
-    assert changed[: LENGTHS[0]].all()
-    assert not changed[LENGTHS[0] :].any()
+    broken = np.asarray(whole.run("beginning", [step(first=BROKEN)])[0].hidden)
+    assert np.isnan(broken[: LENGTHS[0]]).all()
+    np.testing.assert_array_equal(broken[LENGTHS[0] :], hidden[LENGTHS[0] :])
     in_turn, pages_in_turn = case(**SPLIT, interleaved=True).run("beginning", [step()])
     real = slice(sum(LENGTHS))
     np.testing.assert_array_equal(np.asarray(in_turn.hidden)[real], hidden[real])
@@ -154,24 +164,91 @@ def test_prompts_do_not_see_each_other_and_halves_change_no_bit():
 @pytest.mark.mesh
 def test_a_layer_gathers_latents_and_exchanges_answers():
     """Beside them a step sums its embeddings and gathers its last states: once, whatever layers."""
-    dense = case(**SPLIT)
-    cfg, n = dense.cfg, dense.plan.parallelism.tensor
-    made = spread(
-        program(dense.plan, dense.f, cfg, dense.params, "beginning", T), dense.plan, dense.mesh
-    )
-    hlo = jax.jit(made.function).lower(*made.arguments).compile().as_text()
-    found = collectives_of(hlo)
+    f, cfg, plan, params, mesh = case(**SPLIT, dense=True)
+    assert mesh is not None
+    made = spread(program(plan, f, cfg, params, "beginning", T), plan, mesh)
+    found = collectives_of(jax.jit(made.function).lower(*made.arguments).compile().as_text())
+    n = plan.parallelism.tensor
     gathered = T // n * (cfg.q_lora + cfg.kv_lora + cfg.rope_dim) * 4
     exchanged = T * cfg.heads // n * cfg.v_dim * 4
-    assert found.count(Collective("all-gather", "f32", gathered, n)) == cfg.num_layers
-    assert found.count(Collective("all-to-all", "f32", exchanged, n)) == cfg.num_layers
+    in_a_layer = [
+        Collective("all-gather", "f32", gathered, n),
+        Collective("all-to-all", "f32", exchanged, n),
+    ]
+    around = [
+        Collective("all-reduce", "f32", T * cfg.embed * 4, n),
+        Collective("all-gather", "f32", T // n * cfg.embed * 4, n),
+    ]
+    assert sorted(found) == sorted(in_a_layer * cfg.num_layers + around)
 
 
-def real_layer(target: str, tokens: int) -> tuple[str, Any]:
+@pytest.mark.mesh
+def test_weights_take_what_was_planned():
+    """Whole projections among them, though the heads that they read are split."""
+    f, cfg, plan, params, _ = case(**SPLIT)
+    leaves = [leaf for leaf in jax.tree.leaves(params) if leaf.dtype == jnp.float32]
+    taken = sum(leaf.addressable_shards[0].data.nbytes for leaf in leaves)
+    local = sizes_on_device(cfg, plan.parallelism)
+    assert taken == weight_bytes(f, cfg, jnp.float32, None, local)
+
+
+def test_every_step_divides_among_devices_and_halves():
+    hf = family_config("deepseek_v3")
+    cfg = family("deepseek_v3").config(hf)
+    config = EngineConfig(**SPLIT, enable_dbo=True, max_num_batched_tokens=50, max_num_seqs=5)
+    plan = resolve(config, hf, cfg, lambda *_: 0, jax.devices()[0])
+    assert plan.token_buckets == (8, 16, 32, 56)
+    beginning = [size for kind, size in plan.programs if kind == "beginning"]
+    assert beginning == [16, 32, 56]
+    assert plan.num_programs == len(set(plan.programs))
+
+
+TOKENS = [[1, 2, 3] * 3 + [5], [7], [11, 12, 13, 14, 15], [21, 22] * 12]
+
+
+@pytest.mark.mesh
+@pytest.mark.slow
+def test_what_is_read_by_tokens_decodes_on(monkeypatch):
+    """With two halves and two ranks; a prompt longer than a step goes on in another form."""
+    kinds, choose = [], Runner._forward
+
+    def watched(runner: Runner, steps: Any) -> tuple[str, int]:
+        kinds.append(choose(runner, steps))
+        return kinds[-1]
+
+    def said(llm: LLM) -> list[Any]:
+        prompts = [{"prompt_token_ids": ids} for ids in TOKENS]
+        params = SamplingParams(temperature=0, max_tokens=8)
+        return [output.outputs[0].token_ids for output in llm.generate(prompts, params)]
+
+    with serve(checkpoint("deepseek_v3")) as llm:
+        expected = said(llm)
+    monkeypatch.setattr(Runner, "_forward", watched)
+    split = {"tensor_parallel_size": 2, "expert_parallel_size": 4, "sequence_parallel_size": 2}
+    with serve(checkpoint("deepseek_v3"), **split, enable_dbo=True) as llm:
+        assert said(llm) == expected
+        assert llm.stats().compiles_after_warmup == 0
+    assert {kind for kind, _ in kinds} == {"beginning", "forward"}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "split", "message"),
+    [
+        ("qwen3", {**SPLIT, "expert_parallel_size": 1}, "latents.* 2 KV heads keep .* nearest"),
+        ("deepseek_v3", {**SPLIT, "expert_parallel_size": 1}, "nearest .* expert_parallel_size=4"),
+        ("deepseek_v3", {**SPLIT, "sequence_parallel_size": 2}, "sequence=2: .* nearest is"),
+    ],
+)
+def test_a_spread_that_cannot_be_is_refused(model_type, split, message):
+    with pytest.raises(ConfigError, match=message):
+        serve(checkpoint(model_type), **split)
+
+
+def real_layer(target: str, tokens: int) -> tuple[Any, Any, Plan]:
     """One layer of DeepSeek-V3 with its experts in a step of prompts, compiled for 32 devices."""
     f, hf = family("deepseek_v3"), DEEPSEEK
     cfg = f.config(hf)
-    split = {name: 32 for name in SPLIT}
+    split = dict.fromkeys(SPLIT, 32)
     config = EngineConfig(
         max_num_batched_tokens=tokens, max_num_seqs=64, num_pages=1024, max_model_len=8192, **split
     )
@@ -190,7 +267,7 @@ def real_layer(target: str, tokens: int) -> tuple[str, Any]:
     params = placed(params, plan.dispatch.layout.initial(cfg.num_layers), there)
     made = spread(program(plan, f, cfg, params, "beginning", tokens), plan, mesh)
     lowered = jax.jit(made.function, donate_argnums=made.donated).lower(*made.arguments)
-    return lowered.compile().as_text(), cfg
+    return lowered.compile(), cfg, plan
 
 
 DEEPSEEK = {
@@ -203,11 +280,15 @@ DEEPSEEK = {
 
 
 @pytest.mark.aot
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_compilation_cache")
 def test_bytes_of_deepseeks_attention_are_those_of_the_paper():
-    """§7: 2,112 values of a token are gathered; 4 heads of 128 lanes on each of 32 devices answer."""
+    """§7: 2,112 values of a token are gathered; 4 heads of 128 lanes on each device answer."""
     tokens, n = 8192, 32
-    hlo, cfg = real_layer("v5p:2x4x4", tokens)
+    compiled, cfg, plan = real_layer("v5p:2x4x4", tokens)
+    hlo, memory = compiled.as_text(), compiled.memory_analysis()
+    assert "flash_attention" in hlo
+    assert memory.alias_size_in_bytes >= plan.kv_bytes  # written where it lies
     assert cfg.q_lora + cfg.kv_lora + cfg.rope_dim == 2112
     found = collectives_of(hlo)
     gathered = Collective("all-gather", "bf16", tokens // n * 2112 * 2, n)
@@ -217,4 +298,3 @@ def test_bytes_of_deepseeks_attention_are_those_of_the_paper():
     received, sent = (n - 1) * gathered.num_bytes, (n - 1) * exchanged.num_bytes // n
     assert round(8192 / (tokens // n) * received / 1e9, 2) == 1.07
     assert round(8192 / (tokens // n) * sent / 1e6) == 260
-    assert "flash_attention" in hlo
