@@ -196,7 +196,6 @@ def resolve(
     quantization = config.quantization or _stored_quantization(hf)
     parallelism = parallelism_of(config)
     local = sizes_on_device(cfg, parallelism)
-    _check_spread(cfg, parallelism)
     weights = weight_bytes(dtype, quantization)
     latent = cfg.kv_shape[2] == 0  # its one head is every device's
     kv_shape = cfg.kv_shape if latent else (local["kv_heads"], *cfg.kv_shape[1:])
@@ -213,8 +212,6 @@ def resolve(
     )
     max_seqs = min(max_seqs, num_pages)  # each has a page of its own
     batched = min(batched, num_pages * page_size)
-    interleaved = _interleaved(config)
-    unit = parallelism.sequence * (2 if interleaved and parallelism.sequence > 1 else 1)
     return Plan(
         platform=platform,
         target=target,
@@ -226,7 +223,7 @@ def resolve(
         kv_shape=kv_shape,
         max_model_len=max_len,
         max_num_seqs=max_seqs,
-        token_buckets=_buckets(max(batched, max_seqs), unit),
+        token_buckets=_buckets(max(batched, max_seqs), _unit(config)),
         page_size=page_size,
         num_pages=num_pages,
         kernels=kernels,
@@ -237,7 +234,7 @@ def resolve(
         parallelism=parallelism,
         splits_kv_heads=not latent,
         dispatch=_dispatch(config, cfg, parallelism, platform, quantization),
-        interleaved=interleaved,
+        interleaved=_interleaved(config),
     )
 
 
@@ -263,8 +260,9 @@ def sizes_on_device(cfg: Any, parallelism: Parallelism) -> dict[str, int]:
     """What one device has of every axis of a model.
 
     Raises:
-        ConfigError: the split divides some axis of it unevenly.
+        ConfigError: the split divides some axis of it unevenly, or spreads what cannot be.
     """
+    _check_spread(cfg, parallelism)
     try:
         whole = whole_sizes(cfg.sizes, parallelism)
         return local_sizes(fitted(PREFILL, parallelism), whole, parallelism.abstract_mesh)
@@ -368,6 +366,12 @@ def _page_size(config: EngineConfig, platform: str) -> int:
     if platform == "cpu":
         return 32
     return 128 if platform == "tpu" and config.kv_cache_dtype != "auto" else 64
+
+
+def _unit(config: EngineConfig) -> int:
+    """What a step's tokens are a multiple of: devices have equal parts of it, or of each half."""
+    n = config.sequence_parallel_size
+    return 2 * n if n > 1 and config.enable_dbo else n
 
 
 def _buckets(largest: int, unit: int) -> tuple[int, ...]:

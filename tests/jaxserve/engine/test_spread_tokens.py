@@ -163,7 +163,7 @@ def test_prompts_do_not_see_each_other_and_halves_change_no_bit():
 
 @pytest.mark.mesh
 def test_a_layer_gathers_latents_and_exchanges_answers():
-    """Beside them a step sums its embeddings and gathers its last states: once, whatever layers."""
+    """Beside them a step sums its embeddings, and gathers last states and the scores of prompts."""
     f, cfg, plan, params, mesh = case(**SPLIT, dense=True)
     assert mesh is not None
     made = spread(program(plan, f, cfg, params, "beginning", T), plan, mesh)
@@ -178,6 +178,7 @@ def test_a_layer_gathers_latents_and_exchanges_answers():
     around = [
         Collective("all-reduce", "f32", T * cfg.embed * 4, n),
         Collective("all-gather", "f32", T // n * cfg.embed * 4, n),
+        Collective("all-gather", "f32", T * cfg.vocab // n * 4, n),
     ]
     assert sorted(found) == sorted(in_a_layer * cfg.num_layers + around)
 
