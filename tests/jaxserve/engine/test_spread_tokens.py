@@ -282,6 +282,7 @@ DEEPSEEK = {
 
 @pytest.mark.aot
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # it compiles for a minute, and longer on a busy machine
 @pytest.mark.usefixtures("no_compilation_cache")
 def test_bytes_of_deepseeks_attention_are_those_of_the_paper():
     """§7: 2,112 values of a token are gathered; 4 heads of 128 lanes on each device answer."""
