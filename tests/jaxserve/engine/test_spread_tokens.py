@@ -82,7 +82,7 @@ def case(
     plan = resolve(config, hf, cfg, lambda *_: 0, jax.devices()[0])
     plan = replace(plan, interleaved=interleaved)
     declared = unstack(f.declare_params(cfg)) if plan.unrolled else f.declare_params(cfg)
-    params = initialise(declared, cfg.sizes, jnp.float32)
+    params = initialise(declared, cfg.sizes, plan.dtype)
     params = replace(params, embed=params.embed.at[BROKEN].set(jnp.nan))
     if not plan.on_mesh:
         return Case(f, cfg, plan, params, None)
@@ -145,6 +145,23 @@ def test_states_and_caches_are_those_of_one_device(model_type, split):
         near(pages[rank], kept, atol=2e-5 * np.abs(kept).max())
     for shard in kv.k.addressable_shards:  # each device of a rank has all of its latents
         np.testing.assert_array_equal(shard.data, pages[(shard.index[1].start or 0) // PAGES])
+
+
+@pytest.mark.mesh
+@pytest.mark.parametrize(
+    ("settings", "tolerance"),
+    [
+        ({"kv_cache_dtype": "int8"}, 2e-5),
+        ({"kv_cache_dtype": "int4"}, 2e-5),
+        ({"dtype": "bfloat16"}, 2e-2),  # products of the two forms round to 8 bits apart
+    ],
+)
+def test_both_forms_see_what_the_cache_keeps(settings, tolerance):
+    """Keys are made of rows as they would be read again, so a rounded cache means the same."""
+    states, _ = case(dense=True, **settings).run("forward", [step()])
+    found, _ = case(dense=True, **SPLIT, **settings).run("beginning", [step()])
+    states, found = (np.asarray(x.hidden, np.float32)[: sum(LENGTHS)] for x in (states, found))
+    np.testing.assert_allclose(found, states, rtol=0, atol=tolerance * np.abs(states).max())
 
 
 @pytest.mark.mesh
