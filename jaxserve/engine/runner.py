@@ -251,9 +251,9 @@ class Runner:
         return Launched(steps, sampled, reports, scored, forward)
 
     def _launch_parts(self, steps: list[Step]) -> Launched:
-        T = self._bucket(steps)
+        kind, T = self._forward(steps)
         inputs, scored = self._packed(steps, T, self.plan.rows(T))
-        forward, self.kv = self._programs["forward", T](self.params, self.kv, self.history, inputs)
+        forward, self.kv = self._programs[kind, T](self.params, self.kv, self.history, inputs)
         if not any(row.samples for step in steps for row in step.rows):
             return Launched(steps, None, False, scored, forward)  # chunks of prompts that go on
         R = self._row_bucket(steps)
@@ -310,11 +310,19 @@ class Runner:
         fits = (r for r in self._ready("step") if r >= rows)
         return next((r for r in fits if self.plan.step_tokens(r) >= tokens), None)
 
-    def _bucket(self, steps: list[Step]) -> int:
-        """Tokens of the smallest `forward` that exists and holds the step."""
+    def _forward(self, steps: list[Step]) -> tuple[str, int]:
+        """The smallest program that exists and is the forward pass of a step: its kind, its tokens.
+
+        Where all sequences begin, and there is a program for that, it is taken.
+        """
         rows, tokens = _largest(steps)
-        fits = [t for t in self._ready("forward") if self.plan.rows(t) >= rows]
-        return next(t for t in fits if t >= tokens)
+
+        def fits(kind: str) -> list[tuple[str, int]]:
+            sizes = [t for t in self._ready(kind) if t >= tokens and self.plan.rows(t) >= rows]
+            return [(kind, t) for t in sizes[:1]]
+
+        begins = all(row.start == 0 for step in steps for row in step.rows)
+        return [*(fits("beginning") if begins else ()), *fits("forward")][0]
 
     def _row_bucket(self, steps: list[Step]) -> int:
         """Rows of the smallest `sample` that exists and holds the step."""

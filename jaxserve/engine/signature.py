@@ -51,9 +51,9 @@ def program(plan: Plan, family: Family, cfg: Any, params: Any, kind: str, size: 
     """
     kv, history = jax.eval_shape(partial(empty_state, plan, cfg))
     model, params = (plan, family, cfg), abstract(params)
-    if kind == "forward":
+    if kind in ("forward", "beginning"):
         return Program(
-            partial(forward_step, *model), (1,),
+            partial(forward_step, *model, begins=kind == "beginning"), (1,),
             (params, kv, history, step_arrays(plan, size, plan.rows(size))),
             ("params", "kv", "state", "host"), ("state", "kv"),
         )  # fmt: skip

@@ -21,14 +21,15 @@ from jax import Array, lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import moe.parallel
-from jaxserve.models.ops import Ops
+from jaxserve.models.ops import Ops, Spread
 from kernels_pallas.weight import as_array
 from moe.dispatch import Dispatch
 from moe.experts import Experts
 from moe.parallel import PlacedExperts
 from moe.placement import Placement
+from sharding.collectives import all_gather, all_to_all
 from sharding.mesh import TENSOR, Parallelism
-from sharding.rules import DECODE, fitted, spec
+from sharding.rules import PREFILL, fitted, spec
 from sharding.tree import Weight, is_weight
 
 
@@ -121,6 +122,21 @@ def parallel_ops(ops: Ops, dispatch: Dispatch | None, num_rows: Array, *, split:
     )
 
 
+def spread(ops: Ops) -> Spread:
+    """Tokens over the devices of the axis "tensor", in their order.
+
+    Args:
+        ops: operations on a device's own tokens.
+    """
+
+    def own(x: Array) -> Array:
+        size = x.shape[1] // lax.axis_size(TENSOR)
+        return lax.dynamic_slice_in_dim(x, lax.axis_index(TENSOR) * size, size, 1)
+
+    gather = partial(all_gather, axes=TENSOR, axis=1)
+    return Spread(ops, own, gather, partial(all_to_all, axes=TENSOR, split=1, concat=2))
+
+
 def _linear(linear: Callable[..., Any], x: Array, *weights: Any) -> Any:
     if not isinstance(weights[0], _Split):
         return linear(x, *weights)
@@ -162,8 +178,7 @@ def whole_sizes(sizes: Mapping[str, int], parallelism: Parallelism) -> dict[str,
 
 
 def place_of(w: Weight, sizes: Mapping[str, int], parallelism: Parallelism) -> PartitionSpec:
-    """How a leaf lies on the mesh."""
-    rules, whole = fitted(DECODE, parallelism), whole_sizes(sizes, parallelism)
+    rules, whole = fitted(PREFILL, parallelism), whole_sizes(sizes, parallelism)
     return spec(w.axes, rules, whole, parallelism.abstract_mesh)
 
 

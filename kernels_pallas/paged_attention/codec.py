@@ -202,6 +202,14 @@ def whole_parts(pages: Pages, lanes: int) -> int:
     return next(end for end in accumulate(pages.parts) if end >= lanes)
 
 
+def as_read(pages: Pages, x: Array, layer: Array | int) -> Array:
+    """Rows x [T, K, H] as they would be read again, in x's type: rounded as pages round them."""
+    if isinstance(pages, QuantizedPages):
+        return round_trip(pages, x.astype(jnp.float32), layer)[..., : x.shape[-1]].astype(x.dtype)
+    kept = jnp.bfloat16 if pages.dtype == jnp.uint16 else pages.dtype
+    return x.astype(kept).astype(x.dtype)
+
+
 def round_trip(pages: QuantizedPages, x: Array, layer: Array | int) -> Array:
     """Rows x [T, K, H] as they would be read again [T, K, W], turned back, with x's gradient."""
     K, W = pages.shape[2], pages.shape[-1]

@@ -76,7 +76,7 @@ def step(target: Target, kernels: str, num_rows: int = 9, dtype=jnp.bfloat16, ba
     lens = np.array([20, 8 + 4, 0], np.int32)
     batch = batch or Ragged(starts, lens, tables, np.array(2, np.int32))
     plan = SimpleNamespace(kernels=kernels, activation_dtype=dtype, target=target, on_mesh=False)
-    return serving_ops(plan, jax.tree.map(jnp.asarray, batch))
+    return serving_ops(plan, jax.tree.map(jnp.asarray, batch), num_rows)
 
 
 def weights(hf, quantization):
