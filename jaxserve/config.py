@@ -34,6 +34,8 @@ class EngineConfig:
             None: as many as `expert_parallel_size` asks for.
         expert_parallel_size: devices that split the experts among them.
         num_redundant_experts: further places for copies of the experts that are asked for most.
+        eplb_step_interval: steps after which experts move to where they are asked for (expert
+            parallel load balancing), again and again; None: only `LLM.rebalance_experts` moves any.
         enable_dbo: dual batch overlap: halves of a step take turns, so that one computes while the
             other's tokens travel to experts and back.
         seed: of requests that bring none.
@@ -59,6 +61,7 @@ class EngineConfig:
     data_parallel_size: int | None = None
     expert_parallel_size: int = 1
     num_redundant_experts: int = 0
+    eplb_step_interval: int | None = None
     enable_dbo: bool = False
     seed: int = 0
     enable_prefix_caching: bool = True
@@ -96,6 +99,7 @@ _RULES: dict[str, _Rule] = {
     "data_parallel_size": _COUNT,
     "expert_parallel_size": _COUNT,
     "num_redundant_experts": (Integral, lambda n: n >= 0, "a whole number, at least 0"),
+    "eplb_step_interval": _COUNT,
     "enable_dbo": _FLAG,
     "seed": (Integral, lambda _: True, "a whole number"),
     "enable_prefix_caching": _FLAG,
@@ -114,6 +118,7 @@ _RULES: dict[str, _Rule] = {
 
 _OPTIONAL = {
     "data_parallel_size",
+    "eplb_step_interval",
     "quantization",
     "max_model_len",
     "max_num_seqs",

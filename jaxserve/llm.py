@@ -30,7 +30,7 @@ from jaxserve.errors import ConfigError, EngineError, RequestError
 from jaxserve.intake import Intake, Prompt, as_prompts, per_prompt
 from jaxserve.models.family import family
 from jaxserve.models.layers import restack
-from jaxserve.models.parallel import placed, put_on_mesh
+from jaxserve.models.parallel import placed, put, put_on_mesh
 from jaxserve.quant import weights as quant
 from jaxserve.request import (
     CompletionOutput,
@@ -398,7 +398,7 @@ class LLM:
             return params
         everywhere = NamedSharding(self._mesh, PartitionSpec())
         placement = self.plan.dispatch.layout.initial(self.model_config.num_layers)
-        return placed(params, placement, partial(jax.device_put, device=everywhere))
+        return placed(params, placement, partial(put, sharding=everywhere))
 
     def _with_own_head(self, params: Any) -> Any:
         """With an eight-bit copy of a tied table, which products want while lookups want floats."""

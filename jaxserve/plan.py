@@ -136,6 +136,8 @@ class Plan:
         wanted += [("seed_history", 0), ("copy_pages", 0), ("step", 1)]
         wanted += [("forward", t) for t in self.token_buckets if t > small]
         wanted += [(kind, r) for r in self.row_buckets for kind in ("step", "sample")]
+        if self.dispatch is not None:
+            wanted += [("take_load", 0), ("move_experts", 0)]
         if self.decode_steps > 1:
             wanted += [("decode", r) for r in self.row_buckets]
         return tuple(dict.fromkeys(wanted))
@@ -240,6 +242,11 @@ def _decode_steps(config: EngineConfig, parallelism: Parallelism) -> int:
 
 
 def _interleaved(config: EngineConfig) -> bool:
+    if config.eplb_step_interval is not None and config.expert_parallel_size == 1:
+        raise ConfigError(
+            f"eplb_step_interval={config.eplb_step_interval} moves experts between devices, and "
+            "they live on none of their own; set expert_parallel_size, or leave it out"
+        )
     if config.enable_dbo and config.expert_parallel_size == 1:
         raise ConfigError(
             "enable_dbo=True hides what travels to experts of other devices, and there are none; "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -10,11 +11,14 @@ from jax import Array
 
 import kernels_pallas.cpu as cpu
 from jaxserve.cache.attend import paged
+from jaxserve.cache.kv_cache import KVCache
 from jaxserve.engine import sampler
 from jaxserve.models.ops import Ops
 from jaxserve.models.parallel import parallel_ops
 from jaxserve.plan import Plan
 from kernels_pallas.paged_attention import Ragged
+from moe.load import add_load
+from moe.router import Router
 
 
 def serving_ops(plan: Plan, batch: Ragged) -> Ops:
@@ -39,7 +43,16 @@ def head_ops(plan: Plan, num_rows: Array) -> Ops:
 def _on_mesh(plan: Plan, ops: Ops, num_rows: Array) -> Ops:
     if not plan.on_mesh:
         return ops
-    return parallel_ops(ops, plan.dispatch, num_rows, split=plan.parallelism.tensor > 1)
+    ops = parallel_ops(ops, plan.dispatch, num_rows, split=plan.parallelism.tensor > 1)
+    return replace(ops, record=partial(_count, num_rows)) if plan.dispatch else ops
+
+
+def _count(
+    num_rows: Array, kv: KVCache, layer: Array | int, router: Router, scores: Array, ids: Array
+) -> KVCache:
+    """The cache with the choices ids [T, A] of a layer's tokens counted."""
+    assert kv.load is not None, "plans with experts on other devices count what those are asked for"
+    return replace(kv, load=add_load(kv.load[0], layer, ids, num_rows)[None])
 
 
 def sampling_ops(plan: Plan, num_rows: Array) -> dict[str, Callable[..., Any]]:
