@@ -7,7 +7,6 @@ donated they change in place, a piece of each slot at a time.
 from __future__ import annotations
 
 import math
-
 from typing import Any
 
 import jax

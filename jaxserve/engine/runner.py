@@ -11,8 +11,8 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -60,6 +60,7 @@ class Launched:
     reports: bool  # log-probabilities of drawn tokens are asked for
     scored: bool  # and of prompt tokens
     forward: Forward | None  # None: a decode loop
+    counts: list[tuple[Array, Future[np.ndarray]]] = field(default_factory=list)  # taken behind it
 
     def wait(self) -> None:
         """Returns when the step has been computed.
@@ -358,9 +359,7 @@ class Runner:
     @property
     def expert_of(self) -> np.ndarray:
         """The expert of each slot, in layers that have any: int32 [layers, S]."""
-        return np.concatenate(
-            [np.asarray(p.placement.expert_of) for p in experts_of(self.params)]
-        )
+        return np.concatenate([np.asarray(p.placement.expert_of) for p in experts_of(self.params)])
 
     def move_experts(self, expert_of: np.ndarray) -> None:
         """Moves experts to where `expert_of` wants them, between the steps launched so far and

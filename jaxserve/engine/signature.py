@@ -91,6 +91,7 @@ def program(plan: Plan, family: Family, cfg: Any, params: Any, kind: str, size: 
     if kind == "take_load":
         return Program(_take_load, (0,), (kv,), ("kv",), ("drawn", "kv"))
     if kind == "move_experts":
+        assert plan.dispatch is not None, "such plans alone have this program"
         experts = tuple(placed.weights for placed in experts_of(params))
         source = tuple(_ints(placed.placement.expert_of.shape) for placed in experts_of(params))
         function = partial(_move_experts, plan.dispatch)

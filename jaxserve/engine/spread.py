@@ -10,6 +10,7 @@ Arrays of the host come stacked, a row for each rank.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -18,7 +19,6 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxserve.cache.kv_cache import KVCache
 from jaxserve.engine.signature import Program, empty_state
 from jaxserve.models.parallel import put
 from jaxserve.plan import Plan
@@ -105,7 +105,7 @@ def _specs(kind: str, argument: Any, plan: Plan) -> Any:
         return jax.tree.map(lambda a: a.sharding.spec, argument)
     if kind == "kv":
         k, v = (_pages(pages, plan) for pages in (argument.k, argument.v))
-        return KVCache(k, v, None if argument.load is None else _RANKS)
+        return replace(argument, k=k, v=v, load=jax.tree.map(lambda _: _RANKS, argument.load))
     if kind == "table":
         return jax.tree.map(lambda _: P(), argument)
     return jax.tree.map(lambda _: _RANKS, argument)

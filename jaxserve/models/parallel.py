@@ -78,6 +78,16 @@ def experts_of(tree: Any) -> tuple[Any, ...]:
     return tuple(experts for experts in found if experts is not None)
 
 
+def expert_layers(tree: Any) -> list[int]:
+    """Numbers of the layers that have experts."""
+    has = [
+        getattr(stack.mlp, "experts", None) is not None
+        for stack in tree.stacks
+        for _ in range(len(jax.tree.leaves(stack)[0]))
+    ]
+    return [i for i, mixture in enumerate(has) if mixture]
+
+
 def with_experts(tree: Any, experts: Iterable[Any]) -> Any:
     """The tree with others in their place."""
     following = iter(experts)
