@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -22,6 +23,7 @@ from jaxserve.engine.balance import ExpertBalance
 from jaxserve.engine.compile_watch import keep_programs, watch
 from jaxserve.engine.engine import Engine, EngineStats
 from jaxserve.engine.generation import Generation
+from jaxserve.engine.lockstep import Follower, Lockstep
 from jaxserve.engine.loop import EngineLoop
 from jaxserve.engine.progress import Progress
 from jaxserve.engine.runner import Runner
@@ -41,6 +43,7 @@ from jaxserve.text.tokenizer import Tokenizer
 from jaxserve.weights import ServedWeights
 from sharding.mesh import Parallelism, first_devices
 from sharding.mesh import mesh as make_mesh
+from sharding.multihost import num_processes
 from sharding.probe import probe
 
 log = logging.getLogger(__name__)
@@ -80,14 +83,25 @@ class LLM:
         self.tokenizer: Tokenizer | None = _tokenizer(folder, tokenizer, self.model_config.vocab)
         cfg, parallelism = self.model_config, planning.parallelism_of(self.engine_config)
         self._mesh = _mesh(parallelism, device)
-        device = self._mesh.devices.flat[0] if self._mesh else device or planning.default_device()
+        self._lockstep = _lockstep(self._mesh)
+        device = self._mesh.local_devices[0] if self._mesh else device or planning.default_device()
+        memory = planning.memory_limit(device)
+        if self._lockstep is not None:
+            self._lockstep.same({"model_type": self.model_type} | _asked(self.engine_config))
+            memory = self._lockstep.agreed(memory)
         keep_programs()
         local = planning.sizes_on_device(cfg, parallelism)
         size = partial(quant.weight_bytes, self._family, cfg, sizes=local)
         rounded = self.engine_config.kv_cache_dtype == "int8"
         scales = cache_scales.load(folder, cfg.num_layers, cfg.kv_shape) if rounded else None
         self.plan = planning.resolve(
-            self.engine_config, raw, cfg, size, device, kv_calibrated=scales is not None
+            self.engine_config,
+            raw,
+            cfg,
+            size,
+            device,
+            kv_calibrated=scales is not None,
+            memory=memory,
         )
         self._weights = ServedWeights(
             folder, self._family, cfg, self.engine_config, self.plan, device, self._mesh
@@ -96,15 +110,14 @@ class LLM:
         runner = Runner(self.plan, self._family, cfg, params, device, scales, self._mesh)
         self._progress = Progress(self.plan, self.engine_config.progress, started)
         self._progress.say(f"{self.model_name}: {self.plan.describe()}")
-        runner.warm_up(
-            background=self.engine_config.background_compile, on_program=self._progress.program
-        )
+        background = self.engine_config.background_compile and self._lockstep is None
+        runner.warm_up(background=background, on_program=self._progress.program)
         self._runner = runner
         text = self.tokenizer.token_text if self.tokenizer else str
         engine = Engine(
             runner, prefix_caching=self.engine_config.enable_prefix_caching, token_text=text
         )
-        self._loop = EngineLoop(engine)
+        self._loop = self._start_loop(engine)
         self._balance = self._expert_balance()
         self._close = weakref.finalize(self, _close, self._loop, self._balance)  # or by hand
         self._asleep = False
@@ -115,9 +128,46 @@ class LLM:
             self.model_name,
             self.engine_config.seed,
             self._loop.abort,
+            self.num_processes,
         )
-        if not self.engine_config.background_compile:
+        if not background:
             self.wait_until_warm()
+
+    def _start_loop(self, engine: Engine) -> EngineLoop | Follower:
+        if self._lockstep is None:
+            return EngineLoop(engine)
+        self._lockstep.meet()  # a step waits for nobody who still compiles
+        kind = EngineLoop if self._lockstep.leads else Follower
+        return kind(engine, self._lockstep)
+
+    # ---- several processes ------------------------------------------------------------------
+
+    @property
+    def num_processes(self) -> int:
+        """Processes that serve together (sharding/multihost.py)."""
+        return self._lockstep.count if self._lockstep else 1
+
+    @property
+    def follows(self) -> bool:
+        """Whether process 0 takes the requests, and this one is to `follow`."""
+        return isinstance(self._loop, Follower)
+
+    def follow(self) -> None:
+        """Does what process 0 does until that shuts down, in every other process of a mesh.
+
+        Raises:
+            EngineError: this is process 0, or a step failed.
+        """
+        if not isinstance(self._loop, Follower):
+            raise EngineError("follow() is for processes 1 and up: process 0 takes the requests")
+        self._loop.follow(self._intake.sequences)
+
+    def _needs_one_process(self, what: str) -> None:
+        if self._lockstep is not None:
+            raise EngineError(
+                f"{what} needs one process, and {self.num_processes} serve together; start them "
+                "again instead"
+            )
 
     # ---- generation ---------------------------------------------------------------------
 
@@ -292,6 +342,7 @@ class LLM:
             TimeoutError: they took longer. The weights are served all the same once they are over.
         """
         self._loop.stats()  # raises after shut-down
+        self._needs_one_process("load_params()")
         if self.params is None:
             raise EngineError("the engine sleeps without weights; wake_up() first")
         tree = self._weights.copied(params, self.params)
@@ -340,12 +391,12 @@ class LLM:
         if self.plan.dispatch is None:
             return None
         layers = expert_layers(self._runner.params)
-        interval = self.engine_config.eplb_step_interval
+        interval = None if self.follows else self.engine_config.eplb_step_interval
         return ExpertBalance(self._loop, self.plan.dispatch.layout, layers, interval)
 
     def reset_prefix_cache(self) -> None:
         """Forgets which prompt beginnings are cached."""
-        self._loop.call(lambda engine: engine.reset_prefix_cache())
+        self._loop.order("reset_prefix_cache")
 
     def wait_until_warm(self) -> None:
         """Returns when every program exists; with `forbid_compile`, none may follow."""
@@ -360,6 +411,7 @@ class LLM:
         Raises:
             EngineError: requests are running; wait for them or abort them first.
         """
+        self._needs_one_process("sleep()")
         if self._asleep:
             return
 
@@ -427,7 +479,24 @@ def _mesh(parallelism: Parallelism, device: Any) -> Mesh | None:
         raise ConfigError(str(error)) from None
 
 
-def _close(loop: EngineLoop, balance: ExpertBalance | None) -> None:
+def _lockstep(mesh: Mesh | None) -> Lockstep | None:
+    """How the processes of a mesh keep together, where it has several."""
+    if mesh is None or num_processes() == 1:
+        return None
+    if (count := mesh.devices.size) != (there := jax.device_count()):
+        raise ConfigError(
+            f"the split takes {count} devices, and {num_processes()} processes have {there}: each "
+            "must have a part. Ask for a split over all of them"
+        )
+    return Lockstep()
+
+
+def _asked(config: EngineConfig) -> dict[str, Any]:
+    """Settings that all processes of a mesh must have in common."""
+    return {k: v for k, v in dataclasses.asdict(config).items() if k != "progress"}
+
+
+def _close(loop: EngineLoop | Follower, balance: ExpertBalance | None) -> None:
     watch.allow(loop)
     loop.close()
     if balance is not None:

@@ -166,6 +166,7 @@ def resolve(
     device: Any,
     *,
     kv_calibrated: bool = False,
+    memory: int | None = None,
 ) -> Plan:
     """Decides everything.
 
@@ -175,6 +176,7 @@ def resolve(
         weight_bytes: memory of a device's weights, which are not loaded yet, in an element type and
             with large ones quantised or not.
         kv_calibrated: the checkpoint brings scales for a cache in eight bits.
+        memory: bytes of the device; by default it is asked.
 
     Raises:
         ConfigError: the model and one sequence do not fit; the message names what would.
@@ -198,7 +200,7 @@ def resolve(
     per_page = page_bytes(
         cfg.num_layers, page_size, kv_shape, kv_dtype, cfg.key_parts, calibrated=kv_calibrated
     )
-    total = memory_limit(device)
+    total = memory or memory_limit(device)
     if platform == "cpu":
         total //= parallelism.num_devices  # which are one machine
     max_len, num_pages = _cache(

@@ -18,6 +18,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
 from sharding.fabric import Fabric
+from sharding.multihost import num_processes
 from sharding.topology import Topology
 
 AXES = ("data", "expert", "tensor")
@@ -123,12 +124,15 @@ def mesh(
 def first_devices(count: int) -> list[Any]:
     """As many of JAX's devices; a CPU makes itself virtual ones if JAX has not begun yet.
 
+    Of several processes (sharding/multihost.py) each makes its share of them.
+
     Raises:
         ValueError: there are fewer.
     """
-    if jax.config.jax_num_cpu_devices < count:
+    share = -(-count // num_processes())
+    if jax.config.values["jax_num_cpu_devices"] < share:
         with contextlib.suppress(RuntimeError):  # it has begun: there are as many as there are
-            jax.config.update("jax_num_cpu_devices", count)
+            jax.config.update("jax_num_cpu_devices", share)
     devices = jax.devices()
     if len(devices) < count:
         raise ValueError(

@@ -12,6 +12,7 @@ import threading
 import numpy as np
 
 from jaxserve.engine.engine import Engine
+from jaxserve.engine.lockstep import Follower
 from jaxserve.engine.loop import EngineLoop
 from jaxserve.errors import EngineError
 from moe.placement import ExpertLayout
@@ -28,7 +29,11 @@ class ExpertBalance:
     """
 
     def __init__(
-        self, loop: EngineLoop, layout: ExpertLayout, layers: list[int], interval: int | None
+        self,
+        loop: EngineLoop | Follower,
+        layout: ExpertLayout,
+        layers: list[int],
+        interval: int | None,
     ):
         self._loop, self._layout, self._layers = loop, layout, layers
         self._one_at_a_time = threading.Lock()
@@ -47,7 +52,7 @@ class ExpertBalance:
 
         Layers without experts have zeros.
         """
-        return self._loop.call(lambda engine: engine.expert_load()).result()
+        return self._loop.order("expert_load").result()
 
     def rebalance(self) -> int:
         """Places experts by their load; the number of slots that took another one.
@@ -60,7 +65,7 @@ class ExpertBalance:
             new = self._layout.rebalance(load, self._layout.placement(old)).expert_of
             moved = int((old != new).sum())
             if moved:
-                self._loop.call(lambda engine: engine.place_experts(new))
+                self._loop.order("place_experts", new.tolist())
             return moved
 
     def close(self) -> None:

@@ -76,6 +76,7 @@ class Engine:
             for _ in range(plan.num_ranks)
         ]
         self.params_version = 0
+        self.explain = lambda error: EngineError(f"the step failed: {error}")
         self._token_text = token_text
         self._in_flight: deque[Launched] = deque()
         self._requests: dict[str, list[Sequence]] = {}
@@ -319,8 +320,9 @@ class Engine:
     def _recover(self, error: BaseException) -> None:
         """After a failed step nothing on the device can be trusted: start afresh, but start."""
         log.error("step failed; all %d requests end with it", len(self._requests), exc_info=error)
-        self._forget_steps(EngineError(f"the step failed: {error}"))
-        self.fail(EngineError(f"the step failed: {error}"))
+        explained = self.explain(error)
+        self._forget_steps(explained)
+        self.fail(explained)
         self.reset_prefix_cache()
         if self.runner.kv is not None:
             self.runner.allocate()

@@ -31,7 +31,7 @@ Half = Callable[..., tuple[Array, Any]]
 def run_halves(
     ops: Ops, attend: Half, mix: Half, rope: Any, stacks: Sequence[Any], x: Array, kv: Any
 ) -> tuple[Array, Any]:
-    """Every layer's attention and MLP over x [B, T, D]: in turn for two halves, if `ops` says so."""
+    """Every layer's attention and MLP over x [B, T, D]: two halves in turn, if `ops` says so."""
     if ops.halves is not None:
         return _in_turn(ops.halves, attend, mix, rope, stacks, x, kv)
 
