@@ -105,6 +105,13 @@ def num_processes() -> int:
     return distributed.global_state.num_processes or 1
 
 
+def process_id() -> int:
+    """The number of this one; asks for no device."""
+    from jax._src import distributed
+
+    return distributed.global_state.process_id
+
+
 def lost(patience: float = 0.0) -> list[int]:
     """Processes that do not answer any more, for which it waits so many seconds."""
     everyone, deadline = list(range(num_processes())), time.monotonic() + patience
