@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -43,7 +42,6 @@ from jaxserve.text.tokenizer import Tokenizer
 from jaxserve.weights import ServedWeights
 from sharding.mesh import Parallelism, first_devices
 from sharding.mesh import mesh as make_mesh
-from sharding.multihost import num_processes
 from sharding.probe import probe
 
 log = logging.getLogger(__name__)
@@ -83,11 +81,11 @@ class LLM:
         self.tokenizer: Tokenizer | None = _tokenizer(folder, tokenizer, self.model_config.vocab)
         cfg, parallelism = self.model_config, planning.parallelism_of(self.engine_config)
         self._mesh = _mesh(parallelism, device)
-        self._lockstep = _lockstep(self._mesh)
+        self._lockstep = Lockstep.over(self._mesh)
         device = self._mesh.local_devices[0] if self._mesh else device or planning.default_device()
         memory = planning.memory_limit(device)
         if self._lockstep is not None:
-            self._lockstep.same({"model_type": self.model_type} | _asked(self.engine_config))
+            self._lockstep.check(self.model_type, self.engine_config)
             memory = self._lockstep.agreed(memory)
         keep_programs()
         local = planning.sizes_on_device(cfg, parallelism)
@@ -477,23 +475,6 @@ def _mesh(parallelism: Parallelism, device: Any) -> Mesh | None:
         return make_mesh(parallelism, probe(devices), devices)
     except ValueError as error:
         raise ConfigError(str(error)) from None
-
-
-def _lockstep(mesh: Mesh | None) -> Lockstep | None:
-    """How the processes of a mesh keep together, where it has several."""
-    if mesh is None or num_processes() == 1:
-        return None
-    if (count := mesh.devices.size) != (there := jax.device_count()):
-        raise ConfigError(
-            f"the split takes {count} devices, and {num_processes()} processes have {there}: each "
-            "must have a part. Ask for a split over all of them"
-        )
-    return Lockstep()
-
-
-def _asked(config: EngineConfig) -> dict[str, Any]:
-    """Settings that all processes of a mesh must have in common."""
-    return {k: v for k, v in dataclasses.asdict(config).items() if k != "progress"}
 
 
 def _close(loop: EngineLoop | Follower, balance: ExpertBalance | None) -> None:

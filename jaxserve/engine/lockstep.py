@@ -16,7 +16,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
+from jaxserve.config import EngineConfig
 from jaxserve.engine.engine import Engine, EngineStats
 from jaxserve.engine.sequence import Sequence
 from jaxserve.errors import ConfigError, EngineError
@@ -41,17 +43,34 @@ class Lockstep:
         self._agreement = Agreement(f"engine-{next(_numbers)}")
         self.index, self.count = jax.process_index(), jax.process_count()
 
+    @classmethod
+    def over(cls, mesh: Mesh | None) -> Lockstep | None:
+        """Of the processes whose devices a mesh has; None: there is one.
+
+        Raises:
+            ConfigError: some process has a part of them only, or none.
+        """
+        if mesh is None or multihost.num_processes() == 1:
+            return None
+        if (count := mesh.devices.size) != (there := jax.device_count()):
+            raise ConfigError(
+                f"the split takes {count} devices, and {multihost.num_processes()} processes have "
+                f"{there}: ask for a split over all of them"
+            )
+        return cls()
+
     @property
     def leads(self) -> bool:
         return self.index == 0
 
-    def same(self, settings: Mapping[str, Any]) -> None:
-        """Checks that processes were asked for the same.
+    def check(self, model_type: str, config: EngineConfig) -> None:
+        """Checks that all processes were asked for the same.
 
         Raises:
             ConfigError: they were not; the message names the setting.
         """
-        mine = {name: str(value) for name, value in settings.items()}
+        asked = {"model_type": model_type} | dataclasses.asdict(config)
+        mine = {name: str(value) for name, value in asked.items() if name != "progress"}
         theirs = self._agreement.agree(mine)
         for name, value in mine.items():
             if value != theirs[name]:
