@@ -31,8 +31,9 @@ log = logging.getLogger(__name__)
 Event = list[Any]
 """A method of `Engine` and its arguments, as JSON can say them; "add" has `as_event`'s request."""
 
-END = "end"
+_END = "end"
 _PATIENCE = 20.0  # seconds in which JAX notices that a process is gone: twice its heartbeat
+_LOOK, _GRACE = 2.0, 5.0
 _numbers = itertools.count()  # engines of a program, the same everywhere
 
 
@@ -42,6 +43,7 @@ class Lockstep:
     def __init__(self) -> None:
         self._agreement = Agreement(f"engine-{next(_numbers)}")
         self.index, self.count = jax.process_index(), jax.process_count()
+        self._reason: EngineError | None = None
 
     @classmethod
     def over(cls, mesh: Mesh | None) -> Lockstep | None:
@@ -91,6 +93,13 @@ class Lockstep:
         """Process 0's events of the next step, to all others."""
         self._agreement.agree(events)
 
+    def end(self) -> None:
+        """Tells all others that this was all."""
+        try:
+            self.tell([[_END]])
+        except PeerLostError as error:
+            log.warning("not everybody heard that the engine was shut down: %s", error)
+
     def told(self) -> list[Event]:
         """What process 0 tells next; JAX ends this process if process 0 dies before that."""
         while True:
@@ -100,16 +109,30 @@ class Lockstep:
                 log.debug("process 0 is idle: %s", error)
 
     def explained(self, error: BaseException) -> EngineError:
-        """The error of a step, with the name of the process that it is due to, if one is gone."""
-        return lost_error(multihost.lost(_PATIENCE), error)
+        """The error of a step, with the names of processes that are gone, if any are."""
+        if self._reason is None:
+            lost = _named(multihost.lost(_PATIENCE))
+            why = f"{lost} gone, so the step failed" if lost else "the step failed"
+            self._reason = EngineError(f"{why}: {error}; start all processes again")
+        return self._reason
+
+    def watch(self, stop: threading.Event) -> EngineError | None:
+        """Waits for `stop`, or for a process to be gone; then the error, a while later.
+
+        The engine's thread is in a step that other process has a part in. Mostly that fails, and
+        the while is for it to say so; but a process that is cut off leaves it waiting.
+        """
+        while not stop.wait(_LOOK):
+            if lost := _named(multihost.lost()):
+                if stop.wait(_GRACE):
+                    return None
+                return EngineError(f"{lost} gone: no answer; start all processes again")
+        return None
 
 
-def lost_error(lost: list[int], error: BaseException | str) -> EngineError:
-    """What requests are told when processes are gone, or a step failed for another reason."""
-    if not lost:
-        return EngineError(f"the step failed: {error}")
+def _named(lost: list[int]) -> str:
     names = " and ".join(f"process {p}" for p in lost)
-    return EngineError(f"{names} of the mesh is lost; start all processes again ({error})")
+    return names and f"{names} of the mesh {'is' if len(lost) == 1 else 'are'}"
 
 
 def as_event(sequences: list[Sequence]) -> Event:
@@ -157,7 +180,7 @@ class Follower:
         engine.explain = self._lockstep.explained
         while True:
             for name, *arguments in self._lockstep.told():
-                if name == END:
+                if name == _END:
                     return
                 if name == "add":
                     engine.add(sequences_of(arguments[0], prepare))

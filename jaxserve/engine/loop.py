@@ -14,7 +14,7 @@ from concurrent.futures import Future
 from typing import Any
 
 from jaxserve.engine.engine import Engine, EngineStats
-from jaxserve.engine.lockstep import END, Event, Lockstep, as_event
+from jaxserve.engine.lockstep import Event, Lockstep, as_event
 from jaxserve.engine.sequence import Sequence
 from jaxserve.errors import EngineError
 
@@ -30,13 +30,15 @@ class EngineLoop:
 
     def __init__(self, engine: Engine, lockstep: Lockstep | None = None):
         self._engine, self._lockstep = engine, lockstep
-        if lockstep is not None:
-            engine.explain = lockstep.explained
         self._inbox: deque[tuple[Event | None, Callable[[], None]]] = deque()
         self._shut = EngineError("the engine has been shut down")
         self._wake = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="jaxserve-engine", daemon=True)
+        self._over = threading.Event()
+        if lockstep is not None:
+            engine.explain = lockstep.explained
+            threading.Thread(target=self._watch, args=[lockstep], daemon=True).start()
         self._thread.start()
 
     def submit(self, sequences: list[Sequence]) -> None:
@@ -112,18 +114,12 @@ class EngineLoop:
             try:
                 self._round()
             except Exception as error:
-                if self._lockstep is None:
-                    log.exception("the engine goes on without the requests of the failed step")
-                else:  # processes are no longer at the same place
-                    self._shut, self._closed = self._lockstep.explained(error), True
-                    break
-        else:
-            if self._lockstep is not None:
-                self._lockstep.tell([[END]])
-        engine.close(self._shut)
-        while self._inbox:  # calls that lost the race must not wait for ever
-            self._inbox.popleft()[1]()
-        engine.close(self._shut)
+                if self._lockstep is not None:  # processes are no longer at the same place
+                    return self._finish(self._lockstep.explained(error))
+                log.exception("the engine goes on without the requests of the failed step")
+        if self._lockstep is not None:
+            self._lockstep.end()
+        self._finish(EngineError("the engine has been shut down"))
         engine.runner.close()
 
     def _round(self) -> None:
@@ -136,3 +132,18 @@ class EngineLoop:
             run()
         if self._engine.has_work:
             self._engine.step()
+
+    def _finish(self, error: EngineError) -> None:
+        """Ends everything that waits, for good."""
+        with self._wake:
+            self._shut, self._closed = error, True
+        self._over.set()
+        self._engine.close(error)
+        while self._inbox:  # calls that lost the race must not wait for ever
+            self._inbox.popleft()[1]()
+        self._engine.close(error)
+
+    def _watch(self, lockstep: Lockstep) -> None:
+        """Ends what waits for processes that are gone, where the engine's thread does not."""
+        if (error := lockstep.watch(self._over)) is not None:
+            self._finish(error)
