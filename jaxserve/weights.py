@@ -17,9 +17,10 @@ from jaxserve.config import EngineConfig
 from jaxserve.errors import ConfigError
 from jaxserve.models.family import Family
 from jaxserve.models.layers import restack
-from jaxserve.models.parallel import placed, put, put_on_mesh
+from jaxserve.models.parallel import placed, put_on_mesh
 from jaxserve.plan import Plan
 from jaxserve.quant import weights as quant
+from sharding.mesh import put
 from sharding.tree import Weight, initialise, is_weight, unstack
 
 

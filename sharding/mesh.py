@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import AbstractMesh, Mesh, Sharding
 
 from sharding.fabric import Fabric
 from sharding.multihost import num_processes
@@ -140,6 +140,13 @@ def first_devices(count: int) -> list[Any]:
             f"{devices[0].platform!r}; on CPU, JAX_NUM_CPU_DEVICES={count} makes as many"
         )
     return devices[:count]
+
+
+def put(x: np.ndarray, sharding: Sharding) -> jax.Array:
+    """A host array on devices, of which other processes may have some; compiles nothing."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(x, sharding)
+    return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
 
 def layout(parallelism: Parallelism, topology: Topology) -> np.ndarray:

@@ -18,6 +18,7 @@ from jax import Array
 
 from kernels_pallas.paged_attention.codec import Pages, StaticInt8Pages, empty
 from kernels_pallas.target import Target
+from sharding.mesh import put
 from sharding.tree import pytree
 
 
@@ -118,12 +119,14 @@ def with_scales(kv: KVCache, scales: Sequence[np.ndarray]) -> KVCache:
     Lanes that hardware adds get the scale 0 and stay 0.
     """
 
-    def put(pages: Any, scale: np.ndarray) -> Any:
+    def scaled(pages: Any, scale: np.ndarray) -> Any:
         added = pages.scale.shape[-1] - scale.shape[-1]
         wide = np.pad(scale, ((0, 0), (0, 0), (0, added))).astype(np.float32)
-        return replace(pages, scale=jax.device_put(wide, pages.scale.sharding))
+        return replace(pages, scale=put(wide, pages.scale.sharding))
 
-    return replace(kv, k=put(kv.k, scales[0]), v=None if kv.v is None else put(kv.v, scales[1]))
+    return replace(
+        kv, k=scaled(kv.k, scales[0]), v=None if kv.v is None else scaled(kv.v, scales[1])
+    )
 
 
 def copy_pages(kv: KVCache, source: Array, target: Array) -> KVCache:

@@ -20,10 +20,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxserve.engine.signature import Program, empty_state
-from jaxserve.models.parallel import put
 from jaxserve.plan import Plan
 from kernels_pallas.paged_attention.codec import StaticInt8Pages
-from sharding.mesh import BATCH, TENSOR
+from sharding.mesh import BATCH, TENSOR, put
 
 _RANKS = P(BATCH)
 

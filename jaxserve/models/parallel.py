@@ -27,7 +27,7 @@ from moe.dispatch import Dispatch
 from moe.experts import Experts
 from moe.parallel import PlacedExperts
 from moe.placement import Placement
-from sharding.mesh import TENSOR, Parallelism
+from sharding.mesh import TENSOR, Parallelism, put
 from sharding.rules import DECODE, fitted, spec
 from sharding.tree import Weight, is_weight
 
@@ -226,10 +226,3 @@ def put_on_mesh(
         return put(x, NamedSharding(mesh, own))
 
     return jax.tree.map(share, leaf)
-
-
-def put(x: np.ndarray, sharding: NamedSharding) -> jax.Array:
-    """A host array on devices, of which other processes may have some; compiles nothing."""
-    if sharding.is_fully_addressable:
-        return jax.device_put(x, sharding)
-    return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])

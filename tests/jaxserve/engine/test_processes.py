@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ SERVE = """
 import json, signal, threading
 from pathlib import Path
 import pytest
-from jaxserve import EngineError, RequestError, SamplingParams
+from jaxserve import SamplingParams
+from jaxserve.errors import EngineError, RequestError
 from tests.jaxserve.engine.engines import serve
 from tests.jaxserve.engine.test_mesh import said
 
@@ -102,10 +104,8 @@ def test_requests_are_told_which_process_is_gone():
 
 @pytest.mark.slow
 def test_one_command_in_each_process_serves(tmp_path: Path):
-    port, options = free_port(), "--tp 2 --dp 4 --num-processes 2 --max-num-seqs 4 --num-pages 64"
-    options += (
-        f" --port {port} --coordinator 127.0.0.1:{free_port()} --no-progress --api-key secret"
-    )
+    port, options = free_port(), "--tp 2 --dp 4 --max-num-seqs 4 --num-pages 64 --no-progress"
+    options += f" --port {port} --num-processes 2 --coordinator 127.0.0.1:{free_port()}"
     command = [sys.executable, "-m", "jaxserve.cli", "serve", str(checkpoint()), *options.split()]
     logs = [(tmp_path / f"{i}.log").open("w+") for i in range(2)]
     processes = [
@@ -113,14 +113,12 @@ def test_one_command_in_each_process_serves(tmp_path: Path):
         for i, log in enumerate(logs)
     ]
     try:
-        while "serving" not in Path(logs[0].name).read_text():
-            assert processes[0].poll() is processes[1].poll() is None, Path(
-                logs[0].name
-            ).read_text()
+        while "serving" not in (said := Path(logs[0].name).read_text()):
+            assert processes[0].poll() is processes[1].poll() is None, said
+            time.sleep(0.2)
         answer = httpx.post(
             f"http://127.0.0.1:{port}/v1/completions",
             json={"model": str(checkpoint()), "prompt": [5, 6, 7], "max_tokens": 4},
-            headers={"Authorization": "Bearer secret"},
             timeout=60,
         )
         assert answer.json()["usage"]["completion_tokens"] == 4, answer.text
