@@ -79,28 +79,14 @@ class LLM:
         self._family = family(self.model_type)
         self.model_config = hf.model_config(self._family, raw)
         self.tokenizer: Tokenizer | None = _tokenizer(folder, tokenizer, self.model_config.vocab)
-        cfg, parallelism = self.model_config, planning.parallelism_of(self.engine_config)
-        self._mesh = _mesh(parallelism, device)
-        self._lockstep = Lockstep.over(self._mesh)
+        cfg = self.model_config
+        self._mesh = _mesh(planning.parallelism_of(self.engine_config), device)
+        self._lockstep = None if device else Lockstep.over(self._mesh)  # a device is this one's
         device = self._mesh.local_devices[0] if self._mesh else device or planning.default_device()
-        memory = planning.memory_limit(device)
-        if self._lockstep is not None:
-            self._lockstep.check(self.model_type, self.engine_config)
-            memory = self._lockstep.agreed(memory)
         keep_programs()
-        local = planning.sizes_on_device(cfg, parallelism)
-        size = partial(quant.weight_bytes, self._family, cfg, sizes=local)
         rounded = self.engine_config.kv_cache_dtype == "int8"
         scales = cache_scales.load(folder, cfg.num_layers, cfg.kv_shape) if rounded else None
-        self.plan = planning.resolve(
-            self.engine_config,
-            raw,
-            cfg,
-            size,
-            device,
-            kv_calibrated=scales is not None,
-            memory=memory,
-        )
+        self.plan = self._resolve(raw, device, kv_calibrated=scales is not None)
         self._weights = ServedWeights(
             folder, self._family, cfg, self.engine_config, self.plan, device, self._mesh
         )
@@ -130,6 +116,19 @@ class LLM:
         )
         if not background:
             self.wait_until_warm()
+
+    def _resolve(self, raw: dict[str, Any], device: Any, *, kv_calibrated: bool) -> planning.Plan:
+        """The plan for a device, which is the same in all processes."""
+        cfg, config = self.model_config, self.engine_config
+        memory = planning.memory_limit(device)
+        if self._lockstep is not None:
+            self._lockstep.check(self.model_type, config)
+            memory = self._lockstep.agreed(memory)
+        local = planning.sizes_on_device(cfg, planning.parallelism_of(config))
+        size = partial(quant.weight_bytes, self._family, cfg, sizes=local)
+        return planning.resolve(
+            config, raw, cfg, size, device, kv_calibrated=kv_calibrated, memory=memory
+        )
 
     def _start_loop(self, engine: Engine) -> EngineLoop | Follower:
         if self._lockstep is None:

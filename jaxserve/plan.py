@@ -200,9 +200,8 @@ def resolve(
     per_page = page_bytes(
         cfg.num_layers, page_size, kv_shape, kv_dtype, cfg.key_parts, calibrated=kv_calibrated
     )
-    total = memory or memory_limit(device)
-    if platform == "cpu":
-        total //= parallelism.num_devices  # which are one machine
+    sharing = parallelism.num_devices if platform == "cpu" else 1  # devices of one machine
+    total = (memory or memory_limit(device)) // sharing
     max_len, num_pages = _cache(
         config, cfg.max_len, page_size, per_page, max_seqs, weights, platform, total
     )

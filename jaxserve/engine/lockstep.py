@@ -50,11 +50,12 @@ class Lockstep:
         """Of the processes whose devices a mesh has; None: there is one.
 
         Raises:
-            ConfigError: some process has a part of them only, or none.
+            ConfigError: some devices of the processes would have no part.
         """
-        if mesh is None or multihost.num_processes() == 1:
+        if multihost.num_processes() == 1:
             return None
-        if (count := mesh.devices.size) != (there := jax.device_count()):
+        count = 1 if mesh is None else mesh.devices.size
+        if count != (there := jax.device_count()):
             raise ConfigError(
                 f"the split takes {count} devices, and {multihost.num_processes()} processes have "
                 f"{there}: ask for a split over all of them"
