@@ -36,6 +36,8 @@ class EngineConfig:
         sequence_parallel_size: 1, or `tensor_parallel_size`: those devices then split a step's
             tokens among them outside of attention, which reads prompts with less communication.
         num_redundant_experts: further places for copies of the experts that are asked for most.
+        eplb_step_interval: steps after which experts move to where they are asked for (expert
+            parallel load balancing), again and again; None: only `LLM.rebalance_experts` moves any.
         enable_dbo: dual batch overlap: halves of a step take turns, so that one computes while the
             other's tokens travel to experts and back.
         seed: of requests that bring none.
@@ -62,6 +64,7 @@ class EngineConfig:
     expert_parallel_size: int = 1
     sequence_parallel_size: int = 1
     num_redundant_experts: int = 0
+    eplb_step_interval: int | None = None
     enable_dbo: bool = False
     seed: int = 0
     enable_prefix_caching: bool = True
@@ -100,6 +103,7 @@ _RULES: dict[str, _Rule] = {
     "expert_parallel_size": _COUNT,
     "sequence_parallel_size": _COUNT,
     "num_redundant_experts": (Integral, lambda n: n >= 0, "a whole number, at least 0"),
+    "eplb_step_interval": _COUNT,
     "enable_dbo": _FLAG,
     "seed": (Integral, lambda _: True, "a whole number"),
     "enable_prefix_caching": _FLAG,
@@ -118,6 +122,7 @@ _RULES: dict[str, _Rule] = {
 
 _OPTIONAL = {
     "data_parallel_size",
+    "eplb_step_interval",
     "quantization",
     "max_model_len",
     "max_num_seqs",

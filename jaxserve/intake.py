@@ -33,6 +33,7 @@ class Intake:
         model_name: enters the keys of cached pages.
         seed: of requests that bring none.
         abort: ends a request by its id.
+        num_processes: that serve together; some results would lie where process 0 cannot read.
     """
 
     def __init__(
@@ -43,9 +44,10 @@ class Intake:
         model_name: str,
         seed: int,
         abort: Callable[[str], None],
+        num_processes: int = 1,
     ):
         self._plan, self._vocab, self._tokenizer = plan, vocab, tokenizer
-        self._seed, self._abort = seed, abort
+        self._seed, self._abort, self._num_processes = seed, abort, num_processes
         self.root = root_key(model_name, str(plan.dtype), plan.kv_taint)
         self._numbers = itertools.count()
 
@@ -153,6 +155,16 @@ class Intake:
         if params.stop and self._tokenizer is None:
             raise RequestError("stop needs a tokenizer; this engine serves token ids only", "stop")
         check_sampling(params, self._vocab)
+        self._check_processes("embedding", pooling is not None)
+        self._check_processes("prompt_logprobs", params.prompt_logprobs is not None)
+
+    def _check_processes(self, what: str, asked: bool) -> None:
+        if asked and self._num_processes > 1:
+            raise RequestError(
+                f"{what} needs one process, and {self._num_processes} serve together: hidden "
+                "states stay where they are computed. Ask an engine of one process",
+                what,
+            )
 
     def _max_len(self, ids: list[int], params: SamplingParams, pooling: str | None) -> int:
         if pooling:

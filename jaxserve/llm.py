@@ -12,16 +12,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from jaxserve import plan as planning
 from jaxserve.checkpoint import cache_scales, hf, hub
 from jaxserve.config import EngineConfig
+from jaxserve.engine.balance import ExpertBalance
 from jaxserve.engine.compile_watch import keep_programs, watch
 from jaxserve.engine.engine import Engine, EngineStats
 from jaxserve.engine.generation import Generation
+from jaxserve.engine.lockstep import Follower, Lockstep
 from jaxserve.engine.loop import EngineLoop
 from jaxserve.engine.progress import Progress
 from jaxserve.engine.runner import Runner
@@ -29,8 +30,7 @@ from jaxserve.engine.sequence import Sequence as Seq
 from jaxserve.errors import ConfigError, EngineError, RequestError
 from jaxserve.intake import Intake, Prompt, as_prompts, per_prompt
 from jaxserve.models.family import family
-from jaxserve.models.layers import restack
-from jaxserve.models.parallel import placed, put_on_mesh
+from jaxserve.models.parallel import expert_layers
 from jaxserve.quant import weights as quant
 from jaxserve.request import (
     CompletionOutput,
@@ -39,10 +39,10 @@ from jaxserve.request import (
     SamplingParams,
 )
 from jaxserve.text.tokenizer import Tokenizer
+from jaxserve.weights import ServedWeights
 from sharding.mesh import Parallelism, first_devices
 from sharding.mesh import mesh as make_mesh
 from sharding.probe import probe
-from sharding.tree import Weight, initialise, is_weight, unstack
 
 log = logging.getLogger(__name__)
 
@@ -79,31 +79,31 @@ class LLM:
         self._family = family(self.model_type)
         self.model_config = hf.model_config(self._family, raw)
         self.tokenizer: Tokenizer | None = _tokenizer(folder, tokenizer, self.model_config.vocab)
-        cfg, parallelism = self.model_config, planning.parallelism_of(self.engine_config)
-        self._mesh = _mesh(parallelism, device)
-        device = self._mesh.devices.flat[0] if self._mesh else device or planning.default_device()
+        cfg = self.model_config
+        self._mesh = _mesh(planning.parallelism_of(self.engine_config), device)
+        self._lockstep = None if device else Lockstep.over(self._mesh)  # a device is this one's
+        device = self._mesh.local_devices[0] if self._mesh else device or planning.default_device()
         keep_programs()
-        local = planning.sizes_on_device(cfg, parallelism)
-        size = partial(quant.weight_bytes, self._family, cfg, sizes=local)
         rounded = self.engine_config.kv_cache_dtype == "int8"
         scales = cache_scales.load(folder, cfg.num_layers, cfg.kv_shape) if rounded else None
-        self.plan = planning.resolve(
-            self.engine_config, raw, cfg, size, device, kv_calibrated=scales is not None
+        self.plan = self._resolve(raw, device, kv_calibrated=scales is not None)
+        self._weights = ServedWeights(
+            folder, self._family, cfg, self.engine_config, self.plan, device, self._mesh
         )
-        self._folder, self._device = folder, device
-        runner = Runner(self.plan, self._family, cfg, self._weights(), device, scales, self._mesh)
+        params = self._weights.load()
+        runner = Runner(self.plan, self._family, cfg, params, device, scales, self._mesh)
         self._progress = Progress(self.plan, self.engine_config.progress, started)
         self._progress.say(f"{self.model_name}: {self.plan.describe()}")
-        runner.warm_up(
-            background=self.engine_config.background_compile, on_program=self._progress.program
-        )
+        background = self.engine_config.background_compile and self._lockstep is None
+        runner.warm_up(background=background, on_program=self._progress.program)
         self._runner = runner
         text = self.tokenizer.token_text if self.tokenizer else str
         engine = Engine(
             runner, prefix_caching=self.engine_config.enable_prefix_caching, token_text=text
         )
-        self._loop = EngineLoop(engine)
-        self._close = weakref.finalize(self, _close, self._loop)  # on `del`, at exit, or by hand
+        self._loop = self._start_loop(engine)
+        self._balance = self._expert_balance()
+        self._close = weakref.finalize(self, _close, self._loop, self._balance)  # or by hand
         self._asleep = False
         self._intake = Intake(
             self.plan,
@@ -112,9 +112,59 @@ class LLM:
             self.model_name,
             self.engine_config.seed,
             self._loop.abort,
+            self.num_processes,
         )
-        if not self.engine_config.background_compile:
+        if not background:
             self.wait_until_warm()
+
+    def _resolve(self, raw: dict[str, Any], device: Any, *, kv_calibrated: bool) -> planning.Plan:
+        """The plan for a device, which is the same in all processes."""
+        cfg, config = self.model_config, self.engine_config
+        memory = planning.memory_limit(device)
+        if self._lockstep is not None:
+            self._lockstep.check(self.model_type, config)
+            memory = self._lockstep.agreed(memory)
+        local = planning.sizes_on_device(cfg, planning.parallelism_of(config))
+        size = partial(quant.weight_bytes, self._family, cfg, sizes=local)
+        return planning.resolve(
+            config, raw, cfg, size, device, kv_calibrated=kv_calibrated, memory=memory
+        )
+
+    def _start_loop(self, engine: Engine) -> EngineLoop | Follower:
+        if self._lockstep is None:
+            return EngineLoop(engine)
+        self._lockstep.meet()  # a step waits for nobody who still compiles
+        kind = EngineLoop if self._lockstep.leads else Follower
+        return kind(engine, self._lockstep)
+
+    # ---- several processes ------------------------------------------------------------------
+
+    @property
+    def num_processes(self) -> int:
+        """Processes that serve together (sharding/multihost.py)."""
+        return self._lockstep.count if self._lockstep else 1
+
+    @property
+    def follows(self) -> bool:
+        """Whether process 0 takes the requests, and this one is to `follow`."""
+        return isinstance(self._loop, Follower)
+
+    def follow(self) -> None:
+        """Does what process 0 does until that shuts down, in every other process of a mesh.
+
+        Raises:
+            EngineError: this is process 0, or a step failed.
+        """
+        if not isinstance(self._loop, Follower):
+            raise EngineError("follow() is for processes 1 and up: process 0 takes the requests")
+        self._loop.follow(self._intake.sequences)
+
+    def _needs_one_process(self, what: str) -> None:
+        if self._lockstep is not None:
+            raise EngineError(
+                f"{what} needs one process, and {self.num_processes} serve together; start them "
+                "again instead"
+            )
 
     # ---- generation ---------------------------------------------------------------------
 
@@ -288,7 +338,11 @@ class LLM:
             ConfigError: a leaf is missing or of another shape; the message names it.
             TimeoutError: they took longer. The weights are served all the same once they are over.
         """
-        tree = self._placed(params)
+        self._loop.stats()  # raises after shut-down
+        self._needs_one_process("load_params()")
+        if self.params is None:
+            raise EngineError("the engine sleeps without weights; wake_up() first")
+        tree = self._weights.copied(params, self.params)
         swap = self._loop.call(lambda engine: engine.load_params(tree))
         return swap.result(timeout)
 
@@ -296,9 +350,50 @@ class LLM:
         """A snapshot of the engine's counters. Cheap and thread-safe."""
         return self._loop.stats()
 
+    def expert_load(self) -> np.ndarray:
+        """Tokens that chose each expert since experts were last placed, int64 [layers, experts].
+
+        Layers without experts have zeros.
+
+        Raises:
+            ConfigError: experts are not spread over devices, so nobody counts.
+        """
+        return self._spread_experts().load()
+
+    def rebalance_experts(self) -> int:
+        """Moves experts and their copies to where the load since the last time wants them.
+
+        Requests go on: the move happens between two steps, and changes no token. The memory of the
+        old weights is reused, so a tree that `params` gave before is of no use afterwards.
+
+        Returns:
+            The number of slots that took another expert; 0: no layer would gain.
+
+        Raises:
+            ConfigError: experts are not spread over devices.
+        """
+        return self._spread_experts().rebalance()
+
+    def _spread_experts(self) -> ExpertBalance:
+        if self._asleep:
+            raise EngineError("the engine sleeps; call wake_up() first")
+        if self._balance is None:
+            raise ConfigError(
+                "expert_parallel_size=1: all experts are on every device, and none can move; set "
+                "expert_parallel_size to spread them"
+            )
+        return self._balance
+
+    def _expert_balance(self) -> ExpertBalance | None:
+        if self.plan.dispatch is None:
+            return None
+        layers = expert_layers(self._runner.params)
+        interval = None if self.follows else self.engine_config.eplb_step_interval
+        return ExpertBalance(self._loop, self.plan.dispatch.layout, layers, interval)
+
     def reset_prefix_cache(self) -> None:
         """Forgets which prompt beginnings are cached."""
-        self._loop.call(lambda engine: engine.reset_prefix_cache())
+        self._loop.order("reset_prefix_cache")
 
     def wait_until_warm(self) -> None:
         """Returns when every program exists; with `forbid_compile`, none may follow."""
@@ -313,6 +408,7 @@ class LLM:
         Raises:
             EngineError: requests are running; wait for them or abort them first.
         """
+        self._needs_one_process("sleep()")
         if self._asleep:
             return
 
@@ -339,7 +435,7 @@ class LLM:
 
         def restore(_: Engine) -> None:
             if self._runner.params is None:
-                self._runner.params = self._weights()
+                self._runner.params = self._weights.load()
             self._runner.allocate()
 
         self._loop.call(restore)
@@ -364,100 +460,6 @@ class LLM:
     def __exit__(self, *_: object) -> None:
         self.shutdown()
 
-    # ---- weights --------------------------------------------------------------------------
-
-    def _weights(self) -> Any:
-        cfg, plan = self.model_config, self.plan
-        if self.engine_config.load_format == "dummy":
-            declared = self._declared()
-            drawn = initialise(declared, cfg.sizes, plan.dtype, self.engine_config.seed)
-            return self._served(drawn)
-        params = hf.load_params(
-            self._folder,
-            self._family,
-            cfg,
-            plan.dtype,
-            unrolled=plan.unrolled,
-            convert=quant.quantize if plan.quantization else None,
-            place=self._place,
-            progress=self.engine_config.progress,
-        )
-        return self._with_placement(self._with_own_head(params))
-
-    def _place(self, w: Weight, leaf: Any) -> Any:
-        """A leaf on the device, or each device's share on the mesh."""
-        if self._mesh is None:
-            return jax.device_put(leaf, self._device)
-        dispatch, sizes = self.plan.dispatch, self.model_config.sizes
-        placement = dispatch.layout.initial() if dispatch else None
-        return put_on_mesh(w, leaf, sizes, self.plan.parallelism, self._mesh, placement)
-
-    def _with_placement(self, params: Any) -> Any:
-        """With tables of where experts live, if they are spread over devices."""
-        if self.plan.dispatch is None:
-            return params
-        everywhere = NamedSharding(self._mesh, PartitionSpec())
-        placement = self.plan.dispatch.layout.initial(self.model_config.num_layers)
-        return placed(params, placement, partial(jax.device_put, device=everywhere))
-
-    def _with_own_head(self, params: Any) -> Any:
-        """With an eight-bit copy of a tied table, which products want while lookups want floats."""
-        if not self.plan.quantization or params.lm_head is not None:
-            return params
-        head = quant.round_to_int8(np.asarray(params.embed))
-        return dataclasses.replace(params, lm_head=self._place(self._declared().embed, head))
-
-    def _declared(self) -> Any:
-        declared = self._family.declare_params(self.model_config)
-        return unstack(declared) if self.plan.unrolled else declared
-
-    def _served(self, params: Any) -> Any:
-        """A tree of floats as it is served."""
-        if not self.plan.quantization and self._mesh is None:
-            return params
-
-        def leaf(w: Weight, x: Any) -> Any:
-            x = np.asarray(x)
-            return self._place(w, quant.quantize(w, x) if self.plan.quantization else x)
-
-        leaves = jax.tree.map(leaf, self._declared(), params, is_leaf=is_weight)
-        return self._with_placement(self._with_own_head(leaves))
-
-    def _placed(self, params: Any) -> Any:
-        """A copy of a tree in the form, the type and the place of the one that is served."""
-        self._loop.stats()  # raises after shut-down
-        if self._runner.params is None:
-            raise EngineError("the engine sleeps without weights; wake_up() first")
-        sizes = [jax.tree.leaves(stack)[0].shape[0] for stack in self.params.stacks]
-        if [jax.tree.leaves(stack)[0].shape[0] for stack in params.stacks] != sizes:
-            params = restack(jax.tree.map(np.asarray, params), sizes)
-        params = self._served(params)
-        wanted, tree = jax.tree_util.tree_flatten_with_path(self.params)
-        given = dict(jax.tree_util.tree_flatten_with_path(params)[0])
-        leaves = []
-        for path, old in wanted:
-            new, name = given.pop(path, None), jax.tree_util.keystr(path).lstrip(".")
-            if new is None or new.shape != old.shape:
-                seen = "missing" if new is None else f"of shape {list(new.shape)}"
-                raise ConfigError(f"{name} is {seen}; the engine serves {list(old.shape)}")
-            leaves.append(_copied(new, old))
-        if given:
-            raise ConfigError(
-                f"{jax.tree_util.keystr(next(iter(given))).lstrip('.')} is not served"
-            )
-        return jax.tree.unflatten(tree, leaves)
-
-
-def _copied(x: Any, old: jax.Array) -> jax.Array:
-    """x in another buffer, of the type and in the place of `old`, without a program: none may be
-    compiled while an engine serves."""
-    if x.dtype == old.dtype:
-        return jax.device_put(x, old.sharding, may_alias=False)
-    host = np.asarray(x)
-    out = hf.aligned_empty(host.shape, np.dtype(old.dtype))
-    out[...] = host.astype(old.dtype)
-    return jax.device_put(out, old.sharding)
-
 
 def _mesh(parallelism: Parallelism, device: Any) -> Mesh | None:
     """The mesh of a split over several devices."""
@@ -474,9 +476,11 @@ def _mesh(parallelism: Parallelism, device: Any) -> Mesh | None:
         raise ConfigError(str(error)) from None
 
 
-def _close(loop: EngineLoop) -> None:
+def _close(loop: EngineLoop | Follower, balance: ExpertBalance | None) -> None:
     watch.allow(loop)
     loop.close()
+    if balance is not None:
+        balance.close()
 
 
 def _config(settings: dict[str, Any]) -> EngineConfig:

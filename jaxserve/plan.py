@@ -144,6 +144,8 @@ class Plan:
         if self.spreads_tokens:
             wanted += [("beginning", t) for t in self.token_buckets if t > small]
         wanted += [(kind, r) for r in self.row_buckets for kind in ("step", "sample")]
+        if self.dispatch is not None:
+            wanted += [("take_load", 0), ("move_experts", 0)]
         if self.decode_steps > 1:
             wanted += [("decode", r) for r in self.row_buckets]
         return tuple(dict.fromkeys(wanted))
@@ -172,6 +174,7 @@ def resolve(
     device: Any,
     *,
     kv_calibrated: bool = False,
+    memory: int | None = None,
 ) -> Plan:
     """Decides everything.
 
@@ -181,6 +184,7 @@ def resolve(
         weight_bytes: memory of a device's weights, which are not loaded yet, in an element type and
             with large ones quantised or not.
         kv_calibrated: the checkpoint brings scales for a cache in eight bits.
+        memory: bytes of the device; by default it is asked.
 
     Raises:
         ConfigError: the model and one sequence do not fit; the message names what would.
@@ -205,9 +209,8 @@ def resolve(
         cfg.num_layers, page_size, kv_shape, kv_dtype, cfg.key_parts,
         calibrated=kv_calibrated, whole_scales=platform == "tpu",
     )  # fmt: skip
-    total = memory_limit(device)
-    if platform == "cpu":
-        total //= parallelism.num_devices  # which are one machine
+    sharing = parallelism.num_devices if platform == "cpu" else 1  # devices of one machine
+    total = (memory or memory_limit(device)) // sharing
     max_len, num_pages = _cache(
         config, cfg.max_len, page_size, per_page, max_seqs, weights, platform, total
     )
@@ -249,6 +252,11 @@ def _decode_steps(config: EngineConfig, parallelism: Parallelism) -> int:
 
 
 def _interleaved(config: EngineConfig) -> bool:
+    if config.eplb_step_interval is not None and config.expert_parallel_size == 1:
+        raise ConfigError(
+            f"eplb_step_interval={config.eplb_step_interval} moves experts between devices, and "
+            "they live on none of their own; set expert_parallel_size, or leave it out"
+        )
     if config.enable_dbo and config.expert_parallel_size == 1:
         raise ConfigError(
             "enable_dbo=True hides what travels to experts of other devices, and there are none; "

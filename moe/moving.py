@@ -1,21 +1,19 @@
 """Experts' weights from one placement to another, between two steps of a running engine.
 
-What is moved where is data, so that one compiled program serves every move; weights are donated and
-change in place, a piece of each slot at a time.
+What is moved where is data, so that one compiled program serves every move; where weights are
+donated they change in place, a piece of each slot at a time.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jax.sharding import Mesh, PartitionSpec
 
-from moe.parallel import PlacedExperts
 from moe.placement import ExpertLayout, Placement
 from moe.transport import Transport, exchange
 
@@ -28,55 +26,32 @@ def sources(layout: ExpertLayout, old: Placement, new: Placement) -> np.ndarray:
 
     Itself if it can, else one of its own device, else copies in turn.
     """
-    if np.ndim(new.expert_of) == 2:
-        pairs = ((_layer(old, i), _layer(new, i)) for i in range(len(new.expert_of)))
-        return np.stack([sources(layout, *pair) for pair in pairs])
-    slots = np.arange(layout.num_slots)
-    copies = np.asarray(old.num_replicas)[new.expert_of]
-    choice = np.asarray(old.slots_of)[new.expert_of, slots % copies]
-    for slot, expert in enumerate(np.asarray(new.expert_of)):
-        held = np.asarray(old.slots_of)[expert][: copies[slot]]
-        near = held[held // layout.slots_per_device == slot // layout.slots_per_device]
-        if near.size:
-            choice[slot] = slot if slot in near else near[0]
-    return choice.astype(np.int32)
+    expert = np.asarray(new.expert_of)[..., None]
+    copies = np.take_along_axis(np.asarray(old.num_replicas), expert[..., 0], -1)[..., None]
+    held = np.take_along_axis(np.asarray(old.slots_of), expert, -2)  # [..., S, R]
+    slot, K = np.arange(layout.num_slots)[:, None], layout.slots_per_device
+    near = held // K == slot // K
+    choice = np.where(near.any(-1), near.argmax(-1), slot[:, 0] % copies[..., 0])
+    choice = np.where((held == slot).any(-1), (held == slot).argmax(-1), choice)
+    return np.take_along_axis(held, choice[..., None], -1)[..., 0].astype(np.int32)
 
 
-def _layer(placement: Placement, i: int) -> Placement:
-    return jax.tree.map(lambda a: np.asarray(a)[i], placement)
-
-
-def mover(
-    mesh: Mesh, layout: ExpertLayout, transport: Transport, *, stacked: bool
-) -> Callable[[PlacedExperts, Array | np.ndarray, Placement], PlacedExperts]:
-    """A compiled (experts, sources, new placement) -> experts, in that placement.
-
-    The experts are donated. With `stacked`, weights are [L, S, ...] and tables [L, ...].
+def move(transport: Transport, layout: ExpertLayout, weights: Any, source: Array) -> Any:
+    """Weights in their new slots; within `shard_map`, called by every device of the axes.
 
     Args:
         transport: "ragged" moves each weight once; "padded" works everywhere.
+        weights: a tree of [L, slots_per_device, ...], this device's slots.
+        source: [L, S], as `sources` has it.
     """
-    slots = PartitionSpec(*((None,) if stacked else ()), transport.axes)
 
-    def move(weights, source: Array):
-        def leaf(w: Array) -> Array:
-            def layer(i: Array, w: Array) -> Array:
-                return w.at[i].set(_moved(transport, layout, w[i], source[i]))
+    def leaf(w: Array) -> Array:
+        def layer(i: Array, w: Array) -> Array:
+            return w.at[i].set(_moved(transport, layout, w[i], source[i]))
 
-            if stacked:
-                return lax.fori_loop(0, w.shape[0], layer, w)
-            return _moved(transport, layout, w, source)
+        return lax.fori_loop(0, w.shape[0], layer, w)
 
-        return jax.tree.map(leaf, weights)
-
-    on_mesh = jax.shard_map(
-        move, mesh=mesh, in_specs=(slots, PartitionSpec()), out_specs=slots, check_vma=False
-    )
-
-    def run(p: PlacedExperts, source: Array, new: Placement) -> PlacedExperts:
-        return PlacedExperts(on_mesh(p.weights, source), new)
-
-    return jax.jit(run, donate_argnums=0)
+    return jax.tree.map(leaf, weights)
 
 
 def _moved(transport: Transport, layout: ExpertLayout, w: Array, source: Array) -> Array:

@@ -125,24 +125,27 @@ class ExpertLayout:
         Raises:
             PlacementError: an expert has no slot, or a slot no expert.
         """
-        tables = [self._tables(row) for row in np.atleast_2d(np.asarray(expert_of, np.int32))]
-        slots_of, num_replicas = (np.stack(parts) for parts in zip(*tables, strict=True))
-        if np.ndim(expert_of) == 1:
-            slots_of, num_replicas = slots_of[0], num_replicas[0]
-        return Placement(np.asarray(expert_of, np.int32), slots_of, num_replicas)
+        expert_of = np.asarray(expert_of, np.int32)
+        for row in np.atleast_2d(expert_of):
+            self._check(row)
+        experts = np.arange(self.num_experts + self.num_shared, dtype=np.int32)
+        num_replicas = (expert_of[..., None, :] == experts[:, None]).sum(-1, dtype=np.int32)
+        first = np.cumsum(num_replicas, -1) - num_replicas
+        max_replicas = max(self.num_redundant + 1, self.num_slots - self.num_routed_slots)
+        turn = np.arange(max_replicas) % num_replicas[..., None]
+        by_expert = np.argsort(expert_of, -1, kind="stable").astype(np.int32)
+        at = (first[..., None] + turn).reshape(*expert_of.shape[:-1], -1)
+        slots_of = np.take_along_axis(by_expert, at, -1).reshape(turn.shape)
+        return Placement(expert_of, slots_of, num_replicas)
 
-    def _tables(self, expert_of: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        E = self.num_experts + self.num_shared
-        if expert_of.shape != (self.num_slots,) or set(range(E)) != set(expert_of.tolist()):
-            absent = sorted(set(range(E)) - set(expert_of.tolist()))
+    def _check(self, expert_of: np.ndarray) -> None:
+        experts = set(range(self.num_experts + self.num_shared))
+        if expert_of.shape != (self.num_slots,) or experts != set(expert_of.tolist()):
+            absent = sorted(experts - set(expert_of.tolist()))
             raise PlacementError(
-                f"a placement of {E} experts in {self.num_slots} slots was given "
+                f"a placement of {len(experts)} experts in {self.num_slots} slots was given "
                 f"{len(expert_of)} slots, without experts {absent[:8]}: every one needs a slot"
             )
-        slots = [np.flatnonzero(expert_of == e) for e in range(E)]
-        max_replicas = max(self.num_redundant + 1, self.num_slots - self.num_routed_slots)
-        slots_of = np.stack([np.resize(s, max_replicas) for s in slots]).astype(np.int32)
-        return slots_of, np.asarray([len(s) for s in slots], np.int32)
 
     def initial(self, num_layers: int | None = None) -> Placement:
         """The placement for experts that are asked for equally often."""

@@ -15,9 +15,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import AbstractMesh, Mesh, Sharding
 
 from sharding.fabric import Fabric
+from sharding.multihost import num_processes
 from sharding.topology import Topology
 
 AXES = ("data", "expert", "tensor")
@@ -123,12 +124,15 @@ def mesh(
 def first_devices(count: int) -> list[Any]:
     """As many of JAX's devices; a CPU makes itself virtual ones if JAX has not begun yet.
 
+    Of several processes (sharding/multihost.py) each makes its share of them.
+
     Raises:
         ValueError: there are fewer.
     """
-    if getattr(jax.config, "jax_num_cpu_devices", 0) < count:
+    share = -(-count // num_processes())
+    if jax.config.values["jax_num_cpu_devices"] < share:
         with contextlib.suppress(RuntimeError):  # it has begun: there are as many as there are
-            jax.config.update("jax_num_cpu_devices", count)
+            jax.config.update("jax_num_cpu_devices", share)
     devices = jax.devices()
     if len(devices) < count:
         raise ValueError(
@@ -136,6 +140,13 @@ def first_devices(count: int) -> list[Any]:
             f"{devices[0].platform!r}; on CPU, JAX_NUM_CPU_DEVICES={count} makes as many"
         )
     return devices[:count]
+
+
+def put(x: np.ndarray, sharding: Sharding) -> jax.Array:
+    """A host array on devices, of which other processes may have some; compiles nothing."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(x, sharding)
+    return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
 
 def layout(parallelism: Parallelism, topology: Topology) -> np.ndarray:

@@ -98,6 +98,31 @@ def _set(given: dict[str, Any]) -> str:
     return ", ".join(f"{name}={value}" for name, value in given.items() if value is not None)
 
 
+def num_processes() -> int:
+    """Processes that `start` has joined, this one included; asks for no device."""
+    from jax._src import distributed
+
+    return distributed.global_state.num_processes or 1
+
+
+def process_id() -> int:
+    """The number of this one; asks for no device."""
+    from jax._src import distributed
+
+    return distributed.global_state.process_id
+
+
+def lost(patience: float = 0.0) -> list[int]:
+    """Processes that do not answer any more, for which it waits so many seconds."""
+    everyone, deadline = list(range(num_processes())), time.monotonic() + patience
+    while True:
+        alive = _client().get_live_nodes(everyone)
+        gone = [p for p in everyone if p not in alive]
+        if gone or time.monotonic() > deadline:
+            return gone
+        time.sleep(0.1)
+
+
 class Agreement:
     """Messages of process 0 that reach every process, in order.
 
@@ -134,6 +159,20 @@ class Agreement:
                 data = self._receive()
         self._count += 1
         return json.loads(data)
+
+    def meet(self, timeout: float = 600.0) -> None:
+        """Returns when all processes have called this.
+
+        Raises:
+            PeerLostError: one of them has not within so many seconds.
+        """
+        try:
+            _client().wait_at_barrier(f"{self.name}/met/{self._count}", int(timeout * 1000))
+        except jax.errors.JaxRuntimeError as error:
+            raise PeerLostError(
+                f"process {jax.process_index()}: not all processes came to {self.name!r} within "
+                f"{timeout} s ({str(error).splitlines()[0]})"
+            ) from error
 
     def _send(self, data: bytes) -> None:
         if self._count - self._forgotten >= 2 * _WINDOW:

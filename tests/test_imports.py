@@ -46,9 +46,11 @@ MAY_IMPORT = {
         jaxserve.request jaxserve.errors moe kernels_pallas sharding jax numpy""",
     "jaxserve.intake": """jaxserve.engine jaxserve.plan jaxserve.cache jaxserve.text
         jaxserve.request jaxserve.errors""",
-    "jaxserve.llm": """jaxserve.intake jaxserve.engine jaxserve.plan jaxserve.config
-        jaxserve.cache jaxserve.models jaxserve.checkpoint jaxserve.quant jaxserve.text
-        jaxserve.request jaxserve.errors kernels_pallas sharding jax numpy""",
+    "jaxserve.weights": """jaxserve.plan jaxserve.config jaxserve.models jaxserve.checkpoint
+        jaxserve.quant jaxserve.errors sharding jax numpy""",
+    "jaxserve.llm": """jaxserve.intake jaxserve.weights jaxserve.engine jaxserve.plan
+        jaxserve.config jaxserve.cache jaxserve.models jaxserve.checkpoint jaxserve.quant
+        jaxserve.text jaxserve.request jaxserve.errors kernels_pallas sharding jax numpy""",
     "jaxserve.train": """jaxserve.checkpoint jaxserve.models jaxserve.errors
         moe kernels_pallas sharding jax numpy optax orbax rich""",
     "jaxserve.server": """jaxserve.text jaxserve.request jaxserve.errors jaxserve.__version__

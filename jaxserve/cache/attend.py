@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax.numpy as jnp
@@ -32,7 +33,7 @@ def paged(batch: Ragged, kernel: Callable[..., Any] = paged_attention) -> Attend
     ):
         first = None if v is None else v[0]
         o, _, k_pages, v_pages = kernel(q[0], k[0], first, kv.k, kv.v, layer, batch, **options)
-        return o.astype(q.dtype)[None], KVCache(k_pages, v_pages)
+        return o.astype(q.dtype)[None], replace(kv, k=k_pages, v=v_pages)
 
     return attend
 

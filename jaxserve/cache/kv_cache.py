@@ -18,18 +18,23 @@ from jax import Array
 
 from kernels_pallas.paged_attention.codec import Pages, StaticInt8Pages, empty
 from kernels_pallas.target import Target
+from sharding.mesh import put
 from sharding.tree import pytree
 
 
 @pytree
 class KVCache:
-    """Pages of keys and values; donated to every step that writes them.
+    """What steps write and the next ones find, layer by layer; donated to every one of them.
 
     A page's keys of one head are contiguous, which is what a kernel reads.
+
+    Attributes:
+        load: how often each expert was asked for, where experts are spread over devices.
     """
 
     k: Pages  # [L, P, K, Z, H]
     v: Pages | None  # [L, P, K, Z, Hv]; None where values are lanes of k (latent attention)
+    load: Array | None = None  # [1, L, E] int32
 
     @property
     def page_size(self) -> int:
@@ -118,12 +123,14 @@ def with_scales(kv: KVCache, scales: Sequence[np.ndarray]) -> KVCache:
     Lanes that hardware adds get the scale 0 and stay 0.
     """
 
-    def put(pages: Any, scale: np.ndarray) -> Any:
+    def scaled(pages: Any, scale: np.ndarray) -> Any:
         added = pages.scale.shape[-1] - scale.shape[-1]
         wide = np.pad(scale, ((0, 0), (0, 0), (0, added))).astype(np.float32)
-        return replace(pages, scale=jax.device_put(wide, pages.scale.sharding))
+        return replace(pages, scale=put(wide, pages.scale.sharding))
 
-    return KVCache(put(kv.k, scales[0]), None if kv.v is None else put(kv.v, scales[1]))
+    return replace(
+        kv, k=scaled(kv.k, scales[0]), v=None if kv.v is None else scaled(kv.v, scales[1])
+    )
 
 
 def copy_pages(kv: KVCache, source: Array, target: Array) -> KVCache:
@@ -134,4 +141,5 @@ def copy_pages(kv: KVCache, source: Array, target: Array) -> KVCache:
             return replace(pages, values=copied(pages.values))
         return pages.at[:, target].set(pages.at[:, source].get(mode="clip"), mode="drop")
 
-    return jax.tree.map(copied, kv, is_leaf=lambda x: isinstance(x, StaticInt8Pages))
+    pages = jax.tree.map(copied, (kv.k, kv.v), is_leaf=lambda x: isinstance(x, StaticInt8Pages))
+    return replace(kv, k=pages[0], v=pages[1])

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from jaxserve import __version__
 from jaxserve.cli import bench, chat, doctor, generate, plan, quantize, serve, train
 from jaxserve.cli.huge_pages import restart_with_huge_pages
+from jaxserve.cli.processes import follow, joined
 from jaxserve.errors import JaxServeError
 
 COMMANDS = (serve, generate, chat, train, quantize, bench, doctor, plan)
@@ -33,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.verbose:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     try:
-        return args.run(args) or 0
+        return (follow if joined(args) else args.run)(args) or 0
     except JaxServeError as error:
         if args.verbose:
             raise

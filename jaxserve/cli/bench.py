@@ -10,7 +10,7 @@ import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from jaxserve.cli.options import add_engine_options, load
+from jaxserve.cli.options import add_engine_options, add_process_options, load
 from jaxserve.errors import ConfigError
 from jaxserve.request import SamplingParams
 
@@ -49,6 +49,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prefill-len", type=int, default=1024, help="tokens of the long prompt")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     add_engine_options(parser)
+    add_process_options(parser)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -6,7 +6,13 @@ import argparse
 from contextlib import suppress
 from typing import Any
 
-from jaxserve.cli.options import add_engine_options, add_sampling_options, load, sampling_params
+from jaxserve.cli.options import (
+    add_engine_options,
+    add_process_options,
+    add_sampling_options,
+    load,
+    sampling_params,
+)
 from jaxserve.errors import RequestError
 from jaxserve.request import SamplingParams
 
@@ -19,6 +25,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--system", default="", help="rules for the model")
     add_sampling_options(parser)
     add_engine_options(parser)
+    add_process_options(parser)
 
 
 def run(args: argparse.Namespace) -> None:

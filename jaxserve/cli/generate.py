@@ -7,7 +7,13 @@ import dataclasses
 import json
 import sys
 
-from jaxserve.cli.options import add_engine_options, add_sampling_options, load, sampling_params
+from jaxserve.cli.options import (
+    add_engine_options,
+    add_process_options,
+    add_sampling_options,
+    load,
+    sampling_params,
+)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -18,6 +24,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the whole result as JSON")
     add_sampling_options(parser)
     add_engine_options(parser)
+    add_process_options(parser)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -32,6 +32,18 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         group.add_argument(*names, **options)
 
 
+def add_process_options(parser: argparse.ArgumentParser) -> None:
+    """How the processes of a mesh find each other (jaxserve/cli/processes.py), in JAX's names."""
+    mesh = parser.add_argument_group(
+        "processes", "the same command in each of them, with a number of its own; 0 does the work"
+    )
+    mesh.add_argument(
+        "--coordinator-address", "--coordinator", metavar="HOST:PORT", help="process 0 listens here"
+    )
+    mesh.add_argument("--num-processes", type=int, metavar="INT", help="that share the devices")
+    mesh.add_argument("--process-id", type=int, metavar="INT", help="of this one, from 0")
+
+
 def engine_settings(args: argparse.Namespace) -> dict[str, Any]:
     """What was asked of the engine, as keyword arguments of `LLM`."""
     settings = {f.name: getattr(args, f.name) for f in dataclasses.fields(EngineConfig)}

@@ -10,7 +10,7 @@ import argparse
 import os
 from pathlib import Path
 
-from jaxserve.cli.options import add_engine_options, load
+from jaxserve.cli.options import add_engine_options, add_process_options, load
 from jaxserve.errors import ConfigError
 from jaxserve.text.parsers import REASONING_PARSERS, TOOL_CALL_PARSERS
 
@@ -42,6 +42,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     text.add_argument("--chat-template", metavar="FILE", help="instead of the checkpoint's own")
     add_engine_options(parser)
+    add_process_options(parser)
 
 
 def run(args: argparse.Namespace) -> None:

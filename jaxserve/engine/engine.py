@@ -10,12 +10,14 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Sequence as Seq
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from jax import Array
 
 from jaxserve.cache.page_manager import PageManager
 from jaxserve.engine.compile_watch import watch
@@ -38,7 +40,7 @@ class EngineStats:
 
     `shared_keys_total` counts keys of shared prefixes that steps need not read again, since a row's
     neighbour has them too: in each full-attention layer, and as far as one program of a kernel
-    has both rows.
+    has both rows. `num_rebalances` counts the times that experts moved.
     """
 
     num_running: int = 0
@@ -49,6 +51,7 @@ class EngineStats:
     prefix_cache_hits: int = 0
     shared_keys_total: int = 0
     num_preemptions: int = 0
+    num_rebalances: int = 0
     num_steps: int = 0
     num_compiled_programs: int = 0
     compiles_after_warmup: int = 0
@@ -73,11 +76,15 @@ class Engine:
             for _ in range(plan.num_ranks)
         ]
         self.params_version = 0
+        self.explain = lambda error: EngineError(f"the step failed: {error}")
         self._token_text = token_text
         self._in_flight: deque[Launched] = deque()
         self._requests: dict[str, list[Sequence]] = {}
         self._swaps: deque[tuple[Any, Future[int]]] = deque()
         self._warm_compiles: int | None = None
+        self.after_step: Callable[[int], None] = lambda num_steps: None
+        self._load: Any = 0  # [L, E], as far as it has been read
+        self._rebalances = 0
         self._steps = self._prompt_tokens = self._output_tokens = self._shared_pages = 0
         self._host_seconds = 0.0
         self._finished: Counter[str] = Counter()
@@ -112,6 +119,7 @@ class Engine:
     def close(self, error: BaseException) -> None:
         """Ends everything that waits for the engine."""
         self.fail(error)
+        self._forget_steps(error)
         while self._swaps:
             self._swaps.popleft()[1].set_exception(error)
 
@@ -156,6 +164,32 @@ class Engine:
         self._hold(bool(self._swaps))
         future.set_result(self.params_version)
 
+    # ---- experts ------------------------------------------------------------------------
+
+    def expert_load(self) -> Future[np.ndarray]:
+        """How often each expert was asked for since they were last placed, int64 [L, E].
+
+        The counts leave the device behind the last step launched and are looked at with its
+        tokens, so that no step waits for them.
+        """
+        future: Future[np.ndarray] = Future()
+        count = self.runner.take_load(), future
+        if self._in_flight:
+            self._in_flight[-1].counts.append(count)
+        else:
+            self._count(*count)
+        return future
+
+    def _count(self, load: Array, future: Future[np.ndarray]) -> None:
+        self._load = self._load + np.asarray(load).sum(0, dtype=np.int64)
+        future.set_result(self._load)
+
+    def place_experts(self, expert_of: np.ndarray) -> None:
+        """Moves experts into other slots [layers that have any, S] between two steps."""
+        self.runner.move_experts(np.asarray(expert_of, np.int32))
+        self._load = 0
+        self._rebalances += 1
+
     @property
     def has_work(self) -> bool:
         return bool(self._requests or self._in_flight or self._swaps)
@@ -196,6 +230,7 @@ class Engine:
             self.ranks[0].repeat(steps[0], repeats)
         self._in_flight.append(self.runner.launch(steps))
         self._steps += 1
+        self.after_step(self._steps)
         self._shared_pages += sum(step.shared_pages for step in steps)
         return True
 
@@ -209,6 +244,8 @@ class Engine:
             self._read_hidden(launched)
         if launched.sampled is not None:
             self._read_tokens(launched, launched.sampled)
+        for count in launched.counts:
+            self._count(*count)
         self._host_seconds += time.perf_counter() - started
 
     def _read_tokens(self, launched: Launched, sampled: Sampled) -> None:
@@ -283,11 +320,17 @@ class Engine:
     def _recover(self, error: BaseException) -> None:
         """After a failed step nothing on the device can be trusted: start afresh, but start."""
         log.error("step failed; all %d requests end with it", len(self._requests), exc_info=error)
-        self._in_flight.clear()
-        self.fail(EngineError(f"the step failed: {error}"))
+        explained = self.explain(error)
+        self._forget_steps(explained)
+        self.fail(explained)
         self.reset_prefix_cache()
         if self.runner.kv is not None:
             self.runner.allocate()
+
+    def _forget_steps(self, error: BaseException) -> None:
+        while self._in_flight:
+            for _, future in self._in_flight.popleft().counts:
+                future.set_exception(error)
 
     # ---- state --------------------------------------------------------------------------
 
@@ -310,6 +353,7 @@ class Engine:
             prefix_cache_hits=sum(s.prefix_hits for s in self.ranks),
             shared_keys_total=self._shared_pages * self.runner.plan.page_size,
             num_preemptions=sum(s.num_preemptions for s in self.ranks),
+            num_rebalances=self._rebalances,
             num_steps=self._steps,
             num_compiled_programs=self.runner.num_programs,
             compiles_after_warmup=after,
@@ -320,7 +364,7 @@ class Engine:
         )
 
 
-def _rows(steps: list[Step], num_tokens: int) -> Iterator[tuple[Row, int]]:
+def _rows(steps: Seq[Step], num_tokens: int) -> Iterator[tuple[Row, int]]:
     """Rows of a step of all ranks, and where each begins among its tokens [num_tokens], padding
     included."""
     width = num_tokens // len(steps)

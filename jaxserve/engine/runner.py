@@ -11,8 +11,8 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -36,10 +36,13 @@ from jaxserve.engine.programs import Forward
 from jaxserve.engine.sampler import MAX_BIAS, Sampled
 from jaxserve.engine.scheduler import Step
 from jaxserve.engine.signature import COPIES, empty_state, head, program
-from jaxserve.engine.spread import empty_states, on_devices, spread, stacked
+from jaxserve.engine.spread import empty_states, everywhere, on_devices, spread, stacked
 from jaxserve.errors import EngineError
 from jaxserve.models.family import Family
+from jaxserve.models.parallel import by_stack, experts_of, with_experts
 from jaxserve.plan import Plan
+from moe.moving import sources
+from moe.parallel import PlacedExperts
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +60,7 @@ class Launched:
     reports: bool  # log-probabilities of drawn tokens are asked for
     scored: bool  # and of prompt tokens
     forward: Forward | None  # None: a decode loop
+    counts: list[tuple[Array, Future[np.ndarray]]] = field(default_factory=list)  # taken behind it
 
     def wait(self) -> None:
         """Returns when the step has been computed.
@@ -351,6 +355,33 @@ class Runner:
                     pairs[rank, :, : len(part)] = np.asarray(part, np.int32).T
             arrays = self._host([(source, target) for source, target in pairs])
             self.kv = self._programs["copy_pages", 0](self.kv, *arrays)
+
+    # ---- experts ----------------------------------------------------------------------
+
+    def take_load(self) -> Array:
+        """How often experts were asked for since the last time, [ranks, L, E], on its way here."""
+        self._wait_for("take_load")
+        load, self.kv = self._programs["take_load", 0](self.kv)
+        load.copy_to_host_async()
+        return load
+
+    @property
+    def expert_of(self) -> np.ndarray:
+        """The expert of each slot, in layers that have any: int32 [layers, S]."""
+        return np.concatenate([np.asarray(p.placement.expert_of) for p in experts_of(self.params)])
+
+    def move_experts(self, expert_of: np.ndarray) -> None:
+        """Moves experts to where `expert_of` wants them, between the steps launched so far and
+        those to come. The weights' memory is reused: trees with the old ones are of no use."""
+        self._wait_for("move_experts")
+        assert self.plan.dispatch is not None and self.mesh is not None
+        layout, stacks = self.plan.dispatch.layout, experts_of(self.params)
+        sizes = [len(p.placement.expert_of) for p in stacks]
+        old, new = layout.placement(self.expert_of), layout.placement(expert_of)
+        source = everywhere(tuple(by_stack(sources(layout, old, new), sizes)), self.mesh)
+        tables = everywhere(by_stack(new, sizes), self.mesh)
+        moved = self._programs["move_experts", 0](tuple(p.weights for p in stacks), source)
+        self.params = with_experts(self.params, map(PlacedExperts, moved, tables))
 
     def _wait_for(self, kind: str) -> None:
         while (kind, 0) not in self._programs:

@@ -12,25 +12,29 @@ from jax import Array, lax
 
 import kernels_pallas.cpu as cpu
 from jaxserve.cache.attend import beginning, paged
+from jaxserve.cache.kv_cache import KVCache
 from jaxserve.engine import sampler
 from jaxserve.models.ops import AttendMade, Ops
 from jaxserve.models.parallel import parallel_ops, spread
 from jaxserve.plan import Plan
 from kernels_pallas.paged_attention import Ragged
 from kernels_pallas.paged_attention.reference import page_write
+from moe.load import add_load
+from moe.router import Router
 from sharding.mesh import TENSOR
 
 
 def serving_ops(plan: Plan, batch: Ragged, num_tokens: int) -> Ops:
     """Operations for the plan's kernels, which skip the padding of a bucket of `num_tokens`."""
     num_rows = batch.row_starts[batch.num_seqs]
-    ops = _on_mesh(plan, _kernels(plan, num_rows, batch), num_rows)
+    split = plan.parallelism.tensor > 1
+    ops = _on_mesh(plan, _kernels(plan, num_rows, batch), num_rows, split=split)
     if not (plan.on_mesh and plan.spreads_tokens):
         return ops
     size = num_tokens // plan.parallelism.sequence
     own_rows = jnp.clip(num_rows - lax.axis_index(TENSOR) * size, 0, size)
-    own = _kernels(plan, own_rows, None)
-    return replace(ops, spread=spread(parallel_ops(own, plan.dispatch, own_rows, split=False)))
+    own = _on_mesh(plan, _kernels(plan, own_rows, None), own_rows, split=False)
+    return replace(ops, spread=spread(own))
 
 
 def attend_made(
@@ -50,13 +54,24 @@ def attend_made(
 
 def head_ops(plan: Plan, num_rows: Array) -> Ops:
     """Operations for `logits`, which see sequences instead of tokens."""
-    return _on_mesh(plan, _kernels(plan, num_rows, None), num_rows)
+    split = plan.parallelism.tensor > 1
+    return _on_mesh(plan, _kernels(plan, num_rows, None), num_rows, split=split)
 
 
-def _on_mesh(plan: Plan, ops: Ops, num_rows: Array) -> Ops:
+def _on_mesh(plan: Plan, ops: Ops, num_rows: Array, *, split: bool) -> Ops:
+    """`split`: devices along the axis "tensor" have the same tokens."""
     if not plan.on_mesh:
         return ops
-    return parallel_ops(ops, plan.dispatch, num_rows, split=plan.parallelism.tensor > 1)
+    ops = parallel_ops(ops, plan.dispatch, num_rows, split=split)
+    return replace(ops, record=partial(_count, num_rows)) if plan.dispatch else ops
+
+
+def _count(
+    num_rows: Array, kv: KVCache, layer: Array | int, router: Router, scores: Array, ids: Array
+) -> KVCache:
+    """The cache with the choices ids [T, A] of a layer's tokens counted."""
+    assert kv.load is not None, "plans with experts on other devices count what those are asked for"
+    return replace(kv, load=add_load(kv.load[0], layer, ids, num_rows)[None])
 
 
 def sampling_ops(plan: Plan, num_rows: Array) -> dict[str, Callable[..., Any]]:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 from jax.sharding import NamedSharding
 
 from jaxserve.cache import kv_cache
@@ -19,7 +19,12 @@ from jaxserve.engine.batch import MAX_STOPS, SampleArrays, StepArrays
 from jaxserve.engine.programs import decode_loop, forward_step, sample_step, whole_step
 from jaxserve.engine.sampler import MAX_BIAS
 from jaxserve.models.family import Family
+from jaxserve.models.parallel import experts_of
 from jaxserve.plan import Plan
+from moe.dispatch import Dispatch
+from moe.load import no_load
+from moe.moving import move
+from sharding.mesh import TENSOR
 
 COPIES = 64
 """Pages copied per launch."""
@@ -32,7 +37,8 @@ class Program(NamedTuple):
 
     `takes` and `gives` say of arguments and results how a mesh holds them (engine/spread.py):
     "params"; "kv"; "state", of which each rank has a block of rows; "host", arrays that the host
-    packs for each rank; "drawn", which every device is to know.
+    packs for each rank; "table", which is the same on every device; "drawn", which every device is
+    to know.
     """
 
     function: Callable[..., Any]
@@ -83,9 +89,35 @@ def program(plan: Plan, family: Family, cfg: Any, params: Any, kind: str, size: 
         return Program(
             _seed_history, (0,), (history, _ints(()), row), ("state", "host", "host"), ("state",)
         )
+    if kind == "take_load":
+        take = partial(_take_load, plan)
+        return Program(take, (0,), (kv,), ("kv",), ("drawn", "kv"))
+    if kind == "move_experts":
+        assert plan.dispatch is not None, "such plans alone have this program"
+        experts = tuple(placed.weights for placed in experts_of(params))
+        source = tuple(_ints(placed.placement.expert_of.shape) for placed in experts_of(params))
+        function = partial(_move_experts, plan.dispatch)
+        return Program(function, (0,), (experts, source), ("params", "table"), ("params",))
     assert kind == "copy_pages"
     pages = _ints((COPIES,))
     return Program(kv_cache.copy_pages, (0,), (kv, pages, pages), ("kv", "host", "host"), ("kv",))
+
+
+def _take_load(plan: Plan, kv: KVCache) -> tuple[Any, KVCache]:
+    """How often experts were asked for [1, L, E], and the cache that has counted nothing.
+
+    Devices that share a rank have counted the same tokens, or each its own.
+    """
+    load = lax.psum(kv.load, TENSOR) if plan.spreads_tokens else kv.load
+    return load, replace(kv, load=jax.tree.map(jnp.zeros_like, kv.load))
+
+
+def _move_experts(
+    dispatch: Dispatch, experts: tuple[Any, ...], sources: tuple[Array, ...]
+) -> tuple[Any, ...]:
+    """Every stack's experts in their new slots."""
+    how = partial(move, dispatch.transport, dispatch.layout)
+    return tuple(how(*stack) for stack in zip(experts, sources, strict=True))
 
 
 def _seed_history(history: Array, slot: Array, row: Array) -> Array:
@@ -106,6 +138,8 @@ def empty_state(plan: Plan, cfg: Any, device: Any = None) -> tuple[KVCache, Arra
         calibrated=plan.kv_calibrated,
         whole_scales=plan.platform == "tpu",
     )
+    if plan.dispatch is not None:
+        kv = replace(kv, load=no_load(cfg.num_layers, plan.dispatch.layout.num_experts)[None])
     return kv, jnp.zeros((plan.max_num_seqs, plan.max_model_len + 1), jnp.int32, device=device)
 
 

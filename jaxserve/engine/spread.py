@@ -10,6 +10,7 @@ Arrays of the host come stacked, a row for each rank.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -18,11 +19,10 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxserve.cache.kv_cache import KVCache
 from jaxserve.engine.signature import Program, empty_state
 from jaxserve.plan import Plan
 from kernels_pallas.paged_attention.codec import StaticInt8Pages
-from sharding.mesh import BATCH, TENSOR
+from sharding.mesh import BATCH, TENSOR, put
 
 _RANKS = P(BATCH)
 
@@ -30,8 +30,8 @@ _RANKS = P(BATCH)
 def spread(program: Program, plan: Plan, mesh: Mesh) -> Program:
     """The program over the whole mesh; weights know their places already."""
     specs = tuple(map(_specs, program.takes, program.arguments, [plan] * len(program.takes)))
-    kv = next((s for kind, s in zip(program.takes, specs, strict=True) if kind == "kv"), None)
-    results = tuple({"state": _RANKS, "drawn": P(), "kv": kv}[kind] for kind in program.gives)
+    known = dict(zip(program.takes, specs, strict=True)) | {"state": _RANKS, "drawn": P()}
+    results = tuple(known[kind] for kind in program.gives)
 
     def one_rank(*arguments: Any) -> Any:
         local = [
@@ -77,11 +77,15 @@ def stacked(each: Sequence[Any], mesh: Mesh) -> Any:
 
     def join(*arrays: Any) -> Any:
         whole = np.stack(arrays)
-        if place.is_fully_addressable:
-            return whole
-        return jax.make_array_from_callback(whole.shape, place, lambda index: whole[index])
+        return whole if place.is_fully_addressable else put(whole, place)
 
     return jax.tree.map(join, *each)
+
+
+def everywhere(tree: Any, mesh: Mesh) -> Any:
+    """Host arrays, whole on every device."""
+    place = NamedSharding(mesh, P())
+    return jax.tree.map(lambda x: put(x, place), tree)
 
 
 def on_devices(each: Sequence[Any], mesh: Mesh) -> Any:
@@ -99,7 +103,10 @@ def _specs(kind: str, argument: Any, plan: Plan) -> Any:
     if kind == "params":
         return jax.tree.map(lambda a: a.sharding.spec, argument)
     if kind == "kv":
-        return KVCache(*(_pages(pages, plan) for pages in (argument.k, argument.v)))
+        k, v = (_pages(pages, plan) for pages in (argument.k, argument.v))
+        return replace(argument, k=k, v=v, load=jax.tree.map(lambda _: _RANKS, argument.load))
+    if kind == "table":
+        return jax.tree.map(lambda _: P(), argument)
     return jax.tree.map(lambda _: _RANKS, argument)
 
 

@@ -9,7 +9,7 @@ as in Megatron-LM (Shoeybi et al., 2019): two sums a layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -28,7 +28,7 @@ from moe.experts import Experts
 from moe.parallel import PlacedExperts
 from moe.placement import Placement
 from sharding.collectives import all_gather, all_to_all
-from sharding.mesh import TENSOR, Parallelism
+from sharding.mesh import TENSOR, Parallelism, put
 from sharding.rules import PREFILL, fitted, spec
 from sharding.tree import Weight, is_weight
 
@@ -65,16 +65,49 @@ def placed(tree: Any, placement: Placement, put: Callable[[Any], Any]) -> Any:
         placement: of every layer that has experts, in order; leading axes are layers.
         put: what becomes of a stack's part of the tables.
     """
-    first, stacks = 0, []
-    for stack in tree.stacks:
-        experts = getattr(stack.mlp, "experts", None)
-        if experts is not None:
-            n = jax.tree.leaves(stack)[0].shape[0]
-            tables = jax.tree.map(lambda a, i=first, n=n: put(a[i : i + n]), placement)
-            stack = replace(stack, mlp=replace(stack.mlp, experts=PlacedExperts(experts, tables)))
-            first += n
-        stacks.append(stack)
-    return replace(tree, stacks=tuple(stacks))
+    experts = experts_of(tree)
+    tables = by_stack(placement, [len(jax.tree.leaves(stack)[0]) for stack in experts])
+    return with_experts(
+        tree,
+        [PlacedExperts(e, jax.tree.map(put, t)) for e, t in zip(experts, tables, strict=True)],
+    )
+
+
+def experts_of(tree: Any) -> tuple[Any, ...]:
+    """The experts of every stack of layers that has any, in order."""
+    found = (getattr(stack.mlp, "experts", None) for stack in tree.stacks)
+    return tuple(experts for experts in found if experts is not None)
+
+
+def expert_layers(tree: Any) -> list[int]:
+    """Numbers of the layers that have experts."""
+    has = [
+        getattr(stack.mlp, "experts", None) is not None
+        for stack in tree.stacks
+        for _ in range(len(jax.tree.leaves(stack)[0]))
+    ]
+    return [i for i, mixture in enumerate(has) if mixture]
+
+
+def with_experts(tree: Any, experts: Iterable[Any]) -> Any:
+    """The tree with others in their place."""
+    following = iter(experts)
+
+    def changed(stack: Any) -> Any:
+        if getattr(stack.mlp, "experts", None) is None:
+            return stack
+        return replace(stack, mlp=replace(stack.mlp, experts=next(following)))
+
+    return replace(tree, stacks=tuple(map(changed, tree.stacks)))
+
+
+def by_stack(tree: Any, sizes: Sequence[int]) -> list[Any]:
+    """A tree of arrays [L, ...] in parts of so many layers each."""
+    ends = np.cumsum(sizes)
+    return [
+        jax.tree.map(lambda a, i=end - n, j=end: a[i:j], tree)
+        for n, end in zip(sizes, ends, strict=True)
+    ]
 
 
 def marked(declared: Any, params: Any, sizes: Mapping[str, int], parallelism: Parallelism) -> Any:
@@ -206,11 +239,8 @@ def put_on_mesh(
         leaf = jax.tree.map(lambda x: np.repeat(x, copies, axis), leaf)
     place = place_of(w, sizes, parallelism)
 
-    def put(x: Any) -> jax.Array:
+    def share(x: Any) -> jax.Array:
         own = PartitionSpec(*place[: x.ndim])  # scales lack the last axis
-        sharding = NamedSharding(mesh, own)
-        if sharding.is_fully_addressable:
-            return jax.device_put(x, sharding)
-        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+        return put(x, NamedSharding(mesh, own))
 
-    return jax.tree.map(put, leaf)
+    return jax.tree.map(share, leaf)

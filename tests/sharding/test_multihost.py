@@ -77,13 +77,16 @@ except multihost.PeerLostError as error:
 """
 
 
-def run(code: str, *arguments: str) -> list[str]:
-    """What two processes print, in order of their ids."""
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return free.getsockname()[1]
+
+
+def run(code: str, *arguments: str, codes: tuple[int, int] = (0, 0)) -> list[str]:
+    """What two processes print, in order of their ids; they end with `codes`."""
     base = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    base |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2"}
+    base |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}", "JAX_NUM_PROCESSES": "2"}
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", START + code, *arguments],
@@ -95,12 +98,12 @@ def run(code: str, *arguments: str) -> list[str]:
         for i in range(2)
     ]
     try:
-        ended = [process.communicate(timeout=120) for process in processes]
+        ended = [process.communicate(timeout=300) for process in processes]
     finally:
         for process in processes:
             process.kill()
-    for process, (_, errors) in zip(processes, ended, strict=True):
-        assert process.returncode == 0, errors
+    for process, expected, (_, errors) in zip(processes, codes, ended, strict=True):
+        assert process.returncode == expected, errors
     return [out for out, _ in ended]
 
 

@@ -1,0 +1,136 @@
+"""A model's weights in the form that an engine serves, on its device or its mesh."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxserve.checkpoint import hf
+from jaxserve.config import EngineConfig
+from jaxserve.errors import ConfigError
+from jaxserve.models.family import Family
+from jaxserve.models.layers import restack
+from jaxserve.models.parallel import placed, put_on_mesh
+from jaxserve.plan import Plan
+from jaxserve.quant import weights as quant
+from sharding.mesh import put
+from sharding.tree import Weight, initialise, is_weight, unstack
+
+
+@dataclass(frozen=True)
+class ServedWeights:
+    """Makes trees of weights that the programs of a plan take.
+
+    Attributes:
+        folder: of the checkpoint.
+        family, cfg: of the model in it.
+        mesh: None: they all go to `device`.
+    """
+
+    folder: Path
+    family: Family
+    cfg: Any
+    config: EngineConfig
+    plan: Plan
+    device: Any
+    mesh: Mesh | None
+
+    def load(self) -> Any:
+        """The checkpoint's weights, or random ones where that is asked for."""
+        plan = self.plan
+        if self.config.load_format == "dummy":
+            declared = self._declared()
+            return self._served(initialise(declared, self.cfg.sizes, plan.dtype, self.config.seed))
+        params = hf.load_params(
+            self.folder,
+            self.family,
+            self.cfg,
+            plan.dtype,
+            unrolled=plan.unrolled,
+            convert=quant.quantize if plan.quantization else None,
+            place=self._place,
+            progress=self.config.progress,
+        )
+        return self._with_placement(self._with_own_head(params))
+
+    def _place(self, w: Weight, leaf: Any) -> Any:
+        """A leaf on the device, or each device's share on the mesh."""
+        if self.mesh is None:
+            return jax.device_put(leaf, self.device)
+        dispatch, sizes = self.plan.dispatch, self.cfg.sizes
+        placement = dispatch.layout.initial() if dispatch else None
+        return put_on_mesh(w, leaf, sizes, self.plan.parallelism, self.mesh, placement)
+
+    def _with_placement(self, params: Any) -> Any:
+        """With tables of where experts live, if they are spread over devices."""
+        if self.plan.dispatch is None or self.mesh is None:
+            return params
+        everywhere = NamedSharding(self.mesh, PartitionSpec())
+        placement = self.plan.dispatch.layout.initial(self.cfg.num_layers)
+        return placed(params, placement, partial(put, sharding=everywhere))
+
+    def _with_own_head(self, params: Any) -> Any:
+        """With an eight-bit copy of a tied table, which products want while lookups want floats."""
+        if not self.plan.quantization or params.lm_head is not None:
+            return params
+        head = quant.round_to_int8(np.asarray(params.embed))
+        return dataclasses.replace(params, lm_head=self._place(self._declared().embed, head))
+
+    def _declared(self) -> Any:
+        declared = self.family.declare_params(self.cfg)
+        return unstack(declared) if self.plan.unrolled else declared
+
+    def _served(self, params: Any) -> Any:
+        """A tree of floats as it is served."""
+        if not self.plan.quantization and self.mesh is None:
+            return params
+
+        def leaf(w: Weight, x: Any) -> Any:
+            x = np.asarray(x)
+            return self._place(w, quant.quantize(w, x) if self.plan.quantization else x)
+
+        leaves = jax.tree.map(leaf, self._declared(), params, is_leaf=is_weight)
+        return self._with_placement(self._with_own_head(leaves))
+
+    def copied(self, params: Any, served: Any) -> Any:
+        """A copy of a tree in the form, the types and the places of the one that is served.
+
+        Raises:
+            ConfigError: a leaf is missing or of another shape.
+        """
+        sizes = [jax.tree.leaves(stack)[0].shape[0] for stack in served.stacks]
+        if [jax.tree.leaves(stack)[0].shape[0] for stack in params.stacks] != sizes:
+            params = restack(jax.tree.map(np.asarray, params), sizes)
+        params = self._served(params)
+        wanted, tree = jax.tree_util.tree_flatten_with_path(served)
+        given = dict(jax.tree_util.tree_flatten_with_path(params)[0])
+        leaves = []
+        for path, old in wanted:
+            new, name = given.pop(path, None), jax.tree_util.keystr(path).lstrip(".")
+            if new is None or new.shape != old.shape:
+                seen = "missing" if new is None else f"of shape {list(new.shape)}"
+                raise ConfigError(f"{name} is {seen}; the engine serves {list(old.shape)}")
+            leaves.append(_copied(new, old))
+        if given:
+            raise ConfigError(
+                f"{jax.tree_util.keystr(next(iter(given))).lstrip('.')} is not served"
+            )
+        return jax.tree.unflatten(tree, leaves)
+
+
+def _copied(x: Any, old: jax.Array) -> jax.Array:
+    """x in another buffer, of the type and in the place of `old`, without a program: none may be
+    compiled while an engine serves."""
+    if x.dtype == old.dtype:
+        return jax.device_put(x, old.sharding, may_alias=False)
+    host = np.asarray(x)
+    out = hf.aligned_empty(host.shape, np.dtype(old.dtype))
+    out[...] = host.astype(old.dtype)
+    return jax.device_put(out, old.sharding)
