@@ -63,6 +63,7 @@ WRONG: list[tuple[str, list[Any]]] = [
     ("expert_parallel_size", [0, -4, 1.5, None, "4"]),
     ("sequence_parallel_size", [0, -4, 1.5, None, "4"]),
     ("num_redundant_experts", [-1, 1.5, None, "1"]),
+    ("eplb_step_interval", [0, -3, 1.5, "1"]),
     ("enable_dbo", [None, "yes", 2]),
     ("seed", [None, 1.5, "0"]),
     ("enable_prefix_caching", [None, "no", 2]),
