@@ -159,7 +159,7 @@ def compile_step(
     """Compiles a decoding step of `shape` over a TPU slice.
 
     Raises:
-        ConfigError: the slice has no compiler, too few devices, or no room for the weights.
+        ConfigError: the slice has no compiler, too few devices, or no room for the step.
         AbsentCompilerError: the extra `aot` is not installed.
     """
     if not topology.target:
@@ -178,9 +178,22 @@ def compile_step(
     made = spread(made, plan, mesh)
     started = time.monotonic()
     lowered = jax.jit(made.function, donate_argnums=made.donated).lower(*made.arguments)
-    compiled = lowered.compile(compiler_options=_OVERLAP if topology.platform == "tpu" else None)
+    compiled = _compiled(lowered, topology)
     seconds = time.monotonic() - started
     return Compiled(shape, topology, parallelism, step, plan, compiled, seconds)
+
+
+def _compiled(lowered: Any, topology: Topology) -> Any:
+    try:
+        return lowered.compile(compiler_options=_OVERLAP if topology.platform == "tpu" else None)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise ConfigError(
+            f"--compile {topology.name}: the step does not fit a device. Its compiler says: "
+            f"{str(error).partition(': ')[2].splitlines()[0]} Lower --batch or the lengths, or "
+            "take more devices"
+        ) from None
 
 
 class _Absent:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
 import pytest
 
-from jaxserve.deployment import shapes
+from jaxserve.deployment import compiled, shapes
 from jaxserve.deployment.compiled import Step, compile_step
 from jaxserve.deployment.shapes import Shape
 from jaxserve.errors import ConfigError
@@ -36,8 +37,7 @@ def shallow(name: str, layers: int) -> Shape:
 )
 def test_it_fits_and_sends_what_was_predicted(model: str, target: str, split: Parallelism):
     step = Step(sequences=32, context=4096)
-    compiled = compile_step(shallow(model, 4), named(target), split, step)
-    found = compiled.as_dict()
+    found = compile_step(shallow(model, 4), named(target), split, step).as_dict()
     assert found["devices"] == split.num_devices
     assert found["fits"]
     held = found["weight_bytes"] + found["kv_bytes"]
@@ -55,6 +55,16 @@ def test_what_cannot_be_compiled_is_refused_before_it_is_tried():
     shape = shapes.read("qwen3-30b-a3b")
     with pytest.raises(ConfigError, match="no compiler for it; take a TPU slice"):
         compile_step(shape, named("cm384-decode"), Parallelism(320, 320), Step(8, 1024))
+
+
+def test_a_step_that_does_not_fit_is_refused_in_the_compilers_words():
+    class Large:
+        def compile(self, **_: object) -> None:
+            said = "RESOURCE_EXHAUSTED: Ran out of memory on HBM, 156.80G exceeds 95.74G.\nMore"
+            raise jax.errors.JaxRuntimeError(said)
+
+    with pytest.raises(ConfigError, match=r"156.80G exceeds 95.74G\. Lower --batch"):
+        compiled._compiled(Large(), named("v5p:2x2x2"))
 
 
 @pytest.mark.aot
