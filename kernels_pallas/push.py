@@ -7,7 +7,8 @@ Counts travel beside the first block; that a block is complete is told by its DM
 Two blocks are what it takes. In a round every pair exchanges a message each way: a block, or a flag
 from who has none left. Who has a peer's message of round r knows that round r - 1 was unloaded
 there, and so that its block of round r + 1 falls on nothing unread. With one block, a fast device
-would write over what a slow one has not read.
+would write over what a slow one has not read. Nobody is more than a round ahead, so two semaphores
+serve all peers: a TPU has memory for 512, and EP320 has 320 peers.
 """
 
 from __future__ import annotations
@@ -84,10 +85,9 @@ def push(
             pltpu.SMEM((n,), jnp.int32),
             pltpu.SMEM((n,), jnp.int32),
             pltpu.SMEM((lines, _LANES), jnp.int32),
-            dma((n,)),
-            dma((tile.num_blocks, n)),
-            pltpu.SemaphoreType.REGULAR((n,)),
-            dma((3,)),
+            dma((tile.num_blocks,)),
+            pltpu.SemaphoreType.REGULAR((2,)),
+            dma((4,)),
         ],
         compiler_params=pltpu.CompilerParams(collective_id=collective_id, has_side_effects=True),
         interpret=interpret,
@@ -100,7 +100,7 @@ def _kernel(
     sent, first, header, rows,  # [n], [n], [n, lines, 128], [M, S, 128]
     arrived, theirs, landing,  # [num_out, S, 128], [n, lines, 128], [blocks, n, rows, S, 128]
     due, place, line,  # [n], [n], [lines, 128]
-    counts_here, block_here, flag, local,  # semaphores: [n], [blocks, n], [n], [3]
+    blocks_here, flags_here, others,  # semaphores: [blocks], [2], [4]
     *, axes: tuple[str, ...], tile: Tile,
 ):  # fmt: skip
     sizes = [lax.axis_size(axis) for axis in axes]
@@ -108,7 +108,7 @@ def _kernel(
     me = jnp.int32(0)
     for axis, size in zip(axes, sizes, strict=True):
         me = me * size + lax.axis_index(axis)
-    sending, unloading, reading = (local.at[i] for i in range(3))
+    counts_here, sending, unloading, reading = (others.at[i] for i in range(4))
 
     def device(j: Array) -> Any:
         strides = [math.prod(sizes[i + 1 :]) for i in range(len(sizes))]
@@ -143,19 +143,18 @@ def _kernel(
         return lax.div(jnp.maximum(sent[j], due[j]) + (B - 1), jnp.int32(B))
 
     def counts_to(j):
-        return remote(header.at[j], theirs.at[me], counts_here.at[me], j)
+        return remote(header.at[j], theirs.at[me], counts_here, j)
 
     def block_to(j, r, at, size):
         source = rows.at[pl.ds(first[j] + r * B + at, size)]
         slot = lax.rem(r, tile.num_blocks)
         target = landing.at[slot, me, pl.ds(at, size)]
-        return remote(source, target, block_here.at[slot, me], j)
+        return remote(source, target, blocks_here.at[slot], j)
 
     def block_from(j, r, at, size):
         slot = lax.rem(r, tile.num_blocks)
-        return remote(
-            rows.at[pl.ds(0, size)], landing.at[slot, j, pl.ds(at, size)], block_here.at[slot, j], j
-        )  # its source and device are not ours to know; only the semaphore and the size are used
+        source, target = rows.at[pl.ds(0, size)], landing.at[slot, j, pl.ds(at, size)]
+        return remote(source, target, blocks_here.at[slot], j)  # only the size is looked at
 
     def unloaded(j, r, at, size):
         source = landing.at[lax.rem(r, tile.num_blocks), j, pl.ds(at, size)]
@@ -171,21 +170,20 @@ def _kernel(
         def act(j):
             @pl.when((r * B >= sent[j]) & (r < rounds(j)))
             def _():
-                pl.semaphore_signal(flag.at[me], 1, device_id=device(j))
+                pl.semaphore_signal(flags_here.at[lax.rem(r, 2)], 1, device_id=device(j))
 
         peers(act)
 
     def receive(r: Array | int) -> None:
-        def unload(j):
-            # all first: one row's bytes on the semaphore do not say which row has come
+        def await_message(j):
             pieces(due[j], r, lambda *piece: block_from(j, r, *piece).wait_recv())
-            pieces(due[j], r, lambda *piece: unloaded(j, r, *piece).start())
 
             @pl.when((r > 0) & (r * B >= due[j]) & (r < rounds(j)))
             def _():
-                pl.semaphore_wait(flag.at[j], 1)
+                pl.semaphore_wait(flags_here.at[lax.rem(r, 2)], 1)
 
-        peers(unload)
+        peers(await_message)  # all of them: what has come first is not said
+        peers(lambda j: pieces(due[j], r, lambda *piece: unloaded(j, r, *piece).start()))
         peers(lambda j: pieces(due[j], r, lambda *piece: unloaded(j, r, *piece).wait()))
         peers(lambda j: pieces(sent[j], r, lambda *piece: block_to(j, r, *piece).wait_send()))
 
@@ -194,9 +192,9 @@ def _kernel(
     pl.semaphore_wait(barrier, n)
     peers(lambda j: counts_to(j).start())
     send(0)
+    peers(lambda j: counts_to(j).wait_recv())
 
     def read_counts(j, total):
-        remote(header.at[j], theirs.at[j], counts_here.at[j], j).wait_recv()
         copy = pltpu.make_async_copy(theirs.at[j], line, reading)
         copy.start()
         copy.wait()
