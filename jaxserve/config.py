@@ -33,6 +33,8 @@ class EngineConfig:
         data_parallel_size: replicas of attention, each with requests and a cache of its own;
             None: as many as `expert_parallel_size` asks for.
         expert_parallel_size: devices that split the experts among them.
+        sequence_parallel_size: 1, or `tensor_parallel_size`: those devices then split a step's
+            tokens among them outside of attention, which reads prompts with less communication.
         num_redundant_experts: further places for copies of the experts that are asked for most.
         eplb_step_interval: steps after which experts move to where they are asked for (expert
             parallel load balancing), again and again; None: only `LLM.rebalance_experts` moves any.
@@ -60,6 +62,7 @@ class EngineConfig:
     tensor_parallel_size: int = 1
     data_parallel_size: int | None = None
     expert_parallel_size: int = 1
+    sequence_parallel_size: int = 1
     num_redundant_experts: int = 0
     eplb_step_interval: int | None = None
     enable_dbo: bool = False
@@ -98,6 +101,7 @@ _RULES: dict[str, _Rule] = {
     "tensor_parallel_size": _COUNT,
     "data_parallel_size": _COUNT,
     "expert_parallel_size": _COUNT,
+    "sequence_parallel_size": _COUNT,
     "num_redundant_experts": (Integral, lambda n: n >= 0, "a whole number, at least 0"),
     "eplb_step_interval": _COUNT,
     "enable_dbo": _FLAG,

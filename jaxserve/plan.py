@@ -24,7 +24,7 @@ from moe.dispatch import Dispatch
 from moe.placement import ExpertLayout
 from moe.transport import Transport
 from sharding.mesh import EXPERTS, Parallelism
-from sharding.rules import DECODE, fitted, local_sizes
+from sharding.rules import PREFILL, fitted, local_sizes
 
 FIRST_BUCKET = 64
 """Tokens of the program that is compiled first and serves until the others exist."""
@@ -89,6 +89,11 @@ class Plan:
         return self.parallelism.num_devices > 1
 
     @property
+    def spreads_tokens(self) -> bool:
+        """Outside of attention, devices of the tensor axis have tokens of their own."""
+        return self.parallelism.sequence > 1
+
+    @property
     def max_num_batched_tokens(self) -> int:
         return self.token_buckets[-1]
 
@@ -128,13 +133,16 @@ class Plan:
         """All programs of an engine's life, kind and size, in the order they are wanted.
 
         "forward" (tokens) and "sample" (sequences) make a step together; the first two serve the
-        first token. "step" (sequences) is both in one, for steps that are mostly decoding.
+        first token. "step" (sequences) is both in one, for steps that are mostly decoding, and
+        "beginning" (tokens) is a "forward" for prompts alone, read from their first tokens.
         """
         first = min(self.token_buckets, key=lambda t: abs(t - FIRST_BUCKET))
         small = self.step_tokens(self.row_buckets[-1])
         wanted = [("forward", first), ("sample", self.rows(first))]
         wanted += [("seed_history", 0), ("copy_pages", 0), ("step", 1)]
         wanted += [("forward", t) for t in self.token_buckets if t > small]
+        if self.spreads_tokens:
+            wanted += [("beginning", t) for t in self.token_buckets if t > small]
         wanted += [(kind, r) for r in self.row_buckets for kind in ("step", "sample")]
         if self.dispatch is not None:
             wanted += [("take_load", 0), ("move_experts", 0)]
@@ -198,8 +206,9 @@ def resolve(
     kv_shape = stored_shape(kv_shape, target) if kernels == "pallas" else kv_shape
     kv_calibrated = kv_calibrated and kv_dtype == jnp.int8
     per_page = page_bytes(
-        cfg.num_layers, page_size, kv_shape, kv_dtype, cfg.key_parts, calibrated=kv_calibrated
-    )
+        cfg.num_layers, page_size, kv_shape, kv_dtype, cfg.key_parts,
+        calibrated=kv_calibrated, whole_scales=platform == "tpu",
+    )  # fmt: skip
     sharing = parallelism.num_devices if platform == "cpu" else 1  # devices of one machine
     total = (memory or memory_limit(device)) // sharing
     max_len, num_pages = _cache(
@@ -218,7 +227,7 @@ def resolve(
         kv_shape=kv_shape,
         max_model_len=max_len,
         max_num_seqs=max_seqs,
-        token_buckets=_buckets(max(batched, max_seqs)),
+        token_buckets=_buckets(max(batched, max_seqs), _unit(config)),
         page_size=page_size,
         num_pages=num_pages,
         kernels=kernels,
@@ -260,13 +269,34 @@ def sizes_on_device(cfg: Any, parallelism: Parallelism) -> dict[str, int]:
     """What one device has of every axis of a model.
 
     Raises:
-        ConfigError: the split divides some axis of it unevenly.
+        ConfigError: the split divides some axis of it unevenly, or spreads what cannot be.
     """
+    _check_spread(cfg, parallelism)
     try:
         whole = whole_sizes(cfg.sizes, parallelism)
-        return local_sizes(fitted(DECODE, parallelism), whole, parallelism.abstract_mesh)
+        return local_sizes(fitted(PREFILL, parallelism), whole, parallelism.abstract_mesh)
     except ValueError as error:
         raise ConfigError(str(error)) from None
+
+
+def _check_spread(cfg: Any, parallelism: Parallelism) -> None:
+    """Refuses to spread tokens of models whose layers would have to gather them again."""
+    n = parallelism.sequence
+    if n == 1:
+        return
+    if cfg.kv_shape[2]:
+        heads, key, value = cfg.kv_shape
+        raise ConfigError(
+            f"sequence_parallel_size={n} gathers latents between tokens and heads, and this model "
+            f"has none: {heads} KV heads keep {heads * (key + value)} values a token; the nearest "
+            "setting that works is sequence_parallel_size=1"
+        )
+    if cfg.router is not None and parallelism.expert == 1:
+        raise ConfigError(
+            f"sequence_parallel_size={n} gives each device tokens of its own, and with "
+            "expert_parallel_size=1 every expert is split over them; the nearest setting that "
+            f"works is expert_parallel_size={n}"
+        )
 
 
 def _dispatch(
@@ -296,7 +326,10 @@ def parallelism_of(config: EngineConfig) -> Parallelism:
     """The asked split; experts that are split bring as many replicas of attention along."""
     try:
         return Parallelism.of(
-            config.data_parallel_size, config.expert_parallel_size, config.tensor_parallel_size
+            config.data_parallel_size,
+            config.expert_parallel_size,
+            config.tensor_parallel_size,
+            config.sequence_parallel_size,
         )
     except ValueError as error:
         raise ConfigError(str(error)) from None
@@ -344,12 +377,19 @@ def _page_size(config: EngineConfig, platform: str) -> int:
     return 128 if platform == "tpu" and config.kv_cache_dtype != "auto" else 64
 
 
-def _buckets(largest: int) -> tuple[int, ...]:
-    """Powers of two from 8 on, and the largest itself."""
+def _unit(config: EngineConfig) -> int:
+    """What a step's tokens are a multiple of: devices have equal parts of it, or of each half."""
+    n = config.sequence_parallel_size
+    return 2 * n if n > 1 and config.enable_dbo else n
+
+
+def _buckets(largest: int, unit: int) -> tuple[int, ...]:
+    """Powers of two from 8 on, and the largest itself; rounded up to multiples of `unit`."""
     sizes = [8]
     while sizes[-1] * 2 < largest:
         sizes.append(sizes[-1] * 2)
-    return (*(s for s in sizes if s < largest), largest)
+    sizes = [*(s for s in sizes if s < largest), largest]
+    return tuple(sorted({-(-s // unit) * unit for s in sizes}))
 
 
 def _cache(

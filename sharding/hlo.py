@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -60,27 +61,72 @@ class Window(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _Instruction:
+class Instruction:
+    """One line of a computation; `text` is what follows the operation's name."""
+
     name: str
     type: str
     op: str
     operands: tuple[str, ...]
-    text: str  # what follows the operation's name
+    text: str
 
 
 def collectives_of(hlo: str) -> list[Collective]:
     """The collectives of a module, in the order of its text."""
+    return [c for body in computations(hlo).values() for c in _collectives(body, hlo)]
+
+
+def _collectives(instructions: list[Instruction], hlo: str) -> Iterator[Collective]:
+    types = {x.name: x.type for x in instructions}
+    for x in instructions:
+        kind = x.op.removesuffix("-start")
+        if kind in KINDS:
+            operands = x.operands[:1] if kind == "ragged-all-to-all" else x.operands
+            arrays = [array for name in operands for array in _arrays(types[name])]
+            num_bytes = sum(size for _, size in arrays)
+            yield Collective(kind, arrays[0][0], num_bytes, _group_size(x.text, hlo))
+
+
+def executed_collectives(hlo: str) -> list[tuple[Collective, int]]:
+    """`collectives_of`, each with how often one run of the program comes by it."""
+    times = executions(hlo)
     found = []
-    for instructions in _computations(hlo).values():
-        types = {x.name: x.type for x in instructions}
-        for x in instructions:
-            kind = x.op.removesuffix("-start")
-            if kind in KINDS:
-                operands = x.operands[:1] if kind == "ragged-all-to-all" else x.operands
-                arrays = [array for name in operands for array in _arrays(types[name])]
-                num_bytes = sum(size for _, size in arrays)
-                found.append(Collective(kind, arrays[0][0], num_bytes, _group_size(x.text, hlo)))
+    for name, instructions in computations(hlo).items():
+        if times.get(name):
+            found += [(c, times[name]) for c in _collectives(instructions, hlo)]
     return found
+
+
+def executions(hlo: str) -> Counter[str]:
+    """How often one run comes by each computation, as far as trip counts are known.
+
+    Branches of a conditional count as 0: the engine keeps there what a step rarely needs.
+    """
+    bodies, times = computations(hlo), Counter[str]()
+    entry = re.search(r"^ENTRY %?([\w.-]+) ", hlo, re.MULTILINE)
+
+    def visit(name: str, count: int) -> None:
+        times[name] += count
+        for x in bodies.get(name, ()):
+            trips = _trips(x, bodies) if x.op == "while" else 1
+            for called in re.findall(r"(?:calls|to_apply|body)=%?([\w.-]+)", x.text):
+                visit(called, count * trips)
+
+    if entry:
+        visit(entry[1], 1)
+    return times
+
+
+def _trips(loop: Instruction, bodies: dict[str, list[Instruction]]) -> int:
+    """Runs of a loop whose condition compares a counter from 0 with a constant; else 1."""
+    condition = re.search(r"condition=%?([\w.-]+)", loop.text)
+    inside = bodies.get(condition[1], []) if condition else []
+    limits = {x.name: int(n[1]) for x in inside if (n := re.match(r"(\d+)\)", x.text))
+              and x.op == "constant"}  # fmt: skip
+    for x in inside:
+        if x.op == "compare" and "direction=LT" in x.text and x.operands[1] in limits:
+            return limits[x.operands[1]]
+    return 1
 
 
 def overlap(hlo: str) -> list[Window]:
@@ -93,12 +139,12 @@ def overlap(hlo: str) -> list[Window]:
     """
     if "is_scheduled=true" not in hlo.partition("\n")[0]:
         raise ValueError("the module is not scheduled: give the text of a compiled program")
-    computations = _computations(hlo)
+    bodies = computations(hlo)
     windows = []
-    for instructions in computations.values():
+    for instructions in bodies.values():
         open_: dict[str, Window] = {}
         for x in instructions:
-            kind = _started(x, computations)
+            kind = started(x, bodies)
             if kind is not None:
                 open_[x.name] = Window(kind, 0, 0)
             elif x.op.endswith("-done") and x.operands[0] in open_:
@@ -109,28 +155,29 @@ def overlap(hlo: str) -> list[Window]:
     return windows
 
 
-def _started(x: _Instruction, computations: dict[str, list[_Instruction]]) -> str | None:
+def started(x: Instruction, bodies: dict[str, list[Instruction]]) -> str | None:
     """The kind of collective that an instruction starts."""
     if x.op.removesuffix("-start") in KINDS and x.op.endswith("-start"):
         return x.op.removesuffix("-start")
     called = re.search(r"(?:calls|to_apply)=%?([\w.-]+)", x.text)
     if x.op not in _ASYNC_CALLS or called is None:
         return None
-    inside = [y.op.removesuffix("-start") for y in computations.get(called[1], ())]
+    inside = [y.op.removesuffix("-start") for y in bodies.get(called[1], ())]
     return next((op for op in inside if op in KINDS), None)
 
 
-def _computations(hlo: str) -> dict[str, list[_Instruction]]:
-    computations: dict[str, list[_Instruction]] = {}
-    current: list[_Instruction] = []
+def computations(hlo: str) -> dict[str, list[Instruction]]:
+    """The instructions of every computation of a module, in their order."""
+    found: dict[str, list[Instruction]] = {}
+    current: list[Instruction] = []
     for line in hlo.splitlines():
         if head := _COMPUTATION.match(line):
-            current = computations.setdefault(head["name"], [])
+            current = found.setdefault(head["name"], [])
         elif match := _INSTRUCTION.match(line):
             text = match["rest"]
             operands = tuple(re.findall(r"%([\w.-]+)", text.partition("), ")[0]))
-            current.append(_Instruction(match["name"], match["type"], match["op"], operands, text))
-    return computations
+            current.append(Instruction(match["name"], match["type"], match["op"], operands, text))
+    return found
 
 
 def _arrays(type_text: str) -> Iterator[tuple[str, int]]:

@@ -137,6 +137,8 @@ def local_sizes(
 ) -> dict[str, int]:
     """What one device has of every axis. Where devices outnumber heads, each has one to itself.
 
+    A combined axis that the table keeps whole, although its parts are split, is there by name.
+
     Raises:
         ValueError: as `spec`.
     """
@@ -145,7 +147,12 @@ def local_sizes(
         names = _entry(axis, rules, sizes, mesh) if axis in rules and sizes[axis] else ()
         return sizes[axis] // math.prod(mesh.shape[name] for name in names)
 
-    return {**sizes, **{axis: part(axis) for axis in sizes}}
+    combined = {
+        axis: math.prod(sizes[name] for name in axis.split("*"))
+        for axis, rule in rules.items()
+        if "*" in axis and not rule.axes and set(axis.split("*")) <= set(sizes)
+    }
+    return {**sizes, **{axis: part(axis) for axis in sizes}, **combined}
 
 
 def shardings(tree: Any, rules: Rules, sizes: Mapping[str, int], mesh: Mesh | AbstractMesh) -> Any:

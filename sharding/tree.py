@@ -53,12 +53,18 @@ class Weight:
     also: tuple[str, ...] = ()
 
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
-        """The leaf's shape, given the size of every axis but "layer"."""
+        """The leaf's shape, given the size of every axis but "layer".
+
+        A combined axis may have a size of its own, as where its parts are split and it is not.
+        """
 
         def size(axis: str) -> int:
             return len(self.layers) if axis == "layer" else sizes[axis]
 
-        return tuple(math.prod(map(size, axis.split("*"))) for axis in self.axes)
+        def whole(axis: str) -> int:
+            return sizes[axis] if axis in sizes else math.prod(map(size, axis.split("*")))
+
+        return tuple(map(whole, self.axes))
 
     @property
     def is_matrix(self) -> bool:

@@ -38,6 +38,9 @@ MAY_IMPORT = {
         jaxserve.checkpoint.quantized jaxserve.models.parallel moe kernels_pallas sharding jax""",
     "jaxserve.deployment": """jaxserve.models jaxserve.checkpoint jaxserve.errors
         sharding jax""",
+    "jaxserve.deployment.compiled": """jaxserve.engine jaxserve.plan jaxserve.config jaxserve.quant
+        jaxserve.models jaxserve.errors jaxserve.deployment.shapes
+        moe kernels_pallas sharding jax numpy""",
     "jaxserve.text": "jaxserve.errors jaxserve.request tokenizers jinja2 llguidance numpy",
     "jaxserve.engine": """jaxserve.plan jaxserve.config jaxserve.cache jaxserve.models
         jaxserve.request jaxserve.errors moe kernels_pallas sharding jax numpy""",

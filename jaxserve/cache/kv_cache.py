@@ -66,12 +66,14 @@ def page_bytes(
     key_parts: tuple[int, ...] | None = None,
     *,
     calibrated: bool = False,
+    whole_scales: bool = False,
 ) -> int:
     """Bytes of one page over all layers, its own scales included; arguments are `allocate`'s."""
 
     def pool(num_pages: int) -> int:
         shape = num_layers, num_pages, page_size, kv_shape, dtype, None, key_parts
-        leaves = jax.tree.leaves(jax.eval_shape(partial(allocate, *shape, calibrated=calibrated)))
+        made = partial(allocate, *shape, calibrated=calibrated, whole_scales=whole_scales)
+        leaves = jax.tree.leaves(jax.eval_shape(made))
         return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
     return pool(2) - pool(1)
@@ -87,6 +89,7 @@ def allocate(
     key_parts: tuple[int, ...] | None = None,
     *,
     calibrated: bool = False,
+    whole_scales: bool = False,
 ) -> KVCache:
     """An empty pool on `device`.
 
@@ -96,6 +99,7 @@ def allocate(
         key_parts: lanes of a key that are scaled apart, where they are of different kinds.
         calibrated: int8 pages have a scale for each layer, head and lane, which `with_scales` puts
             there.
+        whole_scales: rows of scales of a page are padded as a TPU wants them.
     """
     heads, key, value = kv_shape
 
@@ -108,7 +112,7 @@ def allocate(
             )
         if parts:  # the last takes in the lanes that hardware adds
             parts = *parts[:-1], lanes - sum(parts[:-1])
-        return empty(dtype, shape, parts=parts, device=device)
+        return empty(dtype, shape, parts=parts, whole=whole_scales, device=device)
 
     return KVCache(pages(key, key_parts), pages(value, None) if value else None)
 

@@ -169,7 +169,10 @@ def _read(
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Memory that the CPU backend takes over without copying it: it starts at a multiple of 64."""
+    """Memory that the CPU backend takes over without copying it: it starts at a multiple of 64.
+
+    numpy asks for huge pages where an array is large, and the backend does not.
+    """
     nbytes = int(np.prod(shape)) * dtype.itemsize
     raw = np.empty(nbytes + 64, np.uint8)
     start = -raw.ctypes.data % 64

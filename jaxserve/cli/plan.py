@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from jaxserve.errors import ConfigError
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from jaxserve.deployment.search import Plan
     from sharding.topology import Topology
 
@@ -21,8 +23,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Declares the options of this command."""
     parser.add_argument("model", help="a published shape such as deepseek-r1, or a model's folder")
     parser.add_argument(
-        "--topology", required=True, metavar="NAME_OR_TOML",
-        help="hardware by name, such as cm384, v5p:4x4x20 or h200:1x2x8, or a TOML file",
+        "--topology", metavar="NAME_OR_TOML",
+        help="hardware by name, such as cm384, v5p:4x4x20 or h200:1x2x8, or a TOML file; by "
+        "default what --compile names",
+    )  # fmt: skip
+    parser.add_argument(
+        "--compile", metavar="TARGET",
+        help="compile the decoding step of this plan for a TPU slice such as v5p:4x4x20, and say "
+        "what its compiler reports (needs the extra aot)",
     )  # fmt: skip
     parser.add_argument("--prompt-len", type=int, default=4096, help="tokens of a prompt")
     parser.add_argument("--output-len", type=int, default=256, help="tokens that follow it")
@@ -63,11 +71,33 @@ def run(args: argparse.Namespace) -> None:
     """Finds a plan and prints it."""
     from jaxserve.deployment.report import as_dict
 
-    found = as_dict(find(args))
+    plan = find(args)
+    found = as_dict(plan)
+    if args.compile:
+        found |= _compile(plan, args.compile)
     if args.json:
         print(json.dumps(found))
     else:
         _print(found)
+
+
+def _compile(plan: Plan, target: str) -> dict[str, Any]:
+    """What the compiler of a slice says of the plan's decoding step."""
+    from jaxserve.deployment.compiled import Step, compile_step
+    from sharding.compile_only import AbsentCompilerError
+
+    traffic, decode = plan.traffic, plan.decode
+    step = Step(
+        round(decode.sequences),
+        traffic.prompt_len + traffic.output_len,
+        "int8" if traffic.eight_bit else None,
+        traffic.microbatch and decode.split.expert > 1,
+    )
+    try:
+        compiled = compile_step(plan.shape, _topology(target, "--compile"), decode.split, step)
+    except AbsentCompilerError as error:
+        raise ConfigError(str(error)) from None
+    return compiled.as_dict()
 
 
 def find(args: argparse.Namespace) -> Plan:
@@ -80,7 +110,11 @@ def find(args: argparse.Namespace) -> Plan:
         value = getattr(args, option)
         if value is not None and value < 1:
             raise ConfigError(f"--{option.replace('_', '-')} {value} must be at least 1")
-    topology = _topology(args.topology)  # before jax is imported: a mistyped name is told at once
+    if not (args.topology or args.compile):
+        raise ConfigError("say what hardware to plan for: --topology NAME_OR_TOML")
+    # before jax is imported: a mistyped name is told at once
+    target = args.compile and _topology(args.compile, "--compile")
+    topology = _topology(args.topology) if args.topology else target
 
     from jaxserve.deployment import search, shapes
     from jaxserve.deployment.prediction import Traffic
@@ -97,7 +131,7 @@ def find(args: argparse.Namespace) -> Plan:
     return search.plan(shapes.read(args.model), topology, traffic, wish)
 
 
-def _topology(text: str) -> Topology:
+def _topology(text: str, option: str = "--topology") -> Topology:
     from sharding import description, hardware
 
     try:
@@ -105,9 +139,9 @@ def _topology(text: str) -> Topology:
             return description.load(text)
         return hardware.named(text)
     except FileNotFoundError:
-        raise ConfigError(f"--topology {text}: there is no such file") from None
+        raise ConfigError(f"{option} {text}: there is no such file") from None
     except ValueError as error:
-        raise ConfigError(f"--topology {error}") from None
+        raise ConfigError(f"{option} {error}") from None
 
 
 def _print(found: dict[str, Any]) -> None:
@@ -120,8 +154,26 @@ def _print(found: dict[str, Any]) -> None:
         table.add_row(name, value)
     console = Console(highlight=False)
     console.print(table)
+    if "target" in found:
+        console.print(_compiled_table(found))
     if other := found["runner_up"]:
         console.print(f"runner-up: {other['why']}", markup=False, soft_wrap=True)
+
+
+def _compiled_table(found: dict[str, Any]) -> Table:
+    from rich.table import Table
+
+    gib = 1 << 30
+    title = f"its decoding step, compiled for {found['target']} in {found['compile_seconds']:.0f} s"
+    table = Table(title=title, title_justify="left", show_header=False)
+    fits = "fits" if found["fits"] else "DOES NOT FIT"
+    table.add_row("memory", f"{found['bytes_per_device'] / gib:.2f} GiB a device of "
+                  f"{found['bytes_available'] / gib:.2f}: {fits}")  # fmt: skip
+    for c in found["collectives"]:
+        if c["num_bytes"] >= 1 << 16:
+            table.add_row(c["kind"], f"{c['count']} x {c['num_bytes']:,} B of {c['dtype']}")
+    table.add_row("under collectives", f"{found['overlapped_flops_share']:.0%} of the operations")
+    return table
 
 
 def _rows(found: dict[str, Any]) -> list[tuple[str, str]]:

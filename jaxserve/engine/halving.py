@@ -11,14 +11,17 @@ from jaxserve.models.ops import Halves, Ops
 from kernels_pallas.paged_attention import Ragged
 
 
-def halves(batch: Ragged, num_tokens: int, ops: Callable[[Ragged], Ops]) -> Halves:
+def halves(
+    batch: Ragged, num_tokens: int, ops: Callable[[Ragged, Array | int, int], Ops]
+) -> Halves:
     """The first half of the real tokens of a step [num_tokens], and the rest.
 
     A sequence may have tokens in both: keys of the first half are written before the second reads
     any, in every layer, so it attends as it would in one piece.
 
     Args:
-        ops: operations for a batch.
+        ops: operations for a part of the step: its batch, the place of its first token in the
+            step, and how many there are with padding.
     """
     size = -(-num_tokens // 2)
     total = batch.row_starts[batch.num_seqs]
@@ -35,7 +38,7 @@ def halves(batch: Ragged, num_tokens: int, ops: Callable[[Ragged], Ops]) -> Halv
 
     rows = min(size, batch.kv_lens.shape[0])  # none is without a token
     parts = _first(batch, middle, rows), _rest(batch, middle, rows)
-    return Halves((ops(parts[0]), ops(parts[1])), cut, join)
+    return Halves((ops(parts[0], 0, size), ops(parts[1], middle, size)), cut, join)
 
 
 def _first(batch: Ragged, middle: Array, rows: int) -> Ragged:

@@ -8,21 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jaxserve.cache.attend import Beginning
 from jaxserve.cache.kv_cache import KVCache
 from jaxserve.engine.batch import SampleArrays, StepArrays, StepInputs
 from jaxserve.engine.halving import halves
 from jaxserve.engine.sampler import Sampled, logprobs_of, sample
-from jaxserve.engine.serving_ops import head_ops, sampling_ops, serving_ops
+from jaxserve.engine.serving_ops import attend_made, head_ops, sampling_ops, serving_ops
 from jaxserve.models.family import Family
+from jaxserve.models.ops import Ops
 from jaxserve.models.parallel import marked
 from jaxserve.plan import Plan
+from kernels_pallas.paged_attention import Ragged
 from sharding.tree import unstack
 
 _SCORED = 64  # prompt tokens whose logits exist at a time
@@ -44,10 +46,16 @@ def forward_step(
     kv: KVCache,
     history: Array,
     arrays: StepArrays,
+    *,
+    begins: bool = False,
 ) -> tuple[Forward, KVCache]:
-    """One step's forward pass, and the cache with its keys."""
+    """One step's forward pass, and the cache with its keys.
+
+    Args:
+        begins: every sequence of the step begins in it, so that there are no earlier keys.
+    """
     x = arrays.unpack()
-    hidden, kv = _hidden(plan, family, cfg, params, kv, history, x)
+    hidden, kv = _hidden(plan, family, cfg, params, kv, history, x, begins=begins)
     last = hidden[jnp.pad(x.last, (0, plan.max_num_seqs - x.last.shape[0]))]
 
     def head(rows: Array) -> Array:
@@ -136,18 +144,35 @@ def decode_loop(
 
 
 def _hidden(
-    plan: Plan, family: Family, cfg: Any, params: Any, kv: KVCache, history: Array, x: StepInputs
+    plan: Plan,
+    family: Family,
+    cfg: Any,
+    params: Any,
+    kv: KVCache,
+    history: Array,
+    x: StepInputs,
+    *,
+    begins: bool = False,
 ) -> tuple[Array, KVCache]:
     """Hidden states [T, D] of a step's tokens, and the cache."""
     drawn = history[x.slots, x.positions[0]][None]
     tokens = jnp.where(x.tokens < 0, drawn, x.tokens)
-    params = _marked(plan, family, cfg, params)
-    ops = serving_ops(plan, x.ragged)
-    if plan.interleaved and tokens.shape[1] > 1:
-        in_turn = halves(x.ragged, tokens.shape[1], partial(serving_ops, plan))
-        ops = replace(ops, halves=in_turn)
-    hidden, kv = family.forward(cfg, params, tokens, x.positions, ops, kv)
-    return hidden[0], kv
+    params, T = _marked(plan, family, cfg, params), tokens.shape[1]
+
+    def operations(part: Ragged, first: Array | int, size: int) -> Ops:
+        ops = serving_ops(plan, part, size)
+        made = attend_made(plan, x.ragged, T, part, first) if begins else None
+        return replace(ops, attend_made=made)
+
+    ops = operations(x.ragged, 0, T)
+    if plan.interleaved and T > 1:
+        ops = replace(ops, halves=halves(x.ragged, T, operations))
+    if not begins:
+        hidden, kv = family.forward(cfg, params, tokens, x.positions, ops, kv)
+        return hidden[0], kv
+    begun = Beginning(kv, jnp.zeros((T, cfg.kv_shape[1]), plan.activation_dtype))
+    hidden, begun = family.forward(cfg, params, tokens, x.positions, ops, begun)
+    return hidden[0], begun.kv
 
 
 def _logits(

@@ -55,7 +55,7 @@ _HASTY: dict[str, Any] = {"xla_backend_optimization_level": 0}  # halves the tim
 class Launched:
     """A step on its way; arrays may not have been computed yet."""
 
-    steps: Sequence[Step]  # of each rank
+    steps: list[Step]  # of each rank
     sampled: Sampled | None  # rows of all ranks; None: none of them draws a token
     reports: bool  # log-probabilities of drawn tokens are asked for
     scored: bool  # and of prompt tokens
@@ -110,6 +110,7 @@ class Runner:
         else:
             self.kv, self.history = empty_states(self.plan, self.cfg, self.mesh)
         if self._kv_scales is not None:
+            assert self.kv is not None
             self.kv = with_scales(self.kv, self._kv_scales)
 
     def free(self) -> None:
@@ -223,7 +224,7 @@ class Runner:
 
     # ---- steps ------------------------------------------------------------------------
 
-    def launch(self, steps: Sequence[Step]) -> Launched:
+    def launch(self, steps: list[Step]) -> Launched:
         """Starts a step of each rank behind those already started."""
         self._check()
         self._enter(steps)
@@ -234,7 +235,7 @@ class Runner:
         R = self._whole(steps)
         return self._launch_parts(steps) if R is None else self._launch_whole(steps, R)
 
-    def _enter(self, steps: Sequence[Step]) -> None:
+    def _enter(self, steps: list[Step]) -> None:
         """Brings the tables of slots up to date, and histories that sampling will look at; puts
         rows of one prefix side by side."""
         for rank, (step, table) in enumerate(zip(steps, self.tables, strict=True)):
@@ -245,7 +246,7 @@ class Runner:
             if self._groupings:
                 self._groupings[rank].arrange(step, bool(moved_in))
 
-    def _launch_whole(self, steps: Sequence[Step], R: int) -> Launched:
+    def _launch_whole(self, steps: list[Step], R: int) -> Launched:
         inputs, scored = self._packed(steps, self.plan.step_tokens(R), R)
         drawing, reports = self._drawing(steps, R)
         sampled, forward, self.kv, self.history = self._programs["step", R](
@@ -253,10 +254,10 @@ class Runner:
         )
         return Launched(steps, sampled, reports, scored, forward)
 
-    def _launch_parts(self, steps: Sequence[Step]) -> Launched:
-        T = self._bucket(steps)
+    def _launch_parts(self, steps: list[Step]) -> Launched:
+        kind, T = self._forward(steps)
         inputs, scored = self._packed(steps, T, self.plan.rows(T))
-        forward, self.kv = self._programs["forward", T](self.params, self.kv, self.history, inputs)
+        forward, self.kv = self._programs[kind, T](self.params, self.kv, self.history, inputs)
         if not any(row.samples for step in steps for row in step.rows):
             return Launched(steps, None, False, scored, forward)  # chunks of prompts that go on
         R = self._row_bucket(steps)
@@ -266,14 +267,14 @@ class Runner:
         )
         return Launched(steps, sampled, reports, scored, forward)
 
-    def _packed(self, steps: Sequence[Step], T: int, R: int) -> tuple[StepArrays, bool]:
+    def _packed(self, steps: list[Step], T: int, R: int) -> tuple[StepArrays, bool]:
         """Arrays of a forward pass, and whether it scores prompts."""
         each = [
             pack_tokens(step, T, R, table) for step, table in zip(steps, self.tables, strict=True)
         ]
         return self._host(each), any(arrays.counts[1] for arrays in each)
 
-    def _drawing(self, steps: Sequence[Step], R: int) -> tuple[SampleArrays, bool]:
+    def _drawing(self, steps: list[Step], R: int) -> tuple[SampleArrays, bool]:
         """Arrays for drawing tokens, and whether log-probabilities are asked for."""
         each = [pack_sampling(step, R, t) for step, t in zip(steps, self.tables, strict=True)]
         unused = self._unused_arrays(R)
@@ -288,7 +289,7 @@ class Runner:
         drawing = SampleArrays(*map(column, SampleArrays._fields))
         return drawing, any(arrays.flags[3] for arrays in each)
 
-    def max_repeats(self, steps: Sequence[Step]) -> int:
+    def max_repeats(self, steps: list[Step]) -> int:
         """Tokens that a launch may draw for each row of a decoding step."""
         R = self._decode_bucket(steps[0])
         return self.plan.decode_steps if ("decode", R) in self._programs else 1
@@ -307,19 +308,27 @@ class Runner:
         )  # fmt: skip
         return Launched([step], Sampled(tokens, *(None,) * 4), False, False, None)
 
-    def _whole(self, steps: Sequence[Step]) -> int | None:
+    def _whole(self, steps: list[Step]) -> int | None:
         """Rows of the smallest program that exists and is this whole step."""
         rows, tokens = _largest(steps)
         fits = (r for r in self._ready("step") if r >= rows)
         return next((r for r in fits if self.plan.step_tokens(r) >= tokens), None)
 
-    def _bucket(self, steps: Sequence[Step]) -> int:
-        """Tokens of the smallest `forward` that exists and holds the step."""
-        rows, tokens = _largest(steps)
-        fits = [t for t in self._ready("forward") if self.plan.rows(t) >= rows]
-        return next(t for t in fits if t >= tokens)
+    def _forward(self, steps: list[Step]) -> tuple[str, int]:
+        """The smallest program that exists and is the forward pass of a step: its kind, its tokens.
 
-    def _row_bucket(self, steps: Sequence[Step]) -> int:
+        Where all sequences begin, and there is a program for that, it is taken.
+        """
+        rows, tokens = _largest(steps)
+
+        def fits(kind: str) -> list[tuple[str, int]]:
+            sizes = [t for t in self._ready(kind) if t >= tokens and self.plan.rows(t) >= rows]
+            return [(kind, t) for t in sizes[:1]]
+
+        begins = all(row.start == 0 for step in steps for row in step.rows)
+        return [*(fits("beginning") if begins else ()), *fits("forward")][0]
+
+    def _row_bucket(self, steps: list[Step]) -> int:
         """Rows of the smallest `sample` that exists and holds the step."""
         return next(r for r in self._ready("sample") if r >= _largest(steps)[0])
 
@@ -401,6 +410,6 @@ def _settle_heap() -> None:
     gc.freeze()
 
 
-def _largest(steps: Sequence[Step]) -> tuple[int, int]:
+def _largest(steps: list[Step]) -> tuple[int, int]:
     """Rows and tokens of the largest step: all ranks run the program that holds it."""
     return max(len(step.rows) for step in steps), max(step.num_tokens for step in steps)

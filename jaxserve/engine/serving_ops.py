@@ -7,43 +7,62 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from jax import Array
+import jax.numpy as jnp
+from jax import Array, lax
 
 import kernels_pallas.cpu as cpu
-from jaxserve.cache.attend import paged
+from jaxserve.cache.attend import beginning, paged
 from jaxserve.cache.kv_cache import KVCache
 from jaxserve.engine import sampler
-from jaxserve.models.ops import Ops
-from jaxserve.models.parallel import parallel_ops
+from jaxserve.models.ops import AttendMade, Ops
+from jaxserve.models.parallel import parallel_ops, spread
 from jaxserve.plan import Plan
 from kernels_pallas.paged_attention import Ragged
+from kernels_pallas.paged_attention.reference import page_write
 from moe.load import add_load
 from moe.router import Router
+from sharding.mesh import TENSOR
 
 
-def serving_ops(plan: Plan, batch: Ragged) -> Ops:
-    """Operations for the plan's kernels, which skip the padding of a bucket."""
+def serving_ops(plan: Plan, batch: Ragged, num_tokens: int) -> Ops:
+    """Operations for the plan's kernels, which skip the padding of a bucket of `num_tokens`."""
     num_rows = batch.row_starts[batch.num_seqs]
-    if plan.kernels == "reference":
-        ops = Ops(attend=paged(batch), dtype=plan.activation_dtype)
-    else:
-        ops = _kernels(plan, num_rows, batch)
-    return _on_mesh(plan, ops, num_rows)
+    split = plan.parallelism.tensor > 1
+    ops = _on_mesh(plan, _kernels(plan, num_rows, batch), num_rows, split=split)
+    if not (plan.on_mesh and plan.spreads_tokens):
+        return ops
+    size = num_tokens // plan.parallelism.sequence
+    own_rows = jnp.clip(num_rows - lax.axis_index(TENSOR) * size, 0, size)
+    own = _on_mesh(plan, _kernels(plan, own_rows, None), own_rows, split=False)
+    return replace(ops, spread=spread(own))
+
+
+def attend_made(
+    plan: Plan, step: Ragged, num_tokens: int, part: Ragged, first: Array | int
+) -> AttendMade:
+    """`cache.attend.beginning` with the plan's kernels."""
+    from kernels_pallas.flash_attention import flash_attention  # here, for it imports Pallas
+
+    write: Callable[..., Any] = page_write
+    if plan.kernels == "pallas":
+        from kernels_pallas.paged_attention import ops
+
+        write = partial(ops.page_write, target=plan.target)
+    attention = partial(flash_attention, target=plan.target)
+    return beginning(step, num_tokens, part, first, write, attention)
 
 
 def head_ops(plan: Plan, num_rows: Array) -> Ops:
     """Operations for `logits`, which see sequences instead of tokens."""
-    if plan.kernels == "reference":
-        ops = Ops(attend=_no_attention, dtype=plan.activation_dtype)
-    else:
-        ops = _kernels(plan, num_rows, None)
-    return _on_mesh(plan, ops, num_rows)
+    split = plan.parallelism.tensor > 1
+    return _on_mesh(plan, _kernels(plan, num_rows, None), num_rows, split=split)
 
 
-def _on_mesh(plan: Plan, ops: Ops, num_rows: Array) -> Ops:
+def _on_mesh(plan: Plan, ops: Ops, num_rows: Array, *, split: bool) -> Ops:
+    """`split`: devices along the axis "tensor" have the same tokens."""
     if not plan.on_mesh:
         return ops
-    ops = parallel_ops(ops, plan.dispatch, num_rows, split=plan.parallelism.tensor > 1)
+    ops = parallel_ops(ops, plan.dispatch, num_rows, split=split)
     return replace(ops, record=partial(_count, num_rows)) if plan.dispatch else ops
 
 
@@ -67,6 +86,10 @@ def sampling_ops(plan: Plan, num_rows: Array) -> dict[str, Callable[..., Any]]:
 
 
 def _kernels(plan: Plan, num_rows: Array, batch: Ragged | None) -> Ops:
+    """Operations of one device by itself; without a batch there is nothing to attend to."""
+    if plan.kernels == "reference":
+        attend = _no_attention if batch is None else paged(batch)
+        return Ops(attend=attend, dtype=plan.activation_dtype)
     if plan.kernels == "native":
         from jaxserve.engine import native_ops
 
@@ -79,4 +102,4 @@ def _kernels(plan: Plan, num_rows: Array, batch: Ragged | None) -> Ops:
 
 
 def _no_attention(*_: Any, **__: Any) -> Any:
-    raise AssertionError("the head of a model does not attend")
+    raise AssertionError("these operations have no keys to attend to")

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 from jax.sharding import NamedSharding
 
 from jaxserve.cache import kv_cache
@@ -24,6 +24,7 @@ from jaxserve.plan import Plan
 from moe.dispatch import Dispatch
 from moe.load import no_load
 from moe.moving import move
+from sharding.mesh import TENSOR
 
 COPIES = 64
 """Pages copied per launch."""
@@ -56,9 +57,9 @@ def program(plan: Plan, family: Family, cfg: Any, params: Any, kind: str, size: 
     """
     kv, history = jax.eval_shape(partial(empty_state, plan, cfg))
     model, params = (plan, family, cfg), abstract(params)
-    if kind == "forward":
+    if kind in ("forward", "beginning"):
         return Program(
-            partial(forward_step, *model), (1,),
+            partial(forward_step, *model, begins=kind == "beginning"), (1,),
             (params, kv, history, step_arrays(plan, size, plan.rows(size))),
             ("params", "kv", "state", "host"), ("state", "kv"),
         )  # fmt: skip
@@ -89,7 +90,8 @@ def program(plan: Plan, family: Family, cfg: Any, params: Any, kind: str, size: 
             _seed_history, (0,), (history, _ints(()), row), ("state", "host", "host"), ("state",)
         )
     if kind == "take_load":
-        return Program(_take_load, (0,), (kv,), ("kv",), ("drawn", "kv"))
+        take = partial(_take_load, plan)
+        return Program(take, (0,), (kv,), ("kv",), ("drawn", "kv"))
     if kind == "move_experts":
         assert plan.dispatch is not None, "such plans alone have this program"
         experts = tuple(placed.weights for placed in experts_of(params))
@@ -101,9 +103,13 @@ def program(plan: Plan, family: Family, cfg: Any, params: Any, kind: str, size: 
     return Program(kv_cache.copy_pages, (0,), (kv, pages, pages), ("kv", "host", "host"), ("kv",))
 
 
-def _take_load(kv: KVCache) -> tuple[Any, KVCache]:
-    """How often experts were asked for [1, L, E], and the cache that has counted nothing."""
-    return kv.load, replace(kv, load=jax.tree.map(jnp.zeros_like, kv.load))
+def _take_load(plan: Plan, kv: KVCache) -> tuple[Any, KVCache]:
+    """How often experts were asked for [1, L, E], and the cache that has counted nothing.
+
+    Devices that share a rank have counted the same tokens, or each its own.
+    """
+    load = lax.psum(kv.load, TENSOR) if plan.spreads_tokens else kv.load
+    return load, replace(kv, load=jax.tree.map(jnp.zeros_like, kv.load))
 
 
 def _move_experts(
@@ -130,6 +136,7 @@ def empty_state(plan: Plan, cfg: Any, device: Any = None) -> tuple[KVCache, Arra
         device,
         cfg.key_parts,
         calibrated=plan.kv_calibrated,
+        whole_scales=plan.platform == "tpu",
     )
     if plan.dispatch is not None:
         kv = replace(kv, load=no_load(cfg.num_layers, plan.dispatch.layout.num_experts)[None])

@@ -31,7 +31,7 @@ def spread(program: Program, plan: Plan, mesh: Mesh) -> Program:
     """The program over the whole mesh; weights know their places already."""
     specs = tuple(map(_specs, program.takes, program.arguments, [plan] * len(program.takes)))
     known = dict(zip(program.takes, specs, strict=True)) | {"state": _RANKS, "drawn": P()}
-    results = tuple(known[kind] for kind in program.gives)
+    results = [known[kind] for kind in program.gives]
 
     def one_rank(*arguments: Any) -> Any:
         local = [
@@ -40,15 +40,15 @@ def spread(program: Program, plan: Plan, mesh: Mesh) -> Program:
         ]
         out = program.function(*local)
         outs = out if len(program.gives) > 1 else (out,)
-        shared = tuple(
+        shared = [
             jax.tree.map(_gathered, o) if kind == "drawn" else o
             for kind, o in zip(program.gives, outs, strict=True)
-        )
-        return shared if len(program.gives) > 1 else shared[0]
+        ]
+        return tuple(shared) if len(shared) > 1 else shared[0]
 
     function = jax.shard_map(
         one_rank, mesh=mesh, in_specs=specs,
-        out_specs=results if len(results) > 1 else results[0], check_vma=False,
+        out_specs=tuple(results) if len(results) > 1 else results[0], check_vma=False,
     )  # fmt: skip
     wholes = [
         _whole(mesh, *each) for each in zip(program.takes, program.arguments, specs, strict=True)

@@ -149,7 +149,7 @@ def attend_half(
     kv: Any,
     i: Array | int,
 ) -> tuple[Array, Any]:
-    h = ops.rms_norm(x, p.attn_norm, eps=cfg.norm_eps)
+    h = ops.by_token.rms_norm(x, p.attn_norm, eps=cfg.norm_eps)
     o, kv = attend(cfg, ops, rope, p.attn, h, kv, i)
     return x + o, kv
 
@@ -157,6 +157,7 @@ def attend_half(
 def mlp_half(
     cfg: Config, ops: Ops, rope: Table, p: Any, x: Array, kv: Any, i: Array | int
 ) -> tuple[Array, Any]:
+    ops = ops.by_token
     h = ops.rms_norm(x, p.mlp_norm, eps=cfg.norm_eps)
     if isinstance(p.mlp, Mlp):
         return x + mlp(ops, p.mlp, h, cfg.activation), kv

@@ -31,7 +31,7 @@ Half = Callable[..., tuple[Array, Any]]
 def run_halves(
     ops: Ops, attend: Half, mix: Half, rope: Any, stacks: Sequence[Any], x: Array, kv: Any
 ) -> tuple[Array, Any]:
-    """Every layer's attention and MLP over x [B, T, D]: two halves in turn, if `ops` says so."""
+    """Every layer's attention and MLP over x [B, T, D]; in turn for halves, if `ops` has them."""
     if ops.halves is not None:
         return _in_turn(ops.halves, attend, mix, rope, stacks, x, kv)
 
@@ -39,7 +39,8 @@ def run_halves(
         x, kv = attend(ops, rope, p, x, kv, i)
         return mix(ops, rope, p, x, kv, i)
 
-    return run_layers(ops, layer, stacks, x, kv)
+    x, kv = run_layers(ops, layer, stacks, ops.own_tokens(x), kv)
+    return ops.all_tokens(x), kv
 
 
 def _in_turn(
@@ -49,7 +50,8 @@ def _in_turn(
     ropes = [jax.tree.unflatten(jax.tree.structure(rope), leaves) for leaves in ropes]
     attend_a, attend_b = (partial(attend, o, r) for o, r in zip(halves.ops, ropes, strict=True))
     mix_a, mix_b = (partial(mix, o, r) for o, r in zip(halves.ops, ropes, strict=True))
-    first, (a, b) = 0, halves.cut(x)
+    first, parts = 0, zip(halves.ops, halves.cut(x), strict=True)
+    a, b = (ops.own_tokens(part) for ops, part in parts)
     for stack in stacks:
         n = jax.tree.leaves(stack)[0].shape[0]
 
@@ -70,4 +72,4 @@ def _in_turn(
             (a, b, kv), _ = lax.scan(body, (a, b, kv), jnp.arange(1, n, dtype=jnp.int32))
         b, kv = mix_b(layer_of(stack, n - 1), b, kv, first + n - 1)
         first += n
-    return halves.join(a, b), kv
+    return halves.join(*(o.all_tokens(x) for o, x in zip(halves.ops, (a, b), strict=True))), kv

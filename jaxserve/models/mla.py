@@ -3,6 +3,8 @@
 Keys and values of all heads are linear in one latent row per token, which is all that the cache
 keeps. Queries are taken to the latent space (q @ W_UK), attention runs there with a single KV head
 whose values are the first lanes of its keys, and each head's output is taken back (o @ W_UV).
+That absorbed form reads little and computes much, which suits decoding. A step that begins its
+sequences has nothing to read, and makes every head's keys and values instead (`Ops.attend_made`).
 """
 
 from __future__ import annotations
@@ -189,24 +191,79 @@ def config(hf: Mapping[str, Any], router: Router, **more: Any) -> Config:
 def attention(
     cfg: Config, ops: Ops, table: Table, p: Attention, x: Array, kv: Any, i: Array | int
 ) -> tuple[Array, Any]:
-    """Attention's contribution to the residual stream for x [B, T, D], in the absorbed form."""
+    """Attention's contribution to the residual stream for x [B, T, D].
+
+    Where tokens are spread over devices, latents are gathered on the way to the heads, and what
+    heads say is exchanged on the way back: two collectives.
+    """
+    q, row = _latents(cfg, ops.by_token, p, x)
+    if ops.spread is not None:
+        both = ops.spread.gather(jnp.concatenate([q, row], -1))
+        q, row = jnp.split(both, [q.shape[-1]], -1)
+    q = ops.linear(q, p.wq if p.wq is not None else p.wq_b)
+    nope, rotated = jnp.split(q, [cfg.nope_dim], -1)
+    latent, k_rope = jnp.split(row[:, :, None], [cfg.kv_lora], -1)
     turn = partial(ops.rotate, table=table, interleaved=cfg.interleaved)
-    q, q_rope = jnp.split(_queries(cfg, ops, p, x), [cfg.nope_dim], -1)
+    row = jnp.concatenate([latent, turn(k_rope)], -1)
+    form = _absorbed if ops.attend_made is None else _expanded
+    o, kv = form(cfg, ops, p, nope, turn(rotated), row, kv, i)
+    if ops.spread is not None:
+        o = ops.spread.to_tokens(o)
+    return add_bias(ops.by_token.linear(join_heads(o), p.wo), p.bo), kv
+
+
+def _latents(cfg: Config, ops: Ops, p: Attention, x: Array) -> tuple[Array, Array]:
+    """What heads make queries of [B, T, q_lora], or x itself, and the row to keep [B, T, W], whose
+    last lanes are still to be rotated."""
+    q = x
+    if p.wq_a is not None:
+        q = ops.rms_norm(add_bias(ops.linear(x, p.wq_a), p.bq_a), p.q_norm, eps=LATENT_EPS)
     latent, k_rope = jnp.split(add_bias(ops.linear(x, p.wkv_a), p.bkv_a), [cfg.kv_lora], -1)
     latent = ops.rms_norm(latent, p.kv_norm, eps=LATENT_EPS)
-    q = jnp.concatenate([_per_head("btnh,nrh->btnr", q, p.w_uk), turn(q_rope)], -1)
-    k = jnp.concatenate([latent[:, :, None], turn(k_rope[:, :, None])], -1)
-    scale = cfg.head_dim**-0.5 * cfg.rope.score_scale
-    o, kv = ops.attend(q, k, None, kv, i, scale=scale, value_dim=cfg.kv_lora)
-    o = _per_head("btnr,nhr->btnh", o, p.w_uv)
-    return add_bias(ops.linear(join_heads(o), p.wo), p.bo), kv
+    return q, jnp.concatenate([latent, k_rope], -1)
 
 
-def _queries(cfg: Config, ops: Ops, p: Attention, x: Array) -> Array:  # [B, T, N, H]
-    if p.wq is not None:
-        return ops.linear(x, p.wq)
-    latent = add_bias(ops.linear(x, p.wq_a), p.bq_a)
-    return ops.linear(ops.rms_norm(latent, p.q_norm, eps=LATENT_EPS), p.wq_b)
+def _absorbed(
+    cfg: Config,
+    ops: Ops,
+    p: Attention,
+    q: Array,  # [B, T, N, nope_dim]
+    q_rope: Array,  # [B, T, N, rope_dim]
+    row: Array,  # [B, T, 1, W]
+    kv: Any,
+    i: Array | int,
+) -> tuple[Array, Any]:
+    """What heads say [B, T, N, v_dim], by attention to latents."""
+    q = jnp.concatenate([_per_head("btnh,nrh->btnr", q, p.w_uk), q_rope], -1)
+    o, kv = ops.attend(q, row, None, kv, i, scale=_scale(cfg), value_dim=cfg.kv_lora)
+    return _per_head("btnr,nhr->btnh", o, p.w_uv), kv
+
+
+def _expanded(
+    cfg: Config,
+    ops: Ops,
+    p: Attention,
+    q: Array,
+    q_rope: Array,
+    row: Array,
+    kv: Any,
+    i: Array | int,
+) -> tuple[Array, Any]:
+    """As `_absorbed`, by attention to keys of nope_dim + rope_dim lanes and values of v_dim."""
+
+    def make(rows: Array) -> tuple[Array, Array]:
+        latent, rope = jnp.split(rows, [cfg.kv_lora], -1)
+        k = _per_head("btr,nrh->btnh", latent, p.w_uk)
+        rope = jnp.broadcast_to(rope[:, :, None], (*k.shape[:-1], cfg.rope_dim))
+        return jnp.concatenate([k, rope], -1), _per_head("btr,nhr->btnh", latent, p.w_uv)
+
+    assert ops.attend_made is not None
+    q = jnp.concatenate([q, q_rope], -1)
+    return ops.attend_made(q, row, make, kv, i, scale=_scale(cfg))
+
+
+def _scale(cfg: Config) -> float:
+    return cfg.head_dim**-0.5 * cfg.rope.score_scale
 
 
 def _per_head(spec: str, x: Array, w: Weight) -> Array:

@@ -41,6 +41,25 @@ class Attend(Protocol):
         ...
 
 
+class AttendMade(Protocol):
+    """Attention among this step's tokens, over keys made of what the cache keeps of them.
+
+    It is for steps that begin their sequences: the cache is written and not read.
+    """
+
+    def __call__(
+        self,
+        q: Array,  # [B, T, N, H]
+        row: Array,  # [B, T, 1, W], which the cache keeps
+        make: Callable[[Array], tuple[Array, Array]],  # rows [B, S, W] -> k, v [B, S, N, H or Hv]
+        kv: Any,
+        layer: Array | int,
+        *,
+        scale: float,
+    ) -> tuple[Array, Any]:  # [B, T, N, Hv] and the cache, with the rows in it
+        ...
+
+
 def embed(table: Array, tokens: Array, *, dtype: Any) -> Array:
     """Rows of table [V, D] for tokens [B, T], in the type that activations have.
 
@@ -82,11 +101,31 @@ class Halves:
 
 
 @dataclass(frozen=True)
+class Spread:
+    """A step's tokens over devices that share its attention: each has some tokens in every layer,
+    and for attention some heads (CloudMatrix-Infer, 2025, §4.3.1; specification, section 7).
+
+    Attributes:
+        ops: operations on a device's own tokens.
+        own: of all tokens [B, T, ...], this device's [B, T / n, ...].
+        gather: the way back.
+        to_tokens: what a device's heads say to all tokens [B, T, N / n, H] becomes what all heads
+            say to its own [B, T / n, N, H].
+    """
+
+    ops: Ops
+    own: Callable[[Array], Array]
+    gather: Callable[[Array], Array]
+    to_tokens: Callable[[Array], Array]
+
+
+@dataclass(frozen=True)
 class Ops:
     """Implementations of every operation; the fields' signatures are those of the references.
 
     Attributes:
         attend: see `Attend`.
+        attend_made: see `AttendMade`; None: the step has earlier keys to read.
         dtype: element type of activations.
         experts_on_rows: what `experts` is made of where rows come from other devices.
         lookup: see `embed` above.
@@ -96,10 +135,12 @@ class Ops:
             summed over whole stacks (training). "recomputed": that, and a layer's activations are
             computed again in the backward pass, which costs a third more time for much less memory.
         halves: layers are run over two halves of the tokens in turn.
+        spread: outside of attention, layers are run over tokens of each device's own.
     """
 
     attend: Attend
     dtype: Any
+    attend_made: AttendMade | None = None
     linear: Callable[..., Any] = kernels_pallas.linear.linear
     gated_linear: Callable[..., Array] = kernels_pallas.linear.gated_linear
     rms_norm: Callable[..., Array] = kernels_pallas.rms_norm.rms_norm
@@ -110,6 +151,20 @@ class Ops:
     record: Callable[..., Any] = unrecorded
     layers: Literal["indexed", "sliced", "recomputed"] = "indexed"
     halves: Halves | None = None
+    spread: Spread | None = None
+
+    @property
+    def by_token(self) -> Ops:
+        """Operations on what a layer does to each token by itself."""
+        return self if self.spread is None else self.spread.ops
+
+    def own_tokens(self, x: Array) -> Array:
+        """This device's part of x [B, T, ...], as layers take it."""
+        return x if self.spread is None else self.spread.own(x)
+
+    def all_tokens(self, x: Array) -> Array:
+        """The way back from `own_tokens`."""
+        return x if self.spread is None else self.spread.gather(x)
 
     def embed(self, table: Array, tokens: Array) -> Array:
         return self.lookup(table, tokens, dtype=self.dtype)

@@ -21,14 +21,15 @@ from jax import Array, lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import moe.parallel
-from jaxserve.models.ops import Ops
+from jaxserve.models.ops import Ops, Spread
 from kernels_pallas.weight import as_array
 from moe.dispatch import Dispatch
 from moe.experts import Experts
 from moe.parallel import PlacedExperts
 from moe.placement import Placement
+from sharding.collectives import all_gather, all_to_all
 from sharding.mesh import TENSOR, Parallelism, put
-from sharding.rules import DECODE, fitted, spec
+from sharding.rules import PREFILL, fitted, spec
 from sharding.tree import Weight, is_weight
 
 
@@ -122,7 +123,7 @@ def marked(declared: Any, params: Any, sizes: Mapping[str, int], parallelism: Pa
     def mark(w: Weight | Experts, leaf: Any) -> Any:
         if isinstance(w, Experts):  # their own operation knows how they are split
             return leaf
-        split = _split(w, sizes, parallelism)
+        split = place_of(w, sizes, parallelism)
         if w.axes[0] == "vocab" and split[0]:
             return VocabSplit(leaf)
         return InputSplit(leaf) if split[-1] and w.is_matrix else leaf
@@ -152,6 +153,21 @@ def parallel_ops(ops: Ops, dispatch: Dispatch | None, num_rows: Array, *, split:
         lookup=partial(_lookup, ops.lookup),
         experts=experts,
     )
+
+
+def spread(ops: Ops) -> Spread:
+    """Tokens over the devices of the axis "tensor", in their order.
+
+    Args:
+        ops: operations on a device's own tokens.
+    """
+
+    def own(x: Array) -> Array:
+        size = x.shape[1] // lax.axis_size(TENSOR)
+        return lax.dynamic_slice_in_dim(x, lax.axis_index(TENSOR) * size, size, 1)
+
+    gather = partial(all_gather, axes=TENSOR, axis=1)
+    return Spread(ops, own, gather, partial(all_to_all, axes=TENSOR, split=1, concat=2))
 
 
 def _linear(linear: Callable[..., Any], x: Array, *weights: Any) -> Any:
@@ -186,14 +202,16 @@ def _narrow_experts(
 
 
 def whole_sizes(sizes: Mapping[str, int], parallelism: Parallelism) -> dict[str, int]:
-    """Sizes of a model's axes over all devices: a KV head that several need is there for each."""
-    heads = sizes["kv_heads"]
+    """Sizes of a model's axes over all devices: a KV head that several need is there for each, and
+    devices have equally many places for experts."""
+    heads, devices = sizes["kv_heads"], parallelism.expert
     spare = heads < parallelism.tensor and parallelism.tensor % heads == 0
-    return {**sizes, "kv_heads": parallelism.tensor if spare else heads}
+    places = -(-sizes["experts"] // devices) * devices
+    return {**sizes, "kv_heads": parallelism.tensor if spare else heads, "experts": places}
 
 
-def _split(w: Weight, sizes: Mapping[str, int], parallelism: Parallelism) -> PartitionSpec:
-    rules, whole = fitted(DECODE, parallelism), whole_sizes(sizes, parallelism)
+def place_of(w: Weight, sizes: Mapping[str, int], parallelism: Parallelism) -> PartitionSpec:
+    rules, whole = fitted(PREFILL, parallelism), whole_sizes(sizes, parallelism)
     return spec(w.axes, rules, whole, parallelism.abstract_mesh)
 
 
@@ -219,7 +237,7 @@ def put_on_mesh(
     if "kv_heads" in w.axes and (copies := parallelism.tensor // sizes["kv_heads"]) > 1:
         axis = w.axes.index("kv_heads")
         leaf = jax.tree.map(lambda x: np.repeat(x, copies, axis), leaf)
-    place = _split(w, sizes, parallelism)
+    place = place_of(w, sizes, parallelism)
 
     def share(x: Any) -> jax.Array:
         own = PartitionSpec(*place[: x.ndim])  # scales lack the last axis

@@ -69,7 +69,7 @@ def quantize_checkpoint(
     cfg = hf.model_config(module, raw)
     _check_tokens(documents or (), cfg.vocab)
     params = hf.load_params(
-        folder, module, cfg, "float32", unrolled=True, place=lambda x: x, progress=progress
+        folder, module, cfg, "float32", unrolled=True, place=lambda _, x: x, progress=progress
     )
     leaves = Leaves.of(module, cfg, params)
     quantize(leaves, config, documents or (), progress=progress)

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxserve.checkpoint.hf import aligned_empty
 from jaxserve.checkpoint.quantized import EightBits
 from jaxserve.models.family import Family
 from kernels_pallas.weight import Int8Weight
@@ -42,7 +43,8 @@ def round_to_int8(array: np.ndarray) -> Int8Weight:
     Args:
         array: [..., *out, K].
     """
-    values, scale = np.empty(array.shape, np.int8), np.empty(array.shape[:-1], np.float32)
+    values = aligned_empty(array.shape, np.dtype(np.int8))
+    scale = aligned_empty(array.shape[:-1], np.dtype(np.float32))
     for i in range(len(array)):  # a part at a time: floats need four times the room
         part = array[i].astype(np.float32)
         top = np.abs(part).max(-1, keepdims=True)

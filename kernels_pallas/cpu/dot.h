@@ -5,7 +5,8 @@
 // they then stay in registers (strip), and the product is as fast as memory is; for many they are
 // laid out as a panel that all rows share, and it is as fast as the multipliers are. Either way
 // every output sums the words of a block in order, and then the blocks. Hence a row's result never
-// depends on its neighbours.
+// depends on its neighbours. Sums of integers are the same in any order, so for a few rows weights
+// of eight bits are read as they lie (sweep): transposing them takes longer than memory does.
 #pragma once
 
 #include <algorithm>
@@ -116,6 +117,61 @@ Strip<T> strip_for(int64_t rows) {
   return &strip<T, kStripRows>;
 }
 
+constexpr int64_t kSweepRows = 4;
+constexpr int kSweepCols = 4;
+constexpr int64_t kSweepAhead = 4096;  // bytes: the hardware foresees less, and stops at every page
+
+// to[i] = the sum of register i.
+inline void sum_each(const I (&from)[kSweepCols], float* to) {
+#if defined(__AVX512F__)
+  auto fold = [](I a, I b) {
+    const __m512i x = bitcast<__m512i>(a), y = bitcast<__m512i>(b);
+    return _mm512_add_epi32(_mm512_unpacklo_epi32(x, y), _mm512_unpackhi_epi32(x, y));
+  };
+  const __m512i ab = fold(from[0], from[1]), cd = fold(from[2], from[3]);
+  const __m512i all = _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
+  const __m256i half =
+      _mm256_add_epi32(_mm512_castsi512_si256(all), _mm512_extracti64x4_epi64(all, 1));
+  store(to, _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1)));
+#else
+  for (int i = 0; i < kSweepCols; ++i) {
+    int32_t sum = 0;
+    for (int lane = 0; lane < kLanes; ++lane) sum += from[i][lane];
+    to[i] = bitcast<float>(sum);
+  }
+#endif
+}
+
+// out[r][c] = x[r] . w[c] as integers, for R rows of which `rows` are kept: one pass over `cols`
+// rows of whole registers.
+template <int R>
+void sweep(const int8_t* x, int64_t x_stride, int64_t rows, const int8_t* w, int64_t k,
+           int64_t cols, float* out, int64_t out_stride) {
+  using V = Vec<int8_t>;
+  for (int64_t c = 0; c < cols; c += kSweepCols) {
+    I sums[R][kSweepCols] = {};
+#pragma GCC unroll 4
+    for (int j = 0; j < kSweepCols; ++j) {
+      for (int64_t i = 0; i < k; i += V::kSize, w += V::kSize) {
+        __builtin_prefetch(w + kSweepAhead, 0, 2);
+        const U weights = V::weights(load<U>(w));
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) {
+          sums[r][j] = V::dot(sums[r][j], load<U>(x + r * x_stride + i), weights);
+        }
+      }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      if (r < rows) sum_each(sums[r], out + r * out_stride + c);
+    }
+  }
+}
+
+inline bool can_sweep(int64_t rows, int64_t k) {
+  return rows <= kSweepRows && k % Vec<int8_t>::kSize == 0;
+}
+
 // to[word][col] for whole quarters of `words` and whole registers of `cols`.
 template <class T>
 void pack_panel(const T* w, int64_t w_stride, int64_t cols, int64_t words, T* to) {
@@ -184,6 +240,13 @@ void multiply_many(const T* x, int64_t x_stride, int64_t rows, const Weights<T>&
   }
 }
 
+// The same for int8 with rows that fill whole registers.
+inline void multiply_fewest(const int8_t* x, int64_t x_stride, int64_t rows,
+                            const Weights<int8_t>& w, float* out, int64_t out_stride) {
+  const auto run = rows <= 1 ? &sweep<1> : rows <= 2 ? &sweep<2> : &sweep<kSweepRows>;
+  run(x, x_stride, rows, w.data, w.stride, w.cols, out, out_stride);
+}
+
 // The same for columns that fill no register, or rows that fill no quarter: copied and padded first.
 template <class T>
 void multiply_odd(const Packed<T>& x, int64_t begin, int64_t end, const T* w, int64_t cols,
@@ -231,7 +294,10 @@ void dot_block(const Packed<T>& x, int64_t begin, int64_t end, const Matrix<T>& 
   const int64_t whole = odd ? 0 : cols / kLanes * kLanes, rows = end - begin;
   if (whole > 0) {
     const Weights<T> weights{w, x.k, Packed<T>::words(x.k), whole};
-    const auto run = rows <= kStripRows ? &multiply_few<T> : &multiply_many<T>;
+    auto run = rows <= kStripRows ? &multiply_few<T> : &multiply_many<T>;
+    if constexpr (kIsInt8<T>) {
+      if (can_sweep(rows, x.k)) run = &multiply_fewest;
+    }
     run(x.row(begin), Packed<T>::stride(x.k), rows, weights, out, out_stride);
   }
   if (whole < cols) {

@@ -3,7 +3,7 @@
 A row is one head's key (or value) of one token. Its lanes fall into *parts* with a scale each,
 since a latent row is a normed latent with a few rotated lanes of quite another size behind it.
 Scales lie beside the values, `[L, P, K * parts, Z]`: those of a page come in one copy, keys along
-its lanes, as logits lie.
+its lanes, as logits lie. More rows than that are padding (`whole_scales`).
 
 Four bits are taken after a fixed rotation: a Hadamard matrix on each block of lanes spreads what a
 few large lanes hold over all of them. Queries turn alike, which leaves scores as they are, and what
@@ -12,7 +12,7 @@ attention says is turned back, once per row of the output.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -33,6 +33,7 @@ mean square; with 32 lanes (5 bits) 0.74 %. Without the range's odd end, -8, it 
 
 class _Quantized:
     values: Any
+    scale: Any
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -42,6 +43,15 @@ class _Quantized:
     @property
     def dtype(self) -> Any:
         return self.values.dtype
+
+    @property
+    def written(self) -> list[Any]:
+        """The arrays that writing changes."""
+        return [self.values, self.scale]
+
+    def with_written(self, arrays: list[Any]) -> Any:
+        pages: Any = self  # a dataclass
+        return replace(pages, **dict(zip(("values", "scale"), arrays, strict=False)))
 
 
 _register = partial(jax.tree_util.register_dataclass, meta_fields=["parts"])
@@ -78,7 +88,7 @@ class Int8Pages(_Quantized):
 class StaticInt8Pages(_Quantized):
     """values * scale with scales from a calibration: writing is one product and needs no maximum.
 
-    A kernel may fold those of keys into queries, and those of values into what attention says.
+    A kernel may `fold` those of keys into queries, and those of values into what attention says.
 
     Attributes:
         values: int8 [L, P, K, Z, W]; what is beyond 127 scales is cut.
@@ -88,15 +98,29 @@ class StaticInt8Pages(_Quantized):
     values: Any
     scale: Any
 
+    @property
+    def written(self) -> list[Any]:
+        return [self.values]
+
     def put(self, x: Array, layer: Array | int, page: Array, slot: Array) -> StaticInt8Pages:
-        scale = self.scale[layer]
-        steps = jnp.where(scale > 0, 1 / jnp.where(scale > 0, scale, 1.0), 0.0)
-        values = jnp.clip(_round(x * steps), -127, 127).astype(jnp.int8)
+        values = jnp.clip(_round(x * self.steps(layer)), -127, 127).astype(jnp.int8)
         values = self.values.at[layer, page, :, slot].set(values, mode="drop")
         return StaticInt8Pages(values, self.scale)
 
     def take(self, layer: Array | int, index: Array) -> Array:
         return self.values[layer, index].astype(jnp.float32) * self.scale[layer][:, None]
+
+    def steps(self, layer: Array | int) -> Array:
+        """What rows are multiplied with before they are rounded [K, W]; 0 where the scale is."""
+        scale = lax.dynamic_index_in_dim(self.scale, layer, keepdims=False)
+        return jnp.where(scale > 0, 1 / jnp.where(scale > 0, scale, 1.0), 0.0)
+
+    def fold(self, x: Array, layer: Array | int) -> Array:
+        """x [T, N, H] times the scales of its lanes: rows of the cache then count as integers."""
+        scale = lax.dynamic_index_in_dim(self.scale, layer, keepdims=False)  # [K, W]
+        (T, N, H), (K, W) = x.shape, scale.shape
+        scale = jnp.pad(scale, ((0, 0), (0, max(0, H - W))))[:, None, :H]
+        return (x.astype(jnp.float32).reshape(T, K, N // K, H) * scale).reshape(T, N, H)
 
 
 @partial(_register, data_fields=["values", "scale"])
@@ -178,13 +202,21 @@ def whole_parts(pages: Pages, lanes: int) -> int:
     return next(end for end in accumulate(pages.parts) if end >= lanes)
 
 
+def as_read(pages: Pages, x: Array, layer: Array | int) -> Array:
+    """Rows x [T, K, H] as they would be read again, in x's type: rounded as pages round them."""
+    if isinstance(pages, QuantizedPages):
+        return round_trip(pages, x.astype(jnp.float32), layer)[..., : x.shape[-1]].astype(x.dtype)
+    kept = jnp.bfloat16 if pages.dtype == jnp.uint16 else pages.dtype
+    return x.astype(kept).astype(x.dtype)
+
+
 def round_trip(pages: QuantizedPages, x: Array, layer: Array | int) -> Array:
     """Rows x [T, K, H] as they would be read again [T, K, W], turned back, with x's gradient."""
     K, W = pages.shape[2], pages.shape[-1]
     x = _widened(x, W)
-    parts = {} if isinstance(pages, StaticInt8Pages) else {"parts": pages.parts}
+    parts = None if isinstance(pages, StaticInt8Pages) else pages.parts
     blank = empty(jnp.int4 if isinstance(pages, Int4Pages) else jnp.int8, (1, x.shape[0], K, 2, W),
-                  **parts)  # fmt: skip
+                  parts=parts)  # fmt: skip
     if isinstance(pages, StaticInt8Pages):
         blank = StaticInt8Pages(blank.values, pages.scale[layer][None])
     every = jnp.arange(x.shape[0])
@@ -193,21 +225,36 @@ def round_trip(pages: QuantizedPages, x: Array, layer: Array | int) -> Array:
     return x + lax.stop_gradient(read - x)
 
 
+def whole_scales(rows: int) -> int:
+    """As many rows of scales as a TPU's page wants: 1, 2, 4 or eights. XLA lays arrays with others
+    out by another axis, and a kernel would pay a copy of all scales."""
+    return rows if rows in (1, 2, 4) else -(-rows // 8) * 8
+
+
 def empty(
-    dtype: Any, shape: tuple[int, ...], *, parts: tuple[int, ...] | None = None, device: Any = None
-) -> Any:
-    """Blank pages [L, P, K, Z, W]: int8 and int4 with scales of their own, others as they are."""
+    dtype: Any, shape: tuple[int, ...], *, parts: tuple[int, ...] | None = None,
+    whole: bool = False, device: Any = None,
+) -> Any:  # fmt: skip
+    """Blank pages [L, P, K, Z, W]: int8 and int4 with scales of their own, others as they are.
+
+    Args:
+        whole: rows of scales are padded to `whole_scales`.
+    """
     zeros = partial(jnp.zeros, device=device)
     L, P, K, Z, W = shape
     parts = parts or (W,)
+
+    def scales(parts: tuple[int, ...]) -> Array:
+        rows = K * len(parts)
+        return zeros((L, P, whole_scales(rows) if whole else rows, Z))
+
     if dtype == jnp.int8:
-        return Int8Pages(zeros(shape, jnp.int8), zeros((L, P, K * len(parts), Z)), parts)
+        return Int8Pages(zeros(shape, jnp.int8), scales(parts), parts)
     if dtype == jnp.int4:
         if Z % 2:
             raise ValueError(f"pages of {Z} slots: two share a byte, take an even number")
         parts = tuple(min(ROTATED, n - i) for n in parts for i in range(0, n, ROTATED))
-        scale = zeros((L, P, K * len(parts), Z))
-        return Int4Pages(zeros((L, P, K, Z // 2, W), jnp.uint8), scale, parts)
+        return Int4Pages(zeros((L, P, K, Z // 2, W), jnp.uint8), scales(parts), parts)
     return zeros(shape, dtype)
 
 
@@ -253,8 +300,9 @@ def _round(x: Array) -> Array:
 
 
 def _scaled(values: Array, scale: Array, parts: tuple[int, ...]) -> Array:
-    """values [..., K, Z, W] times scale [..., K * parts, Z]."""
+    """values [..., K, Z, W] times scale [..., K * parts, Z], or with padding behind."""
     *lead, K, Z, _ = values.shape
+    scale = scale[..., : K * len(parts), :]
     each = jnp.split(scale.reshape(*lead, K, len(parts), Z), len(parts), -2)
     rows = [
         part.astype(jnp.float32) * jnp.swapaxes(by, -1, -2)
@@ -267,7 +315,7 @@ def _put_scales(
     stored: Array, each: list[Array], layer: Array | int, page: Array, slot: Array
 ) -> Array:
     scales = jnp.stack(each, -1).reshape(each[0].shape[0], -1)  # [T, K * parts]
-    return stored.at[layer, page, :, slot].set(scales, mode="drop")
+    return stored.at[layer, page, : scales.shape[1], slot].set(scales, mode="drop")
 
 
 def _split(x: Array, parts: tuple[int, ...]) -> list[Array]:

@@ -20,7 +20,7 @@ def pages_of(
 ) -> Any:
     """Pages whose rows are as large as normal ones, of "int8", "static" or "int4"."""
     a, b = jax.random.split(key)
-    pages = empty(jnp.int4 if kind == "int4" else jnp.int8, shape, parts=parts)
+    pages = empty(jnp.int4 if kind == "int4" else jnp.int8, shape, parts=parts, whole=True)
     if kind == "int4":
         values = jax.random.randint(a, pages.values.shape, 0, 256).astype(jnp.uint8)
         return Int4Pages(values, jax.random.uniform(b, pages.scale.shape) / 4, pages.parts)
@@ -33,6 +33,11 @@ def pages_of(
 
 def _row_bytes(kind: str, W: int, parts: int) -> float:
     return W / 2 + 4 * parts if kind == "int4" else W + (4 * parts if kind == "int8" else 0)
+
+
+def _bodies(kind: str) -> tuple[str, ...] | None:
+    """Those that take such pages, where not all do."""
+    return ("mosaic_tpu",) if kind == "int4" else None
 
 
 def _writing(
@@ -52,7 +57,7 @@ def _writing(
 
     size = jnp.dtype(dtype).itemsize
     cost = Cost((1 if latent else 2) * T * K * (size * H + _row_bytes(kind, W, len(latent or "1"))))
-    return Case(name, make, {}, shipped, cost, 0.0, ("mosaic_tpu",))
+    return Case(name, make, {}, shipped, cost, 0.0, _bodies(kind))
 
 
 WRITING = (
@@ -60,9 +65,15 @@ WRITING = (
     _writing("int8-latent", "int8", (1, 5, 40), (40, 133, 300), K=1, H=192, W=256,
              latent=(128, 128), dtype=jnp.float32),
     _writing("int8-static", "static", (1, 37, 1, 9), (70, 40, 9, 64), K=2, H=100, Z=64, idle=2),
+    _writing("int4", "int4", (1, 70, 1, 9), (140, 200, 9, 256), K=2, idle=2),
+    _writing("int4-latent", "int4", (1, 5, 40), (40, 133, 300), K=1, H=288, W=384,
+             latent=(256, 128), dtype=jnp.float32),
     _writing("int8-decode-128", "int8", (1,) * 128, (2048,) * 128, K=8, shipped=True),
+    _writing("int4-decode-128", "int4", (1,) * 128, (2048,) * 128, K=8, shipped=True),
     _writing("int8-static-decode-128", "static", (1,) * 128, (2048,) * 128, K=8, shipped=True),
     _writing("int8-latent-decode-128", "int8", (1,) * 128, (2048,) * 128, K=1, H=576, W=640,
+             latent=(512, 128), shipped=True),
+    _writing("int4-latent-decode-128", "int4", (1,) * 128, (2048,) * 128, K=1, H=576, W=640,
              latent=(512, 128), shipped=True),
 )  # fmt: skip
 
@@ -89,7 +100,7 @@ def _attention(
     pairs = sum(n * s - n * (n - 1) / 2 for n, s in zip(new, lens, strict=True))
     cost = Cost(read, 2 * pairs * N * (H + values), "bfloat16")
     options = {"scale": H**-0.5, "value_dim": value_dim, **options}
-    return Case(name, make, options, shipped, cost, 0.01, ("mosaic_tpu",))
+    return Case(name, make, options, shipped, cost, 0.01, _bodies(kind))
 
 
 ATTENTION = (
@@ -100,9 +111,16 @@ ATTENTION = (
     _attention("int8-static", "static", (1, 20, 1, 3), (70, 20, 9, 64), N=8, K=2, Z=32, idle=2),
     _attention("int8-static-latent", "static", (1, 5, 1), (40, 37, 16), N=16, K=1, H=192, Z=32,
                value_dim=128, latent=(128, 128)),
+    _attention("int4", "int4", (1, 20, 1, 3), (200, 20, 9, 300), N=8, K=2, idle=2),
+    _attention("int4-windowed", "int4", (1, 30, 1), (290, 70, 5), N=4, K=1, H=64, window=21),
+    _attention("int4-latent", "int4", (1, 5, 1), (140, 37, 16), N=16, K=1, H=288, value_dim=256,
+               latent=(256, 128)),
     _attention("int8-decode-32k", "int8", (1,) * 32, (32768,) * 32, N=32, K=8, shipped=True),
     _attention("int8-static-decode-32k", "static", (1,) * 32, (32768,) * 32, N=32, K=8,
                shipped=True),
+    _attention("int4-decode-32k", "int4", (1,) * 32, (32768,) * 32, N=32, K=8, shipped=True),
     _attention("int8-latent-decode-8k", "int8", (1,) * 32, (8192,) * 32, N=128, K=1, H=576,
+               value_dim=512, latent=(512, 128), shipped=True),
+    _attention("int4-latent-decode-8k", "int4", (1,) * 32, (8192,) * 32, N=128, K=1, H=576,
                value_dim=512, latent=(512, 128), shipped=True),
 )  # fmt: skip

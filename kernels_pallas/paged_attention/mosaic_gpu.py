@@ -8,8 +8,9 @@ Shares of keys merge by (o, lse), and sinks join there, as one more share withou
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import jax
@@ -19,19 +20,21 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.op import UnsupportedError, tried
 from kernels_pallas.paged_attention import mosaic_gpu_latent as latent
-from kernels_pallas.paged_attention.mosaic_gpu_kernel import (
-    LOG2E,
-    ROWS,
-    STORED,
-    Shape,
-    kernel,
+from kernels_pallas.paged_attention.codec import (
+    Int4Pages,
+    Int8Pages,
+    QuantizedPages,
+    StaticInt8Pages,
 )
+from kernels_pallas.paged_attention.mosaic_gpu_blocks import Ring, Shape
+from kernels_pallas.paged_attention.mosaic_gpu_kernel import LOG2E, ROWS, STORED, kernel
 from kernels_pallas.paged_attention.ragged import Ragged, owners
 from kernels_pallas.weight import Weight, as_array
 
 _SHARED = 227 * 1024  # bytes of shared memory that a block may take
 _VALUES = 256  # lanes of values that a warpgroup's registers hold
 _CORES = 132
+_LINE = 32  # scales: 128 bytes, at whose multiples a copy to shared memory may begin
 
 
 @dataclass(frozen=True)
@@ -46,24 +49,27 @@ class GpuTile:
 
 
 def page_attention(
-    q: Array, k_pages: Array, v_pages: Array | None, layer: Array | int, batch: Ragged, *,
+    q: Array, k_pages: Any, v_pages: Any, layer: Array | int, batch: Ragged, *,
     scale: float, window: Array | int = 0, sinks: Weight | None = None, soft_cap: float = 0.0,
     value_dim: int | None = None, mass: bool = False, tile: GpuTile | None = None,
     interpret: Any = False,
 ) -> tuple[Array, ...]:  # fmt: skip
     """`reference.page_attention` as one Hopper kernel."""
     (T, N, H), K = q.shape, k_pages.shape[2]
-    value_dim = value_dim or (H if v_pages is None else v_pages.shape[-1])
+    value_dim = value_dim or int(H if v_pages is None else v_pages.shape[-1])
     shape = _shape(tile or GpuTile(), q, k_pages, v_pages, batch, value_dim, mass, scale, soft_cap)
     G, heads = shape.group, K * shape.heads
     seqs, firsts, first_item = _items(batch, T, shape)
-    queries = jnp.pad(q.astype(k_pages.dtype), ((0, 0), (0, 0), (0, shape.lanes - H)))
+    q = k_pages.fold(q, layer) if isinstance(k_pages, StaticInt8Pages) else q
+    queries = jnp.pad(q.astype(jnp.bfloat16), ((0, 0), (0, 0), (0, shape.lanes - H)))
     row = jnp.arange(ROWS)
     token = jnp.arange(shape.groups)[:, None] * shape.tokens + row // G
     token = jnp.minimum(firsts[:, None] + token.reshape(-1), T - 1)  # [items, rows]; some idle
     head = jnp.arange(heads)[:, None] * G + jnp.tile(row % G, shape.groups)  # [heads, rows]
     queries = queries[token[:, None], head]  # [items, heads, rows, lanes]
-    caches = [k_pages] if v_pages is None else [k_pages, v_pages]
+    stacks: list[Any] = [k_pages] if v_pages is None else [k_pages, v_pages]
+    caches = [x.values if isinstance(x, QuantizedPages) else x for x in stacks]
+    caches += [x.scale for x in stacks if isinstance(x, Int8Pages)]
     window = jnp.asarray(window, jnp.int32)
     o, lse, *masses = _launch(
         (
@@ -82,6 +88,7 @@ def page_attention(
     where = slice(None), item, head, row
     o, lse = (x[where].reshape(shape.splits, T, N, *x.shape[4:]) for x in (o, lse))
     o, lse = _merge(o[..., :value_dim], lse, None if sinks is None else as_array(sinks))
+    o = stacks[-1].fold(o, layer) if isinstance(stacks[-1], StaticInt8Pages) else o
     if not mass:
         return o, lse
     logs = masses[0][item, head, :, row].reshape(T, N, -1)
@@ -111,27 +118,13 @@ def _merge(o: Array, lse: Array, sinks: Array | None) -> tuple[Array, Array]:
 
 
 def _shape(
-    tile: GpuTile, q: Array, k_pages: Array, v_pages: Array | None, batch: Ragged, value_dim: int,
+    tile: GpuTile, q: Array, k_pages: Any, v_pages: Any, batch: Ragged, value_dim: int,
     mass: bool, scale: float, soft_cap: float,
 ) -> Shape:  # fmt: skip
     """The kernel's sizes, or what speaks against it."""
-    T, N, H = q.shape
-    _, _, K, Z, W = k_pages.shape
-    in_keys, lanes = v_pages is None, -(-H // 64) * 64  # of keys that are brought
-    values = -(-value_dim // 64) * 64
-    wide = in_keys and values > _VALUES
-    if wide:
-        values = -(-value_dim // 128) * 128  # two halves
-        lanes = max(lanes, values)
-    if k_pages.dtype != jnp.bfloat16:
-        raise UnsupportedError(f"pages of {k_pages.dtype}: keep them in bfloat16")
-    stored = W if v_pages is None else min(W, v_pages.shape[-1])
-    most = 2 * _VALUES if in_keys else _VALUES
-    if lanes > W or values > stored or values > most:
-        raise UnsupportedError(
-            f"keys of {H} and values of {value_dim} lanes in pages of {W}: "
-            f"whole 64s, and values up to {most}"
-        )
+    (T, N, H), K, Z = q.shape, k_pages.shape[2], k_pages.shape[3]
+    lanes, values, wide = _lanes(H, value_dim, k_pages, v_pages)
+    in_keys, key_parts = v_pages is None, _key_parts(lanes, values, k_pages, v_pages)
     keys = tile.keys or 64
     if Z % 8 or max(Z, keys) % min(Z, keys) or keys % 64 or keys > 256:
         raise UnsupportedError(f"{Z=} keys in a page: a power of two, from 8; and {keys=}: 64s")
@@ -145,20 +138,83 @@ def _shape(
         raise UnsupportedError(f"{groups=} of rows: one, whose values two warpgroups share")
     blocks = _most_items(T, R, groups * tokens) * K * heads
     splits = tile.splits or _splits(blocks, M * Z // keys, prompts=T > 4 * R)
-    block = keys * 2 * (lanes + (0 if in_keys else values))
-    fixed = groups * ROWS * (2 * lanes + 4 + 2 * keys + (0 if wide else 4 * STORED)) + 2048
-    stages = tile.stages or max(2, min(6, (_SHARED - fixed) // block))
-    if fixed + stages * block > _SHARED:
-        raise UnsupportedError(
-            f"{stages} blocks of {keys} keys of {lanes} and values of {values} lanes need "
-            f"{fixed + stages * block} bytes of shared memory, and {_SHARED} are there"
-        )
     factor, cap = (scale / soft_cap, soft_cap * LOG2E) if soft_cap else (scale * LOG2E, 0.0)
     part = min(Z, keys)
-    return Shape(
-        G, heads, tokens, groups, stages, splits, part, Z // part, keys // part, M, lanes,
-        values, in_keys, wide, mass, factor, cap,
+    owned = tuple(len(x.parts) for x in (k_pages, v_pages) if isinstance(x, Int8Pages))
+    shape = Shape(
+        G, heads, tokens, groups, 0, splits, part, Z // part, keys // part, M, lanes,
+        values, in_keys, wide, 0, key_parts, owned, mass, factor, cap,
     )  # fmt: skip
+    stages, ahead = _depths(shape, tile.stages, isinstance(k_pages, QuantizedPages))
+    return replace(shape, stages=stages, ahead=ahead)
+
+
+def _lanes(H: int, value_dim: int, k_pages: Any, v_pages: Any) -> tuple[int, int, bool]:
+    """Of keys and of values that are brought, and whether two warpgroups share the values."""
+    W, in_keys = k_pages.shape[-1], v_pages is None
+    lanes, values = -(-H // 64) * 64, -(-value_dim // 64) * 64
+    wide = in_keys and values > _VALUES
+    if wide:
+        values = -(-value_dim // 128) * 128  # two halves
+        lanes = max(lanes, values)
+    stored = W if in_keys else min(W, v_pages.shape[-1])
+    most = 2 * _VALUES if in_keys else _VALUES
+    if lanes > W or values > stored or values > most:
+        raise UnsupportedError(
+            f"keys of {H} and values of {value_dim} lanes in pages of {W}: "
+            f"whole 64s, and values up to {most}"
+        )
+    return lanes, values, wide
+
+
+def _key_parts(lanes: int, values: int, k_pages: Any, v_pages: Any) -> tuple[int, ...]:
+    """Parts of keys with scales of their own, as far as they are brought; none in other pages."""
+    if isinstance(k_pages, Int4Pages) or not isinstance(k_pages, QuantizedPages):
+        if k_pages.dtype != jnp.bfloat16:
+            raise UnsupportedError(f"pages of {_kind(k_pages)}: keep them in bfloat16 or int8")
+        return ()
+    if not isinstance(k_pages, Int8Pages):
+        return ()
+    Z, value_parts = k_pages.shape[3], (k_pages if v_pages is None else v_pages).parts
+    begins = [0, *accumulate(k_pages.parts)]
+    parts = tuple(
+        min(n, lanes - b) for n, b in zip(k_pages.parts, begins, strict=False) if b < lanes
+    )
+    if any(n % 64 for n in parts) or values > value_parts[0]:
+        raise UnsupportedError(
+            f"{k_pages.parts=} of keys, {value_parts=} of values: whole 64s, "
+            f"and {values} lanes of a value in one part"
+        )
+    if Z % _LINE:
+        raise UnsupportedError(f"{Z=} scales of a page of int8: whole {_LINE}s, which a copy fills")
+    return parts
+
+
+def _kind(pages: Any) -> str:
+    return "int4" if isinstance(pages, Int4Pages) else str(pages.dtype)
+
+
+def _depths(shape: Shape, wanted: int, rounded: bool) -> tuple[int, int]:
+    """Blocks that are multiplied or wait for it, and blocks of eight bits on their way."""
+    row = 2 * shape.lanes + 2 * shape.keys + 4 + (0 if shape.wide else 4 * STORED)
+    fixed = shape.groups * ROWS * row + 2048
+    width, scales = sum(shape.widths), 4 * sum(shape.scales)
+    block = shape.keys * (2 * width + scales)
+    room = _SHARED - fixed
+    if rounded:
+        raw = shape.keys * (width + scales)
+        stages = 2 if room >= 2 * (block + raw) else 1
+        ahead = wanted or max(1, min(6, (room - stages * block) // raw))
+        used, said = stages * block + ahead * raw, f"{stages} + {ahead} in eight bits of"
+    else:
+        stages, ahead = wanted or max(2, min(6, room // block)), 0
+        used, said = stages * block, f"{stages}"
+    if used > room:
+        raise UnsupportedError(
+            f"{said} blocks of {shape.keys} keys of {shape.lanes} and values of {shape.values} "
+            f"lanes need {fixed + used} bytes of shared memory, and {_SHARED} are there"
+        )
+    return stages, ahead
 
 
 def _splits(blocks: int, steps: int, prompts: bool) -> int:
@@ -201,9 +257,9 @@ def _launch(
         out.append((items, heads, shape.row * shape.parts + shape.count, rows))
     if shape.wide:
         body = partial(latent.kernel, shape=shape, simulated=bool(interpret))
-        scratch = latent.scratch(shape, queries.dtype)
+        scratch = latent.scratch(shape)
     else:
-        body, scratch = partial(kernel, shape=shape), _scratch(shape, queries.dtype)
+        body, scratch = partial(kernel, shape=shape), _scratch(shape)
     return plgpu.kernel(
         body,
         out_type=[jax.ShapeDtypeStruct(x, jnp.float32) for x in out],
@@ -222,18 +278,14 @@ def _launch(
     )(*scalars, queries, *caches)
 
 
-def _scratch(shape: Shape, dtype: Any) -> list[Any]:
+def _scratch(shape: Shape) -> list[Any]:
     """What `kernel` asks for."""
-    widths = [shape.lanes] if shape.in_keys else [shape.lanes, shape.values]
-    ready = plgpu.Barrier(num_arrivals=shape.count, num_barriers=shape.stages)
     return [
-        plgpu.SMEM((shape.groups, ROWS, shape.lanes), dtype),
-        plgpu.SMEM((shape.groups, ROWS, shape.keys), dtype),
+        plgpu.SMEM((shape.groups, ROWS, shape.lanes), jnp.bfloat16),
+        plgpu.SMEM((shape.groups, ROWS, shape.keys), jnp.bfloat16),
         plgpu.SMEM((shape.groups, ROWS, STORED), jnp.float32),
         plgpu.SMEM((shape.groups, ROWS), jnp.float32),
         plgpu.Barrier(num_barriers=shape.groups),
         plgpu.Barrier(num_arrivals=shape.groups),
-        plgpu.Barrier(num_arrivals=shape.groups, num_barriers=shape.stages),
-        *(plgpu.SMEM((shape.stages, shape.keys, width), dtype) for width in widths),
-        *(ready for _ in widths),
+        Ring.scratch(shape, readers=shape.groups),
     ]

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from itertools import accumulate
+from typing import Any
 
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from kernels_pallas.paged_attention.mosaic_gpu_blocks import Shape, Work, bring
 
 TINY = 1e-37
 HIDDEN = -1e30  # finite: a row that has seen nothing yet must not become NaN
@@ -18,107 +20,25 @@ ROWS = 64  # of a warpgroup: what wgmma fixes
 STORED = 64  # lanes that are turned over to a copy at a time
 
 
-@dataclass(frozen=True)
-class Shape:
-    """What the kernel knows while it is traced.
-
-    Attributes:
-        group: heads of queries in a tile of rows.
-        heads: such groups for each head of keys.
-        tokens: in a tile of rows.
-        groups: tiles of rows in a block of threads.
-        part: keys that are brought by one copy: those of a page, or fewer.
-        parts: of a page.
-        count: parts in a block of keys.
-        row: entries in a row of the block table.
-        lanes, values: of keys and of values that are brought.
-        in_keys: whether values are lanes of keys.
-        wide: whether two warpgroups share these.
-        mass: whether sums of exponentials are kept, by part.
-        factor: of logits, inside tanh where there is a `cap`.
-    """
-
-    group: int
-    heads: int
-    tokens: int
-    groups: int
-    stages: int
-    splits: int
-    part: int
-    parts: int
-    count: int
-    row: int
-    lanes: int
-    values: int
-    in_keys: bool
-    wide: bool
-    mass: bool
-    factor: float
-    cap: float
-
-    @property
-    def keys(self) -> int:
-        return self.count * self.part
+def scores(q: Any, keys: Any, scales: Any, shape: Shape) -> Array:
+    """Products of queries with a block of keys [ROWS, keys], times scales where keys have some."""
+    if scales is None:
+        return product(q, keys.T, (ROWS, shape.keys))
+    s = jnp.float32(0)
+    for b, (n, end) in enumerate(zip(shape.key_parts, accumulate(shape.key_parts), strict=True)):
+        lanes = pl.ds(end - n, n)
+        part = product(q.at[:, lanes], keys.at[:, lanes].T, (ROWS, shape.keys))
+        s = s + part * lax.broadcast_in_dim(scales[b], part.shape, (1,))
+    return s
 
 
-class Work(NamedTuple):
-    """The share of a sequence's keys that a block of threads attends to.
-
-    Attributes:
-        first, end: its tokens.
-        shift: from a token to its position.
-        reach: keys that a token sees, back from its own.
-        part, end_part: the first of the share, and the one behind the last of the sequence.
-        steps: blocks of keys.
-    """
-
-    seq: Array
-    first: Array
-    end: Array
-    shift: Array
-    reach: Array
-    part: Array
-    end_part: Array
-    steps: Array
-
-    @classmethod
-    def of(cls, shape: Shape, window, starts, lens, seqs, firsts) -> Work:
-        item, split = lax.axis_index("item"), lax.axis_index("split")
-        seq, first = seqs[item], firsts[item]
-        shift = lens[seq] - starts[seq + 1]
-        end = jnp.minimum(first + shape.groups * shape.tokens, starts[seq + 1])
-        reach = jnp.where(window[0] > 0, window[0], 2**30)
-        part = lax.div(jnp.maximum(first + shift - reach + 1, 0), jnp.int32(shape.part))
-        end_part = lax.div(end - 1 + shift, jnp.int32(shape.part)) + 1
-        share = lax.div(end_part - part + shape.count - 1, jnp.int32(shape.count))  # in blocks
-        share = lax.div(share + shape.splits - 1, jnp.int32(shape.splits)) * shape.count
-        part = part + split * share
-        share = jnp.maximum(jnp.minimum(share, end_part - part), 0)
-        steps = lax.div(share + shape.count - 1, jnp.int32(shape.count))
-        return cls(seq, first, end, shift, reach, part, end_part, steps)
-
-    def key(self, step: Array, shape: Shape) -> Array:
-        """The first of a block."""
-        return (self.part + step * shape.count) * shape.part
-
-
-def bring(work: Work, shape: Shape, layer, tables, stacks, blocks, ready, free) -> None:
-    """Copies blocks of keys, and of values, to shared memory as room becomes free."""
-    head = lax.div(lax.axis_index("head"), jnp.int32(shape.heads))
-
-    @pl.loop(0, work.steps)
-    def _step(step: Array) -> None:
-        slot = lax.rem(step, jnp.int32(shape.stages))
-        pl.when(step >= shape.stages)(lambda: plgpu.barrier_wait(free.at[slot]))
-        for p in range(shape.count):  # none is left out, since barriers count
-            at = jnp.minimum(work.part + step * shape.count + p, work.end_part - 1)
-            page = tables[work.seq * shape.row + lax.div(at, jnp.int32(shape.parts))]
-            z = pl.ds(lax.rem(at, jnp.int32(shape.parts)) * shape.part, shape.part)
-            to = slot, pl.ds(p * shape.part, shape.part)
-            for stack, block, there in zip(stacks, blocks, ready, strict=True):
-                lanes = pl.ds(0, block.shape[-1])
-                where = stack.at[layer[0], page, head, z, lanes]
-                plgpu.copy_gmem_to_smem(where, block.at[to], there.at[slot])
+def weights(p: Array, scales: Any, past: Array) -> Array:
+    """What values are multiplied with. Scales from `past` on nobody may see: they might be NaN."""
+    if scales is None:
+        return p
+    x = scales[0]
+    x = jnp.where(lax.broadcasted_iota(jnp.int32, x.shape, 0) < past, x, 0.0)
+    return p * lax.broadcast_in_dim(x, p.shape, (1,))
 
 
 def logits(s: Array, position: Array, key: Array, reach: Array, shape: Shape) -> Array:
@@ -151,10 +71,9 @@ def keep_masses(masses: Any, sums: list[Array], top: Array, first: Array) -> Non
 def kernel(
     layer, window, starts, lens, tables, seqs, firsts, q_ref, *refs, shape: Shape
 ) -> None:  # fmt: skip
-    n, outs = 1 if shape.in_keys else 2, 3 if shape.mass else 2
-    stacks, (o_ref, lse_ref, *mass_refs), refs = refs[:n], refs[n : n + outs], refs[n + outs :]
-    q_smem, p_smem, o_smem, lse_smem, arrived, silenced, free, *rest = refs
-    blocks, ready = rest[:n], rest[n:]
+    stacks, scales, (o_ref, lse_ref, *mass_refs), refs = by_kind(refs, shape)
+    q_smem, p_smem, o_smem, lse_smem, arrived, silenced, ring = refs
+    blocks, ready = ring.blocks, ring.ready
     head, split, item = (lax.axis_index(name) for name in ("head", "split", "item"))
     wg = lax.axis_index("wg")
 
@@ -165,13 +84,13 @@ def kernel(
         @pl.when(wg == shape.groups)
         def _bring() -> None:
             if shape.groups > 1:
-                plgpu.set_max_registers(40, action="decrease")
-            bring(work, shape, layer, tables, stacks, blocks, ready, free)
+                plgpu.set_max_registers(56 if shape.ahead else 40, action="decrease")
+            bring(work, shape, layer, tables, stacks, scales, ring)
 
         @pl.when(wg < shape.groups)
         def _compute() -> None:
             if shape.groups > 1:
-                plgpu.set_max_registers(232, action="increase")
+                plgpu.set_max_registers(224 if shape.ahead else 232, action="increase")
             base = work.first + wg * shape.tokens
             lanes = 128 if shape.values % 128 == 0 else 64  # of a product: more fill the registers
             rows = pl.ds(wg * ROWS, ROWS)
@@ -187,7 +106,8 @@ def kernel(
                 slot = lax.rem(step, jnp.int32(shape.stages))
                 key = work.key(step, shape)
                 plgpu.barrier_wait(ready[0].at[slot])
-                s = product(q_smem.at[wg], blocks[0].at[slot].T, (ROWS, shape.keys))
+                steps = [ring.steps(0, step)] if scales else [None]
+                s = scores(q_smem.at[wg], blocks[0].at[slot], steps[0], shape)
                 s = logits(s, base + work.shift, key, work.reach, shape)
                 now = jnp.maximum(top, jnp.max(s, 1))
                 p, shrink = jnp.exp2(s - down(now, s.shape)), jnp.exp2(top - now)
@@ -196,24 +116,26 @@ def kernel(
                     at = work.part + step * shape.count
                     keep_masses(masses.at[item, head, :, rows], sums, now, at)
                 total = total * shrink + sum(sums)
-                plgpu.barrier_wait(ready[-1].at[slot]) if n == 2 else None
+                if len(stacks) == 2:
+                    plgpu.barrier_wait(ready[1].at[slot])
+                    steps += [ring.steps(1, step)] if scales else []
                 values = blocks[-1].at[slot, :, pl.ds(0, shape.values)]
                 past = work.end + work.shift - key  # the first of the block's keys that nobody sees
 
-                @pl.when(past < shape.keys)
-                def _() -> None:
+                def quiet() -> None:
                     together()  # where values are keys, others may still read them
                     pl.when(wg == 0)(lambda: silence(values, past))
                     together()
 
-                p_smem[wg] = p.astype(values.dtype)
+                None if shape.ahead else pl.when(past < shape.keys)(quiet)  # integers are finite
+                p_smem[wg] = weights(p, steps[-1], past).astype(values.dtype)
                 plgpu.commit_smem()
                 value = tuple(
                     x * down(shrink, x.shape)
                     + product(p_smem.at[wg], values.at[:, pl.ds(i * lanes, lanes)], x.shape)
                     for i, x in enumerate(value)
                 )
-                plgpu.barrier_arrive(free.at[slot])
+                plgpu.barrier_arrive(ring.free.at[slot])
                 return value, now, total
 
             nothing = [jnp.zeros((ROWS, lanes), jnp.float32)] * (shape.values // lanes)
@@ -239,6 +161,13 @@ def kernel(
                         plgpu.copy_smem_to_gmem(o_smem.at[wg, pl.ds(row, 8)], out)
 
                 plgpu.wait_smem_to_gmem(0, wait_read_only=begin + STORED < shape.values)
+
+
+def by_kind(refs: tuple[Any, ...], shape: Shape) -> tuple[Any, ...]:
+    """References to the caches, their scales, the results and what is left."""
+    ends = accumulate((len(shape.widths), len(shape.scales), 3 if shape.mass else 2))
+    a, b, c = ends
+    return refs[:a], refs[a:b], refs[b:c], refs[c:]
 
 
 def silence(values: Any, past: Array) -> None:

@@ -16,23 +16,25 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels_pallas.paged_attention.mosaic_gpu_blocks import Ring, Shape, Work, bring
 from kernels_pallas.paged_attention.mosaic_gpu_kernel import (
     HIDDEN,
     LOG2E,
     ROWS,
-    Shape,
-    Work,
-    bring,
+    by_kind,
     down,
     keep_masses,
     logits,
     part_sums,
     product,
+    scores,
     silence,
+    weights,
 )
 
 _SCORES, _VALUES, _PAGES = range(3)  # what the warpgroups are for
 _WIDEST = 256  # lanes that wgmma takes
+_FAR = 2**20  # blocks: more than a sequence has
 
 
 def _shares(values: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
@@ -42,33 +44,33 @@ def _shares(values: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
     return [(0, first)], [(start, min(_WIDEST, values - start)) for start in starts]
 
 
-def scratch(shape: Shape, dtype: Any) -> list[Any]:
+def scratch(shape: Shape) -> list[Any]:
     """What `kernel` asks for."""
     return [
-        plgpu.SMEM((ROWS, shape.lanes), dtype),
-        plgpu.SMEM((ROWS, shape.keys), dtype),
+        plgpu.SMEM((ROWS, shape.lanes), jnp.bfloat16),
+        plgpu.SMEM((ROWS, shape.keys), jnp.bfloat16),
         plgpu.SMEM((ROWS,), jnp.float32),
-        plgpu.SMEM((shape.stages, shape.keys, shape.lanes), dtype),
         plgpu.Barrier(),
         plgpu.Barrier(),
         plgpu.Barrier(),
-        plgpu.Barrier(num_arrivals=2, num_barriers=shape.stages),
-        plgpu.Barrier(num_arrivals=shape.count, num_barriers=shape.stages),
+        Ring.scratch(shape, readers=2),
     ]
 
 
 def kernel(
-    layer, window, starts, lens, tables, seqs, firsts, q_ref, pages, o_ref, lse_ref,
-    *refs, shape: Shape, simulated: bool,
-) -> None:  # fmt: skip
-    mass_refs, refs = (refs[:1], refs[1:]) if shape.mass else ((), refs)
-    q_smem, p_smem, shrink_smem, blocks, arrived, weighed, added, free, ready = refs
+    layer, window, starts, lens, tables, seqs, firsts, q_ref, *refs, shape: Shape, simulated: bool
+) -> None:
+    stacks, scales, (o_ref, lse_ref, *mass_refs), refs = by_kind(refs, shape)
+    q_smem, p_smem, shrink_smem, arrived, weighed, added, ring = refs
+    (blocks,), (ready,), free = ring.blocks, ring.ready, ring.free
     head, split, item = (lax.axis_index(name) for name in ("head", "split", "item"))
     wg, (few, many) = lax.axis_index("wg"), _shares(shape.values)
 
     def take(step: Array) -> tuple[Any, Any]:
         """A block of keys, once it is there, and the barrier on which it is given back."""
         slot = lax.rem(step, jnp.int32(shape.stages))
+        if shape.stages == 1:  # 0, too, but if compilers knew they would keep all its addresses
+            slot = lax.div(step, jnp.int32(_FAR))
         plgpu.barrier_wait(ready.at[slot])
         return blocks.at[slot], free.at[slot]
 
@@ -98,8 +100,8 @@ def kernel(
 
         @pl.when(wg == _PAGES)
         def _() -> None:
-            plgpu.set_max_registers(24, action="decrease")
-            bring(work, shape, layer, tables, [pages], [blocks], [ready], free)
+            plgpu.set_max_registers(40 if shape.ahead else 24, action="decrease")
+            bring(work, shape, layer, tables, stacks, scales, ring)
 
         @pl.when(wg == _SCORES)
         def _() -> None:
@@ -111,7 +113,8 @@ def kernel(
                 sums, top, total = state
                 keys, done = take(step)
                 key = work.key(step, shape)
-                s = product(q_smem, keys.T, (ROWS, shape.keys))
+                steps = ring.steps(0, step) if scales else None
+                s = scores(q_smem, keys, steps, shape)
                 s = logits(s, work.first + work.shift, key, work.reach, shape)
                 now = jnp.maximum(top, jnp.max(s, 1))
                 p, shrink = jnp.exp2(s - down(now, s.shape)), jnp.exp2(top - now)
@@ -121,9 +124,10 @@ def kernel(
                 total = total * shrink + sum(parts)
                 past = work.end + work.shift - key  # the first of the block's that nobody sees
                 values = keys.at[:, pl.ds(0, shape.values)]
-                pl.when(past < shape.keys)(lambda: silence(values, past))
+                if not shape.ahead:  # integers are finite
+                    pl.when(past < shape.keys)(lambda: silence(values, past))
                 pl.when(step > 0)(lambda: plgpu.barrier_wait(added))  # the weights before these
-                p_smem[...] = p.astype(p_smem.dtype)
+                p_smem[...] = weights(p, steps, past).astype(p_smem.dtype)
                 shrink_smem[...] = shrink
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(weighed)
@@ -143,7 +147,7 @@ def kernel(
 
         @pl.when(wg == _VALUES)
         def _() -> None:
-            plgpu.set_max_registers(240, action="increase")
+            plgpu.set_max_registers(224 if shape.ahead else 240, action="increase")
 
             def attend(step: Array, sums: tuple[Array, ...]) -> tuple[Array, ...]:
                 keys, done = take(step)

@@ -18,6 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.op import UnsupportedError, tried
+from kernels_pallas.paged_attention import mosaic_gpu_coded_writing
 from kernels_pallas.paged_attention.codec import QuantizedPages, to_stored
 from kernels_pallas.paged_attention.ragged import Ragged, owners
 
@@ -40,7 +41,8 @@ def page_write(
 ) -> tuple[Any, Any]:  # fmt: skip
     """`reference.page_write` as a Hopper kernel."""
     if isinstance(k_pages, QuantizedPages):
-        raise UnsupportedError(f"{type(k_pages).__name__} of {k_pages.dtype}: nothing rounds here")
+        options: dict[str, Any] = {"interpret": interpret}
+        return mosaic_gpu_coded_writing.page_write(k_pages, v_pages, k, v, layer, batch, **options)
     stacks = [k_pages] if v_pages is None else [k_pages, v_pages]
     T, Z = k.shape[0], k_pages.shape[3]
     tokens = _tokens((tile or GpuTile()).tokens, T, stacks)

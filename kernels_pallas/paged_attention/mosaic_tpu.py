@@ -8,21 +8,24 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.op import UnsupportedError, tried
 from kernels_pallas.paged_attention.codec import (
+    ROTATED,
     Int4Pages,
     Int8Pages,
     QuantizedPages,
     StaticInt8Pages,
+    whole_scales,
 )
 from kernels_pallas.paged_attention.mosaic_tpu_kernel import (
     LANES,
@@ -68,14 +71,15 @@ def page_attention(
     stacks = [k_pages] if v_pages is None else [k_pages, v_pages]
     value_dim = value_dim or int(stacks[-1].shape[-1] if v_pages is not None else H)
     if isinstance(k_pages, StaticInt8Pages):
-        q = _calibrated(q, k_pages, layer)
+        q = k_pages.fold(q, layer)
     caches, scales, dtype = _leaves(stacks)
     values = pl.cdiv(value_dim, LANES) * LANES  # lanes past value_dim are cut off at the end
     squash, unit = (scale / soft_cap, soft_cap) if soft_cap else (0.0, scale)
     shape = _shape(tile or TpuTile(), T, N, stacks, batch, values, squash, unit, mass)
     blocks, G = pl.cdiv(T, shape.tokens), shape.group
     tokens = shape.tokens if blocks == 1 else T  # a single program's rows fill tiles
-    q = jnp.pad(q.astype(dtype), ((0, tokens - T), (0, 0), (0, W - H)))
+    q = jnp.pad(q, ((0, tokens - T), (0, 0), (0, W - H)))
+    q = (_turned(q) if isinstance(k_pages, Int4Pages) else q).astype(dtype)
     queries = [q.reshape(tokens, K, G, W).swapaxes(0, 1).reshape(K, tokens * G, W)]
     if sinks is not None:
         row = as_array(sinks).astype(jnp.float32).reshape(K, 1, G, 1) / unit
@@ -88,7 +92,8 @@ def page_attention(
     o, lse, *sums = _launch(scalars, queries, caches, scales, shape, blocks, interpret)
     o = o.reshape(K, tokens, G, values).swapaxes(0, 1).reshape(tokens, N, values)
     if isinstance(stacks[-1], StaticInt8Pages):
-        o = _calibrated(o, stacks[-1], layer)
+        o = stacks[-1].fold(o, layer)
+    o = _turned(o) if isinstance(stacks[-1], Int4Pages) else o
     lse = lse.reshape(K, tokens, G).swapaxes(0, 1).reshape(tokens, N)[:T]
     if not mass:
         return o[:T, :, :value_dim], lse
@@ -97,19 +102,20 @@ def page_attention(
     return o[:T, :, :value_dim], lse, jnp.exp(found - lse[..., None])
 
 
-def _calibrated(x: Array, pages: StaticInt8Pages, layer: Array | int) -> Array:
-    """x [T, N, W] times the scales of its lanes: rows of the cache then count as integers."""
-    scale = lax.dynamic_index_in_dim(pages.scale, layer, keepdims=False)  # [K, W]
-    (T, N, W), (K, _) = x.shape, scale.shape
-    scale = jnp.pad(scale, ((0, 0), (0, max(0, W - scale.shape[1]))))[:, None, :W]
-    return (x.astype(jnp.float32).reshape(T, K, N // K, W) * scale).reshape(T, N, W)
+def _turned(x: Array) -> Array:
+    """x [T, N, W] as `codec.turned` has it, but for rounding: by a product. Butterflies of lanes
+    took XLA megabytes of temporaries."""
+    matrix = reduce(np.kron, [[[1, 1], [1, -1]]] * (ROTATED.bit_length() - 1))
+    by = jnp.asarray(matrix * ROTATED**-0.5, jnp.float32)
+    blocks = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, ROTATED)
+    return jnp.dot(blocks, by, precision=lax.Precision.HIGHEST).reshape(x.shape)
 
 
 def _leaves(stacks: list[Any]) -> tuple[list[Array], list[Array], Any]:
     """Rows of pages, their scales where they have some, and the type of products with them."""
     if not isinstance(stacks[0], QuantizedPages):
         return stacks, [], stacks[0].dtype
-    scales = [x.scale for x in stacks if isinstance(x, Int8Pages)]
+    scales = [x.scale for x in stacks if isinstance(x, Int8Pages | Int4Pages)]
     return [x.values for x in stacks], scales, jnp.dtype(jnp.bfloat16)
 
 
@@ -156,7 +162,8 @@ def _launch(
             ],
             out_specs=[spec for _, spec in out],
             scratch_shapes=[
-                *(pltpu.VMEM((2, heads, keys, x.shape[-1]), x.dtype) for x in caches),
+                *(pltpu.VMEM((2, heads, shape.pages * x.shape[3], x.shape[-1]), x.dtype)
+                  for x in caches),
                 *(pltpu.VMEM((2, x.shape[2], keys), x.dtype) for x in scales),
                 state, state,
                 pltpu.SemaphoreType.DMA((2, len(caches + scales))), pltpu.SMEM((1,), jnp.int32),
@@ -210,13 +217,16 @@ def _shape(
 def _parts(stacks: list[Any]) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Of keys and of values, parts with scales of their own; and what speaks against the type."""
     dtype, first = stacks[0].dtype, stacks[0]
-    if isinstance(first, Int4Pages):
-        raise UnsupportedError("pages of int4: keep them in bfloat16, float32 or int8")
     if not isinstance(first, QuantizedPages) and dtype not in (jnp.bfloat16, jnp.float32):
         raise UnsupportedError(f"pages of {dtype}: keep them in bfloat16 or float32")
-    parts = [x.parts if isinstance(x, Int8Pages) else () for x in stacks]
+    parts = [x.parts if isinstance(x, Int8Pages | Int4Pages) else () for x in stacks]
     if any(n % LANES for each in parts for n in each):
         raise UnsupportedError(f"{parts=} of rows must be multiples of {LANES} lanes")
+    if isinstance(first, Int4Pages) and any(n != ROTATED for each in parts for n in each):
+        raise UnsupportedError(f"{parts=} of rows in four bits must be of {ROTATED} lanes")
+    rows = [x.scale.shape[2] for x in stacks if isinstance(x, Int8Pages | Int4Pages)]
+    if any(n != whole_scales(n) for n in rows):  # they would be copied
+        raise UnsupportedError(f"{rows} rows of scales: pad them to 1, 2, 4 or eights")
     return parts[0], parts[-1]
 
 

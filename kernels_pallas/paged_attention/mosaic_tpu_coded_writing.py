@@ -1,12 +1,14 @@
-"""Writing keys and values into pages of eight bits on a TPU: rounded on their way, in place.
+"""Writing into pages of eight or four bits on a TPU: rows are rounded on their way, in place.
 
 An *item* is a page of one sequence that gets new rows. Its scales come and go whole, since they lie
 along lanes; of its values only those groups of slots do that new rows fall into, since memory moves
-in tiles of rows. Several items are on their way at once, and no two have a page in common.
+in tiles of rows. Several items are on their way at once, and no two have a page in common, so that
+the two slots of a byte of four bits are always written by one.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -14,16 +16,22 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.op import UnsupportedError
-from kernels_pallas.paged_attention.codec import Int4Pages, QuantizedPages, StaticInt8Pages
+from kernels_pallas.paged_attention.codec import (
+    Int4Pages,
+    QuantizedPages,
+    StaticInt8Pages,
+    whole_scales,
+)
 from kernels_pallas.paged_attention.ragged import Ragged
 
 _LANES = 128
-_GROUP = 32  # slots: rows of a tile of eight bits
+_ROWS = 32  # of a tile of bytes
 _VMEM = 32 * 2**20
 
 
@@ -33,6 +41,7 @@ class Shape:
 
     Attributes:
         page: slots in a page.
+        group: slots of a tile, in which pages come and go: of four bits two share a row.
         row: entries in a row of the block table.
         align: tokens that a copy of new rows begins at multiples of.
         depth: items on their way at a time.
@@ -40,6 +49,7 @@ class Shape:
     """
 
     page: int
+    group: int
     row: int
     align: int
     depth: int
@@ -55,21 +65,21 @@ def page_write(
     new = [k] if v is None else [k, v]
     (T, K, _), dtype = k.shape, k.dtype if k.dtype == jnp.bfloat16 else jnp.float32
     shape = _shape(stacks, batch, dtype, items)
-    tokens = pl.cdiv(max(T, _GROUP + shape.align), shape.align) * shape.align
+    tokens = pl.cdiv(max(T, shape.group + shape.align), shape.align) * shape.align
 
     def rows(x: Array, pages: QuantizedPages) -> Array:  # [K, T, W]
         padding = (0, tokens - T), (0, 0), (0, pages.shape[-1] - x.shape[-1])
         return jnp.pad(x.astype(dtype), padding).swapaxes(0, 1)
 
     rows_in = [rows(x, pages) for x, pages in zip(new, stacks, strict=True)]
-    steps = [_steps(pages, layer) for pages in stacks if isinstance(pages, StaticInt8Pages)]
-    leaves = [leaf for pages in stacks for leaf in _moved(pages)]
+    steps = [pages.steps(layer) for pages in stacks if isinstance(pages, StaticInt8Pages)]
+    leaves = [leaf for pages in stacks for leaf in pages.written]
     scalars = (
         jnp.asarray(layer, jnp.int32).reshape(1), batch.row_starts, batch.kv_lens,
         batch.tables.reshape(-1), *_items(batch, T, shape.page),
     )  # fmt: skip
     hbm, vmem = (pl.BlockSpec(memory_space=m) for m in (pltpu.MemorySpace.HBM, pltpu.VMEM))
-    first, groups = len(scalars) + len(rows_in) + len(steps), shape.page // _GROUP
+    first, groups = len(scalars) + len(rows_in) + len(steps), shape.page // shape.group
     out = pl.pallas_call(
         partial(_kernel, shape=shape),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -78,7 +88,8 @@ def page_write(
             in_specs=[*[hbm] * len(rows_in), *[vmem] * len(steps), *[hbm] * len(leaves)],
             out_specs=[hbm] * len(leaves),
             scratch_shapes=[
-                *(pltpu.VMEM((shape.depth, groups, K, _GROUP + shape.align, x.shape[-1]), x.dtype)
+                *(pltpu.VMEM((shape.depth, groups, K, shape.group + shape.align, x.shape[-1]),
+                             x.dtype)
                   for x in rows_in),
                 *(pltpu.VMEM((shape.depth, *leaf.shape[2:]), leaf.dtype) for leaf in leaves),
                 pltpu.SemaphoreType.DMA((2, shape.depth)),
@@ -88,49 +99,39 @@ def page_write(
         input_output_aliases={first + i: i for i in range(len(leaves))},
         compiler_params=pltpu.CompilerParams(vmem_limit_bytes=2 * _VMEM),
         interpret=interpret,
-        name="page_write_int8",
+        name="page_write_int4" if isinstance(k_pages, Int4Pages) else "page_write_int8",
     )(*scalars, *rows_in, *steps, *leaves)  # fmt: skip
     done = iter(out)
-    results = [_with(pages, [next(done) for _ in _moved(pages)]) for pages in stacks]
+    results = [pages.with_written([next(done) for _ in pages.written]) for pages in stacks]
     return results[0], None if v_pages is None else results[1]
-
-
-def _moved(pages: Any) -> list[Array]:
-    """What a write changes."""
-    return [pages.values] if isinstance(pages, StaticInt8Pages) else [pages.values, pages.scale]
-
-
-def _with(pages: Any, leaves: list[Array]) -> Any:
-    if isinstance(pages, StaticInt8Pages):
-        return StaticInt8Pages(leaves[0], pages.scale)
-    return type(pages)(*leaves, pages.parts)
-
-
-def _steps(pages: StaticInt8Pages, layer: Array | int) -> Array:  # [K, W]
-    scale = lax.dynamic_index_in_dim(pages.scale, layer, keepdims=False)
-    return jnp.where(scale > 0, 1 / jnp.where(scale > 0, scale, 1.0), 0.0)
 
 
 def _shape(stacks: list[Any], batch: Ragged, dtype: Any, items: int) -> Shape:
     """The kernel's sizes, or what speaks against it."""
-    Z = stacks[0].shape[3]
-    if any(isinstance(pages, Int4Pages) for pages in stacks):
-        raise UnsupportedError("pages of int4: keep them in int8")
+    Z, kinds = stacks[0].shape[3], {type(pages) for pages in stacks}
+    if len(kinds) > 1:
+        raise UnsupportedError(f"keys and values in {kinds}: keep both in one")
+    group = 2 * _ROWS if kinds == {Int4Pages} else _ROWS
     lanes = [pages.shape[-1] for pages in stacks]
     if any(n % _LANES for n in lanes):
         raise UnsupportedError(f"pages of {lanes} lanes: pad them to multiples of {_LANES}")
     parts = tuple(() if isinstance(p, StaticInt8Pages) else p.parts for p in stacks)
     if any(n % _LANES for each in parts for n in each):
         raise UnsupportedError(f"{parts=} of rows must be multiples of {_LANES} lanes")
-    whole = _LANES if any(parts) else _GROUP
+    rows = [p.scale.shape[2] for p in stacks if not isinstance(p, StaticInt8Pages)]
+    if any(n != whole_scales(n) for n in rows):  # they would be copied
+        raise UnsupportedError(f"{rows} rows of scales: pad them to 1, 2, 4 or eights")
+    whole = _LANES if any(parts) else group
     if Z % whole:
-        raise UnsupportedError(f"{Z=} keys in a page of int8 must be a multiple of {whole}")
+        raise UnsupportedError(
+            f"{Z=} keys in a page of {stacks[0].dtype} must be a multiple of {whole}"
+        )
     K, align = stacks[0].shape[2], 32 // jnp.dtype(dtype).itemsize
-    fresh = Z // _GROUP * (_GROUP + align) * jnp.dtype(dtype).itemsize
-    depth = min(items, _VMEM // (sum(lanes) * K * (fresh + Z)))
+    fresh = Z // group * (group + align) * jnp.dtype(dtype).itemsize
+    depth = min(items, _VMEM // (sum(lanes) * K * (fresh + Z // group * _ROWS)))
     if depth < 2:
         raise UnsupportedError(f"two pages of {K=} heads, {Z=} slots do not fit into VMEM")
-    return Shape(Z, batch.tables.shape[1], align, depth, parts)
+    return Shape(Z, group, batch.tables.shape[1], align, depth, parts)
 
 
 def _items(batch: Ragged, T: int, Z: int) -> tuple[Array, Array, Array]:
@@ -175,14 +176,14 @@ def _kernel(*refs: Any, shape: Shape) -> None:
 
     def window(at: _Place, g: Array) -> Array:
         """The aligned token from which a group's rows are read; all of them exist."""
-        token = jnp.clip(at.token + g * _GROUP, 0, tokens - _GROUP - shape.align)
+        token = jnp.clip(at.token + g * shape.group, 0, tokens - shape.group - shape.align)
         return pl.multiple_of(lax.div(token, jnp.int32(shape.align)) * shape.align, shape.align)
 
     def groups(at: _Place) -> Any:
-        return pl.loop(lax.div(at.first, _GROUP), lax.div(at.end - 1, _GROUP) + 1)
+        return pl.loop(lax.div(at.first, shape.group), lax.div(at.end - 1, shape.group) + 1)
 
-    def slots(g: Array) -> Any:
-        return pl.ds(pl.multiple_of(g * _GROUP, _GROUP), _GROUP)
+    def tile(g: Array) -> Any:
+        return pl.ds(pl.multiple_of(g * _ROWS, _ROWS), _ROWS)
 
     def move(i: Array, act: str, out: bool) -> None:
         """Starts or awaits what an item begins with, or what it ends with."""
@@ -198,10 +199,10 @@ def _kernel(*refs: Any, shape: Shape) -> None:
 
             @groups(at)
             def _(g: Array, c: int = c, values: int = values) -> None:
-                copy(caches[values].at[layer[0], at.page, :, slots(g)],
-                     old[values].at[n, :, slots(g)])  # fmt: skip
+                copy(caches[values].at[layer[0], at.page, :, tile(g)],
+                     old[values].at[n, :, tile(g)])  # fmt: skip
                 if not out:
-                    copy(new[c].at[:, pl.ds(window(at, g), _GROUP + shape.align)],
+                    copy(new[c].at[:, pl.ds(window(at, g), shape.group + shape.align)],
                          fresh[c].at[n, g])  # fmt: skip
 
     def merge(i: Array) -> None:
@@ -210,24 +211,23 @@ def _kernel(*refs: Any, shape: Shape) -> None:
         for c, (values, scale) in enumerate(owned):
             kept = old[values]
             take: Any = partial(_calibrated, next(calibrated)) if scale is None else partial(
-                _rounded, old[scale].at[n], shape.parts[c]
+                _rounded, old[scale].at[n], shape.parts[c], _code(kept.dtype)
             )  # fmt: skip
 
             @groups(at)
             def _(g: Array, x: Any = fresh[c], kept: Any = kept, take: Any = take) -> None:
-                slot = g * _GROUP + lax.broadcasted_iota(jnp.int32, (_GROUP, 1), 0)
+                slot = g * shape.group + lax.broadcasted_iota(jnp.int32, (shape.group, 1), 0)
                 own = (slot >= at.first) & (slot < at.end)
 
                 @pl.loop(0, kept.shape[1])
                 def _(h: Array) -> None:
                     rows = x[n, g, h].astype(jnp.float32)  # a roll of rows wants whole words
                     size = jnp.int32(rows.shape[0])
-                    ahead = window(at, g) - at.token - g * _GROUP
-                    rows = pltpu.roll(rows, lax.rem(ahead + size, size), 0)[:_GROUP]
+                    ahead = window(at, g) - at.token - g * shape.group
+                    rows = pltpu.roll(rows, lax.rem(ahead + size, size), 0)[: shape.group]
                     rows = take(rows, h, slot, own)
                     rows = lax.round(rows, lax.RoundingMethod.TO_NEAREST_EVEN)
-                    before = kept[n, h, slots(g)].astype(jnp.float32)
-                    kept[n, h, slots(g)] = jnp.where(own, rows, before).astype(kept.dtype)
+                    kept[n, h, tile(g)] = _merged(kept[n, h, tile(g)], rows, own)
 
     ahead = shape.depth // 2
     pl.loop(0, jnp.minimum(ahead, count))(partial(move, act="start", out=False))
@@ -259,19 +259,59 @@ def _calibrated(steps: Any, x: Array, h: Array, slot: Array, own: Array) -> Arra
     return jnp.clip(x * steps[pl.ds(h, 1)], -127.0, 127.0)
 
 
+def _merged(tile: Array, rows: Array, own: Array) -> Array:
+    """A tile of a page with whole numbers in place of its own rows [slots, W]. Two slots that share
+    a byte are consecutive rows of nibbles, as `mosaic_tpu_kernel.Rows` says."""
+    if tile.dtype != jnp.uint8:
+        return jnp.where(own, rows, tile.astype(jnp.float32)).astype(tile.dtype)
+    nibbles = pltpu.bitcast(tile, jnp.int4).astype(jnp.float32)
+    nibbles = jnp.where(own, rows, nibbles).astype(jnp.int32).astype(jnp.int4)
+    return pltpu.bitcast(nibbles, tile.dtype)
+
+
 def _rounded(
-    scale: Any, parts: tuple[int, ...], x: Array, h: Array, slot: Array, own: Array
+    scale: Any, parts: tuple[int, ...], code: Any, x: Array, h: Array, slot: Array, own: Array
 ) -> Array:
     """Rows x [slots, W] over their steps; the scales of own slots are put along `scale`'s lanes."""
     out = list[Array]()
     for b, (n, end) in enumerate(zip(parts, accumulate(parts), strict=True)):
-        part = x[:, end - n : end]
-        top = jnp.max(jnp.abs(part), 1, keepdims=True)
-        out.append(part * jnp.where(top > 0, 127.0 / top, 0.0))
+        part, step = code(x[:, end - n : end])
+        out.append(part)
         lane = lax.broadcasted_iota(jnp.int32, (x.shape[0], scale.shape[-1]), 1)
         mine = (lane == slot) & own
-        found = jnp.sum(jnp.where(mine, top * (1 / 127.0), 0.0), 0, keepdims=True)
+        found = jnp.sum(jnp.where(mine, step, 0.0), 0, keepdims=True)
         new = jnp.max(jnp.where(mine, 1.0, 0.0), 0, keepdims=True) > 0
         at = pl.ds(h * len(parts) + b, 1)
         scale[at] = jnp.where(new, found, scale[at])
     return jnp.concatenate(out, 1)
+
+
+def _code(dtype: Any) -> Callable[[Array], tuple[Array, Array]]:
+    """What takes a part of rows [slots, n] to itself over its steps, and these [slots, 1]."""
+    return _nibbles if dtype == jnp.uint8 else _bytes
+
+
+def _bytes(x: Array) -> tuple[Array, Array]:
+    top = jnp.max(jnp.abs(x), 1, keepdims=True)
+    return x * jnp.where(top > 0, 127.0 / top, 0.0), top * (1 / 127.0)
+
+
+def _nibbles(x: Array) -> tuple[Array, Array]:
+    """To the bit as `codec` has it: rows are turned, and what is largest in them becomes -8."""
+    x = _turned(x)
+    high, low = jnp.max(x, 1, keepdims=True), jnp.min(x, 1, keepdims=True)
+    top = jnp.where(high >= -low, high, low)
+    top = jnp.where(high != high, high, top)
+    return jnp.clip(x * jnp.where(top != 0, -8.0 / top, 0.0), -8.0, 7.0), top * (-1 / 8)
+
+
+def _turned(x: Array) -> Array:
+    """`codec.hadamard`, the same sums in the same order: lanes meet those a power of two away."""
+    n, lane, step = x.shape[1], lax.broadcasted_iota(jnp.int32, x.shape, 1), 1
+    block = n & -n
+    while step < block:
+        second = (lane & step) != 0
+        other = jnp.where(second, pltpu.roll(x, step, 1), pltpu.roll(x, n - step, 1))
+        x = other + jnp.where(second, -x, x)
+        step *= 2
+    return x * np.float32(block**-0.5)

@@ -46,8 +46,8 @@ class Shape:
         value_dim: of the outputs.
         squash: what logits are multiplied with before tanh; 0 for no tanh.
         unit: of the logits as the softmax keeps them.
-        key_parts, value_parts: lanes of the parts of rows in eight bits that have scales of their
-            own, keys along the lanes of an array; none where rows have none.
+        key_parts, value_parts: lanes of the parts of rows in eight or four bits that have scales of
+            their own, keys along the lanes of an array; none where rows have none.
         mass: whether the sum of every page is kept. Then blocks of pages and tiles of rows are
             whole tiles of that array, pages along its sublanes.
     """
@@ -80,7 +80,11 @@ class Spans(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """A block of keys or values [heads, S, W]; the scales of their parts [heads * parts, S]."""
+    """A block of keys or values [heads, S, W]; the scales of their parts [heads * parts, S].
+
+    Of four bits it is [heads, S / 2, W] in uint8. A register's words hold consecutive rows, the
+    first one lowest, be they four of bytes or eight of nibbles: read as nibbles, its bits stay.
+    """
 
     values: Any
     parts: tuple[int, ...]
@@ -89,6 +93,7 @@ class Rows(NamedTuple):
     def split(self, h: Array, lanes: int, dtype: Any) -> list[tuple[slice, Array, Array | None]]:
         """Which lanes of a head's rows, those rows, and their scales [1, S]."""
         x = self.values[h]
+        x = pltpu.bitcast(x, jnp.int4) if x.dtype == jnp.uint8 else x
         x = x if x.dtype == dtype else x.astype(jnp.float32).astype(dtype)
         if not self.parts:
             return [(slice(0, lanes), x[:, :lanes], None)]
@@ -156,10 +161,15 @@ def kernel(*refs: Any, shape: Shape, has_sinks: bool, caches: int, scales: int) 
     def copies(row: Array, page: Array, p: Array, slot: Array) -> list[Any]:
         """The copy of the p-th page of a block that begins at `page`, from each cache."""
         at = scalars.layer[0], scalars.tables[row * shape.row + page + p]
-        to = slot, slice(None), pl.ds(pl.multiple_of(p * shape.page, shape.page), shape.page)
         heads = [pl.ds(head, shape.heads)] * caches + [slice(None)] * scales
+
+        def to(n: int) -> tuple[Any, ...]:  # rows of a page: keys, or pairs of them in four bits
+            return slot, slice(None), pl.ds(pl.multiple_of(p * n, n), n)
+
         return [
-            pltpu.make_async_copy(stack.at[*at, part], buffer.at[to], arrived.at[slot, c])
+            pltpu.make_async_copy(
+                stack.at[*at, part], buffer.at[to(stack.shape[3])], arrived.at[slot, c]
+            )
             for c, (stack, buffer, part) in enumerate(zip(stacks, buffers, heads, strict=True))
         ]
 
@@ -246,7 +256,7 @@ def kernel(*refs: Any, shape: Shape, has_sinks: bool, caches: int, scales: int) 
 
 
 def _silence_scales(scales: Any, item: Item, page: Array, shape: Shape) -> None:
-    """The same for rows in eight bits: it is their scales that might be NaN."""
+    """The same for rows in eight or four bits: it is their scales that might be NaN."""
     end = item.end + item.shift - page * shape.page
     x = scales[...]
     scales[...] = jnp.where(lax.broadcasted_iota(jnp.int32, x.shape, 1) < end, x, 0.0)
@@ -271,7 +281,7 @@ def _attend(
 ) -> None:  # fmt: skip
     """Adds a block of keys to the softmax of the i-th `tokens` of a program, whose first one is
     the step's `base`, as far as they are the item's."""
-    count, S = tokens * shape.group, keys.values.shape[1]
+    count, S = tokens * shape.group, shape.page * shape.pages
     rows = pl.ds(pl.multiple_of(i * count, count) if tokens < shape.tokens else 0, count)
     first, key = base + i * tokens, page * shape.page
     at = first + item.shift, first + tokens - 1 + item.shift  # positions of the outermost tokens

@@ -61,6 +61,7 @@ WRONG: list[tuple[str, list[Any]]] = [
     ("tensor_parallel_size", [0, -2, 1.5, None, "2"]),
     ("data_parallel_size", [0, -2, 1.5, "2"]),
     ("expert_parallel_size", [0, -4, 1.5, None, "4"]),
+    ("sequence_parallel_size", [0, -4, 1.5, None, "4"]),
     ("num_redundant_experts", [-1, 1.5, None, "1"]),
     ("eplb_step_interval", [0, -3, 1.5, "1"]),
     ("enable_dbo", [None, "yes", 2]),

@@ -61,6 +61,27 @@ BOUNDS = (
         {"v5e": 69, "v5p": 64, "v6e": 96, "tpu7x": 96},
     ),
     Bound(
+        "page_attention", "int4-latent.*",
+        "as with eight bits; five parts with steps of their own are five products, not two. "
+        "Rows of scales padded from five to eight, v5e still has 845; others are of before that",
+        {"v5e": 845, "v5p": 846, "v6e": 598, "tpu7x": 525},
+    ),
+    Bound(
+        "page_attention", "int4-.*",
+        "as with eight bits, in as many bundles",
+        {"v5e": 73, "v5p": 67, "v6e": 93, "tpu7x": 89},
+    ),
+    Bound(
+        "page_write", "int4-latent.*",
+        "64 rows, whole tiles of nibbles, of five parts are turned and rounded at a time",
+        {"v5e": 61, "v5p": 58, "v6e": 193, "tpu7x": 188},
+    ),
+    Bound(
+        "page_write", "int4-.*",
+        "eight registers of rows are turned at a time, beside their neighbours and masks",
+        {"v5e": 8, "v5p": 8},
+    ),
+    Bound(
         "page_write", "int8-latent.*",
         "a row of 640 lanes is rounded at a time; writing waits for memory",
         {"v5e": 23, "v5p": 29, "v6e": 15, "tpu7x": 3},

@@ -1,6 +1,7 @@
 """Pages of eight and four bits: what a row loses, who else notices, attention over what is left."""
 
 import functools
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from kernels_pallas.paged_attention.cases import batch as step_of
 from kernels_pallas.paged_attention.coded_cases import pages_of
 from kernels_pallas.paged_attention.ragged import locate
 from tests.kernels_pallas.test_registry import agree
+from tests.sparing import sparing
 
 L, LAYER, Z = 2, 1, 16
 FORMATS = ("int8", "static", "int4")
@@ -269,7 +271,7 @@ def on_tpu(op, *args, **options):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["int8", "static"])
+@pytest.mark.parametrize("kind", ["int8", "static", "int4"])
 @given(data=st.data(), seed=st.integers(0, 2**31))
 @settings(max_examples=5, deadline=None)
 def test_the_tpu_writer_touches_slots_of_new_tokens_alone(kind, data, seed):
@@ -278,8 +280,8 @@ def test_the_tpu_writer_touches_slots_of_new_tokens_alone(kind, data, seed):
     lens = tuple(n + data.draw(st.integers(0, 256 - n)) for n in new)
     (step, P), T = step_of(new, lens, TPU_PAGE), 120
     pages = pages_of(kind, jax.random.key(seed), (L, 8, 2, TPU_PAGE, 128))
-    if kind == "int8":
-        pages = codec.Int8Pages(pages.values, jnp.full_like(pages.scale, jnp.nan), pages.parts)
+    if kind != "static":
+        pages = replace(pages, scale=jnp.full_like(pages.scale, jnp.nan))
     k, v = normal(seed, T, 2, 100), normal(seed + 1, T, 2, 128)
     args = pages, pages, k, v, LAYER, jax.tree.map(jnp.asarray, step)
     assert P <= 8
@@ -288,8 +290,9 @@ def test_the_tpu_writer_touches_slots_of_new_tokens_alone(kind, data, seed):
 
 
 @pytest.mark.parametrize("op", [ops.page_write, ops.page_attention], ids=lambda op: op.name)
-def test_it_has_no_race_on_a_simulated_tpu(op):
-    case = next(case for case in op.cases if case.name == "int8-latent")
+@pytest.mark.parametrize("name", sparing(["int8-latent", "int4"], "int8-latent"))
+def test_it_has_no_race_on_a_simulated_tpu(op, name):
+    case = next(case for case in op.cases if case.name == name)
     args, arrays = case.make(jax.random.key(0))
     try:
         found = op.run(
@@ -301,16 +304,18 @@ def test_it_has_no_race_on_a_simulated_tpu(op):
         versions.reset_simulated_tpu()
 
 
-@pytest.mark.parametrize("mass", [False, True])
-def test_the_tpu_reader_sees_no_scales_of_former_owners(mass):
+@pytest.mark.parametrize(
+    ("kind", "mass"),
+    sparing([("int8", False), ("int8", True), ("int4", True)], ("int8", False), ("int8", True)),
+)
+def test_the_tpu_reader_sees_no_scales_of_former_owners(kind, mass):
     step, P = step_of((1, 3, 1), (140, 37, 256), TPU_PAGE)
     held = np.zeros((P, TPU_PAGE), bool)
     for r, length in enumerate(step.kv_lens):
         held[step.tables[r, np.arange(length) // TPU_PAGE], np.arange(length) % TPU_PAGE] = True
     key = jax.random.key(0)
-    pages = pages_of("int8", key, (L, P, 2, TPU_PAGE, 128))
-    scale = jnp.where(held[None, :, None], pages.scale, jnp.nan)
-    pages = codec.Int8Pages(pages.values, scale, pages.parts)
+    pages = pages_of(kind, key, (L, P, 2, TPU_PAGE, 128))
+    pages = replace(pages, scale=jnp.where(held[None, :, None], pages.scale, jnp.nan))
     q = jax.random.normal(key, (5, 8, 128), jnp.bfloat16)
     args = q, pages, pages, LAYER, jax.tree.map(jnp.asarray, step)
     options = {"scale": 0.1, "mass": mass}
@@ -321,7 +326,8 @@ def test_the_tpu_reader_sees_no_scales_of_former_owners(mass):
 
 
 REFUSED = {
-    "four bits": ("int4", {}, "pages of int4: keep them in"),
+    "four bits": ("int4", {"Z": 64}, "Z=64 keys in a page of uint8 must be a multiple of 128"),
+    "parts of four bits": ("int4", {"parts": (96, 32)}, "must be multiples of 128 lanes"),
     "short pages": ("int8", {"Z": 64}, "Z=64 keys in a page of int8 must be a multiple of 128"),
     "calibrated": ("static", {"Z": 16}, "Z=16 keys in a page of int8 must be a multiple of 32"),
     "parts": ("int8", {"parts": (96, 32)}, "must be multiples of 128 lanes"),
@@ -330,19 +336,35 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_kernels_say_what_they_cannot_take(name):
+def test_tpu_kernels_say_what_they_cannot_take(name):
+    """What those for Hopper cannot stands in test_rounded_pages_on_hopper.py."""
     kind, sizes, message = REFUSED[name]
     sizes = {"Z": 128, "W": 128, "parts": None} | sizes
     shape = (1, 4, 2, sizes["Z"], sizes["W"])
     x = jnp.zeros((3, 2, sizes["W"]))
     step, _ = step_of((1, 1, 1), (5, 6, 7), sizes["Z"])
 
-    def run(op, body, *args, **options):
+    def run(op, *args, **options):
         pages = pages_of(kind, jax.random.key(0), shape, sizes["parts"])
-        return op.run(body, *[pages if a is None else a for a in args], 0, step, **options)
+        return op.run("mosaic_tpu", *[pages if a is None else a for a in args], 0, step, **options)
 
-    for body, expected in (("mosaic_tpu", message), ("mosaic_gpu", "pages of u?int")):
-        with pytest.raises(UnsupportedError, match=expected):
-            jax.eval_shape(lambda b=body: run(ops.page_attention, b, x, None, None, scale=1.0))
     with pytest.raises(UnsupportedError, match=message):
-        jax.eval_shape(lambda: run(ops.page_write, "mosaic_tpu", None, None, x, x))
+        jax.eval_shape(lambda: run(ops.page_attention, x, None, None, scale=1.0))
+    with pytest.raises(UnsupportedError, match=message):
+        jax.eval_shape(lambda: run(ops.page_write, None, None, x, x))
+
+
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.int4])
+def test_scales_of_a_page_that_would_be_copied_are_refused(dtype):
+    """Three heads have three rows of them, which XLA for TPUs lays out by another axis."""
+    shape, x = (1, 4, 3, TPU_PAGE, 128), jnp.zeros((3, 3, 128))
+    step, _ = step_of((1, 1, 1), (5, 6, 7), TPU_PAGE)
+    pages, whole = (codec.empty(dtype, shape, whole=w) for w in (False, True))
+    assert [p.scale.shape[2] for p in (pages, whole)] == [3, 8]
+    for run in (
+        lambda p: ops.page_write.run("mosaic_tpu", p, p, x, x, 0, step),
+        lambda p: ops.page_attention.run("mosaic_tpu", x, p, p, 0, step, scale=1.0),
+    ):
+        jax.eval_shape(run, whole)
+        with pytest.raises(UnsupportedError, match=r"\[3, 3\] rows of scales: pad them to"):
+            jax.eval_shape(run, pages)

@@ -40,8 +40,8 @@ def test_quantized_rows_are_within_half_a_step():
     assert (jnp.abs(values.astype(jnp.int32)).max(1) == 127).all()
 
 
-@pytest.mark.parametrize("k", [16, 768, 100, 2064, 4096])
-@pytest.mark.parametrize("rows", [1, 3, 8, 24, 25, 131])
+@pytest.mark.parametrize("k", [16, 64, 768, 100, 2064, 4096])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 8, 24, 25, 131])
 def test_linear_equals_the_reference_bit_for_bit(k: int, rows: int):
     x, a, b = normal(k, rows, k), weight(1, 96, k), weight(2, 37, k)
     for found, w in zip(linear(x, a, b), (a, b), strict=True):
@@ -83,9 +83,10 @@ def test_gated_linear(rows: int):
     np.testing.assert_allclose(found, want, rtol=2e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("rows", [1, 30, 130])
-def test_experts(rows: int):
-    E, A, D, F = 6, 2, 96, 80
+@pytest.mark.parametrize("rows", [1, 2, 30, 130])
+@pytest.mark.parametrize("D, F", [(96, 80), (128, 192)])
+def test_experts(rows: int, D: int, F: int):
+    E, A = 6, 2
     rng = np.random.default_rng(rows)
     ids = jnp.asarray(rng.integers(0, E + 1, (rows, A)), jnp.int32)  # E names no expert
     share = jnp.asarray(rng.random((rows, A)), jnp.float32)

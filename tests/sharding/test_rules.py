@@ -10,8 +10,18 @@ from jax.sharding import AbstractMesh, PartitionSpec
 
 from sharding.hardware import named
 from sharding.mesh import AXES, Parallelism, mesh
-from sharding.rules import DECODE, PREFILL, TRAIN, Rule, Rules, fitted, shardings, spec
-from sharding.tree import declare, initialise, part, pytree, weight
+from sharding.rules import (
+    DECODE,
+    PREFILL,
+    TRAIN,
+    Rule,
+    Rules,
+    fitted,
+    local_sizes,
+    shardings,
+    spec,
+)
+from sharding.tree import Weight, declare, initialise, part, pytree, weight
 
 SIZES = {
     "vocab": 64, "embed": 32, "mlp": 48, "heads": 8, "kv_heads": 2, "head_dim": 4,
@@ -113,6 +123,14 @@ def test_a_split_leaves_out_what_it_did_not_ask_for():
         fitted(DECODE, Parallelism(tensor=2, sequence=2))
 
 
+def test_a_combined_axis_that_stays_whole_has_a_size_of_its_own():
+    sizes = SIZES | {"v_dim": 4}
+    w = Weight(("embed", "heads*v_dim"))
+    by_tokens = local_sizes(PREFILL, sizes, shape(1, 1, 2))
+    assert (by_tokens["heads"], w.shape(by_tokens)) == (4, (32, 32))
+    assert w.shape(local_sizes(DECODE, sizes, shape(1, 1, 2))) == (32, 16)
+
+
 def test_a_tree_of_shardings():
     tree = declare(Layer, CFG, "model.layers.{layer}.", layers=range(3))
     there = shape(1, 4, 2)
@@ -144,7 +162,6 @@ def test_weights_are_placed_in_parts():
 def test_every_axis_that_models_declare_has_a_rule():
     from jaxserve.models import decoder, deepseek_v3_mtp, gemma3_text, gpt_oss, mixtral, mla
     from moe import experts
-    from sharding.tree import Weight
 
     modules = (decoder, deepseek_v3_mtp, gemma3_text, gpt_oss, mixtral, mla, experts)
     declared: set[str] = set()

@@ -11,6 +11,7 @@ import pytest
 
 from benchmarks.kv_cache import measure
 from jaxserve import LLM, SamplingParams
+from jaxserve.cache.kv_cache import page_bytes
 from jaxserve.config import EngineConfig
 from jaxserve.errors import ConfigError
 from jaxserve.models.family import family
@@ -42,7 +43,7 @@ LATENT = family_config(
         ("qwen3", HEADS, "int8", 256 / 132),  # two bytes a lane; a scale for 128 lanes
         ("qwen3", HEADS, "int4", 256 / 68),
         ("deepseek_v3", LATENT, "int8", 1280 / 648),  # two parts; 576 lanes are padded to 640
-        ("deepseek_v3", LATENT, "int4", 1280 / 340),  # five of up to 128 lanes
+        ("deepseek_v3", LATENT, "int4", 1280 / 352),  # five, whose rows are padded to eight
     ],
 )
 def test_a_gibibyte_holds_so_many_more_tokens(name: str, raw: Any, cache: str, factor: float):
@@ -52,6 +53,17 @@ def test_a_gibibyte_holds_so_many_more_tokens(name: str, raw: Any, cache: str, f
     assert plan.page_size == 128  # scales of a page are whole registers
     assert plan.kv_dtype == jnp.dtype(cache) and f"cache in {cache}" in plan.describe()
     assert (exact.kv_taint, plan.kv_taint) == ("exact", cache)
+
+
+def test_padding_of_scales_costs_a_latent_row_of_four_bits_twelve_bytes():
+    """Of 352, on a TPU alone: three more scales beside the five of a row that has 320 bytes."""
+    lanes, kind = (1, 640, 0), jnp.dtype("int4")
+    sizes = [page_bytes(1, 128, lanes, kind, (512, 128), whole_scales=w) for w in (False, True)]
+    assert sizes == [128 * (320 + 4 * 5), 128 * (320 + 4 * 8)]
+    plans = (planned("deepseek_v3", LATENT, kv_cache_dtype=c) for c in ROUNDED)
+    layers = family("deepseek_v3").config(LATENT).num_layers
+    a_token = [p.kv_bytes // (p.num_pages * p.page_size) for p in plans]
+    assert a_token == [layers * 648, layers * 352]
 
 
 def test_other_types_are_refused():

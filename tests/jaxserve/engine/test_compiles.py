@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -57,14 +58,15 @@ class Absent:
         return {"bytes_limit": 64 << 30}
 
 
-def compiled(target: str, model: str, quantization: str | None):
+def compiled(target: str, model: str, quantization: str | None, cache: Any = "auto"):
     """The program of a decoding step of 64 sequences, and bytes of its weights and its cache."""
     mesh = compile_only.mesh(target)
     module, hf = family(MODELS[model]["model_type"]), MODELS[model]
     cfg = module.config(hf)
     config = EngineConfig(
-        max_num_seqs=64, num_pages=2048, max_model_len=8192, quantization=quantization
-    )
+        max_num_seqs=64, num_pages=2048, max_model_len=8192, quantization=quantization,
+        kv_cache_dtype=cache,
+    )  # fmt: skip
     plan = resolve(config, hf, cfg, lambda *_: 0, Absent(mesh.devices.flat[0]))
     declared = module.declare_params(cfg)
     declared = unstack(declared) if plan.unrolled else declared
@@ -120,7 +122,28 @@ PAGES = {"page_write", "page_attention", "sample"}
     ],
 )
 def test_a_step_copies_neither_weights_nor_cache(target, model, quantization, expected):
-    program, plan = compiled(target, model, quantization)
+    _copies_nothing(*compiled(target, model, quantization), expected)
+
+
+@pytest.mark.aot
+@pytest.mark.usefixtures("no_compilation_cache")
+@pytest.mark.parametrize(
+    ("target", "model", "others"),
+    [("v6e:2x2", "8b", set()), ("v5e:2x2", "16b-mla", {"grouped_matmul"})],
+)
+def test_nor_does_one_over_pages_of_four_bits(target, model, others):
+    names = {"page_write_int4", "page_attention", "sample"}
+    _copies_nothing(*compiled(target, model, None, "int4"), names | others)
+
+
+@pytest.mark.aot
+@pytest.mark.usefixtures("no_compilation_cache")
+@pytest.mark.parametrize(("model", "expected"), [("8b", 2 * 2 + 1), ("16b-mla", 2 * 2 + 3 + 1)])
+def test_nor_does_one_over_pages_of_eight_bits_on_hopper(model, expected):
+    _copies_nothing(*compiled("h200:1x1x1", model, None, "int8"), expected)
+
+
+def _copies_nothing(program: Any, plan: Any, expected: Any) -> None:
     memory, hlo = program.memory_analysis(), program.as_text()
     assert memory.alias_size_in_bytes >= plan.kv_bytes  # written where it lies
     assert memory.temp_size_in_bytes < 128 << 20  # a table of the vocabulary has 134 MB, or 268

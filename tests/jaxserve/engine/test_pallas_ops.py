@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partialmethod
+from functools import partial, partialmethod
 from types import SimpleNamespace
 
 import jax
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxserve.cache.kv_cache import KVCache, stored_shape
+from jaxserve.cache.kv_cache import KVCache, allocate, stored_shape
 from jaxserve.engine.serving_ops import sampling_ops, serving_ops
 from jaxserve.models.family import family
 from jaxserve.quant.weights import quantize
@@ -69,13 +69,14 @@ def bodies(monkeypatch):
     return ran
 
 
-def step(target: Target, kernels: str, num_rows: int = 9, dtype=jnp.bfloat16):
+def step(target: Target, kernels: str, num_rows: int = 9, dtype=jnp.bfloat16, batch=None):
     """One sequence decodes its 20th token, another has a chunk of prompt; padding follows."""
     starts = np.array([0, 1, num_rows, num_rows], np.int32)
     tables = np.array([[3, 1], [0, 2], [0, 0]], np.int32)
-    batch = Ragged(starts, np.array([20, 8 + 4, 0], np.int32), tables, np.array(2, np.int32))
+    lens = np.array([20, 8 + 4, 0], np.int32)
+    batch = batch or Ragged(starts, lens, tables, np.array(2, np.int32))
     plan = SimpleNamespace(kernels=kernels, activation_dtype=dtype, target=target, on_mesh=False)
-    return serving_ops(plan, jax.tree.map(jnp.asarray, batch))
+    return serving_ops(plan, jax.tree.map(jnp.asarray, batch), num_rows)
 
 
 def weights(hf, quantization):
@@ -139,6 +140,69 @@ def test_a_step_equals_the_reference(model, quantization, target, bodies):
     for x, y in zip(jax.tree.leaves(after), jax.tree.leaves(plain), strict=True):
         x, y = x.astype(jnp.float32)[..., : y.shape[-1]], y.astype(jnp.float32)
         np.testing.assert_allclose(x, y, atol=0.04 * float(jnp.abs(y).max()))
+
+
+@pytest.mark.slow
+def test_a_step_over_pages_of_four_bits_runs_the_kernels(bodies, monkeypatch):
+    """From blank pages, beside the same step with references for pages alone. Against a step in
+    float32 both are off by .09: a nibble that falls otherwise is an eighth of a row's range."""
+    module, cfg, params = weights(MODELS["qwen3"] | {"head_dim": 128}, None)
+    lanes = stored_shape(cfg.kv_shape, TPU)
+    shape = cfg.num_layers, 4, 128, lanes, jnp.dtype("int4"), None, cfg.key_parts
+    pages = allocate(*shape, whole_scales=True)
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 128, (1, 16)), jnp.int32)
+    at = jnp.arange(16, dtype=jnp.int32)[None]
+    starts, lens, tables, count = map(jnp.asarray, ([0, 9], [9], [[3, 1]], 1))
+    ops = step(TPU, "pallas", batch=Ragged(starts, lens, tables, count))
+
+    def run():
+        return jax.jit(lambda p, kv: module.forward(cfg, p, tokens, at, ops, kv))(params, pages)
+
+    hidden, kv = run()
+    assert {("page_write", "mosaic_tpu"), ("page_attention", "mosaic_tpu")} <= {*bodies}
+    assert not any(body == "reference" for op, body in bodies if op.startswith("page"))
+    simulated = Op.run
+
+    def with_plain_pages(op, name, *args, **options):
+        return simulated(op, "reference" if op.name.startswith("page") else name, *args, **options)
+
+    monkeypatch.setattr(Op, "run", partialmethod(with_plain_pages))
+    expected, plain = run()
+    hidden, expected = (x[:, :9].astype(jnp.float32) for x in (hidden, expected))
+    assert jnp.abs(hidden - expected).max() < 0.04 * jnp.abs(expected).max()
+    for x, y in zip(jax.tree.leaves(kv), jax.tree.leaves(plain), strict=True):
+        np.testing.assert_array_equal(x[0], y[0])  # written before any attention
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["qwen3", "deepseek_v3"])
+def test_a_step_over_pages_of_eight_bits_on_hopper_equals_the_reference(model, bodies):
+    """From blank pages, in one step; both round what they write, so pages are nearly the same."""
+    module, cfg, params = weights(MODELS[model], None)
+    lanes = stored_shape(cfg.kv_shape, GPU)
+    pages = allocate(cfg.num_layers, 4, 64, lanes, jnp.dtype("int8"), None, cfg.key_parts)
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 128, (1, 16)), jnp.int32)
+    at = jnp.arange(16, dtype=jnp.int32)[None]
+    batch = Ragged(*map(jnp.asarray, ([0, 9], [9], [[3, 1]], 1)))
+
+    def run(kernels, params, dtype):
+        plan = SimpleNamespace(kernels=kernels, activation_dtype=dtype, target=GPU)
+        forward = partial(module.forward, cfg)
+        return jax.jit(lambda p, kv: forward(p, tokens, at, serving_ops(plan, batch), kv))(
+            params, pages
+        )[0]
+
+    try:
+        hidden = jax.block_until_ready(run("pallas", params, jnp.bfloat16))
+    finally:
+        versions.reset_simulated_gpu()
+    ran = set(bodies)
+    assert {("page_write", "mosaic_gpu"), ("page_attention", "mosaic_gpu")} <= ran
+    assert not any(body == "reference" for op, body in ran if op.startswith("page"))
+    wide = jax.tree.map(lambda a: a.astype(jnp.float32), params)
+    expected = run("reference", wide, jnp.float32)[:, :9]
+    off = jnp.abs(hidden[:, :9].astype(jnp.float32) - expected).max()
+    assert off < 0.04 * jnp.abs(expected).max()
 
 
 def test_products_come_from_a_stack_of_layers(bodies):

@@ -31,7 +31,7 @@ def ops(kernels, before=0):
     starts, lens = jnp.array([0, ROWS, ROWS], jnp.int32), jnp.array([before + ROWS, 0], jnp.int32)
     tables = jnp.arange(8, dtype=jnp.int32).reshape(2, 4)
     plan = SimpleNamespace(kernels=kernels, activation_dtype=jnp.float32, on_mesh=False)
-    return serving_ops(plan, Ragged(starts, lens, tables, jnp.int32(1)))
+    return serving_ops(plan, Ragged(starts, lens, tables, jnp.int32(1)), ROWS)
 
 
 def normal(seed, *shape):

@@ -92,7 +92,7 @@ def test_scales_are_the_largest_that_were_seen(tmp_path):
     raw = hf.read_config(folder)
     module = family(raw["model_type"])
     cfg = hf.model_config(module, raw)
-    params = hf.load_params(folder, module, cfg, "float32", unrolled=True, place=lambda x: x)
+    params = hf.load_params(folder, module, cfg, "float32", unrolled=True, place=lambda _, x: x)
     scales = cache.calibrate_cache(Leaves.of(module, cfg, params), documents())
     each = [cache.calibrate_cache(Leaves.of(module, cfg, params), [d]) for d in documents()]
     heads, key, value = cfg.kv_shape

@@ -28,7 +28,7 @@ def read(folder: Path) -> Leaves:
     raw = hf.read_config(folder)
     module = family(raw["model_type"])
     cfg = hf.model_config(module, raw)
-    options = {"unrolled": True, "place": lambda x: x, "progress": False}
+    options = {"unrolled": True, "place": lambda _, x: x, "progress": False}
     return Leaves.of(module, cfg, hf.load_params(folder, module, cfg, "float32", **options))
 
 

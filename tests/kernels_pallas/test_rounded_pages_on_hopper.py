@@ -1,0 +1,93 @@
+"""Hopper's kernels on rounded pages: wide latents, and what they refuse. Others are cases."""
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels_pallas import versions
+from kernels_pallas.op import UnsupportedError
+from kernels_pallas.paged_attention import Ragged, mosaic_gpu, reference
+from kernels_pallas.paged_attention.cases import batch as step_of
+from kernels_pallas.paged_attention.codec import empty
+from kernels_pallas.paged_attention.coded_cases import pages_of
+from kernels_pallas.paged_attention.ops import page_attention, page_write
+
+
+def abstract_step() -> Ragged:
+    int32 = partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
+    return Ragged(int32((4,)), int32((3,)), int32((3, 2)), int32(()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["int8", "static"])
+def test_wide_rounded_latents_on_hopper(kind):
+    """Shares of keys, a window, and scales that are NaN where nobody has written."""
+    step, pages = step_of((1, 2), (90, 40), 32)
+    stored = pages_of(kind, jax.random.key(0), (1, pages, 1, 32, 448), (384, 64))
+    if kind == "int8":
+        held = np.zeros((pages, 32), bool)
+        for r, length in enumerate(step.kv_lens):
+            at = np.arange(length)
+            held[step.tables[r, at // 32], at % 32] = True
+        scale = jnp.where(held[None, :, None], stored.scale, jnp.nan)
+        stored = replace(stored, scale=scale)
+    q = jax.random.normal(jax.random.key(1), (3, 8, 448), jnp.bfloat16)
+    args = (q, stored, None, 0, jax.tree.map(jnp.asarray, step))
+    options = {"scale": 0.05, "window": jnp.int32(70), "value_dim": 384}
+    tile = mosaic_gpu.GpuTile(splits=2)
+    try:
+        found = mosaic_gpu.page_attention(
+            *args, **options, tile=tile, interpret=versions.simulated_gpu()
+        )
+        found = jax.block_until_ready(found)
+        assert not versions.gpu_races_found()
+    finally:
+        versions.reset_simulated_gpu()
+    for x, y in zip(found, reference.page_attention(*args, **options), strict=True):
+        np.testing.assert_allclose(x, y, rtol=0.02, atol=0.02 * float(jnp.abs(y).max()))
+
+
+REFUSED_ROUNDED_ON_HOPPER = {
+    "four bits": ({"dtype": jnp.int4}, "pages of int4: keep them in bfloat16 or int8"),
+    "small pages": ({"Z": 16}, "Z=16 scales of a page of int8: whole 32s"),
+    "values of two parts": ({"parts": (64, 64)}, r"value_parts=\(64, 64\) .* 128 lanes of a value"),
+    "narrow parts": ({"parts": (96, 32)}, r"parts=\(96, 32\) of keys, .* whole 64s"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED_ROUNDED_ON_HOPPER)
+def test_it_says_what_rounded_pages_it_cannot_take_on_hopper(name):
+    changed, message = REFUSED_ROUNDED_ON_HOPPER[name]
+    sizes = {"dtype": jnp.int8, "Z": 64, "parts": None} | changed
+    shape = (1, 4, 2, sizes["Z"], 128)
+    pages = jax.eval_shape(lambda: empty(sizes["dtype"], shape, parts=sizes["parts"]))
+    q = jax.ShapeDtypeStruct((3, 4, 128), jnp.bfloat16)
+    step = abstract_step()
+
+    def run(q, pages, step):
+        return page_attention.run("mosaic_gpu", q, pages, pages, 0, step, scale=1.0)
+
+    with pytest.raises(UnsupportedError, match=message):
+        jax.eval_shape(run, q, pages, step)
+
+
+ROUNDED_WRITES_REFUSED_ON_HOPPER = {
+    "four bits": (jnp.int4, 128, "pages of int4: keep them in int8"),
+    "narrow": (jnp.int8, 96, r"lanes=\(96, 96\) of pages .* whole 64s"),
+    "wide": (jnp.int8, 1024, r"64 rows of lanes=\(1024, 1024\) need 655360 bytes of shared memory"),
+}
+
+
+@pytest.mark.parametrize("name", ROUNDED_WRITES_REFUSED_ON_HOPPER)
+def test_writing_says_what_rounded_pages_it_cannot_take_on_hopper(name):
+    dtype, lanes, message = ROUNDED_WRITES_REFUSED_ON_HOPPER[name]
+    pages = jax.eval_shape(lambda: empty(dtype, (1, 4, 2, 64, lanes)))
+    k = jax.ShapeDtypeStruct((3, 2, lanes), jnp.float32)
+    step = abstract_step()
+    with pytest.raises(UnsupportedError, match=message):
+        jax.eval_shape(lambda *a: page_write.run("mosaic_gpu", *a[:4], 0, a[4]),
+                       pages, pages, k, k, step)  # fmt: skip
