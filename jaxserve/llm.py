@@ -387,9 +387,9 @@ class LLM:
     def _expert_balance(self) -> ExpertBalance | None:
         if self.plan.dispatch is None:
             return None
-        layers = expert_layers(self._runner.params)
+        layers, ready = expert_layers(self._runner.params), self._runner.wait_until_warm
         interval = None if self.follows else self.engine_config.eplb_step_interval
-        return ExpertBalance(self._loop, self.plan.dispatch.layout, layers, interval)
+        return ExpertBalance(self._loop, ready, self.plan.dispatch.layout, layers, interval)
 
     def reset_prefix_cache(self) -> None:
         """Forgets which prompt beginnings are cached."""

@@ -215,7 +215,6 @@ def resolve(
         config, cfg.max_len, page_size, per_page, max_seqs, weights, platform, total
     )
     max_seqs = min(max_seqs, num_pages)  # each has a page of its own
-    batched = min(batched, num_pages * page_size)
     return Plan(
         platform=platform,
         target=target,
@@ -227,7 +226,7 @@ def resolve(
         kv_shape=kv_shape,
         max_model_len=max_len,
         max_num_seqs=max_seqs,
-        token_buckets=_buckets(max(batched, max_seqs), _unit(config)),
+        token_buckets=_buckets(max(min(batched, num_pages * page_size), max_seqs), _unit(config)),
         page_size=page_size,
         num_pages=num_pages,
         kernels=kernels,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Callable
 
 import numpy as np
 
@@ -24,6 +25,7 @@ class ExpertBalance:
     """Reads the load of an engine's experts and places them by it; thread-safe.
 
     Args:
+        ready: returns when the programs for it exist, so that the engine's thread need not wait.
         layers: those that have experts, in order.
         interval: steps after which that is done, again and again, in a thread of its own.
     """
@@ -31,11 +33,13 @@ class ExpertBalance:
     def __init__(
         self,
         loop: EngineLoop | Follower,
+        ready: Callable[[], None],
         layout: ExpertLayout,
         layers: list[int],
         interval: int | None,
     ):
-        self._loop, self._layout, self._layers = loop, layout, layers
+        self._loop, self._ready = loop, ready
+        self._layout, self._layers = layout, layers
         self._one_at_a_time = threading.Lock()
         self._due, self._closed = threading.Event(), False
         if interval is not None:
@@ -52,6 +56,7 @@ class ExpertBalance:
 
         Layers without experts have zeros.
         """
+        self._ready()
         return self._loop.order("expert_load").result()
 
     def rebalance(self) -> int:
