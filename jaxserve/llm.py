@@ -80,6 +80,7 @@ class LLM:
         self.model_config = hf.model_config(self._family, raw)
         self.tokenizer: Tokenizer | None = _tokenizer(folder, tokenizer, self.model_config.vocab)
         cfg = self.model_config
+        planning.check_split(self.engine_config, cfg)
         self._mesh = _mesh(planning.parallelism_of(self.engine_config), device)
         self._lockstep = None if device else Lockstep.over(self._mesh)  # a device is this one's
         device = self._mesh.local_devices[0] if self._mesh else device or planning.default_device()

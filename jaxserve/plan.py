@@ -321,6 +321,19 @@ def _dispatch(
     return Dispatch(layout, transport, early_int8=quantization == "int8")
 
 
+def check_split(config: EngineConfig, cfg: Any) -> None:
+    """Refuses a split that the model does not have, before devices are looked for.
+
+    Raises:
+        ConfigError: the message has the numbers, and the nearest that works.
+    """
+    parallelism = parallelism_of(config)
+    sizes_on_device(cfg, parallelism)
+    _decode_steps(config, parallelism)
+    _interleaved(config)
+    _dispatch(config, cfg, parallelism, "cpu", None)
+
+
 def parallelism_of(config: EngineConfig) -> Parallelism:
     """The asked split; experts that are split bring as many replicas of attention along."""
     try:

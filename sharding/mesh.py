@@ -121,6 +121,10 @@ def mesh(
     return Mesh(np.array(devices, object)[places], AXES)
 
 
+_VIRTUAL = 64
+"""Devices that a CPU makes of itself at most: hundreds would wait for each other for ever."""
+
+
 def first_devices(count: int) -> list[Any]:
     """As many of JAX's devices; a CPU makes itself virtual ones if JAX has not begun yet.
 
@@ -130,7 +134,7 @@ def first_devices(count: int) -> list[Any]:
         ValueError: there are fewer.
     """
     share = -(-count // num_processes())
-    if jax.config.values["jax_num_cpu_devices"] < share:
+    if jax.config.values["jax_num_cpu_devices"] < share <= _VIRTUAL:
         with contextlib.suppress(RuntimeError):  # it has begun: there are as many as there are
             jax.config.update("jax_num_cpu_devices", share)
     devices = jax.devices()

@@ -80,6 +80,6 @@ def beginning(
         whole = lax.dynamic_update_slice_in_dim(whole, q, first, 1)
         o, _ = attention(*(jnp.swapaxes(x, 1, 2) for x in (whole, k, v)), segments, scale=scale)
         o = lax.dynamic_slice_in_dim(o, first, q.shape[1], 2)
-        return jnp.swapaxes(o, 1, 2), Beginning(KVCache(pages, None), rows)
+        return jnp.swapaxes(o, 1, 2), Beginning(replace(kv.kv, k=pages), rows)
 
     return attend

@@ -117,7 +117,7 @@ def experts_on_rows(
     """`moe.experts.experts_on_rows` with the target's kernels."""
     if p.b_gate is not None:
         return rows_reference(x, sizes, p, activation=activation)
-    return _answers(target, sizes, x, None, p, activation).astype(jnp.float32)
+    return _answers(target, sizes, x, None, p, activation)
 
 
 def _answers(

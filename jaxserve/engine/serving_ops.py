@@ -11,8 +11,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 import kernels_pallas.cpu as cpu
-from jaxserve.cache.attend import beginning, paged
-from jaxserve.cache.kv_cache import KVCache
+from jaxserve.cache.attend import Beginning, beginning, paged
 from jaxserve.engine import sampler
 from jaxserve.models.ops import AttendMade, Ops
 from jaxserve.models.parallel import parallel_ops, spread
@@ -27,13 +26,12 @@ from sharding.mesh import TENSOR
 def serving_ops(plan: Plan, batch: Ragged, num_tokens: int) -> Ops:
     """Operations for the plan's kernels, which skip the padding of a bucket of `num_tokens`."""
     num_rows = batch.row_starts[batch.num_seqs]
-    split = plan.parallelism.tensor > 1
-    ops = _on_mesh(plan, _kernels(plan, num_rows, batch), num_rows, split=split)
+    ops = _on_mesh(plan, _kernels(plan, num_rows, batch), num_rows)
     if not (plan.on_mesh and plan.spreads_tokens):
         return ops
     size = num_tokens // plan.parallelism.sequence
     own_rows = jnp.clip(num_rows - lax.axis_index(TENSOR) * size, 0, size)
-    own = _on_mesh(plan, _kernels(plan, own_rows, None), own_rows, split=False)
+    own = _on_mesh(plan, _kernels(plan, own_rows, None), own_rows, own=True)
     return replace(ops, spread=spread(own))
 
 
@@ -54,22 +52,24 @@ def attend_made(
 
 def head_ops(plan: Plan, num_rows: Array) -> Ops:
     """Operations for `logits`, which see sequences instead of tokens."""
-    split = plan.parallelism.tensor > 1
-    return _on_mesh(plan, _kernels(plan, num_rows, None), num_rows, split=split)
+    return _on_mesh(plan, _kernels(plan, num_rows, None), num_rows)
 
 
-def _on_mesh(plan: Plan, ops: Ops, num_rows: Array, *, split: bool) -> Ops:
-    """`split`: devices along the axis "tensor" have the same tokens."""
+def _on_mesh(plan: Plan, ops: Ops, num_rows: Array, *, own: bool = False) -> Ops:
+    """`own`: devices along the axis "tensor" have tokens of their own, and not the same ones."""
     if not plan.on_mesh:
         return ops
+    split = plan.parallelism.tensor > 1 and not own
     ops = parallel_ops(ops, plan.dispatch, num_rows, split=split)
     return replace(ops, record=partial(_count, num_rows)) if plan.dispatch else ops
 
 
 def _count(
-    num_rows: Array, kv: KVCache, layer: Array | int, router: Router, scores: Array, ids: Array
-) -> KVCache:
+    num_rows: Array, kv: Any, layer: Array | int, router: Router, scores: Array, ids: Array
+) -> Any:
     """The cache with the choices ids [T, A] of a layer's tokens counted."""
+    if isinstance(kv, Beginning):
+        return replace(kv, kv=_count(num_rows, kv.kv, layer, router, scores, ids))
     assert kv.load is not None, "plans with experts on other devices count what those are asked for"
     return replace(kv, load=add_load(kv.load[0], layer, ids, num_rows)[None])
 
