@@ -39,7 +39,7 @@ from jaxserve.request import (
     SamplingParams,
 )
 from jaxserve.text.tokenizer import Tokenizer
-from jaxserve.weights import ServedWeights
+from jaxserve.weights import ServedWeights, has_reward_head
 from sharding.mesh import Parallelism, first_devices
 from sharding.mesh import mesh as make_mesh
 from sharding.probe import probe
@@ -87,12 +87,15 @@ class LLM:
         keep_programs()
         rounded = self.engine_config.kv_cache_dtype == "int8"
         scales = cache_scales.load(folder, cfg.num_layers, cfg.kv_shape) if rounded else None
-        self.plan = self._resolve(raw, device, kv_calibrated=scales is not None)
+        judges = has_reward_head(folder, self.engine_config)
+        self.plan = self._resolve(raw, device, kv_calibrated=scales is not None, judges=judges)
         self._weights = ServedWeights(
             folder, self._family, cfg, self.engine_config, self.plan, device, self._mesh
         )
-        params = self._weights.load()
-        runner = Runner(self.plan, self._family, cfg, params, device, scales, self._mesh)
+        params, self._reward_head = self._weights.load(), self._weights.reward_head()
+        runner = Runner(
+            self.plan, self._family, cfg, params, device, scales, self._mesh, self._reward_head
+        )
         self._progress = Progress(self.plan, self.engine_config.progress, started)
         self._progress.say(f"{self.model_name}: {self.plan.describe()}")
         background = self.engine_config.background_compile and self._lockstep is None
@@ -118,7 +121,7 @@ class LLM:
         if not background:
             self.wait_until_warm()
 
-    def _resolve(self, raw: dict[str, Any], device: Any, *, kv_calibrated: bool) -> planning.Plan:
+    def _resolve(self, raw: dict[str, Any], device: Any, **checkpoint: bool) -> planning.Plan:
         """The plan for a device, which is the same in all processes."""
         cfg, config = self.model_config, self.engine_config
         memory = planning.memory_limit(device)
@@ -127,9 +130,7 @@ class LLM:
             memory = self._lockstep.agreed(memory)
         local = planning.sizes_on_device(cfg, planning.parallelism_of(config))
         size = partial(quant.weight_bytes, self._family, cfg, sizes=local)
-        return planning.resolve(
-            config, raw, cfg, size, device, kv_calibrated=kv_calibrated, memory=memory
-        )
+        return planning.resolve(config, raw, cfg, size, device, memory=memory, **checkpoint)
 
     def _start_loop(self, engine: Engine) -> EngineLoop | Follower:
         if self._lockstep is None:

@@ -57,6 +57,10 @@ class FakePlan:
     def rows(self, num_tokens: int) -> int:
         return min(num_tokens, self.max_num_seqs)
 
+    @property
+    def row_buckets(self) -> tuple[int, ...]:
+        return tuple(sorted({1, min(4, self.max_num_seqs), self.max_num_seqs}))
+
 
 class FakeRunner:
     """Computes a step at once; the engine reads it a step later."""
@@ -89,8 +93,9 @@ class FakeRunner:
         blank = np.zeros((len(step.rows), MAX_LOGPROBS))
         return Launched(
             steps=steps,
-            sampled=Sampled(np.array(drawn), blank[:, 0], blank[:, 0], blank, blank),
+            sampled=Sampled(np.array(drawn), blank[:, 0], blank[:, 0], blank, blank, blank[:, :4]),
             reports=False,
+            observes=False,
             scored=False,
             forward=Forward(None, np.concatenate(kept)[:, None] % 1000, None),
         )
