@@ -87,8 +87,9 @@ class LLM:
         keep_programs()
         rounded = self.engine_config.kv_cache_dtype == "int8"
         scales = cache_scales.load(folder, cfg.num_layers, cfg.kv_shape) if rounded else None
+        plan = self._resolve(raw, device, kv_calibrated=scales is not None)
         judges = has_reward_head(folder, self.engine_config)
-        self.plan = self._resolve(raw, device, kv_calibrated=scales is not None, judges=judges)
+        self.plan = dataclasses.replace(plan, judges=judges)
         self._weights = ServedWeights(
             folder, self._family, cfg, self.engine_config, self.plan, device, self._mesh
         )
@@ -121,7 +122,7 @@ class LLM:
         if not background:
             self.wait_until_warm()
 
-    def _resolve(self, raw: dict[str, Any], device: Any, **checkpoint: bool) -> planning.Plan:
+    def _resolve(self, raw: dict[str, Any], device: Any, *, kv_calibrated: bool) -> planning.Plan:
         """The plan for a device, which is the same in all processes."""
         cfg, config = self.model_config, self.engine_config
         memory = planning.memory_limit(device)
@@ -130,7 +131,9 @@ class LLM:
             memory = self._lockstep.agreed(memory)
         local = planning.sizes_on_device(cfg, planning.parallelism_of(config))
         size = partial(quant.weight_bytes, self._family, cfg, sizes=local)
-        return planning.resolve(config, raw, cfg, size, device, memory=memory, **checkpoint)
+        return planning.resolve(
+            config, raw, cfg, size, device, kv_calibrated=kv_calibrated, memory=memory
+        )
 
     def _start_loop(self, engine: Engine) -> EngineLoop | Follower:
         if self._lockstep is None:

@@ -179,7 +179,6 @@ def resolve(
     device: Any,
     *,
     kv_calibrated: bool = False,
-    judges: bool = False,
     memory: int | None = None,
 ) -> Plan:
     """Decides everything.
@@ -190,7 +189,6 @@ def resolve(
         weight_bytes: memory of a device's weights, which are not loaded yet, in an element type and
             with large ones quantised or not.
         kv_calibrated: the checkpoint brings scales for a cache in eight bits.
-        judges: a reward head came with it.
         memory: bytes of the device; by default it is asked.
 
     Raises:
@@ -245,7 +243,6 @@ def resolve(
         splits_kv_heads=not latent,
         dispatch=_dispatch(config, cfg, parallelism, platform, quantization),
         interleaved=_interleaved(config),
-        judges=judges,
     )
 
 

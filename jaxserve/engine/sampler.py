@@ -194,8 +194,9 @@ def observe(logits: Array, tokens: Array, k: Array) -> Array:
     entropy = -jnp.sum(jnp.where(logprobs > _LOW, jnp.exp(logprobs) * logprobs, 0.0), -1)
     top = lax.top_k(logprobs, min(MAX_LOGPROBS, logits.shape[-1]))[0]
     among = jnp.arange(top.shape[-1]) < k[:, None]
-    mean = jnp.sum(jnp.where(among, top, 0.0), -1) / jnp.sum(among, -1)
-    return jnp.stack([chosen - total, entropy, top[:, 0] - top[:, 1], -mean], -1)
+    mean = jnp.sum(jnp.where(among, top, 0.0), -1) / jnp.sum(among, -1, dtype=jnp.float32)
+    margin = top[:, 0] - top[:, min(1, top.shape[-1] - 1)]
+    return jnp.stack([chosen - total, entropy, margin, -mean], -1)
 
 
 def _no_logprobs(logits: Array, tokens: Array) -> tuple[Array, Array, Array, Array]:

@@ -274,7 +274,7 @@ class Scheduler:
             or seq.reads
             or page == len(seq.pages)
             or step.num_tokens == budget
-            or self.pages.is_shared(seq.pages[page])
+            or not self.pages.is_writable(seq.pages[page], page < seq.published)
         ):
             self._extend(seq, step, budget)
         elif start < seq.max_len - 1:
@@ -298,13 +298,27 @@ class Scheduler:
         if count <= 0:
             return
         while not self._reserve(seq, count, step):
-            if self.reclaim():
+            if self._find_room(seq):
                 continue
             victim = self._victim(seq, step)
             self._preempt(victim)
             if victim is seq:
                 return
         self._append(seq, count, step)
+
+    def _find_room(self, seq: Sequence) -> bool:
+        """Gives pages back that nobody needs now: of a path that rests, of the last to wait, or of
+        speculation that runs, if `seq` is none."""
+        if self.reclaim():
+            return True
+        for other in (*reversed(self.speculative), *reversed(self.waiting)):
+            if other.pages and other is not seq:
+                self._drop(other)
+                return True
+        guess = next((s for s in reversed(self.running) if s.priority > seq.priority), None)
+        if guess is not None:
+            self._preempt(guess)
+        return guess is not None
 
     def _victim(self, seq: Sequence, step: Step) -> Sequence:
         """The last to arrive of those that are not in this step; speculation goes first, and never
@@ -325,7 +339,7 @@ class Scheduler:
             seq.computed, seq.published = len(seq.pages) * self.pages.page_size, len(seq.pages)
         count = self._wanted(seq, step, budget)
         while count > 0 and not self._reserve(seq, count, step):
-            if not self.reclaim():
+            if not self._find_room(seq):
                 count = 0
         if count <= 0:
             if not brings:
@@ -367,11 +381,13 @@ class Scheduler:
     def _reserve(self, seq: Sequence, count: int, step: Step) -> bool:
         """Pages of its own for the next `count` tokens; False if there are not enough."""
         first = seq.computed // self.pages.page_size
-        shared = first < len(seq.pages) and self.pages.is_shared(seq.pages[first])
+        copies = first < len(seq.pages) and not self.pages.is_writable(
+            seq.pages[first], first < seq.published
+        )
         need = self._pages_for(seq.computed + count) - len(seq.pages)
-        if need + shared > self.pages.num_free:
+        if need + copies > self.pages.num_free:
             return False
-        if shared:
+        if copies:
             self._copy_on_write(seq, first, step)
         if need > 0:
             seq.pages += self.pages.allocate(need)

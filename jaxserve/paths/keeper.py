@@ -58,7 +58,7 @@ class Path:
         self.held = True  # pages may rest with it
         self.dead = self.speculative = False
         self.seq: Seq | None = None  # while it is extended or read
-        self.waiting: list[Callable[[], None]] = []  # for the prompt to have been read
+        self.waiting: list[Callable[[], None]] = []  # until it has been read
         self._first = 0
         self._evidence: list[float] = []
         self._scores: list[tuple[int, Callable[[float | Exception], None]]] = []
@@ -134,6 +134,7 @@ class Path:
         size = self._keeper.page_size
         self.keys = owner.keys[: self.computed // size]
         self.published = min(owner.published, self.computed // size)
+        self._keeper.rest(self)
         return self.tokens
 
 
@@ -311,6 +312,7 @@ class Keeper:
     def _found_out(self, path: Path, last: CompletionOutput | Exception) -> None:
         if isinstance(last, Exception) or last.finish_reason == "abort":
             path.give_up(last if isinstance(last, Exception) else EngineError("aborted"))
+        self._begin_waiting(path)
 
     def _answered(
         self, path: Path, done: Callable[[float | Exception], None], value: float | Exception
@@ -320,6 +322,7 @@ class Keeper:
         done(value)
 
     def _begin_waiting(self, path: Path) -> None:
+        """Does what was asked of a path while it was being read."""
         waiting, path.waiting = path.waiting, []
         for begin in waiting:
             begin()
@@ -333,7 +336,7 @@ class Keeper:
         return found
 
     def rest(self, path: Path) -> None:
-        """Keeps the pages of a path whose extension has ended."""
+        """Keeps the pages of a path of which nothing runs."""
         if not path.held:
             self._drop(path)
         elif path.pages:
