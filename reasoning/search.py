@@ -109,6 +109,7 @@ class _Search:
         self.flights = dict[Node, _Flight]()
         self.wasted = list[Grown]()
         self.began, self.policy_seconds = time.monotonic(), 0.0
+        self.awaits_score = False  # of the step that ended last
         self.asked, self.refused, self.speculated, self.hits = 0, False, 0, 0
 
     async def run(self) -> Result:
@@ -229,7 +230,7 @@ class _Search:
         return found
 
     def _take(self, event: Event) -> None:
-        flight = self.flights.get(event.node)
+        flight, self.awaits_score = self.flights.get(event.node), False
         if flight is None:
             return  # of a step that was given up
         if isinstance(event, Failed):
@@ -237,6 +238,7 @@ class _Search:
         elif isinstance(event, StepDone):
             flight.grown = self._end_of(flight.expand, event.step)
             if self._decide(self.policy.wants_score, flight.grown):
+                self.awaits_score = True
                 self.pool.score(event.node, scorer=self.scorer, prio=flight.prio)
             else:
                 flight.complete = True
@@ -287,17 +289,23 @@ class _Search:
 
     def _speculate(self) -> None:
         spec = self.spec
-        if spec is None or not spec.width:
+        if spec is None or not spec.width or (self.awaits_score and not spec.unscored):
             return
         free = spec.width - self.flying()
         capacity = self.pool.capacity()
         if free <= 0 or capacity.live_rows >= capacity.ridge:
             self.coordinator.leave(self)
             return
-        view = self.tree.clone(self._ahead())
-        guesses = self._decide(shadow_predict, self.policy, view, self.flights, spec, free)
-        self.coordinator.offer(self, guesses[:free], spec)
+        guesses = self._decide(self._guesses, spec, free)
+        self.coordinator.offer(self, guesses, spec)
         self.coordinator.deal(capacity)
+
+    def _guesses(self, spec: Speculator, count: int) -> list[Guess]:
+        ahead = self._ahead()
+        if not spec.unscored:
+            ahead = {node: grown for node, grown in ahead.items() if self.flights[node].complete}
+        replay = shadow_predict(self.policy, self.tree.clone(ahead), self.flights, spec)
+        return list(itertools.islice(replay, count))
 
     def _ahead(self) -> dict[Node, Grown]:
         """Steps that have ended and are not committed, speculative or not."""

@@ -6,19 +6,14 @@ for what is not known yet. What is learned, from hits and misses, is how far to 
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from statistics import NormalDist
+from collections.abc import Container, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
 from jaxserve.protocol import Capacity, Node, Step
 from reasoning.tree import Expand, Grown, SearchPolicy, Tree
 
 Mode = Literal["lossless", "paper", "opportunistic"]
-
-_SPREAD = [NormalDist().inv_cdf((i + 0.5) / 16) for i in (7, 1, 12, 4, 15, 9, 2, 10, 5, 14, 0, 8)]
-"""Quantiles of the normal distribution in a mixed order: errors that guesses are tried with."""
 
 
 @dataclass(frozen=True)
@@ -30,12 +25,13 @@ class Speculator:
             `stop="paper"` is allowed; "opportunistic": finished steps that nobody asked for vote.
         width: most speculative rows of the search at a time; 0: none (T1 off).
         lookahead: most steps in a row that nobody has asked for.
-        slack: above 1, rewards still to come are taken for lower, by (slack - 1) times ten of
-            their usual errors, so that nodes which are done get more children.
+        slack: above 1, rewards still to come are taken to be so much lower than they seem, less 1,
+            and steps that have ended get more children.
         floor: least probability of use that a row is given for, even if it costs nothing.
-        draws: sets of guesses that the policy is asked about.
         distant: worth of a step that is not the next one, relative to one that is.
-        patience: guesses without a new step, after which a set of them is given up.
+        patience: guesses in a row that came to no new step, after which there will be none.
+        unscored: also builds on steps whose score is still to come. Not worth it, and twice the
+            work, where a score comes at once.
         stop: end once no vote can change the answer ("safe"), or once that is unlikely ("paper";
             section 1.6). T3.
     """
@@ -45,18 +41,16 @@ class Speculator:
     lookahead: int = 3
     slack: float = 1.0
     floor: float = 0.25
-    draws: int = 4
     distant: float = 0.25
     patience: int = 32
+    unscored: bool = True
     stop: Literal["never", "safe", "paper"] = "never"
 
     def __post_init__(self):
         if self.stop == "paper" and self.mode == "lossless":
             raise ValueError('stop="paper" can change an answer: ask for mode="paper"')
-        if self.width < 0 or self.lookahead < 1 or not 1 <= self.draws <= len(_SPREAD):
-            raise ValueError(
-                f"{self}: width is 0 or more, lookahead 1 or more, draws 1 to {len(_SPREAD)}"
-            )
+        if self.width < 0 or self.lookahead < 1 or self.slack < 1:
+            raise ValueError(f"{self}: width is 0 or more, lookahead and slack are 1 or more")
 
 
 @dataclass(frozen=True)
@@ -64,70 +58,64 @@ class Guess:
     """A step that a search may ask for.
 
     Attributes:
-        probability: share of the replays that asked for it.
         distance: decisions of the policy between now and then.
         rank: its place in that decision.
     """
 
     expand: Expand
-    probability: float
     distance: int
     rank: int
 
     @property
-    def bucket(self) -> tuple[int, int, int]:
+    def bucket(self) -> tuple[int, int]:
         """Guesses whose fates say something about each other."""
-        sure = round(4 * self.probability)
-        return min(self.distance, 8).bit_length(), min(self.expand.index, 2), sure
+        return min(self.distance, 15).bit_length(), min(self.expand.index, 3)
 
 
 def shadow_predict(
-    policy: SearchPolicy, tree: Tree, flying: Mapping[Node, object], spec: Speculator, count: int
-) -> list[Guess]:
-    """What the policy would ask for if guesses came true, likeliest first.
+    policy: SearchPolicy, tree: Tree, flying: Container[Node], spec: Speculator
+) -> Iterator[Guess]:
+    """What the policy would ask for, soonest first, if all that is pending ended as guessed.
+
+    It replays its own rule on a copy of its tree.
 
     Args:
         tree: with `ahead`: results that wait for their turn, speculative ones among them.
-        flying: what is being made, speculative or not.
-        count: about how many are wanted.
+        flying: what was begun, speculative or not.
     """
-    asked, first = dict[Node, int](), dict[Node, Guess]()
-    for draw in range(spec.draws):
-        for guess in itertools.islice(_replay(policy, tree, flying, spec, draw), 2 * count):
-            child = guess.expand.child
-            asked[child] = asked.get(child, 0) + 1
-            first.setdefault(child, guess)
-    found = [
-        Guess(g.expand, asked[child] / spec.draws, g.distance, g.rank) for child, g in first.items()
-    ]
-    return sorted(found, key=lambda g: (-g.probability, g.distance, g.rank))
-
-
-def _replay(
-    policy: SearchPolicy, tree: Tree, flying: Mapping[Node, object], spec: Speculator, draw: int
-) -> Iterator[Guess]:
-    """The policy on a copy of its tree, where whatever is pending ends as it is guessed to."""
-    shadow, seen, idle, distance = tree.clone(), _Habits.of(tree), 0, 0
+    shadow, idle, distance = tree.clone(), 0, 0
     while shadow.pending and idle <= spec.patience:
         node, expand = next(iter(shadow.pending.items()))
         grown = shadow.ahead.get(node)
         if grown is None or grown.score is None:
-            grown = seen.guess(shadow, expand, spec, draw, grown)
+            grown = _guessed(shadow, expand, grown, spec.slack - 1)
             idle += 1
         shadow.commit(grown)
         policy.observe(shadow, grown)
-        if policy.done(shadow):
-            return
         wanted = [expand for expand in policy.ready(shadow) if shadow.ask(expand)]
         distance += bool(wanted)
         for rank, new in enumerate(wanted):
-            if new.child in tree.ahead or new.child in flying or not _can_begin(tree, new, spec):
-                continue
-            idle = 0
-            yield Guess(new, 1.0, distance, rank)
+            if new.child not in flying and _can_begin(tree, new, spec.lookahead):
+                idle = 0
+                yield Guess(new, distance, rank)
 
 
-def _can_begin(tree: Tree, expand: Expand, spec: Speculator) -> bool:
+def _guessed(tree: Tree, expand: Expand, ended: Grown | None, lower: float) -> Grown:
+    """A step as good as its parent, or as its siblings, that is not there or not scored yet."""
+    child, parent = expand.child, tree.look(expand.parent)
+    score = parent.score if parent else None
+    if score is None:
+        siblings = [tree.grown[node].score for node in tree.children.get(expand.parent, ())]
+        known = [score for score in siblings if score is not None]
+        score = sum(known) / len(known) if known else 0.5
+    score = max(score - lower, 0.0)
+    if ended is not None:
+        return replace(ended, score=score)
+    # A token that no text has, so that steps which are not there do not look alike.
+    return Grown(child, expand.parent, Step((-1 - expand.index,), "stop"), score)
+
+
+def _can_begin(tree: Tree, expand: Expand, lookahead: int) -> bool:
     """Whether the text that it continues is there, and not too far from what is asked for."""
     parent, steps = tree.look(expand.parent), 1
     if parent is None or parent.finished:
@@ -135,44 +123,7 @@ def _can_begin(tree: Tree, expand: Expand, spec: Speculator) -> bool:
     while parent is not None and parent.node not in tree.grown:
         steps += parent.node not in tree.pending
         parent = tree.look(parent.parent) if parent.parent else None
-    return steps <= spec.lookahead
-
-
-@dataclass
-class _Habits:
-    """How scores of a tree have been so far."""
-
-    mean: float
-    error: float  # of a parent's score as a guess at its child's
-
-    @classmethod
-    def of(cls, tree: Tree) -> _Habits:
-        known = [*tree.grown.values(), *tree.ahead.values()]
-        scores = [grown.score for grown in known if grown.score is not None]
-        mean = sum(scores) / len(scores) if scores else 0.5
-        squares = 0.1**2 * 4  # a little is known before anything is
-        for grown in known:
-            above = tree.look(grown.parent) if grown.parent else None
-            if grown.score is not None and above and above.score is not None:
-                squares += (grown.score - above.score) ** 2
-        return cls(mean, (squares / (len(scores) + 4)) ** 0.5)
-
-    def guess(
-        self, tree: Tree, expand: Expand, spec: Speculator, draw: int, ended: Grown | None
-    ) -> Grown:
-        """A step that is not there, or is and waits for its score: as good as its parent's."""
-        above = tree.look(expand.parent)
-        score = self.mean if above is None or above.score is None else above.score
-        child = expand.child
-        luck = _SPREAD[(hash(child.path) + draw) % len(_SPREAD)] if draw else 0.0
-        score += self.error * (luck - 10 * (spec.slack - 1))
-        score = min(max(score, 0.0), 1.0)
-        if ended is not None:
-            return Grown(
-                child, expand.parent, ended.step, score, ended.answer, ended.finished, ended.total
-            )
-        # A token that no text has, so that paths which are not there do not look alike.
-        return Grown(child, expand.parent, Step((-1 - expand.index,), "stop"), score)
+    return steps <= lookahead
 
 
 class Seeker(Protocol):
@@ -205,30 +156,30 @@ class Coordinator:
     Give the same one to searches that share a pool; what it has learned can go on to later ones.
 
     Attributes:
-        prior: hits and misses that a replay's own probability is worth.
+        prior: hits, and misses, that every kind of guess begins with.
         keep: what is left of a hit or a miss when the next one is learned.
     """
 
-    prior: float = 4.0
+    prior: tuple[float, float] = (3.0, 1.0)
     keep: float = 0.98
-    trust: dict[tuple[str, tuple[int, int, int]], _Trust] = field(
-        default_factory=dict[tuple[str, tuple[int, int, int]], _Trust]
+    trust: dict[tuple[str, tuple[int, int]], _Trust] = field(
+        default_factory=dict[tuple[str, tuple[int, int]], _Trust]
     )
     _offers: dict[Seeker, list[tuple[float, Guess]]] = field(
         default_factory=dict[Seeker, list[tuple[float, Guess]]]
     )
 
     def probability(self, policy: SearchPolicy, guess: Guess) -> float:
-        """Mean of a Beta posterior that starts where the replays put it."""
+        """Mean of a Beta posterior."""
         seen = self.trust.get((policy.name, guess.bucket), _Trust())
-        weight = self.prior + seen.hits + seen.misses
-        return (self.prior * guess.probability + seen.hits) / weight
+        hits, misses = self.prior[0] + seen.hits, self.prior[1] + seen.misses
+        return hits / (hits + misses)
 
     def learn(self, policy: SearchPolicy, guess: Guess, hit: bool) -> None:
         key = policy.name, guess.bucket
         self.trust.setdefault(key, _Trust()).learn(hit, self.keep)
 
-    def offer(self, seeker: Seeker, guesses: Sequence[Guess], spec: Speculator) -> None:
+    def offer(self, seeker: Seeker, guesses: Iterable[Guess], spec: Speculator) -> None:
         """Replaces what this search had to offer.
 
         A step's gain is its tokens times the probability of their use, and its cost is those tokens

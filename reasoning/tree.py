@@ -177,6 +177,7 @@ class SearchPolicy(Protocol):
         """A node was committed: its step has ended, and its score is here if one was wanted."""
 
     def done(self, tree: Tree) -> bool:
+        """Whether it has come to its end; then it wants nothing either."""
         return not tree.pending and not self.ready(tree)
 
     def votes(self, tree: Tree) -> Sequence[Candidate]:

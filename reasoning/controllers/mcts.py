@@ -73,6 +73,9 @@ class Mcts(SearchPolicy):
                 break
             back_up(tree, way, self._reward(tree, way))
 
+    def done(self, tree: Tree) -> bool:
+        return len(tree.visited) >= self.rollouts
+
     def votes(self, tree: Tree) -> Sequence[Candidate]:
         visited = (tree.grown[node] for node in dict.fromkeys(tree.visited))
         return candidates(tree, (grown for grown in visited if grown.finished), self.weight)
