@@ -38,12 +38,12 @@ class Speculator:
 
     mode: Mode = "lossless"
     width: int = 32
-    lookahead: int = 3
+    lookahead: int = 4
     slack: float = 1.0
     floor: float = 0.25
     distant: float = 0.25
     patience: int = 32
-    unscored: bool = True
+    unscored: bool = False
     stop: Literal["never", "safe", "paper"] = "never"
 
     def __post_init__(self):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar, Literal, Protocol
 
 from jaxserve.protocol import Gen, Node, Step
@@ -34,7 +35,7 @@ class Expand:
     index: int
     gen: Gen = STEP
 
-    @property
+    @cached_property
     def child(self) -> Node:
         return Node(self.parent.query, (*self.parent.path, (self.index, -1)))
 
@@ -73,6 +74,7 @@ class Tree:
         ahead: steps that ended before their turn; only clones made for predictions have any.
         visits, gains: times that a policy came through a node, and what that brought in all.
         visited: where each of its visits ended.
+        at: where it stands; the root at first.
         tokens: of the committed nodes.
         reach: depth of the deepest node that was ever asked for.
     """
@@ -86,6 +88,7 @@ class Tree:
         self.visits: dict[Node, int] = {}
         self.gains: dict[Node, float] = {}
         self.visited: tuple[Node, ...] = ()
+        self.at = root
         self.tokens = 0
         self.reach = 0
 
@@ -96,7 +99,7 @@ class Tree:
         new.pending = self.pending.copy()
         new.ahead = self.ahead if ahead is None else ahead
         new.visits, new.gains, new.visited = self.visits.copy(), self.gains.copy(), self.visited
-        new.tokens, new.reach = self.tokens, self.reach
+        new.at, new.tokens, new.reach = self.at, self.tokens, self.reach
         return new
 
     def ask(self, expand: Expand) -> bool:
@@ -163,8 +166,8 @@ class Tree:
 class SearchPolicy(Protocol):
     """Decides which steps to ask for. The same committed results give the same decisions.
 
-    A policy keeps what it must remember in the tree (`visits`, `gains`, `visited`) or derives it
-    from there, so that the runner may ask it what it would do with another tree.
+    A policy keeps what it must remember in the tree (`visits`, `gains`, `visited`, `at`) or derives
+    it from there, so that the runner may ask it what it would do with another tree.
     """
 
     name: ClassVar[str]

@@ -28,10 +28,15 @@ def back_up(tree: Tree, way: Sequence[Node], reward: float) -> None:
     tree.visited = (*tree.visited, way[-1])
 
 
-def upper_bound(tree: Tree, parent: Node, child: Node, explore: float) -> float:
-    """UCT: what the child brought in on average, and how little that says yet."""
-    visits = tree.visits[child]
-    return tree.gains[child] / visits + explore * math.sqrt(math.log(tree.visits[parent]) / visits)
+def best_bound(tree: Tree, parent: Node, explore: float) -> Node:
+    """UCT: the child that brought in most on average, or of which too little is known to say."""
+    log = math.log(tree.visits[parent])
+
+    def bound(child: Node) -> float:
+        visits = tree.visits[child]
+        return tree.gains[child] / visits + explore * math.sqrt(log / visits)
+
+    return max(tree.children[parent], key=bound)
 
 
 @dataclass(frozen=True)
@@ -63,13 +68,13 @@ class Mcts(SearchPolicy):
     def ready(self, tree: Tree) -> Sequence[Expand]:
         if tree.pending or len(tree.visited) >= self.rollouts:
             return []
-        leaf = walk(tree, self._pick)[-1]
-        return [Expand(leaf, i, self.gen) for i in range(self.branch)]
+        return [Expand(tree.at, i, self.gen) for i in range(self.branch)]
 
     def observe(self, tree: Tree, grown: Grown) -> None:
         while not tree.pending and len(tree.visited) < self.rollouts:
             way = walk(tree, self._pick)
-            if not (tree.grown[way[-1]].finished or len(way) > self.depth):
+            tree.at = way[-1]
+            if not (tree.grown[tree.at].finished or len(way) > self.depth):
                 break
             back_up(tree, way, self._reward(tree, way))
 
@@ -84,11 +89,10 @@ class Mcts(SearchPolicy):
         return self.rollouts - len(tree.visited)
 
     def _pick(self, tree: Tree, parent: Node) -> Node:
-        children = tree.children[parent]
-        fresh = [child for child in children if child not in tree.visits]
-        if fresh:
-            return fresh[0]
-        return max(children, key=lambda child: upper_bound(tree, parent, child, self.explore))
+        for child in tree.children[parent]:
+            if child not in tree.visits:
+                return child
+        return best_bound(tree, parent, self.explore)
 
     def _reward(self, tree: Tree, way: Sequence[Node]) -> float:
         if self.reward == "leaf":
