@@ -35,6 +35,7 @@ from reasoning.speculation import Coordinator, Guess, Speculator, shadow_predict
 from reasoning.tree import Expand, Grown, SearchPolicy, Tree, candidates
 
 T = TypeVar("T")
+_ANY = 1 << 30  # an index that no policy asks for: what is refuted of it is of every other one
 
 _queries = itertools.count(1 << 20)  # apart from the numbers that other runners give
 
@@ -107,6 +108,7 @@ class _Search:
         self.coordinator = coordinator or Coordinator()
         self.tree = Tree(pool.root(question.prompt, query=query, seed=question.seed))
         self.flights = dict[Node, _Flight]()
+        self.held = dict[Node, None]()  # committed, with pages
         self.wasted = list[Grown]()
         self.began, self.policy_seconds = time.monotonic(), 0.0
         self.awaits_score = False  # of the step that ended last
@@ -173,11 +175,11 @@ class _Search:
                 return None
             assert flight.grown is not None
             self.tree.commit(flight.grown)
-            if flight.grown.finished:
-                self.pool.release(flight.grown.node)  # nothing is forked from it
+            self.held[flight.grown.node] = None
             self._decide(self.policy.observe, self.tree, flight.grown)
             self._ask()
             self._cancel_refuted()
+            self._release()
 
     def _ask(self) -> None:
         """Begins what the policy wants now, or finds that it was begun ahead of time."""
@@ -199,6 +201,14 @@ class _Search:
                 self._begin(expand, Prio.COMMIT)
             else:
                 self._promote(flight)
+
+    def _release(self) -> None:
+        """Gives back the pages of nodes that will have no more children."""
+        for node in list(self.held):
+            ended = self.tree.grown[node].finished
+            if ended or self._decide(self.policy.refuted, self.tree, Expand(node, _ANY)):
+                self.pool.release(node)
+                del self.held[node]
 
     def _promote(self, flight: _Flight) -> None:
         flight.prio = Prio.COMMIT
@@ -315,8 +325,11 @@ class _Search:
     def _cancel_refuted(self) -> None:
         if self.spec is None:
             return
+        surplus_votes = self.spec.mode == "opportunistic"
         for node, flight in list(self.flights.items()):
             waiting = node in self.flights and flight.prio == Prio.SPEC
+            if surplus_votes and flight.grown and flight.grown.finished:
+                continue
             if waiting and self._decide(self.policy.refuted, self.tree, flight.expand):
                 self._give_up(node)
 

@@ -198,7 +198,10 @@ class SearchPolicy(Protocol):
         return None
 
     def refuted(self, tree: Tree, expand: Expand) -> bool:
-        """Whether it will certainly never ask for this, whatever comes."""
+        """Whether it will certainly never ask for this, whatever comes.
+
+        Nor then for any larger index of the same parent.
+        """
         return False
 
 
