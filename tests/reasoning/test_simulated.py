@@ -208,7 +208,12 @@ def test_the_clock_waits_for_every_open_query():
         pool = SimulatedPool(DEEP)
         for query in (0, 1):
             pool.extend(pool.fork(pool.root((1,), query=query, seed=query), 0), LONG)
-        waits = asyncio.create_task(until(pool, 0, 1))
+
+        async def whole(query):
+            await until(pool, query, 1)
+            pool.close(query)
+
+        waits = asyncio.create_task(whole(0))
         for _ in range(10):
             await asyncio.sleep(0)
         assert pool.now == 0, "query 1 is thinking"
