@@ -28,7 +28,7 @@ def worth_keeping(tree: Tree, gains: dict[Node, float], cost: float) -> set[Node
         own, leaves = (gains[node], [node]) if node in gains else (0.0, list[Node]())
         for child in below.get(node, ()):
             value, inside = kept(child)
-            if value > 0:
+            if value >= 0:
                 own, leaves = own + value, [*leaves, *inside]
         return own - (0.0 if node == tree.root else cost), leaves
 
