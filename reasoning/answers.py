@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from jaxserve.protocol import Node
 
 
 @dataclass(frozen=True)
@@ -12,6 +15,22 @@ class Candidate:
 
     answer: Hashable | None
     weight: float = 1.0
+    node: Node | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a search has come to.
+
+    Attributes:
+        answer: None if no path came to one.
+        distribution: the weight behind each answer, heaviest first.
+        best: the path that stands for it: the heaviest of those that say it, the first of equals.
+    """
+
+    answer: Hashable | None
+    distribution: Mapping[Hashable, float] = field(default_factory=dict[Hashable, float])
+    best: Node | None = None
 
 
 def tally(candidates: Iterable[Candidate]) -> dict[Hashable, float]:
@@ -29,6 +48,67 @@ def tally(candidates: Iterable[Candidate]) -> dict[Hashable, float]:
 def winner(totals: Mapping[Hashable, float]) -> Hashable | None:
     """The heaviest answer, the first of equals; None if nobody has come to one."""
     return max(totals, key=lambda answer: totals[answer], default=None)
+
+
+def vote(candidates: Iterable[Candidate]) -> Answer:
+    """The heaviest answer and the path that stands for it."""
+    voters = [c for c in candidates if c.answer is not None]
+    totals = tally(voters)
+    answer = winner(totals)
+    saying = [c for c in voters if c.answer == answer]
+    return Answer(answer, totals, max(saying, key=lambda c: c.weight).node if saying else None)
+
+
+def best_of(candidates: Iterable[Candidate]) -> Answer:
+    """The answer of the heaviest path, the first of equals; each answer weighs as its best path."""
+    voters = [c for c in candidates if c.answer is not None]
+    if not voters:
+        return Answer(None)
+    totals: dict[Hashable, float] = {}
+    for c in voters:
+        totals[c.answer] = max(totals.get(c.answer, c.weight), c.weight)
+    best = max(voters, key=lambda c: c.weight)
+    return Answer(best.answer, dict(sorted(totals.items(), key=lambda item: -item[1])), best.node)
+
+
+def ranks(values: Sequence[float]) -> list[float]:
+    """Where each stands among all, in (0, 1]: 1 is the largest, and equals share their mean rank.
+
+    What is left of a scale that means nothing outside its query.
+    """
+    n = len(values)
+    return [
+        (sum(v < x for v in values) + (sum(v == x for v in values) + 1) / 2) / n for x in values
+    ]
+
+
+@dataclass(frozen=True)
+class LengthConfidence:
+    """HyPER's vote (specification, section 2.5): ranks of length and of confidence.
+
+    Attributes:
+        length_sign: whether longer paths count more (+1), less (-1) or as much (0) as others;
+            with 0 confidence decides alone.
+    """
+
+    length: float = 0.6
+    confidence: float = 0.4
+    length_sign: Literal[-1, 0, 1] = 0
+
+    def __post_init__(self):
+        if self.length_sign not in (-1, 0, 1) or min(self.length, self.confidence) < 0:
+            raise ValueError(f"{self}: length_sign is -1, 0 or 1, and weights are not negative")
+
+    def weights(self, lengths: Sequence[int], confidences: Sequence[float]) -> list[float]:
+        """One for each path, in (0, 1]."""
+        sure = ranks(confidences)
+        if not self.length_sign:
+            return sure
+        long = ranks([self.length_sign * n for n in lengths])
+        whole = self.length + self.confidence
+        return [
+            (self.length * a + self.confidence * b) / whole for a, b in zip(long, sure, strict=True)
+        ]
 
 
 def is_decided(totals: Mapping[Hashable, float], missing: int, largest: float = 1.0) -> bool:

@@ -1,0 +1,1 @@
+"""Controllers: policies that `reasoning.pool` and `reasoning.search` carry out."""

@@ -1,0 +1,129 @@
+"""What a pool's controller goes by: agreement, likeness and confidence (specification, 2.2).
+
+All are plain arithmetic on what the engine reports of each token; nothing here draws or learns.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Hashable, Mapping, Sequence
+from itertools import combinations, pairwise
+from typing import Any
+
+from jaxserve.protocol import PathStats
+
+
+def agreement(totals: Mapping[Hashable, float]) -> float:
+    """The leading answer's share of all weight; 0 before there is an answer."""
+    whole = sum(totals.values())
+    return max(totals.values()) / whole if whole else 0.0
+
+
+def answer_entropy(totals: Mapping[Hashable, float]) -> float:
+    """Of the answers' shares, in nats."""
+    whole = sum(totals.values())
+    shares = [x / whole for x in totals.values() if x > 0]
+    return max(-sum(p * math.log(p) for p in shares), 0.0)
+
+
+def groups(confidences: Sequence[float], window: int) -> list[float]:
+    """Mean confidence of every `window` tokens in a row; of all, where there are fewer."""
+    if not confidences:
+        return []
+    n = min(window, len(confidences))
+    whole = sum(confidences[:n])
+    means = [whole / n]
+    for left, right in zip(confidences, confidences[n:], strict=False):
+        whole += right - left
+        means.append(whole / n)
+    return means
+
+
+def least_group(stats: PathStats, window: int) -> float:
+    """A path's weakest moment; infinite before its first token, so that nobody stops it for it."""
+    return min(groups(stats.confidences, window), default=math.inf)
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """The value below which `share` (0 to 1) of them lie, interpolated."""
+    ordered = sorted(values)
+    place = share * (len(ordered) - 1)
+    low = math.floor(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
+
+
+def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and standard deviation; zeros for none."""
+    return (statistics.fmean(values), statistics.pstdev(values)) if values else (0.0, 0.0)
+
+
+def trend(confidences: Sequence[float], window: int) -> float:
+    """Mean of the last `window` tokens less that of the ones before; 0 where these are missing."""
+    late, early = confidences[-window:], confidences[-2 * window : -window]
+    return statistics.fmean(late) - statistics.fmean(early) if early else 0.0
+
+
+def spikes(entropies: Sequence[float], gate: float) -> float:
+    """The share of tokens whose distribution has more than `gate` nats."""
+    return sum(e > gate for e in entropies) / len(entropies) if entropies else 0.0
+
+
+def redundancy(paths: Sequence[PathStats], window: int, n: int = 3) -> float:
+    """Mean likeness of all pairs, from 0 to 1; 0 for fewer than two paths."""
+    pairs = [likeness(a, b, window, n) for a, b in combinations(paths, 2)]
+    return statistics.fmean(pairs) if pairs else 0.0
+
+
+def likeness(a: PathStats, b: PathStats, window: int, n: int = 3) -> float:
+    """How alike the last `window` tokens of two paths are, in [0, 1].
+
+    Half of it is the Jaccard index of their n-grams and half that of the experts they used, layer
+    by layer; n-grams alone where nobody has taken note of experts.
+    """
+    text = jaccard(n_grams(a.tokens[-window:], n), n_grams(b.tokens[-window:], n))
+    if a.route_sketch is None or b.route_sketch is None:
+        return text
+    ours, theirs = experts(a.route_sketch[-window:]), experts(b.route_sketch[-window:])
+    layers = [_overlap(x, y) for x, y in zip(ours, theirs, strict=True)]
+    return 0.5 * text + 0.5 * statistics.fmean(layers) if layers else text
+
+
+def n_grams(tokens: Sequence[int], n: int) -> set[tuple[int, ...]]:
+    """Runs of n tokens; the whole, where it is shorter."""
+    if len(tokens) <= n:
+        return {tuple(tokens)} if tokens else set()
+    return {tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)}
+
+
+def jaccard(a: set[Any], b: set[Any]) -> float:
+    """Share of what either has that both have; 1 for two empty sets."""
+    return len(a & b) / len(a | b) if a or b else 1.0
+
+
+def experts(sketch: Any) -> list[int]:
+    """Bit masks of the experts used in each layer by any of the tokens [tokens, layers]."""
+    masks = list[int]()
+    for row in sketch:
+        bits = [int(mask) for mask in row]
+        masks = [x | y for x, y in zip(masks, bits, strict=True)] if masks else bits
+    return masks
+
+
+def _overlap(a: int, b: int) -> float:
+    return (a & b).bit_count() / (a | b).bit_count() if a | b else 1.0
+
+
+def step_ends(tokens: Sequence[int], step: Sequence[int]) -> list[int]:
+    """How many tokens there are at the end of each closed step."""
+    return [i + 1 for i, token in enumerate(tokens) if token in step]
+
+
+def weakest_step(stats: PathStats, step: Sequence[int]) -> tuple[int, float] | None:
+    """The closed or open step with the least token confidence: where it begins, and that."""
+    bounds = [0, *step_ends(stats.tokens, step)]
+    if bounds[-1] < stats.n_tokens:
+        bounds.append(stats.n_tokens)
+    found = [(a, min(stats.confidences[a:b])) for a, b in pairwise(bounds)]
+    return min(found, key=lambda x: x[1], default=None)
