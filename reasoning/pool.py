@@ -60,7 +60,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class Prune:
-    """Ends a live path. Paths forked from it go on, even those of the same batch of actions."""
+    """Ends a live path. Paths forked from it go on."""
 
     node: Node
 
@@ -161,7 +161,7 @@ class PoolPolicy(Protocol):
 
     Attributes:
         period: tokens of a round.
-        branching: forks finished paths; only then do they keep their pages.
+        branching: forks paths that are finished or pruned; only then do they keep their pages.
     """
 
     @property
@@ -272,7 +272,8 @@ class _Search:
                 case Prune(node):
                     path = self._alive(node)
                     path.state = "pruned"
-                    self._let_go(path.node)
+                    if not self.policy.branching:
+                        self._let_go(path.node)
                 case Probe(node):
                     self._alive(node)
                     self.probes.append(action)
