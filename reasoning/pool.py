@@ -8,7 +8,6 @@ period either: a path is one node, extended again and again.
 from __future__ import annotations
 
 import asyncio
-import itertools
 import time
 from collections.abc import Callable, Coroutine, Hashable, Sequence
 from dataclasses import dataclass, field
@@ -26,7 +25,7 @@ from jaxserve.protocol import (
     Step,
 )
 from reasoning.answers import Answer
-from reasoning.result import Budget, Piece, Result, Stopped
+from reasoning.result import Budget, Piece, Result, Stopped, next_query
 
 
 @dataclass(frozen=True)
@@ -197,11 +196,13 @@ async def run_pool(
     that were begun first served first. A policy that raises, or that acts on a dead path, ends its
     own search with that error and no other one.
 
+    Seconds are looked at between rounds.
+
     Args:
         scorer: whose opinion of finished paths the policy wants.
         query: a number that no other search of the pool has; by default the next one.
     """
-    number = next(_queries) if query is None else query
+    number = next_query() if query is None else query
     search = _Search(policy, pool, question, budget, scorer, number)
     try:
         return await search.run()
@@ -210,7 +211,6 @@ async def run_pool(
 
 
 Said = TypeVar("Said")
-_queries = itertools.count()
 SEGMENT = 1 << 16  # indices of segments' forks begin here, so that no branch has the same
 
 

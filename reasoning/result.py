@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from html import escape
@@ -16,6 +17,13 @@ if TYPE_CHECKING:
     from rich.tree import Tree
 
 Stopped = Literal["done", "budget", "decided"]
+
+_queries = itertools.count()
+
+
+def next_query() -> int:
+    """A number for a search that no other one of this process was given."""
+    return next(_queries)
 
 
 @dataclass(frozen=True)
