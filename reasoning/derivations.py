@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 from jaxserve.protocol import Node, Question
+from reasoning.answers import Candidate, LengthConfidence, faults, tally
 from reasoning.pool import Path
 from reasoning.signals import groups, step_ends
 
@@ -27,12 +28,13 @@ class Move:
     Attributes:
         claim: the tokens of the step, less those at its end that only repeat the state.
         end: the state behind it; of a last one, the answer.
-        least: the least confidence of its tokens.
+        least: the least confidence of its tokens, of which there are `size`.
     """
 
     claim: tuple[int, ...]
     end: Hashable
     least: float
+    size: int
     last: bool = False
 
 
@@ -76,7 +78,6 @@ class Derivation:
     claims: frozenset[tuple[int, ...]]
     least: float
     length: int
-    node: Node | None
 
 
 @dataclass
@@ -104,10 +105,28 @@ class Map:
             if move.last:
                 claims = frozenset(m.claim for m in done if not m.last)
                 least = min(m.least for m in done)
-                assert place
-                yield Derivation(move.end, claims, least, len(done), place.node)
+                yield Derivation(move.end, claims, least, sum(m.size for m in done))
             else:
                 yield from self._from(move.end, done)
+
+
+def weigh(
+    known: Sequence[Derivation], vote: LengthConfidence, fault: float
+) -> dict[Hashable, float]:
+    """The weight behind each answer, heaviest first: a vote, less what the answer would cost.
+
+    Args:
+        fault: nats for each claim that must be false if the answer is right, counted from the
+            answer that needs the fewest; 0: a vote alone.
+    """
+    weights = vote.weights([d.length for d in known], [d.least for d in known])
+    totals = tally(Candidate(d.answer, w) for d, w in zip(known, weights, strict=True))
+    if not fault or not totals:
+        return totals
+    false = faults((d.answer, d.claims) for d in known)
+    fewest = min(false.values())
+    totals = {a: w * math.exp(-fault * (false[a] - fewest)) for a, w in totals.items()}
+    return dict(sorted(totals.items(), key=lambda item: -item[1]))
 
 
 def survey(paths: Sequence[Path], question: Question, floor: float, window: int, alike: int) -> Map:
@@ -146,17 +165,17 @@ def _walk(
             return
         if end not in closed:
             if path.state == "finished" and path.answer is not None:
-                move = Move(tokens[start:end], path.answer, least, last=True)
+                move = Move(tokens[start:end], path.answer, least, end - start, last=True)
                 place.moves.setdefault((path.answer, True), move)
             return
         reached = _state(question, tokens, end)
         claim = _claim(tokens[start:end], reached)
         state = reached
-        place.moves.setdefault((state, False), Move(claim, state, least))
+        place.moves.setdefault((state, False), Move(claim, state, least, end - start))
         known.places.setdefault(state, Place(path.node, end, number, steps + 1))
         known.here[path.node] = (state, end)
     if path.state == "finished" and path.answer is not None:  # it ended with a closed step
-        move = Move((), path.answer, math.inf, last=True)
+        move = Move((), path.answer, math.inf, 0, last=True)
         known.places[state].moves.setdefault((path.answer, True), move)
 
 

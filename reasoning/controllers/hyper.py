@@ -11,14 +11,14 @@ confidence, less what an answer would have to call false (`reasoning.answers.fau
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 from jaxserve.protocol import RouteNoise
-from reasoning.answers import Answer, LengthConfidence, faults, is_decided
-from reasoning.controllers.hyper_scores import ACTIONS, Scores
-from reasoning.derivations import Derivation, Map, Place, survey
+from reasoning.answers import Answer, LengthConfidence, is_decided
+from reasoning.controllers.hyper_scores import Scores
+from reasoning.derivations import Derivation, Map, Place, survey, weigh
 from reasoning.pool import Action, Fork, Path, PoolView, Prune, Refine, Segment, Stop
 from reasoning.signals import least_group, percentile
 
@@ -132,44 +132,29 @@ class HyPER:
     def _act(
         self, view: PoolView, live: list[Path], floor: float, branches: list[Action]
     ) -> list[Action]:
-        choice = self.scores.choose(view, live, floor, self.window, self.width, self._open())
-        unsure = min(live, key=lambda p: p.stats.conf_group(self.window))
-        if choice == "branch":
-            return branches
-        if choice == "multi" and self.segment:
-            return [Segment(unsure.node, *self.segment)]
-        if choice == "single" and self.route:
-            return [Refine(unsure.node, self.route)]
-        return []
-
-    def _open(self) -> set[str]:
-        possible = {"none": True, "branch": True, "multi": self.segment, "single": self.route}
-        return {action for action in ACTIONS if possible[action]}
+        unsure = min(live, key=lambda p: p.stats.conf_group(self.window)).node
+        actions: dict[str, list[Action]] = {"none": [], "branch": branches}
+        if self.segment:
+            actions["multi"] = [Segment(unsure, *self.segment)]
+        if self.route:
+            actions["single"] = [Refine(unsure, self.route)]
+        choose = self.scores.choose
+        return actions[choose(view, live, floor, self.window, self.width, set(actions))]
 
     def _decided(self, view: PoolView, known: list[Derivation], live: Sequence[Path]) -> bool:
         """The safe test, where each path is one vote: no vote to come can change the winner."""
         if self.fault or (self.alike and view.question.state is not None):
             return False
-        totals = self._totals(known)
+        totals = weigh(known, self.vote, self.fault)
         return is_decided(totals, len(live) + self.paths - len(view.paths))
-
-    def _totals(self, known: Sequence[Derivation]) -> dict[Hashable, float]:
-        weights = self.vote.weights([d.length for d in known], [d.least for d in known])
-        false = faults((d.answer, d.claims) for d in known) if self.fault else {}
-        totals: dict[Hashable, float] = {}
-        for d, weight in zip(known, weights, strict=True):
-            totals[d.answer] = totals.get(d.answer, 0.0) + weight
-        for answer in false:
-            totals[answer] *= math.exp(-self.fault * (false[answer] - min(false.values())))
-        return dict(sorted(totals.items(), key=lambda item: -item[1]))
 
     def aggregate(self, view: PoolView) -> Answer:
         floor = self.threshold(view)
         known = self._survey(view, -math.inf if floor is None else floor).derivations()
         if not known:  # nobody was sure
             known = self._survey(view, -math.inf).derivations()
-        totals = self._totals(known)
+        totals = weigh(known, self.vote, self.fault)
         answer = next(iter(totals), None)
-        saying = [p for p in view.finished if p.answer == answer and answer is not None]
+        saying = [p for p in view.finished if p.answer is not None and p.answer == answer]
         best = max(saying, key=lambda p: least_group(p.stats, self.window), default=None)
         return Answer(answer, totals, best.node if best else None)
