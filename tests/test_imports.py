@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "kernels_pallas": "jax jaxlib numpy ml_dtypes",
     "moe": "sharding kernels_pallas jax numpy",
     "reasoning": "jaxserve.protocol",
-    "reasoning.result": "jaxserve.protocol rich",
+    "reasoning.result": "jaxserve.protocol reasoning.drawing rich",
     "jaxserve": "jaxserve.llm jaxserve.request",
     "jaxserve.errors": "",
     "jaxserve.request": "jaxserve.errors",
