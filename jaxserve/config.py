@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import reprlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, Literal
@@ -77,6 +78,18 @@ class EngineConfig:
     background_compile: bool = True
     forbid_compile: bool = False
     progress: bool = True
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> EngineConfig:
+        """The configuration with these fields.
+
+        Raises:
+            ConfigError: there is no such field, or it cannot have that value.
+        """
+        known = {f.name for f in dataclasses.fields(cls)}
+        if unknown := sorted(set(settings) - known):
+            raise ConfigError(f"unknown setting {unknown[0]!r}; known: {', '.join(sorted(known))}")
+        return cls(**settings)
 
     def __post_init__(self) -> None:
         for name, (kind, fits, expected) in _RULES.items():

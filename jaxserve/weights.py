@@ -22,8 +22,28 @@ from jaxserve.models.parallel import placed, put_on_mesh
 from jaxserve.models.reward_head import RewardHead
 from jaxserve.plan import Plan
 from jaxserve.quant import weights as quant
-from sharding.mesh import put
+from sharding.mesh import Parallelism, first_devices, mesh, put
+from sharding.probe import probe
 from sharding.tree import Weight, initialise, is_weight, unstack
+
+
+def serving_mesh(parallelism: Parallelism, device: Any) -> Mesh | None:
+    """The mesh of a split over several devices.
+
+    Raises:
+        ConfigError: there are fewer, or a single one was asked for.
+    """
+    if parallelism.num_devices == 1:
+        return None
+    if device is not None:
+        raise ConfigError(
+            f"device={device} is one, but {parallelism} asks for {parallelism.num_devices}"
+        )
+    try:
+        devices = first_devices(parallelism.num_devices)
+        return mesh(parallelism, probe(devices), devices)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def has_reward_head(folder: Path, config: EngineConfig) -> bool:

@@ -50,7 +50,10 @@ MAY_IMPORT = {
         jaxserve.request jaxserve.errors""",
     "jaxserve.weights": """jaxserve.plan jaxserve.config jaxserve.models jaxserve.checkpoint
         jaxserve.quant jaxserve.errors sharding jax numpy""",
-    "jaxserve.llm": """jaxserve.intake jaxserve.weights jaxserve.engine jaxserve.plan
+    "jaxserve.searches": """jaxserve.paths jaxserve.intake jaxserve.engine.loop jaxserve.protocol
+        jaxserve.errors reasoning""",
+    "jaxserve.llm": """jaxserve.searches jaxserve.paths reasoning.result
+        jaxserve.intake jaxserve.weights jaxserve.engine jaxserve.plan
         jaxserve.config jaxserve.cache jaxserve.models jaxserve.checkpoint jaxserve.quant
         jaxserve.text jaxserve.request jaxserve.errors kernels_pallas sharding jax numpy""",
     "jaxserve.train": """jaxserve.checkpoint jaxserve.models jaxserve.errors

@@ -76,6 +76,7 @@ class EnginePool:
         eos_ids: tokens that end a text.
         prior: log-odds of a reward head for a path without tokens.
         scorers: by name, besides "prm" (the reward head) and "confidence".
+        on_event: is told of every event, of all queries.
     """
 
     def __init__(
@@ -85,10 +86,12 @@ class EnginePool:
         eos_ids: frozenset[int] = frozenset(),
         prior: float = 0.0,
         scorers: Mapping[str, ScoreOf] | None = None,
+        on_event: Callable[[Event], None] | None = None,
     ):
         self._loop, self._keeper = loop, keeper
         self._eos_ids, self._prior = eos_ids, prior
         self._scorers = {"prm": _prm, "confidence": _confidence, **(scorers or {})}
+        self._on_event = on_event
         self._queries: dict[int, _Query] = {}
         self._arrived: deque[Callable[[], None]] = deque()
         self._awake = False
@@ -343,6 +346,8 @@ class EnginePool:
     def _tell(self, n: Node, event: Event) -> None:
         if not (query := self._query(n)).closed:
             query.events.put_nowait(event)
+            if self._on_event is not None:
+                self._on_event(event)
 
 
 def spend(ledger: Ledger, prio: Prio, count: int) -> None:
