@@ -347,15 +347,23 @@ class _Search:
     # ---- the end
 
     def _is_decided(self) -> bool:
+        """Whether no vote can change the answer. What is pending and complete has its vote too."""
         if self.spec is None or self.spec.stop == "never":
             return False
-        missing = self._decide(self.policy.missing, self.tree)
-        if missing is None or not self.tree.grown:
+        view = self.tree.clone()
+        for node in self.tree.pending:
+            flight = self.flights[node]
+            if flight.complete and flight.grown is not None:
+                view.commit(flight.grown)
+        missing = self._decide(self.policy.missing, view)
+        if missing is None:
             return False
-        votes = self._decide(self.policy.votes, self.tree)
-        if is_decided(tally(votes), missing):
+        votes = self._decide(self.policy.votes, view)
+        decided = is_decided(tally(votes), missing, self._decide(self.policy.largest, view))
+        if decided or (self.spec.stop == "paper" and is_likely(votes, missing)):
+            self.tree = view
             return True
-        return self.spec.stop == "paper" and is_likely(votes, missing)
+        return False
 
     def _surplus(self) -> Answer:
         """The answer when finished speculation may vote; what has a vote is committed."""

@@ -39,7 +39,7 @@ class Speculator:
     mode: Mode = "lossless"
     width: int = 32
     lookahead: int = 4
-    slack: float = 1.0
+    slack: float = 1.03
     floor: float = 0.25
     distant: float = 0.25
     patience: int = 32

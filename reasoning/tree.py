@@ -194,8 +194,12 @@ class SearchPolicy(Protocol):
         return True
 
     def missing(self, tree: Tree) -> int | None:
-        """Most votes that are still to come, each at most 1; None if votes do not decide."""
+        """Most votes that are still to come; None if votes do not decide."""
         return None
+
+    def largest(self, tree: Tree) -> float:
+        """The most that one of the missing votes can weigh."""
+        return 1.0
 
     def refuted(self, tree: Tree, expand: Expand) -> bool:
         """Whether it will certainly never ask for this, whatever comes.
@@ -213,6 +217,24 @@ def ended(tree: Tree) -> list[Grown]:
 def candidates(tree: Tree, paths: Iterable[Grown], how: Aggregate) -> list[Candidate]:
     """Paths as a vote sees them, in the order given."""
     return [Candidate(g.answer, tree.weight(g.node, how), g.node) for g in paths]
+
+
+def heaviest(policy: SearchPolicy, tree: Tree, how: Aggregate) -> float:
+    """The most that a path can weigh which has no vote yet.
+
+    A path's least score, or their product, only falls as it goes on; so no later path weighs more
+    than the heaviest beginning that may still be continued.
+    """
+    if how not in ("min", "prod"):
+        return 1.0
+    voted = {candidate.node for candidate in policy.votes(tree)}
+    open_ends = [
+        grown.node
+        for grown in tree.leaves()
+        if grown.node not in voted and not policy.refuted(tree, Expand(grown.node, 0))
+    ]
+    open_ends += {expand.parent for expand in tree.pending.values()}
+    return max((tree.weight(node, how) for node in open_ends), default=0.0)
 
 
 def passed(tree: Tree, expand: Expand) -> bool:

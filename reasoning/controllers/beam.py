@@ -17,6 +17,7 @@ from reasoning.tree import (
     Tree,
     candidates,
     ended,
+    heaviest,
     passed,
 )
 
@@ -58,6 +59,9 @@ class Beam(SearchPolicy):
 
     def missing(self, tree: Tree) -> int:
         return self.beams - len(ended(tree))
+
+    def largest(self, tree: Tree) -> float:
+        return heaviest(self, tree, self.weight)
 
     def refuted(self, tree: Tree, expand: Expand) -> bool:
         return passed(tree, expand)

@@ -9,7 +9,17 @@ from typing import ClassVar
 from jaxserve.protocol import Gen, Node
 from reasoning.answers import Candidate
 from reasoning.controllers.rebase import quotas
-from reasoning.tree import STEP, Aggregate, Expand, SearchPolicy, Tree, candidates, ended, passed
+from reasoning.tree import (
+    STEP,
+    Aggregate,
+    Expand,
+    SearchPolicy,
+    Tree,
+    candidates,
+    ended,
+    heaviest,
+    passed,
+)
 
 
 def worth_keeping(tree: Tree, gains: dict[Node, float], cost: float) -> set[Node]:
@@ -82,6 +92,9 @@ class Ets(SearchPolicy):
 
     def missing(self, tree: Tree) -> int:
         return self.width - len(ended(tree))
+
+    def largest(self, tree: Tree) -> float:
+        return heaviest(self, tree, self.weight)
 
     def refuted(self, tree: Tree, expand: Expand) -> bool:
         return passed(tree, expand)

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 
 from jaxserve.protocol import Gen, Node
 from reasoning.answers import Candidate
-from reasoning.tree import STEP, Aggregate, Expand, Grown, SearchPolicy, Tree, candidates
+from reasoning.tree import STEP, Aggregate, Expand, Grown, SearchPolicy, Tree, candidates, heaviest
 
 
 def walk(tree: Tree, pick: Callable[[Tree, Node], Node]) -> list[Node]:
@@ -87,6 +87,9 @@ class Mcts(SearchPolicy):
 
     def missing(self, tree: Tree) -> int:
         return self.rollouts - len(tree.visited)
+
+    def largest(self, tree: Tree) -> float:
+        return heaviest(self, tree, self.weight)
 
     def _pick(self, tree: Tree, parent: Node) -> Node:
         for child in tree.children[parent]:

@@ -17,6 +17,7 @@ from reasoning.tree import (
     Tree,
     candidates,
     ended,
+    heaviest,
     passed,
 )
 
@@ -78,6 +79,9 @@ class Rebase(SearchPolicy):
 
     def missing(self, tree: Tree) -> int:
         return self.width - len(ended(tree))
+
+    def largest(self, tree: Tree) -> float:
+        return heaviest(self, tree, self.weight)
 
     def refuted(self, tree: Tree, expand: Expand) -> bool:
         return passed(tree, expand)

@@ -14,7 +14,7 @@ from typing import ClassVar
 from jaxserve.protocol import Gen, Node
 from reasoning.answers import Candidate
 from reasoning.controllers.mcts import back_up, walk
-from reasoning.tree import STEP, Aggregate, Expand, Grown, SearchPolicy, Tree, candidates
+from reasoning.tree import STEP, Aggregate, Expand, Grown, SearchPolicy, Tree, candidates, heaviest
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,9 @@ class RestMcts(SearchPolicy):
 
     def missing(self, tree: Tree) -> int:
         return self.iterations - len(tree.visited)
+
+    def largest(self, tree: Tree) -> float:
+        return heaviest(self, tree, self.weight)
 
     def _pick(self, tree: Tree, parent: Node) -> Node:
         log = math.log(1 + tree.visits.get(parent, 0))
