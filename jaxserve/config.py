@@ -40,6 +40,8 @@ class EngineConfig:
             parallel load balancing), again and again; None: only `LLM.rebalance_experts` moves any.
         enable_dbo: dual batch overlap: halves of a step take turns, so that one computes while the
             other's tokens travel to experts and back.
+        reward_head: file of a reward head for searches, in the model's folder if it names no other;
+            None: `reward_head.safetensors`, where there is one.
         seed: of requests that bring none.
         enable_prefix_caching: reuse pages of equal prompt beginnings.
         decode_steps: tokens decoded per launch when every row decodes and none needs the host.
@@ -66,6 +68,7 @@ class EngineConfig:
     num_redundant_experts: int = 0
     eplb_step_interval: int | None = None
     enable_dbo: bool = False
+    reward_head: str | None = None
     seed: int = 0
     enable_prefix_caching: bool = True
     decode_steps: int = 1
@@ -105,6 +108,7 @@ _RULES: dict[str, _Rule] = {
     "num_redundant_experts": (Integral, lambda n: n >= 0, "a whole number, at least 0"),
     "eplb_step_interval": _COUNT,
     "enable_dbo": _FLAG,
+    "reward_head": (str, lambda file: bool(file), "a file"),
     "seed": (Integral, lambda _: True, "a whole number"),
     "enable_prefix_caching": _FLAG,
     "decode_steps": (Integral, lambda n: 1 <= n <= 64, "between 1 and 64"),
@@ -124,6 +128,7 @@ _OPTIONAL = {
     "data_parallel_size",
     "eplb_step_interval",
     "quantization",
+    "reward_head",
     "max_model_len",
     "max_num_seqs",
     "max_num_batched_tokens",

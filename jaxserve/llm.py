@@ -39,7 +39,7 @@ from jaxserve.request import (
     SamplingParams,
 )
 from jaxserve.text.tokenizer import Tokenizer
-from jaxserve.weights import ServedWeights
+from jaxserve.weights import ServedWeights, has_reward_head
 from sharding.mesh import Parallelism, first_devices
 from sharding.mesh import mesh as make_mesh
 from sharding.probe import probe
@@ -87,12 +87,16 @@ class LLM:
         keep_programs()
         rounded = self.engine_config.kv_cache_dtype == "int8"
         scales = cache_scales.load(folder, cfg.num_layers, cfg.kv_shape) if rounded else None
-        self.plan = self._resolve(raw, device, kv_calibrated=scales is not None)
+        plan = self._resolve(raw, device, kv_calibrated=scales is not None)
+        judges = has_reward_head(folder, self.engine_config)
+        self.plan = dataclasses.replace(plan, judges=judges)
         self._weights = ServedWeights(
             folder, self._family, cfg, self.engine_config, self.plan, device, self._mesh
         )
-        params = self._weights.load()
-        runner = Runner(self.plan, self._family, cfg, params, device, scales, self._mesh)
+        params, self._reward_head = self._weights.load(), self._weights.reward_head()
+        runner = Runner(
+            self.plan, self._family, cfg, params, device, scales, self._mesh, self._reward_head
+        )
         self._progress = Progress(self.plan, self.engine_config.progress, started)
         self._progress.say(f"{self.model_name}: {self.plan.describe()}")
         background = self.engine_config.background_compile and self._lockstep is None

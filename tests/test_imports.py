@@ -45,6 +45,7 @@ MAY_IMPORT = {
     "jaxserve.text": "jaxserve.errors jaxserve.request tokenizers jinja2 llguidance numpy",
     "jaxserve.engine": """jaxserve.plan jaxserve.config jaxserve.cache jaxserve.models
         jaxserve.request jaxserve.errors moe kernels_pallas sharding jax numpy""",
+    "jaxserve.paths": """jaxserve.engine jaxserve.protocol jaxserve.request jaxserve.errors""",
     "jaxserve.intake": """jaxserve.engine jaxserve.plan jaxserve.cache jaxserve.text
         jaxserve.request jaxserve.errors""",
     "jaxserve.weights": """jaxserve.plan jaxserve.config jaxserve.models jaxserve.checkpoint

@@ -1,0 +1,438 @@
+"""Carries a tree search out, and may run ahead of it: specification, section 1.7.
+
+Whatever arrives, the policy is shown results in the order in which it asked for them, and only
+those. A speculative step is one that it has not asked for: it waits in a side table until it does
+(then it is promoted) or cannot any more (then it is cancelled). So with `spec=None` and without,
+in the lossless mode, the policy lives through the same search.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import statistics
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Hashable, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+from jaxserve.protocol import (
+    DeadPathError,
+    Event,
+    Failed,
+    Ledger,
+    Node,
+    PathPool,
+    Prio,
+    Question,
+    SearchError,
+    Step,
+    StepDone,
+)
+from reasoning.answers import Answer, Candidate, is_decided, tally, vote
+from reasoning.result import Budget, Piece, Result, Stopped
+from reasoning.speculation import Coordinator, Guess, Speculator, shadow_predict
+from reasoning.tree import Expand, Grown, SearchPolicy, Tree, candidates
+
+T = TypeVar("T")
+_ANY = 1 << 30  # an index that no policy asks for: what is refuted of it is of every other one
+
+_queries = itertools.count(1 << 20)  # apart from the numbers that other runners give
+
+
+async def run_search(
+    policy: SearchPolicy,
+    pool: PathPool,
+    question: Question,
+    budget: Budget | None = None,
+    *,
+    spec: Speculator | None = None,
+    scorer: str = "prm",
+    coordinator: Coordinator | None = None,
+    query: int | None = None,
+) -> Result:
+    """Searches for an answer, and closes its query whatever happens.
+
+    Args:
+        spec: None for the sequential search.
+        coordinator: shared by the searches of a pool, it deals rows to the likeliest gains of all
+            of them; by default the search has one of its own.
+        query: a number that no other open search of the pool has; by default the next one.
+
+    Raises:
+        SearchError: the policy failed, or asks for nothing and is not done.
+        DeadPathError: the policy asked for a child of a node that is not there, or has ended.
+    """
+    number = next(_queries) if query is None else query
+    search = _Search(policy, pool, question, budget or Budget(), spec, scorer, coordinator, number)
+    try:
+        return await search.run()
+    finally:
+        search.coordinator.leave(search)
+        pool.close(number)
+
+
+@dataclass
+class _Flight:
+    """A step that was begun.
+
+    Attributes:
+        grown: its end, without a score if that is still on its way.
+        complete: nothing more of it is awaited.
+        guess: why it was begun, if that was speculation.
+    """
+
+    expand: Expand
+    prio: Prio
+    guess: Guess | None = None
+    grown: Grown | None = None
+    complete: bool = False
+
+
+class _Search:
+    """One query. `tree` is what the policy knows, `flights` everything that was begun."""
+
+    def __init__(
+        self,
+        policy: SearchPolicy,
+        pool: PathPool,
+        question: Question,
+        budget: Budget,
+        spec: Speculator | None,
+        scorer: str,
+        coordinator: Coordinator | None,
+        query: int,
+    ):
+        self.policy, self.pool, self.question, self.budget = policy, pool, question, budget
+        self.spec, self.scorer, self.query = spec, scorer, query
+        self.coordinator = coordinator or Coordinator()
+        self.tree = Tree(pool.root(question.prompt, query=query, seed=question.seed))
+        self.flights = dict[Node, _Flight]()
+        self.held = dict[Node, None]()  # committed, with pages
+        self.wasted = list[Grown]()
+        self.began, self.policy_seconds = time.monotonic(), 0.0
+        self.awaits_score = False  # of the step that ended last
+        self.asked, self.refused, self.speculated, self.hits = 0, False, 0, 0
+
+    async def run(self) -> Result:
+        events = self.pool.events(self.query)
+        try:
+            self._ask()
+            while (stopped := self._advance()) is None:
+                self._speculate()
+                event = await self._next(events)
+                if event is None:
+                    stopped = "budget"
+                    break
+                self._take(event)
+        finally:
+            if isinstance(events, AsyncGenerator):
+                await events.aclose()
+        return self._result(stopped)
+
+    async def _next(self, events: AsyncIterator[Event]) -> Event | None:
+        """The next event; None once the time is over."""
+        if self.budget.seconds == float("inf"):
+            return await anext(events)
+        left = self.budget.seconds - (time.monotonic() - self.began)
+        try:
+            return await asyncio.wait_for(anext(events), max(left, 0))
+        except TimeoutError:
+            return None
+
+    # ---- what the policy sees
+
+    def _decide(self, ask: Callable[..., T], *with_: object) -> T:
+        """A question to the policy: its time is kept, and its failure is its own query's."""
+        began = time.perf_counter()
+        try:
+            return ask(*with_)
+        except SearchError:
+            raise
+        except Exception as error:
+            raise SearchError(f"{self.policy.name}: {type(error).__name__}: {error}") from error
+        finally:
+            self.policy_seconds += time.perf_counter() - began
+
+    def _advance(self) -> Stopped | None:
+        """Commits what is complete, in canonical order; says why the search is over, if it is."""
+        while True:
+            if self._decide(self.policy.done, self.tree):
+                return "done"
+            if self.tree.tokens >= self.budget.tokens or self._is_late():
+                return "budget"
+            if self._is_decided():
+                return "decided"
+            if not self.tree.pending:
+                if self.refused:
+                    return "budget"
+                raise SearchError(
+                    f"stalled: {self.policy.name} is not done, asks for nothing, and nothing is on "
+                    f"its way after {len(self.tree.grown) - 1} steps"
+                )
+            flight = self.flights[next(iter(self.tree.pending))]
+            if not flight.complete:
+                return None
+            assert flight.grown is not None
+            self.tree.commit(flight.grown)
+            self.held[flight.grown.node] = None
+            self._decide(self.policy.observe, self.tree, flight.grown)
+            self._ask()
+            self._cancel_refuted()
+            self._release()
+
+    def _ask(self) -> None:
+        """Begins what the policy wants now, or finds that it was begun ahead of time."""
+        for expand in self._decide(self.policy.ready, self.tree):
+            child = expand.child
+            if child in self.tree.pending or child in self.tree.grown:
+                continue
+            parent = self.tree.grown.get(expand.parent)
+            if parent is None or parent.finished:
+                why = "is no node of its tree" if parent is None else "has ended"
+                raise DeadPathError(f"{self.policy.name} continues {expand.parent}, which {why}")
+            if self.asked >= self.budget.paths:
+                self.refused = True
+                return
+            self.asked += 1
+            self.tree.ask(expand)
+            flight = self.flights.get(child)
+            if flight is None:
+                self._begin(expand, Prio.COMMIT)
+            else:
+                self._promote(flight)
+
+    def _release(self) -> None:
+        """Gives back the pages of nodes that will have no more children."""
+        for node in list(self.held):
+            ended = self.tree.grown[node].finished
+            if ended or self._decide(self.policy.refuted, self.tree, Expand(node, _ANY)):
+                self.pool.release(node)
+                del self.held[node]
+
+    def _promote(self, flight: _Flight) -> None:
+        flight.prio = Prio.COMMIT
+        self.pool.promote(flight.expand.child)
+        self.hits += 1
+        if flight.guess is not None:
+            self.coordinator.learn(self.policy, flight.guess, True)
+
+    def _is_late(self) -> bool:
+        return time.monotonic() - self.began > self.budget.seconds
+
+    # ---- what the pool does
+
+    def _begin(self, expand: Expand, prio: Prio, guess: Guess | None = None) -> None:
+        parent = self._look(expand.parent)
+        left = self.question.max_tokens - parent.total
+        gen = replace(
+            expand.gen, stop=self.question.step, max_tokens=min(expand.gen.max_tokens, left)
+        )
+        child = self.pool.fork(expand.parent, expand.index)
+        self.flights[child] = _Flight(expand, prio, guess)
+        self.pool.extend(child, gen, prio=prio)
+
+    def _look(self, node: Node) -> Grown:
+        found = self.tree.grown.get(node)
+        if found is None:
+            found = self.flights[node].grown
+        assert found is not None
+        return found
+
+    def _take(self, event: Event) -> None:
+        flight, self.awaits_score = self.flights.get(event.node), False
+        if flight is None:
+            return  # of a step that was given up
+        if isinstance(event, Failed):
+            self._fail(flight, event.error)
+        elif isinstance(event, StepDone):
+            flight.grown = self._end_of(flight.expand, event.step)
+            if self._decide(self.policy.wants_score, flight.grown):
+                self.awaits_score = True
+                self.pool.score(event.node, scorer=self.scorer, prio=flight.prio)
+            else:
+                flight.complete = True
+        elif flight.grown is not None and event.scorer == self.scorer:
+            flight.grown = replace(flight.grown, score=event.value)
+            flight.complete = True
+
+    def _end_of(self, expand: Expand, step: Step) -> Grown:
+        parent = self._look(expand.parent)
+        total = parent.total + len(step.tokens)
+        finished = step.reason == "end" or total >= self.question.max_tokens
+        if step.reason == "length" and len(step.tokens) < expand.gen.max_tokens:
+            finished = True  # the context is full
+        answer = self._read(parent, step) if finished else None
+        return Grown(expand.child, expand.parent, step, None, answer, finished, total)
+
+    def _read(self, parent: Grown, step: Step) -> Hashable | None:
+        steps, above = [step], parent
+        while above.parent is not None:
+            steps.append(above.step)
+            above = self._look(above.parent)
+        return self.question.read([token for step in reversed(steps) for token in step.tokens])
+
+    def _fail(self, flight: _Flight, error: Exception) -> None:
+        if flight.prio == Prio.SPEC:
+            self._give_up(flight.expand.child)
+        elif isinstance(error, SearchError):
+            raise error
+        else:
+            raise SearchError(f"{flight.expand.child}: {error}") from error
+
+    # ---- speculation
+
+    def flying(self) -> int:
+        return sum(f.prio == Prio.SPEC and f.grown is None for f in self.flights.values())
+
+    def begin(self, guess: Guess) -> None:
+        """Runs ahead, unless the search has gone on since this seemed a good idea."""
+        expand = guess.expand
+        parent = self.tree.grown.get(expand.parent)
+        if parent is None:
+            flight = self.flights.get(expand.parent)
+            parent = flight.grown if flight else None
+        known = expand.child in self.flights or parent is None or parent.finished
+        if not known and not self._decide(self.policy.refuted, self.tree, expand):
+            self.speculated += 1
+            self._begin(expand, Prio.SPEC, guess)
+
+    def _speculate(self) -> None:
+        spec = self.spec
+        if spec is None or not spec.width or (self.awaits_score and not spec.unscored):
+            return
+        free = spec.width - self.flying()
+        capacity = self.pool.capacity()
+        if free <= 0 or capacity.live_rows >= capacity.ridge:
+            self.coordinator.leave(self)
+            return
+        guesses = self._decide(self._guesses, spec, free)
+        self.coordinator.offer(self, guesses, spec)
+        self.coordinator.deal(capacity)
+
+    def _guesses(self, spec: Speculator, count: int) -> list[Guess]:
+        ahead = self._ahead()
+        if not spec.unscored:
+            ahead = {node: grown for node, grown in ahead.items() if self.flights[node].complete}
+        replay = shadow_predict(self.policy, self.tree.clone(ahead), self.flights, spec)
+        return list(itertools.islice(replay, count))
+
+    def _ahead(self) -> dict[Node, Grown]:
+        """Steps that have ended and are not committed, speculative or not."""
+        grown = self.tree.grown
+        return {n: f.grown for n, f in self.flights.items() if f.grown and n not in grown}
+
+    def _cancel_refuted(self) -> None:
+        if self.spec is None:
+            return
+        surplus_votes = self.spec.mode == "opportunistic"
+        for node, flight in list(self.flights.items()):
+            waiting = node in self.flights and flight.prio == Prio.SPEC
+            if surplus_votes and flight.grown and flight.grown.finished:
+                continue
+            if waiting and self._decide(self.policy.refuted, self.tree, flight.expand):
+                self._give_up(node)
+
+    def _give_up(self, node: Node) -> None:
+        """Cancels a speculative step and all that was built on it."""
+        self.pool.cancel(node)
+        depth = len(node.path)
+        for child in [n for n in self.flights if n.path[:depth] == node.path]:
+            flight = self.flights.pop(child)
+            if flight.grown is not None:
+                self.wasted.append(flight.grown)
+            if flight.guess is not None:
+                self.coordinator.learn(self.policy, flight.guess, False)
+
+    # ---- the end
+
+    def _is_decided(self) -> bool:
+        if self.spec is None or self.spec.stop == "never":
+            return False
+        missing = self._decide(self.policy.missing, self.tree)
+        if missing is None or not self.tree.grown:
+            return False
+        votes = self._decide(self.policy.votes, self.tree)
+        if is_decided(tally(votes), missing):
+            return True
+        return self.spec.stop == "paper" and is_likely(votes, missing)
+
+    def _surplus(self) -> Answer:
+        """The answer when finished speculation may vote; what has a vote is committed."""
+        view = self.tree.clone(self._ahead())
+        extra = [g for n, g in view.ahead.items() if g.finished and self.flights[n].complete]
+        for grown in extra:
+            for above in view.way(grown.node):
+                flight = self.flights[above.node]
+                if flight.prio == Prio.SPEC:
+                    self._promote(flight)
+        votes = self._decide(self.policy.votes, self.tree)
+        return vote([*votes, *candidates(view, extra, "min")])
+
+    def _result(self, stopped: Stopped) -> Result:
+        surplus = self.spec is not None and self.spec.mode == "opportunistic"
+        answer = self._surplus() if surplus else self._decide(self.policy.answer, self.tree)
+        if stopped == "done":
+            for flight in self.flights.values():
+                if flight.prio == Prio.SPEC and flight.guess is not None:
+                    self.coordinator.learn(self.policy, flight.guess, False)
+        ledger = self.pool.close(self.query)
+        return Result(
+            answer=answer.answer,
+            distribution=answer.distribution,
+            ledger=ledger,
+            stopped=stopped,
+            controller=self.policy.name,
+            best=answer.best,
+            tree=tuple(self._pieces(stopped)),
+            mode=self.spec.mode if self.spec else "off",
+            notes=self._notes(ledger),
+        )
+
+    def _notes(self, ledger: Ledger) -> dict[str, float]:
+        return {
+            "policy_seconds": self.policy_seconds,
+            "steps": len(self.tree.grown) - 1,
+            "tree_tokens": self.tree.tokens,
+            "speculated": self.speculated,
+            "hits": self.hits,
+            "hit_rate": self.hits / max(self.speculated, 1),
+            "waste_ratio": ledger.waste_ratio,
+        }
+
+    def _pieces(self, stopped: Stopped) -> list[Piece]:
+        text = self.question.text
+        wasted = [*self.wasted]
+        wasted += [f.grown for f in self.flights.values() if f.prio == Prio.SPEC and f.grown]
+        found = list[Piece]()
+        for grown in [*self.tree.grown.values(), *wasted]:
+            state = "live"
+            if grown.node not in self.tree.grown:
+                state = "wasted"
+            elif grown.finished:
+                state = "finished"
+            elif grown.node not in self.tree.children and stopped == "done":
+                state = "pruned"
+            tokens = grown.step.tokens
+            words = text(tokens) if text else ""
+            found.append(
+                Piece(grown.node, grown.parent, tokens, words, grown.score, grown.answer, state)
+            )
+        return found
+
+
+def is_likely(votes: Sequence[Candidate], missing: int) -> bool:
+    """Whether votes to come will hardly change the winner (SPEX's T3; section 1.6).
+
+    The paper's rule with the gate of its artifact: half of the votes are in, and those for the
+    leader, three or more, are sure of it.
+    """
+    weights = dict[Hashable, list[float]]()
+    for one in votes:
+        if one.answer is not None:
+            weights.setdefault(one.answer, []).append(one.weight)
+    first, second = [*sorted(weights.values(), key=sum, reverse=True), [], []][:2]
+    if len(first) < 3 or statistics.median(first) <= 0.95 or len(votes) < missing:
+        return False
+    typical = sum(second) / max(len(second), 1)
+    return sum(first) - sum(second) > 0.5 * missing * typical
