@@ -13,9 +13,9 @@ from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from jaxserve.protocol import Node, Question
+from jaxserve.protocol import Node, PathStats, Question
 from reasoning.answers import Candidate, LengthConfidence, faults, tally
-from reasoning.pool import Path
+from reasoning.pool import Path, PoolView
 from reasoning.signals import groups, step_ends
 
 MOST_DERIVATIONS = 256  # of one pool: their number grows with the product of what can be swapped
@@ -54,7 +54,6 @@ class Place:
     node: Node | None
     at: int
     first: int
-    steps: int = 0
     tries: int = 0
     ways: dict[tuple[int, ...], int] = field(default_factory=dict[tuple[int, ...], int])
     width: float = 0.0
@@ -68,6 +67,10 @@ class Place:
         if not self.tries or not self.ways:
             return 0.0
         return max(1 - len(self.ways) / self.width, 0.0) * len(self.ways) / self.tries
+
+    def worth(self, length: int, deep: float) -> float:
+        """Of one more fork, where paths have so many tokens: novelty, by what is left to pay."""
+        return self.novelty * max(length - self.at, 1) ** -deep
 
 
 @dataclass(frozen=True)
@@ -87,10 +90,22 @@ class Map:
     Attributes:
         places: by state; () is the question.
         here: the state that each path reached last, and after how many tokens.
+        own: one derivation for each sure path with an answer: the way it took itself.
     """
 
     places: dict[Hashable, Place]
     here: dict[Node, tuple[Hashable, int]]
+    own: list[Derivation] = field(default_factory=list["Derivation"])
+
+    def repeats(self, number: int, path: Path, alike: int, novelty: float) -> bool:
+        """Whether earlier paths have been where it is, and went on as it does or is likely to."""
+        state, at = self.here[path.node]
+        place, began = self.places[state], path.stats.tokens[at:]
+        if place.first >= number:
+            return False
+        if len(began) >= alike:
+            return place.ways.get(began[:alike], number) < number
+        return at > path.at and place.novelty < novelty
 
     def derivations(self) -> list[Derivation]:
         """Every way to an answer, those of early paths first."""
@@ -103,11 +118,15 @@ class Map:
                 continue
             done = [*moves, move]
             if move.last:
-                claims = frozenset(m.claim for m in done if not m.last)
-                least = min(m.least for m in done)
-                yield Derivation(move.end, claims, least, sum(m.size for m in done))
+                yield _derivation(done)
             else:
                 yield from self._from(move.end, done)
+
+
+def _derivation(moves: Sequence[Move]) -> Derivation:
+    claims = frozenset(m.claim for m in moves if not m.last)
+    least, length = min(m.least for m in moves), sum(m.size for m in moves)
+    return Derivation(moves[-1].end, claims, least, length)
 
 
 def weigh(
@@ -129,54 +148,95 @@ def weigh(
     return dict(sorted(totals.items(), key=lambda item: -item[1]))
 
 
-def survey(paths: Sequence[Path], question: Question, floor: float, window: int, alike: int) -> Map:
-    """The graph of all sure steps; what a path says behind an unsure one is no part of it.
+@dataclass(frozen=True)
+class Survey:
+    """How a pool is read.
 
-    Args:
+    Attributes:
         floor: least confidence of any `window` tokens of a sure step.
         alike: how many tokens tell ways of going on apart.
     """
-    known = Map({(): Place(None, 0, -1)}, {})
-    for number, path in enumerate(paths):
-        _walk(known, number, path, question, floor, window, alike)
-    return known
+
+    floor: float
+    window: int
+    alike: int
+
+    def of(self, view: PoolView) -> Map:
+        """The graph of all sure steps; what a path says behind an unsure one is no part of it."""
+        known = Map({(): Place(None, 0, -1)}, {})
+        for number, path in enumerate(view.paths):
+            self._walk(known, number, path, self._parts(view, path))
+        return known
+
+    def _parts(self, view: PoolView, path: Path) -> list[_Part]:
+        """The path's steps; those of a path that has not grown are kept from last time."""
+        kept: dict[Node, tuple[int, list[_Part]]] = view.memory.setdefault("parts", {})
+        size, parts = kept.get(path.node, (-1, []))
+        if size != path.stats.n_tokens:
+            parts = _split(path.stats, view.question, self.window)
+            kept[path.node] = path.stats.n_tokens, parts
+        return parts
+
+    def _walk(self, known: Map, number: int, path: Path, parts: Sequence[_Part]) -> None:
+        state: tuple[int, ...] = ()
+        moves = list[Move]()
+        known.here[path.node] = ((), 0)
+        answer = path.answer if path.state == "finished" else None
+        for part in parts:
+            place = known.places[state]
+            if part.start >= path.at:  # what was inherited is the parent's
+                place.tries += 1
+                place.width = max(place.width, part.width)
+                if part.state is not None or len(part.tokens) >= self.alike:
+                    place.ways.setdefault(part.tokens[: self.alike], number)
+            if part.least < self.floor:
+                return
+            size = len(part.tokens)
+            if part.state is None:
+                if answer is not None:
+                    move = Move(part.tokens, answer, part.least, size, last=True)
+                    place.moves.setdefault((answer, True), move)
+                    known.own.append(_derivation([*moves, move]))
+                return
+            move = Move(_claim(part.tokens, part.state), part.state, part.least, size)
+            place.moves.setdefault((part.state, False), move)
+            moves.append(move)
+            state, end = part.state, part.start + size
+            known.places.setdefault(state, Place(path.node, end, number))
+            known.here[path.node] = (state, end)
+        if answer is not None:  # its text ended with a closed step
+            end = Move((), answer, math.inf, 0, last=True)
+            known.places[state].moves.setdefault((answer, True), end)
+            known.own.append(_derivation([*moves, end]))
 
 
-def _walk(
-    known: Map, number: int, path: Path, question: Question, floor: float, window: int, alike: int
-) -> None:
-    tokens, stats = path.stats.tokens, path.stats
+@dataclass(frozen=True)
+class _Part:
+    """A step of a path: closed, with the state behind it, or still open."""
+
+    start: int
+    tokens: tuple[int, ...]
+    least: float
+    width: float  # of its first token's distribution: how many there are, in effect
+    state: tuple[int, ...] | None
+
+
+def _split(stats: PathStats, question: Question, window: int) -> list[_Part]:
+    tokens = stats.tokens
     closed = step_ends(tokens, question.step)
     bounds = [0, *closed]
-    if not closed or closed[-1] < len(tokens):
+    if bounds[-1] < len(tokens):
         bounds.append(len(tokens))
-    state: Hashable = ()
-    known.here[path.node] = ((), 0)
-    for steps, (start, end) in enumerate(pairwise(bounds)):
-        place = known.places[state]
-        if start >= path.at and end > start:  # what was inherited is the parent's
-            place.tries += 1
-            place.width = max(place.width, math.exp(stats.entropies[start]))
-            if end - start >= alike or end in closed:
-                way = tokens[start : start + alike]
-                place.ways.setdefault(way, number)
-        least = min(groups(stats.confidences[start:end], window), default=math.inf)
-        if least < floor:
-            return
-        if end not in closed:
-            if path.state == "finished" and path.answer is not None:
-                move = Move(tokens[start:end], path.answer, least, end - start, last=True)
-                place.moves.setdefault((path.answer, True), move)
-            return
-        reached = _state(question, tokens, end)
-        claim = _claim(tokens[start:end], reached)
-        state = reached
-        place.moves.setdefault((state, False), Move(claim, state, least, end - start))
-        known.places.setdefault(state, Place(path.node, end, number, steps + 1))
-        known.here[path.node] = (state, end)
-    if path.state == "finished" and path.answer is not None:  # it ended with a closed step
-        move = Move((), path.answer, math.inf, 0, last=True)
-        known.places[state].moves.setdefault((path.answer, True), move)
+    return [
+        _Part(
+            start,
+            tokens[start:end],
+            min(groups(stats.confidences[start:end], window)),
+            math.exp(stats.entropies[start]),
+            _state(question, tokens, end) if n < len(closed) else None,
+        )
+        for n, (start, end) in enumerate(pairwise(bounds))
+    ]
 
 
 def _state(question: Question, tokens: tuple[int, ...], end: int) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ import asyncio
 import time
 from collections.abc import Callable, Coroutine, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 from jaxserve.protocol import (
     DeadPathError,
@@ -92,7 +92,7 @@ class Probed:
     at: int
 
 
-@dataclass
+@dataclass(eq=False)
 class Path:
     """What is known of a path. Policies read it; the runner alone writes.
 
@@ -128,7 +128,7 @@ class PoolView:
     paths: list[Path] = field(default_factory=list[Path])
     spent: int = 0
     rounds: int = 0
-    memory: dict[str, float] = field(default_factory=dict[str, float])
+    memory: dict[str, Any] = field(default_factory=dict[str, Any])
 
     @property
     def live(self) -> list[Path]:

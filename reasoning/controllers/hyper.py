@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from jaxserve.protocol import RouteNoise
-from reasoning.answers import Answer, LengthConfidence, is_decided
+from reasoning.answers import Answer, Candidate, LengthConfidence, is_decided, tally
 from reasoning.controllers.hyper_scores import Scores
-from reasoning.derivations import Derivation, Map, Place, survey, weigh
+from reasoning.derivations import Derivation, Map, Survey, weigh
 from reasoning.pool import Action, Fork, Path, PoolView, Prune, Refine, Segment, Stop
 from reasoning.signals import least_group, percentile
 
@@ -40,14 +40,14 @@ class HyPER:
         route: of a SingleToken action; None: never taken.
     """
 
-    width: int = 4
+    width: int = 2
     paths: int = 80
     floor: float | None = 3.5
     warmup: int = 16
     keep: float = 0.5
     window: int = 1
-    alike: int = 3
-    novelty: float = 0.1
+    alike: int = 2
+    novelty: float = 0.05
     deep: float = 0.5
     fault: float = 1.0
     vote: LengthConfidence = field(default_factory=LengthConfidence)
@@ -71,11 +71,11 @@ class HyPER:
         if floor is None:
             return []
         known = self._survey(view, floor)
-        weak = [p for p in view.live if least_group(p.stats, self.window) < floor]
+        weak = _unheard(view, [p for p in view.live if least_group(p.stats, self.window) < floor])
         same = [p for p in view.live if p not in weak and self._repeats(view, known, p)]
         live = [p for p in view.live if p not in weak and p not in same]
         branches = self._branches(view, known, live)
-        answers = known.derivations()
+        answers = self._derivations(known)
         if self._decided(view, answers, live):
             return [Stop(decided=True)]
         if not live and not branches and not answers and weak:
@@ -96,18 +96,15 @@ class HyPER:
         return percentile([least_group(p.stats, self.window) for p in full], 1 - self.keep)
 
     def _survey(self, view: PoolView, floor: float) -> Map:
-        return survey(view.paths, view.question, floor, self.window, max(self.alike, 1))
+        return Survey(floor, self.window, max(self.alike, 1)).of(view)
+
+    def _derivations(self, known: Map) -> list[Derivation]:
+        return known.derivations() if self.alike else known.own
 
     def _repeats(self, view: PoolView, known: Map, path: Path) -> bool:
-        """Whether others have been where it is, and went on as it does."""
-        state, at = known.here[path.node]
-        place, number = known.places[state], view.paths.index(path)
-        if not self.alike or view.question.state is None or place.first >= number:
+        if not self.alike or view.question.state is None:
             return False
-        began = path.stats.tokens[at:]
-        if len(began) >= self.alike:
-            return place.ways[began[: self.alike]] < number
-        return at > path.at and place.novelty < self.novelty
+        return known.repeats(view.paths.index(path), path, self.alike, self.novelty)
 
     def _branches(self, view: PoolView, known: Map, live: Sequence[Path]) -> list[Action]:
         """Forks of the places most worth it, as many as there is room and budget for."""
@@ -115,8 +112,8 @@ class HyPER:
         left = view.left - sum(length - p.stats.n_tokens for p in live)
         roots = sum(p.parent is None for p in view.paths)
         forks = list[Action]()
-        while len(forks) < min(self.width - len(live), self.paths - len(view.paths) - len(forks)):
-            place = max(known.places.values(), key=lambda p: self._worth(p, length))
+        while len(forks) < min(self.width - len(live), self.paths - len(view.paths)):
+            place = max(known.places.values(), key=lambda p: p.worth(length, self.deep))
             left -= length - place.at
             if place.novelty < self.novelty or left < 0:
                 break
@@ -125,9 +122,6 @@ class HyPER:
             roots += place.node is None
             forks.append(Fork(index, place.node, place.at if place.node else None))
         return forks
-
-    def _worth(self, place: Place, length: int) -> float:
-        return place.novelty * max(length - place.at, 1) ** -self.deep
 
     def _act(
         self, view: PoolView, live: list[Path], floor: float, branches: list[Action]
@@ -150,11 +144,25 @@ class HyPER:
 
     def aggregate(self, view: PoolView) -> Answer:
         floor = self.threshold(view)
-        known = self._survey(view, -math.inf if floor is None else floor).derivations()
+        known = self._derivations(self._survey(view, -math.inf if floor is None else floor))
         if not known:  # nobody was sure
-            known = self._survey(view, -math.inf).derivations()
+            known = self._derivations(self._survey(view, -math.inf))
         totals = weigh(known, self.vote, self.fault)
         answer = next(iter(totals), None)
         saying = [p for p in view.finished if p.answer is not None and p.answer == answer]
         best = max(saying, key=lambda p: least_group(p.stats, self.window), default=None)
         return Answer(answer, totals, best.node if best else None)
+
+
+def _unheard(view: PoolView, weak: Sequence[Path]) -> list[Path]:
+    """Less the last path of an answer that is among the two most said, probes included."""
+    said = {p: p.probes[-1].answer if p.probes else None for p in view.live}
+    said |= {p: p.answer for p in view.finished}
+    leaders = list(tally(Candidate(answer) for answer in said.values()))[:2]
+    kept, gone = list(said.values()), list[Path]()
+    for path in weak:
+        if said[path] in leaders and kept.count(said[path]) == 1:
+            continue
+        kept.remove(said[path])
+        gone.append(path)
+    return gone
