@@ -44,7 +44,7 @@ METHODS: Mapping[str, Callable[[int], PoolPolicy]] = {
     "confidence vote": lambda n: BestOfN(paths=n, choose="vote"),
     "adaptive": lambda n: AdaptiveConsistency(paths=n),
     "esc": lambda n: EarlyStopping(paths=n),
-    "slim-sc": lambda n: SlimSC(paths=n, similar=0.8, window=16, delay=10, period=5),
+    "slim-sc": lambda n: SlimSC(paths=n, similar=0.95, window=16, delay=10, period=5),
     "deepconf": lambda n: DeepConf(
         paths=n if n <= 16 else 2 * n, keep=0.6, window=1, period=4, batch=1
     ),

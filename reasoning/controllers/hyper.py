@@ -11,7 +11,7 @@ confidence, less what an answer would have to call false (`reasoning.answers.fau
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -36,6 +36,8 @@ class HyPER:
         novelty: a place is worth a branch while a fork is new with at least this probability.
         deep: how much cheap branches, late in a path, are preferred over ones that share little.
         fault: what a claim that an answer needs to be false takes from its vote, in nats.
+        trust: power of the mean score of an answer's finished paths by which its vote is
+            multiplied, where `run_pool` was given a scorer; 0: scores are not looked at.
         segment: m tokens and k forks of a MultiToken action; None: never taken.
         route: of a SingleToken action; None: never taken.
     """
@@ -50,6 +52,7 @@ class HyPER:
     novelty: float = 0.05
     deep: float = 0.5
     fault: float = 1.0
+    trust: float = 0.0
     vote: LengthConfidence = field(default_factory=LengthConfidence)
     segment: tuple[int, int] | None = None
     route: RouteNoise | None = None
@@ -142,12 +145,18 @@ class HyPER:
         totals = weigh(known, self.vote, self.fault)
         return is_decided(totals, len(live) + self.paths - len(view.paths))
 
+    def _judged(self, view: PoolView, totals: dict[Hashable, float]) -> dict[Hashable, float]:
+        for answer in totals if self.trust else ():
+            scores = [p.score for p in view.finished if p.answer == answer and p.score is not None]
+            totals[answer] *= (sum(scores) / len(scores)) ** self.trust if scores else 1.0
+        return dict(sorted(totals.items(), key=lambda item: -item[1]))
+
     def aggregate(self, view: PoolView) -> Answer:
         floor = self.threshold(view)
         known = self._derivations(self._survey(view, -math.inf if floor is None else floor))
         if not known:  # nobody was sure
             known = self._derivations(self._survey(view, -math.inf))
-        totals = weigh(known, self.vote, self.fault)
+        totals = self._judged(view, weigh(known, self.vote, self.fault))
         answer = next(iter(totals), None)
         saying = [p for p in view.finished if p.answer is not None and p.answer == answer]
         best = max(saying, key=lambda p: least_group(p.stats, self.window), default=None)

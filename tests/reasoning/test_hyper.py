@@ -163,6 +163,14 @@ def test_a_shared_error_counts_once():
     assert weigh([], LengthConfidence(), 1.0) == {}
 
 
+def test_scores_count_where_they_are_trusted():
+    texts = [text(4), text(5)]
+    for trust, answer in ((0.0, 4), (1.0, 5)):
+        pool = FakePool(texts, scores=[0.1, 0.9])
+        policy = HyPER(width=2, novelty=2.0, trust=trust)
+        assert run(policy, pool, QUESTION, scorer="prm").answer == answer
+
+
 def test_the_phase_moves_from_exploring_to_exploiting():
     scores, view = Scores(), seen(text(4), text(4), question=QUESTION)
     view.spent = 500
