@@ -8,6 +8,7 @@ from typing import Protocol
 
 from jaxserve.protocol import Question
 from reasoning.tasks import STEP, Problem, Task
+from reasoning.tasks.task import closed_steps
 
 _BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
@@ -24,11 +25,12 @@ class Words(Protocol):
 def question_of(
     task: Task, problem: Problem, words: Words, *, seed: int = 0, max_tokens: int = 256
 ) -> Question:
-    """A problem of a task, whose answers are what its own grader reads."""
+    """A problem of a task. Answers are what solutions claim: nobody looks whether that is right."""
     separator = words.encode(";", add_special_tokens=False)
 
     def read(tokens: Sequence[int]) -> Hashable | None:
-        return task.grade(problem, words.decode(tokens)).answer
+        text = words.decode(tokens)
+        return left_alone(text) if ";" in text else task.grade(problem, text).answer
 
     def state(tokens: Sequence[int]) -> tuple[int, ...] | None:
         """What a step says is left: all that steps after it go by."""
@@ -40,6 +42,14 @@ def question_of(
     (step,) = words.encode(STEP, add_special_tokens=False)
     prompt = tuple(words.encode(problem.prompt))
     return Question(prompt, read, (step,), max_tokens, seed, words.decode, state)
+
+
+def left_alone(text: str) -> str | None:
+    """What the last closed step of a solution leaves behind its `;`, if that is one word."""
+    steps = closed_steps(text)
+    words = steps[-1] if steps else []
+    left = words[len(words) - words[::-1].index(";") :] if ";" in words else []
+    return left[0] if len(left) == 1 else None
 
 
 def last_answer(text: str) -> str | None:

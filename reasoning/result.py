@@ -91,6 +91,21 @@ class Result:
     notes: Mapping[str, float] = field(default_factory=dict[str, float])
 
     @property
+    def tokens(self) -> tuple[int, ...]:
+        """What `best` says, from its first token behind the prompt on."""
+        pieces = {piece.node: piece for piece in self.tree}
+        way, node = list[Piece](), self.best
+        while node is not None and node in pieces:
+            way.append(pieces[node])
+            node = pieces[node].parent
+        found: tuple[int, ...] = ()
+        for piece in reversed(way):
+            if piece.parent is not None:  # the root is the prompt
+                at = piece.node.path[-1][1]
+                found = (*(found if at < 0 else found[:at]), *piece.tokens)
+        return found
+
+    @property
     def headline(self) -> str:
         """One line: what was found, by whom, and at what cost."""
         whole = sum(self.distribution.values())

@@ -67,7 +67,8 @@ def run(args: argparse.Namespace) -> None:
     with load(args) as llm:
         if task is None:
             ways = {"step": args.step, "max_tokens": args.max_tokens, "seed": args.seed}
-            _show(args, console, [llm.search(args.prompt, controller, **options, **ways)])
+            found = llm.search(args.prompt, controller, **options, **ways)
+            _show(args, console, llm, [found])
         else:
             _solve(args, console, llm, controller, task, options)
 
@@ -89,23 +90,23 @@ def _solve(
         question_of(task, p, llm.tokenizer, seed=args.seed, max_tokens=length) for p in problems
     ]
     results: list[Result] = llm.search(questions, controller, **options)
-    right = [_is_right(task, p, r) for p, r in zip(problems, results, strict=True)]
-    _show(args, console, results, problems, right)
+    right = [_is_right(task, p, r, llm) for p, r in zip(problems, results, strict=True)]
+    _show(args, console, llm, results, problems, right)
     if not args.json:
         tokens = sum(r.ledger.generated for r in results) / len(results)
         console.print(f"{sum(right)} of {len(right)} solved, {tokens:.0f} tokens each")
 
 
-def _is_right(task: Task, problem: Problem, result: Result) -> bool:
+def _is_right(task: Task, problem: Problem, result: Result, llm: Any) -> bool:
     """Whether the answer is the right one and, where a task asks for that, was derived."""
-    text = " ".join(piece.text for piece in result.way)
-    grade = task.grade(problem, text)
+    grade = task.grade(problem, llm.tokenizer.decode(result.tokens))
     return grade.correct and grade.answer == result.answer
 
 
 def _show(
     args: argparse.Namespace,
     console: Console,
+    llm: Any,
     results: Sequence[Result],
     problems: Sequence[Problem] = (),
     right: Sequence[bool] = (),
@@ -114,7 +115,8 @@ def _show(
         asked = problems[i].prompt if problems else args.prompt
         if args.json:
             verdict = {"correct": right[i]} if right else {}
-            print(json.dumps({"prompt": asked, **plain(result), **verdict}, ensure_ascii=False))
+            said = {"prompt": asked, "text": llm.tokenizer.decode(result.tokens)}
+            print(json.dumps({**said, **plain(result), **verdict}, ensure_ascii=False))
             continue
         if problems:
             mark = "right" if right[i] else "wrong"
@@ -132,7 +134,6 @@ def plain(result: Result) -> dict[str, Any]:
         "controller": result.controller,
         "mode": result.mode,
         "stopped": result.stopped,
-        "text": "".join(piece.text for piece in result.way),
         "ledger": ledger,
         "notes": dict(result.notes),
     }

@@ -312,13 +312,18 @@ def test_no_page_leaks_whatever_happens(seed: int):
     assert rig.counts["tokens"] > 500
 
 
+VERBS = {
+    "extend": 6, "fork": 4, "cut": 2, "cancel": 1.5, "promote": 1, "release": 0.7, "score": 2,
+    "step": 12,
+}  # fmt: skip
+
+
 def fuzz(rig: Rig, rng: Random, operations: int) -> None:
     roots = [rig.root([rng.randrange(50) for _ in range(rng.randint(1, 9))]) for _ in range(3)]
     for _ in range(operations):
         alive = [k for k in rig.known if not k.dead]
         idle = [k for k in alive if not k.running]
-        match rng.choices(("extend", "fork", "cut", "cancel", "promote", "release", "score", "step"),
-                          (6, 4, 2, 1.5, 1, 0.7, 2, 12))[0]:  # fmt: skip
+        match rng.choices(*zip(*VERBS.items(), strict=True))[0]:
             case "extend" if idle:
                 stop = frozenset(rng.sample(range(50), rng.choice([0, 5])))
                 known = rng.choice(idle[-12:])
