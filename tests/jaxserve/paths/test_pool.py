@@ -8,6 +8,7 @@ from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -20,6 +21,7 @@ from jaxserve.protocol import (
     DeadPathError,
     Failed,
     Gen,
+    Node,
     Prio,
     Scored,
     SearchError,
@@ -131,7 +133,7 @@ def test_scores_are_those_of_the_head_on_its_own(llm: LLM):
         [[True] * t.count(stop) for t in texts],
     )
     for row, (text, odds) in enumerate(found):
-        alone = np.asarray(log_odds(head, data.hidden[row, : len(text)]))[-1]
+        alone = np.asarray(log_odds(head, jnp.asarray(data.hidden[row, : len(text)])))[-1]
         assert odds == pytest.approx(float(alone), abs=2e-3)
 
 
@@ -252,9 +254,9 @@ def test_what_a_pool_refuses(llm: LLM):
         with pytest.raises(DeadPathError, match="cancelled or released"):
             await pool.extend(node, Gen(5))
         with pytest.raises(DeadPathError, match="never was"):
-            pool.fork(pool.fork(root, 3), 1) and pool.stats(type(root)(0, ((9, -1),)))
+            pool.stats(Node(0, ((9, -1),)))
         with pytest.raises(DeadPathError, match="query 5 never began"):
-            pool.fork(type(root)(5), 0)
+            pool.fork(Node(5), 0)
         pool.close(0)
 
     drive(llm, work)
