@@ -8,7 +8,7 @@ section 3.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any, Literal, Protocol
 
@@ -58,7 +58,7 @@ class Gen:
     route: RouteNoise | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Node:
     """A handle on a path: the text from a root to where it was last extended.
 
@@ -71,6 +71,14 @@ class Node:
 
     query: int
     path: tuple[tuple[int, int], ...] = ()
+    _hash: int = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_hash", hash((self.query, self.path)))
+
+    def __hash__(self) -> int:
+        """Known beforehand: searches look nodes up all the time."""
+        return self._hash
 
     @property
     def depth(self) -> int:
