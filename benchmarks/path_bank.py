@@ -1,11 +1,10 @@
-"""Recorded paths of a shipped model, and a pool that replays them: searches without an engine.
+"""Recorded paths of a shipped model, for `benchmarks.replay`: searches without an engine.
 
     python -m benchmarks.path_bank models/modchain-moe --problems 400 --paths 128
 
 writes `runs/paths/<model>-<split>.npz`. A controller that runs on a bank sees what the engine would
 show it, token by token, thousands of times faster, which is what tuning needs. What it cannot see:
-text that nobody recorded. A fork at a token continues as another recorded path does that shares the
-text up to there, one that no search begins with; where there is none, the fork is refused.
+text that nobody recorded, so that branches go on as other recorded paths did from the same state.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ TOP = 8  # tokens whose log-probabilities a confidence is the mean of
 FOLDER = Path("runs/paths")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Bank:
     """Paths [Q, N, T], padded with -1 and with zeros.
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import reprlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, Literal
@@ -40,6 +41,8 @@ class EngineConfig:
             parallel load balancing), again and again; None: only `LLM.rebalance_experts` moves any.
         enable_dbo: dual batch overlap: halves of a step take turns, so that one computes while the
             other's tokens travel to experts and back.
+        reward_head: file of a reward head for searches, in the model's folder if it names no other;
+            None: `reward_head.safetensors`, where there is one.
         seed: of requests that bring none.
         enable_prefix_caching: reuse pages of equal prompt beginnings.
         decode_steps: tokens decoded per launch when every row decodes and none needs the host.
@@ -66,6 +69,7 @@ class EngineConfig:
     num_redundant_experts: int = 0
     eplb_step_interval: int | None = None
     enable_dbo: bool = False
+    reward_head: str | None = None
     seed: int = 0
     enable_prefix_caching: bool = True
     decode_steps: int = 1
@@ -74,6 +78,18 @@ class EngineConfig:
     background_compile: bool = True
     forbid_compile: bool = False
     progress: bool = True
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> EngineConfig:
+        """The configuration with these fields.
+
+        Raises:
+            ConfigError: there is no such field, or it cannot have that value.
+        """
+        known = {f.name for f in dataclasses.fields(cls)}
+        if unknown := sorted(set(settings) - known):
+            raise ConfigError(f"unknown setting {unknown[0]!r}; known: {', '.join(sorted(known))}")
+        return cls(**settings)
 
     def __post_init__(self) -> None:
         for name, (kind, fits, expected) in _RULES.items():
@@ -105,6 +121,7 @@ _RULES: dict[str, _Rule] = {
     "num_redundant_experts": (Integral, lambda n: n >= 0, "a whole number, at least 0"),
     "eplb_step_interval": _COUNT,
     "enable_dbo": _FLAG,
+    "reward_head": (str, lambda file: bool(file), "a file"),
     "seed": (Integral, lambda _: True, "a whole number"),
     "enable_prefix_caching": _FLAG,
     "decode_steps": (Integral, lambda n: 1 <= n <= 64, "between 1 and 64"),
@@ -124,6 +141,7 @@ _OPTIONAL = {
     "data_parallel_size",
     "eplb_step_interval",
     "quantization",
+    "reward_head",
     "max_model_len",
     "max_num_seqs",
     "max_num_batched_tokens",

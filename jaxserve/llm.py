@@ -8,12 +8,11 @@ import logging
 import time
 import weakref
 from collections.abc import AsyncIterator, Iterator, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jax.sharding import Mesh
 
 from jaxserve import plan as planning
 from jaxserve.checkpoint import cache_scales, hf, hub
@@ -31,6 +30,7 @@ from jaxserve.errors import ConfigError, EngineError, RequestError
 from jaxserve.intake import Intake, Prompt, as_prompts, per_prompt
 from jaxserve.models.family import family
 from jaxserve.models.parallel import expert_layers
+from jaxserve.paths.keeper import Keeper
 from jaxserve.quant import weights as quant
 from jaxserve.request import (
     CompletionOutput,
@@ -38,11 +38,10 @@ from jaxserve.request import (
     RequestOutput,
     SamplingParams,
 )
+from jaxserve.searches import Searches
 from jaxserve.text.tokenizer import Tokenizer
-from jaxserve.weights import ServedWeights
-from sharding.mesh import Parallelism, first_devices
-from sharding.mesh import mesh as make_mesh
-from sharding.probe import probe
+from jaxserve.weights import ServedWeights, has_reward_head, serving_mesh
+from reasoning.result import Budget
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +70,7 @@ class LLM:
         **settings: Any,
     ):
         started = time.monotonic()
-        self.engine_config = _config(settings)
+        self.engine_config = EngineConfig.of(settings)
         self.model_name = str(model)
         folder = hub.resolve(model, revision)
         raw = hf.read_config(folder)
@@ -81,18 +80,21 @@ class LLM:
         self.tokenizer: Tokenizer | None = _tokenizer(folder, tokenizer, self.model_config.vocab)
         cfg = self.model_config
         planning.check_split(self.engine_config, cfg)
-        self._mesh = _mesh(planning.parallelism_of(self.engine_config), device)
+        self._mesh = serving_mesh(planning.parallelism_of(self.engine_config), device)
         self._lockstep = None if device else Lockstep.over(self._mesh)  # a device is this one's
         device = self._mesh.local_devices[0] if self._mesh else device or planning.default_device()
         keep_programs()
         rounded = self.engine_config.kv_cache_dtype == "int8"
         scales = cache_scales.load(folder, cfg.num_layers, cfg.kv_shape) if rounded else None
-        self.plan = self._resolve(raw, device, kv_calibrated=scales is not None)
+        plan = self._resolve(raw, device, kv_calibrated=scales is not None)
+        self.plan = dataclasses.replace(plan, judges=has_reward_head(folder, self.engine_config))
         self._weights = ServedWeights(
             folder, self._family, cfg, self.engine_config, self.plan, device, self._mesh
         )
-        params = self._weights.load()
-        runner = Runner(self.plan, self._family, cfg, params, device, scales, self._mesh)
+        params, self._reward_head = self._weights.load(), self._weights.reward_head()
+        runner = Runner(
+            self.plan, self._family, cfg, params, device, scales, self._mesh, self._reward_head
+        )
         self._progress = Progress(self.plan, self.engine_config.progress, started)
         self._progress.say(f"{self.model_name}: {self.plan.describe()}")
         background = self.engine_config.background_compile and self._lockstep is None
@@ -135,8 +137,7 @@ class LLM:
         if self._lockstep is None:
             return EngineLoop(engine)
         self._lockstep.meet()  # a step waits for nobody who still compiles
-        kind = EngineLoop if self._lockstep.leads else Follower
-        return kind(engine, self._lockstep)
+        return (EngineLoop if self._lockstep.leads else Follower)(engine, self._lockstep)
 
     # ---- several processes ------------------------------------------------------------------
 
@@ -200,8 +201,8 @@ class LLM:
                 `add_generation_prompt`, `chat_template_kwargs`.
         """
         many = messages if messages and isinstance(messages[0], (list, tuple)) else [messages]
-        prompts = [{"prompt_token_ids": self.encode_chat(m, **template)} for m in many]
-        return self.generate(prompts, sampling_params)
+        ids = [{"prompt_token_ids": self.encode_chat(m, **template)} for m in many]
+        return self.generate(ids, sampling_params)
 
     def encode_chat(self, messages: Sequence[Any], **template: Any) -> list[int]:
         """The token ids that the model's chat template makes of a conversation."""
@@ -267,6 +268,27 @@ class LLM:
             for generation in generations:
                 generation.abort()
             raise
+
+    # ---- searches ----------------------------------------------------------------------------
+
+    def search(
+        self, prompts: Any, controller: Any, budget: Budget | None = None, **options: Any
+    ) -> Any:
+        """The `Result` of a search for the answer to a prompt; a list of them for several.
+
+        Args:
+            prompts: as of `generate`, or `Question`s. `options` are those of `Searches.search`.
+            controller: of `reasoning.controllers`, or one of your own.
+        """
+        return self.searches.search(prompts, controller, budget, **options)
+
+    @cached_property
+    def searches(self) -> Searches:
+        """What searches of this engine go through."""
+        self._needs_one_process("search()")
+        keep = partial(Keeper, root=self._intake.root, max_model_len=self.max_model_len)
+        keeper, head = self._loop.call(keep), self._reward_head
+        return Searches(self._loop, keeper, self._intake, head and float(head.prior))  # type: ignore[arg-type]
 
     # ---- embeddings -----------------------------------------------------------------------
 
@@ -462,21 +484,6 @@ class LLM:
         self.shutdown()
 
 
-def _mesh(parallelism: Parallelism, device: Any) -> Mesh | None:
-    """The mesh of a split over several devices."""
-    if parallelism.num_devices == 1:
-        return None
-    if device is not None:
-        raise ConfigError(
-            f"device={device} is one, but {parallelism} asks for {parallelism.num_devices}"
-        )
-    try:
-        devices = first_devices(parallelism.num_devices)
-        return make_mesh(parallelism, probe(devices), devices)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-
-
 def _close(loop: EngineLoop | Follower, balance: ExpertBalance | None) -> None:
     watch.allow(loop)
     loop.close()
@@ -484,16 +491,10 @@ def _close(loop: EngineLoop | Follower, balance: ExpertBalance | None) -> None:
         balance.close()
 
 
-def _config(settings: dict[str, Any]) -> EngineConfig:
-    known = {f.name for f in dataclasses.fields(EngineConfig)}
-    if unknown := sorted(set(settings) - known):
-        raise ConfigError(f"unknown setting {unknown[0]!r}; known: {', '.join(sorted(known))}")
-    return EngineConfig(**settings)
-
-
 def _tokenizer(folder: Path, asked: str | Path | bool | None, vocab: int) -> Tokenizer | None:
     if asked is False:
         return None
-    tokenizer = Tokenizer.from_folder(folder if asked in (None, True) else hub.resolve(asked))  # type: ignore[arg-type]
+    where = folder if asked is None or asked is True else hub.resolve(asked)
+    tokenizer = Tokenizer.from_folder(where)
     tokenizer.check_vocab(vocab)
     return tokenizer

@@ -52,6 +52,7 @@ class Plan:
         kernels: "native" (C++ on CPU), "pallas" (on a TPU or a GPU) or "reference". While a
             machine's first start builds the native ones, steps run the reference over the same
             weights and cache.
+        judges: a reward head looks at the hidden states of searches' paths.
         unrolled: every layer is a stack of its own, where XLA would copy a slice of a stack before
             it uses it: on a GPU, and on CPU without native kernels.
     """
@@ -78,6 +79,7 @@ class Plan:
     splits_kv_heads: bool
     dispatch: Dispatch | None
     interleaved: bool
+    judges: bool = False
 
     @property
     def num_ranks(self) -> int:
@@ -135,6 +137,7 @@ class Plan:
         "forward" (tokens) and "sample" (sequences) make a step together; the first two serve the
         first token. "step" (sequences) is both in one, for steps that are mostly decoding, and
         "beginning" (tokens) is a "forward" for prompts alone, read from their first tokens.
+        "evidence" (tokens) is what a reward head says of a step's hidden states.
         """
         first = min(self.token_buckets, key=lambda t: abs(t - FIRST_BUCKET))
         small = self.step_tokens(self.row_buckets[-1])
@@ -148,6 +151,8 @@ class Plan:
             wanted += [("take_load", 0), ("move_experts", 0)]
         if self.decode_steps > 1:
             wanted += [("decode", r) for r in self.row_buckets]
+        if self.judges:
+            wanted += [("evidence", t) for t in self.token_buckets]
         return tuple(dict.fromkeys(wanted))
 
     @property

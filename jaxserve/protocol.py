@@ -314,6 +314,9 @@ class Question:
         max_tokens: most tokens of a path.
         seed: of all random numbers of the search.
         text: how tokens read, for whoever looks at the result.
+        state: the tokens at the end of a path's closed steps that all later ones depend on, as the
+            numbers that are still to be multiplied; paths in equal states go on alike. None where a
+            task has nothing of the kind.
     """
 
     prompt: tuple[int, ...]
@@ -322,6 +325,7 @@ class Question:
     max_tokens: int = 1024
     seed: int = 0
     text: Callable[[Sequence[int]], str] | None = None
+    state: Callable[[Sequence[int]], tuple[int, ...] | None] | None = None
 
 
 def _mean(values: Sequence[float]) -> float:

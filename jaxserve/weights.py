@@ -13,15 +13,42 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxserve.checkpoint import hf
+from jaxserve.checkpoint.reward_head import REWARD_HEAD, load_reward_head
 from jaxserve.config import EngineConfig
 from jaxserve.errors import ConfigError
 from jaxserve.models.family import Family
 from jaxserve.models.layers import restack
 from jaxserve.models.parallel import placed, put_on_mesh
+from jaxserve.models.reward_head import RewardHead
 from jaxserve.plan import Plan
 from jaxserve.quant import weights as quant
-from sharding.mesh import put
+from sharding.mesh import Parallelism, first_devices, mesh, put
+from sharding.probe import probe
 from sharding.tree import Weight, initialise, is_weight, unstack
+
+
+def serving_mesh(parallelism: Parallelism, device: Any) -> Mesh | None:
+    """The mesh of a split over several devices.
+
+    Raises:
+        ConfigError: there are fewer, or a single one was asked for.
+    """
+    if parallelism.num_devices == 1:
+        return None
+    if device is not None:
+        raise ConfigError(
+            f"device={device} is one, but {parallelism} asks for {parallelism.num_devices}"
+        )
+    try:
+        devices = first_devices(parallelism.num_devices)
+        return mesh(parallelism, probe(devices), devices)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def has_reward_head(folder: Path, config: EngineConfig) -> bool:
+    """Whether a reward head is asked for, or lies beside the weights."""
+    return config.reward_head is not None or (folder / REWARD_HEAD).is_file()
 
 
 @dataclass(frozen=True)
@@ -41,6 +68,20 @@ class ServedWeights:
     plan: Plan
     device: Any
     mesh: Mesh | None
+
+    def reward_head(self) -> RewardHead | None:
+        """What judges paths of searches, if the plan has such a thing.
+
+        Raises:
+            CheckpointError: the file that was asked for is missing, damaged or of another model.
+        """
+        if not self.plan.judges:
+            return None
+        head = load_reward_head(
+            self.folder / (self.config.reward_head or REWARD_HEAD), self.cfg.embed
+        )
+        place = self.device if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())
+        return jax.device_put(head, place)
 
     def load(self) -> Any:
         """The checkpoint's weights, or random ones where that is asked for."""

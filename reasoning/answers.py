@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Hashable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -109,6 +110,39 @@ class LengthConfidence:
         return [
             (self.length * a + self.confidence * b) / whole for a, b in zip(long, sure, strict=True)
         ]
+
+
+def faults(derivations: Iterable[tuple[Hashable, Set[Hashable]]]) -> dict[Hashable, int]:
+    """For each answer, how many claims must be false if it is right, at least.
+
+    A derivation is an answer and the claims that it rests on. If one answer is right, so is all
+    that its derivations claim, and every derivation of another answer holds a false claim. Paths
+    that share a claim share its error, so a claim that many wrong paths rest on counts once, where
+    a vote counts it as often as it was repeated. A derivation of which every claim is cleared is a
+    coincidence, and counts as a fault of its own. (Greedy set cover: exact where it matters, within
+    a logarithm otherwise.)
+    """
+    known = {(answer, frozenset[Hashable](claims)) for answer, claims in derivations}
+    cleared = dict[Hashable, set[Hashable]]()
+    for answer, claims in known:
+        cleared.setdefault(answer, set()).update(claims)
+    return {
+        answer: _cover([claims - right for other, claims in known if other != answer])
+        for answer, right in cleared.items()
+    }
+
+
+def _cover(sets: list[frozenset[Hashable]]) -> int:
+    """Elements that it takes to hit every set; empty sets take one each."""
+    open_sets: list[frozenset[Hashable]] = [s for s in sets if s]
+    count = len(sets) - len(open_sets)
+    while open_sets:
+        seen: Counter[Hashable] = Counter(x for s in open_sets for x in s)
+        most = max(seen.values())
+        best = min((x for x, n in seen.items() if n == most), key=repr)  # sets have no order
+        open_sets = [s for s in open_sets if best not in s]
+        count += 1
+    return count
 
 
 def is_decided(totals: Mapping[Hashable, float], missing: int, largest: float = 1.0) -> bool:

@@ -8,11 +8,10 @@ period either: a path is one node, extended again and again.
 from __future__ import annotations
 
 import asyncio
-import itertools
 import time
 from collections.abc import Callable, Coroutine, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 from jaxserve.protocol import (
     DeadPathError,
@@ -26,7 +25,7 @@ from jaxserve.protocol import (
     Step,
 )
 from reasoning.answers import Answer
-from reasoning.result import Budget, Piece, Result, Stopped
+from reasoning.result import Budget, Piece, Result, Stopped, next_query
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class Prune:
-    """Ends a live path. Paths forked from it go on, even those of the same batch of actions."""
+    """Ends a live path. Paths forked from it go on."""
 
     node: Node
 
@@ -93,7 +92,7 @@ class Probed:
     at: int
 
 
-@dataclass
+@dataclass(eq=False)
 class Path:
     """What is known of a path. Policies read it; the runner alone writes.
 
@@ -129,7 +128,7 @@ class PoolView:
     paths: list[Path] = field(default_factory=list[Path])
     spent: int = 0
     rounds: int = 0
-    memory: dict[str, float] = field(default_factory=dict[str, float])
+    memory: dict[str, Any] = field(default_factory=dict[str, Any])
 
     @property
     def live(self) -> list[Path]:
@@ -161,7 +160,7 @@ class PoolPolicy(Protocol):
 
     Attributes:
         period: tokens of a round.
-        branching: forks finished paths; only then do they keep their pages.
+        branching: forks paths that are finished or pruned; only then do they keep their pages.
     """
 
     @property
@@ -197,11 +196,13 @@ async def run_pool(
     that were begun first served first. A policy that raises, or that acts on a dead path, ends its
     own search with that error and no other one.
 
+    Seconds are looked at between rounds.
+
     Args:
         scorer: whose opinion of finished paths the policy wants.
         query: a number that no other search of the pool has; by default the next one.
     """
-    number = next(_queries) if query is None else query
+    number = next_query() if query is None else query
     search = _Search(policy, pool, question, budget, scorer, number)
     try:
         return await search.run()
@@ -210,7 +211,6 @@ async def run_pool(
 
 
 Said = TypeVar("Said")
-_queries = itertools.count()
 SEGMENT = 1 << 16  # indices of segments' forks begin here, so that no branch has the same
 
 
@@ -272,7 +272,8 @@ class _Search:
                 case Prune(node):
                     path = self._alive(node)
                     path.state = "pruned"
-                    self._let_go(path.node)
+                    if not self.policy.branching:
+                        self._let_go(path.node)
                 case Probe(node):
                     self._alive(node)
                     self.probes.append(action)

@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from html import escape
+from typing import TYPE_CHECKING, Literal
 
 from jaxserve.protocol import Ledger, Node
+from reasoning import drawing
+
+if TYPE_CHECKING:
+    from rich.console import Group, RenderableType
+    from rich.table import Table
+    from rich.tree import Tree
 
 Stopped = Literal["done", "budget", "decided"]
+
+_queries = itertools.count()
+
+
+def next_query() -> int:
+    """A number for a search that no other one of this process was given."""
+    return next(_queries)
 
 
 @dataclass(frozen=True)
@@ -74,3 +89,101 @@ class Result:
     tree: tuple[Piece, ...] = ()
     mode: Literal["off", "lossless", "paper", "opportunistic"] = "off"
     notes: Mapping[str, float] = field(default_factory=dict[str, float])
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """What `best` says, from its first token behind the prompt on."""
+        pieces = {piece.node: piece for piece in self.tree}
+        way, node = list[Piece](), self.best
+        while node is not None and node in pieces:
+            way.append(pieces[node])
+            node = pieces[node].parent
+        found: tuple[int, ...] = ()
+        for piece in reversed(way):
+            if piece.parent is not None:  # the root is the prompt
+                at = piece.node.path[-1][1]
+                found = (*(found if at < 0 else found[:at]), *piece.tokens)
+        return found
+
+    @property
+    def headline(self) -> str:
+        """One line: what was found, by whom, and at what cost."""
+        whole = sum(self.distribution.values())
+        share = f" ({max(self.distribution.values()) / whole:.0%} of the vote)" if whole else ""
+        found = "no answer" if self.answer is None else f"{self.answer}{share}"
+        return (
+            f"{found}: {self.controller}, {self.stopped}, "
+            f"{self.ledger.committed + self.ledger.effective} tokens"
+        )
+
+    def __rich__(self) -> Group:
+        """For a terminal: `rich.print(result)`."""
+        from rich.console import Group
+        from rich.text import Text
+
+        parts: list[RenderableType] = [Text(self.headline, style="bold"), self._ledger_table()]
+        if self.distribution:
+            parts.append(self._answer_table())
+        if self.tree:
+            parts.append(self._rich_tree())
+        return Group(*parts)
+
+    def _repr_html_(self) -> str:
+        """For a notebook: one picture, and no script."""
+        costs = ", ".join(f"{name} {value}" for name, value in self._costs())
+        return (
+            f"<div><b>{escape(self.headline)}</b><br/><small>{costs}</small>"
+            f"{drawing.bars(self.distribution)}{drawing.svg(self.tree, self.answer)}</div>"
+        )
+
+    def _costs(self) -> list[tuple[str, str]]:
+        """What is not nothing in the ledger."""
+        shown = {name: value for name, value in vars(self.ledger).items() if value}
+        return [(name.replace("_", " "), f"{value:g}") for name, value in shown.items()]
+
+    def _ledger_table(self) -> Table:
+        from rich.table import Table
+
+        table = Table(*[name for name, _ in self._costs()], box=None)
+        table.add_row(*[value for _, value in self._costs()])
+        return table
+
+    def _answer_table(self, most: int = 8) -> Table:
+        from rich.table import Table
+
+        table = Table("answer", "weight", "share", "", box=None)
+        whole = sum(self.distribution.values()) or 1.0
+        for answer, weight in list(self.distribution.items())[:most]:
+            share = weight / whole
+            bar = "━" * max(round(24 * share), 1)
+            table.add_row(_plain(answer), f"{weight:.3g}", f"{share:.0%}", f"[green]{bar}[/]")
+        return table
+
+    def _rich_tree(self, most: int = 40) -> Tree:
+        """The first pieces; a search may have thousands."""
+        from rich.tree import Tree
+
+        whole = Tree("question", guide_style="dim")
+        at = dict[Node | None, Tree]()
+        drawn = drawing.lines(self.tree)
+        for line in drawn[:most]:
+            piece = line.piece
+            above = at.get(piece.parent, whole)
+            at[piece.node] = whole if piece.parent is None else above.add(_label(piece))
+        if len(drawn) > most:
+            whole.add(f"[dim]and {len(drawn) - most} more[/]")
+        return whole
+
+
+def _label(piece: Piece) -> str:
+    styles = {"live": "blue", "finished": "green", "pruned": "dim", "wasted": "red"}
+    text = piece.text if len(piece.text) <= 60 else f"…{piece.text[-59:]}"
+    answer = "" if piece.answer is None else f" → [bold]{_plain(piece.answer)}[/]"
+    score = "" if piece.score is None else f" ({piece.score:.3f})"
+    said = _plain(text) or f"{len(piece.tokens)} tokens"
+    return f"[{styles[piece.state]}]{piece.state}[/] {said}{answer}{score}"
+
+
+def _plain(value: object) -> str:
+    """Text in which rich finds no markup of its own."""
+    return str(value).replace("[", r"\[")

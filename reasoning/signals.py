@@ -55,8 +55,11 @@ def percentile(values: Sequence[float], share: float) -> float:
 
 
 def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and standard deviation; zeros for none."""
-    return (statistics.fmean(values), statistics.pstdev(values)) if values else (0.0, 0.0)
+    """Mean and standard deviation, of all there is; zeros for none."""
+    if not values:
+        return 0.0, 0.0
+    mean = math.fsum(values) / len(values)
+    return mean, math.sqrt(math.fsum((x - mean) ** 2 for x in values) / len(values))
 
 
 def trend(confidences: Sequence[float], window: int) -> float:

@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "kernels_pallas": "jax jaxlib numpy ml_dtypes",
     "moe": "sharding kernels_pallas jax numpy",
     "reasoning": "jaxserve.protocol",
-    "reasoning.result": "jaxserve.protocol rich",
+    "reasoning.result": "jaxserve.protocol reasoning.drawing rich",
     "jaxserve": "jaxserve.llm jaxserve.request",
     "jaxserve.errors": "",
     "jaxserve.request": "jaxserve.errors",
@@ -45,11 +45,15 @@ MAY_IMPORT = {
     "jaxserve.text": "jaxserve.errors jaxserve.request tokenizers jinja2 llguidance numpy",
     "jaxserve.engine": """jaxserve.plan jaxserve.config jaxserve.cache jaxserve.models
         jaxserve.request jaxserve.errors moe kernels_pallas sharding jax numpy""",
+    "jaxserve.paths": """jaxserve.engine jaxserve.protocol jaxserve.request jaxserve.errors""",
     "jaxserve.intake": """jaxserve.engine jaxserve.plan jaxserve.cache jaxserve.text
         jaxserve.request jaxserve.errors""",
     "jaxserve.weights": """jaxserve.plan jaxserve.config jaxserve.models jaxserve.checkpoint
         jaxserve.quant jaxserve.errors sharding jax numpy""",
-    "jaxserve.llm": """jaxserve.intake jaxserve.weights jaxserve.engine jaxserve.plan
+    "jaxserve.searches": """jaxserve.paths jaxserve.intake jaxserve.engine.loop jaxserve.protocol
+        jaxserve.errors reasoning""",
+    "jaxserve.llm": """jaxserve.searches jaxserve.paths reasoning.result
+        jaxserve.intake jaxserve.weights jaxserve.engine jaxserve.plan
         jaxserve.config jaxserve.cache jaxserve.models jaxserve.checkpoint jaxserve.quant
         jaxserve.text jaxserve.request jaxserve.errors kernels_pallas sharding jax numpy""",
     "jaxserve.train": """jaxserve.checkpoint jaxserve.models jaxserve.errors

@@ -73,9 +73,13 @@ class PageManager:
                 if page not in self._key_of:
                     self._free.move_to_end(page, last=False)
 
-    def is_shared(self, page: int) -> bool:
-        """Whether writing to it would change what another sequence sees."""
-        return self._refs[page] > 1
+    def is_writable(self, page: int, known: bool = False) -> bool:
+        """Whether its owner may write to it, and nobody sees anything else than before.
+
+        Args:
+            known: what is written is what the index says of the page.
+        """
+        return self._refs[page] == 1 and (known or page not in self._key_of)
 
     def num_cached_free(self, pages: Iterable[int]) -> int:
         """How many of the pages count as free until they are shared."""

@@ -11,6 +11,9 @@ from safetensors.numpy import load_file, save_file
 from jaxserve.errors import CheckpointError
 from jaxserve.models.reward_head import RewardHead
 
+REWARD_HEAD = "reward_head.safetensors"
+"""Where a model's folder has one."""
+
 _NAMES = {
     "w_in": "score.0.weight",
     "b_in": "score.0.bias",

@@ -1,4 +1,4 @@
-"""`jaxserve serve | generate | chat | train | quantize | bench | doctor | plan`.
+"""`jaxserve serve | generate | chat | search | train | quantize | bench | doctor | plan`.
 
 Here the parts are put together. Each command is a module that says which options it takes and runs
 them. None of them imports jax before it runs, so that `--help` and a mistyped option are answered
@@ -14,12 +14,12 @@ import sys
 from collections.abc import Sequence
 
 from jaxserve import __version__
-from jaxserve.cli import bench, chat, doctor, generate, plan, quantize, serve, train
+from jaxserve.cli import bench, chat, doctor, generate, plan, quantize, search, serve, train
 from jaxserve.cli.huge_pages import restart_with_huge_pages
 from jaxserve.cli.processes import follow, joined
 from jaxserve.errors import JaxServeError
 
-COMMANDS = (serve, generate, chat, train, quantize, bench, doctor, plan)
+COMMANDS = (serve, generate, chat, search, train, quantize, bench, doctor, plan)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -57,17 +57,17 @@ class StepArrays(NamedTuple):
 class SampleArrays(NamedTuple):
     """`SampleInputs` as it travels."""
 
-    ints: Any  # int32 [R, 6]: slot, length, prompt_len, top_k, and the seed's two words
+    ints: Any  # int32 [R, 7]: slot, length, prompt_len, top_k, the seed's two words, confidence_k
     floats: Any  # float32 [R, 6]: in the order of `SampleInputs`
-    flags: Any  # bool [4]: likewise
+    flags: Any  # bool [5]: likewise
     bias_ids: Any
     bias: Any
     mask: Any
 
     def unpack(self) -> SampleInputs:
         slots, lengths, prompt_lens, top_k = self.ints.T[:4]
-        seeds = lax.bitcast_convert_type(self.ints[:, 4:], jnp.uint32)
-        extras = (self.bias_ids, self.bias, self.mask, *self.flags)
+        seeds = lax.bitcast_convert_type(self.ints[:, 4:6], jnp.uint32)
+        extras = (self.bias_ids, self.bias, self.mask, *self.flags, self.ints[:, 6])
         fields = (slots, lengths, prompt_lens, top_k, seeds, *self.floats.T, *extras)
         return SampleInputs._make(fields)
 
@@ -82,11 +82,11 @@ class SlotTable:
         self._stay = [0] * S  # of the owner
         self._entered = [0] * S  # pages of it in `tables`
         self.tables = np.zeros((S, plan.pages_per_seq), np.int32)
-        self.ints = np.zeros((S, 6), np.int32)
+        self.ints = np.zeros((S, 7), np.int32)
         self.floats = np.zeros((S, 6), np.float32)
         self.bias_ids = np.full((S, MAX_BIAS), vocab, np.int32)
         self.bias = np.zeros((S, MAX_BIAS), np.float32)
-        self.flags = np.zeros((S, 4), bool)  # penalties, bias, mask, logprobs
+        self.flags = np.zeros((S, 5), bool)  # penalties, bias, mask, logprobs, stats
 
     def enter(self, row: Row) -> bool:
         """Brings the row's slot up to date; True if the sequence has just moved in."""
@@ -105,7 +105,7 @@ class SlotTable:
     def _settings(self, seq: Sequence) -> None:
         p, i = seq.params, seq.slot
         low, high = np.array(seq.seed, np.uint32).view(np.int32)
-        self.ints[i] = i, 0, seq.prompt_len, p.top_k, low, high
+        self.ints[i] = i, 0, seq.prompt_len, p.top_k, low, high, seq.confidence_k
         self.floats[i] = (
             p.temperature, p.top_p, p.min_p,
             p.repetition_penalty, p.presence_penalty, p.frequency_penalty,
@@ -114,7 +114,8 @@ class SlotTable:
         for j, (token, value) in enumerate(p.logit_bias.items()):
             self.bias_ids[i, j], self.bias[i, j] = token, value
         masked = seq.matcher is not None or p.min_tokens > 0
-        self.flags[i] = needs_history(seq), bool(p.logit_bias), masked, p.logprobs is not None
+        observed, reported = seq.observed is not None, p.logprobs is not None
+        self.flags[i] = needs_history(seq), bool(p.logit_bias), masked, reported, observed
 
 
 def needs_history(seq: Sequence) -> bool:
@@ -169,11 +170,11 @@ def pack_sampling(step: Step, R: int, table: SlotTable) -> SampleArrays:
     """
     rows, n = step.rows, len(step.rows)
     index = [row.seq.slot for row in rows]
-    ints, floats = np.zeros((R, 6), np.int32), np.zeros((R, 6), np.float32)
+    ints, floats = np.zeros((R, 7), np.int32), np.zeros((R, 6), np.float32)
     ints[:n], floats[:n] = table.ints[index], table.floats[index]
     ints[:n, 1] = [row.start + row.count for row in rows]
     ints[n:, 0] = table.tables.shape[0]  # out of range: nothing is recorded
-    floats[n:, 3] = 1.0
+    floats[n:, 3], ints[n:, 6] = 1.0, 1
     if not all(drawing := [row.samples for row in rows]):
         idle = np.flatnonzero(~np.array(drawing))
         ints[idle, 0], floats[idle, 0] = table.tables.shape[0], 0.0

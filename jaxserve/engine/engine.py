@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Seq
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -72,6 +73,7 @@ class Engine:
                 PageManager(plan.num_pages, plan.page_size),
                 plan.max_num_seqs,
                 prefix_caching=prefix_caching,
+                fill=partial(_program_rows, plan.row_buckets),
             )
             for _ in range(plan.num_ranks)
         ]
@@ -83,6 +85,7 @@ class Engine:
         self._swaps: deque[tuple[Any, Future[int]]] = deque()
         self._warm_compiles: int | None = None
         self.after_step: Callable[[int], None] = lambda num_steps: None
+        self.after_loss: Callable[[], None] = lambda: None  # of all that pages held
         self._load: Any = 0  # [L, E], as far as it has been read
         self._rebalances = 0
         self._steps = self._prompt_tokens = self._output_tokens = self._shared_pages = 0
@@ -106,6 +109,11 @@ class Engine:
             seq.rank = rank
         self.ranks[rank].add(head)
 
+    def add_path(self, seq: Sequence) -> None:
+        """Queues an extension of a path, on the rank that has its pages."""
+        self._requests[seq.generation.request_id] = [seq]
+        self.ranks[seq.rank].add(seq)
+
     def abort(self, request_id: str) -> None:
         """Ends a request at once; unknown ids are ignored, since it may just have finished."""
         for seq in list(self._requests.get(request_id, ())):
@@ -120,6 +128,8 @@ class Engine:
         """Ends everything that waits for the engine."""
         self.fail(error)
         self._forget_steps(error)
+        self.after_loss()
+        self.fail(error)
         while self._swaps:
             self._swaps.popleft()[1].set_exception(error)
 
@@ -242,21 +252,42 @@ class Engine:
             self._read_prompt_logprobs(launched)
         if any(step.pools for step in launched.steps):
             self._read_hidden(launched)
+        if launched.evidence is not None:
+            self._read_evidence(launched, launched.evidence)
         if launched.sampled is not None:
             self._read_tokens(launched, launched.sampled)
+        self._end_readings(launched)
         for count in launched.counts:
             self._count(*count)
         self._host_seconds += time.perf_counter() - started
 
     def _read_tokens(self, launched: Launched, sampled: Sampled) -> None:
         tokens = np.atleast_2d(np.asarray(sampled.tokens)).tolist()  # [repeats, ranks * R]
-        alternatives = [np.asarray(a) for a in sampled[1:]] if launched.reports else None
+        alternatives = [np.asarray(a) for a in sampled[1:5]] if launched.reports else None
+        stats = np.asarray(sampled.stats).tolist() if launched.observes else None
         width = len(tokens[0]) // len(launched.steps)
         for rank, step in enumerate(launched.steps):
             for drawn in tokens[: step.repeats]:
                 for r, row in enumerate(step.rows, rank * width):
                     if row.samples:
-                        self._token(row.seq, drawn[r], r, alternatives)
+                        seq = row.seq
+                        if stats is not None and seq.observed is not None and not seq.finished:
+                            seq.observed.append(stats[r])
+                        self._token(seq, drawn[r], r, alternatives)
+
+    def _read_evidence(self, launched: Launched, evidence: Array) -> None:
+        found = np.asarray(evidence).tolist()
+        for row, at in _rows(launched.steps, len(found)):
+            if row.seq.rest is not None:
+                row.seq.rest.see(row.start, found[at : at + row.count])
+
+    def _end_readings(self, launched: Launched) -> None:
+        """Ends sequences that draw nothing, and have been read to the end."""
+        for step in launched.steps:
+            for row in step.rows:
+                seq = row.seq
+                if seq.reads and not seq.finished and row.start + row.count == len(seq.tokens):
+                    self._end(seq, CompletionOutput(0, finish_reason="stop"))
 
     def _token(
         self, seq: Sequence, token: int, r: int, alternatives: list[np.ndarray] | None
@@ -341,6 +372,7 @@ class Engine:
     def reset_prefix_cache(self) -> None:
         for rank in self.ranks:
             rank.pages.forget()
+        self.after_loss()
 
     def stats(self) -> EngineStats:
         after = 0 if self._warm_compiles is None else watch.compiled - self._warm_compiles
@@ -362,6 +394,11 @@ class Engine:
             host_seconds_total=self._host_seconds,
             requests_total=dict(self._finished),
         )
+
+
+def _program_rows(buckets: Seq[int], rows: int) -> int:
+    """Rows of the program that runs a step of `rows`."""
+    return next((size for size in buckets if size >= rows), buckets[-1])
 
 
 def _rows(steps: Seq[Step], num_tokens: int) -> Iterator[tuple[Row, int]]:

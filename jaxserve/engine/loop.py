@@ -55,6 +55,18 @@ class EngineLoop:
         if not self._closed:
             self._post(lambda: self._engine.abort(request_id), ["abort", request_id])
 
+    def post(self, function: Callable[[Engine], object]) -> None:
+        """Has a function run on the engine's thread, between steps; it must not raise.
+
+        Raises:
+            EngineError: the engine has been shut down.
+        """
+
+        def run() -> None:
+            function(self._engine)
+
+        self._post(run)
+
     def call(self, function: Callable[[Engine], Any]) -> Any:
         """Runs a function on the engine's thread, between steps, and returns its result.
 

@@ -40,6 +40,7 @@ from jaxserve.engine.spread import empty_states, everywhere, on_devices, spread,
 from jaxserve.errors import EngineError
 from jaxserve.models.family import Family
 from jaxserve.models.parallel import by_stack, experts_of, with_experts
+from jaxserve.models.reward_head import RewardHead
 from jaxserve.plan import Plan
 from moe.moving import sources
 from moe.parallel import PlacedExperts
@@ -58,9 +59,11 @@ class Launched:
     steps: list[Step]  # of each rank
     sampled: Sampled | None  # rows of all ranks; None: none of them draws a token
     reports: bool  # log-probabilities of drawn tokens are asked for
+    observes: bool  # and statistics
     scored: bool  # and of prompt tokens
     forward: Forward | None  # None: a decode loop
     counts: list[tuple[Array, Future[np.ndarray]]] = field(default_factory=list)  # taken behind it
+    evidence: Array | None = None  # [T], of a reward head, if some row's path asks for it
 
     def wait(self) -> None:
         """Returns when the step has been computed.
@@ -84,10 +87,12 @@ class Runner:
         device: Any,
         kv_scales: Sequence[np.ndarray] | None = None,
         mesh: Mesh | None = None,
+        reward_head: RewardHead | None = None,
     ):
         self.plan, self.family, self.cfg, self.device = plan, family, cfg, device
         self.mesh = mesh  # None: there is one device
         self.params: Any = params  # None while asleep
+        self.reward_head = reward_head
         self.tables = [SlotTable(plan, cfg.vocab) for _ in range(plan.num_ranks)]
         self._groupings = [Grouping(plan, t.tables) for t in self.tables if plan.group_pages]
         self._traced = plan  # what programs are compiled for now; only its kernels may differ
@@ -195,7 +200,8 @@ class Runner:
     def _compile(self, kind: str, size: int, *, hasty: bool = False) -> float:
         """Makes or replaces a program, `hasty` one that will not live; the seconds it took."""
         started = time.monotonic()
-        made = program(self._traced, self.family, self.cfg, self.params, kind, size)
+        params = self.reward_head if kind == "evidence" else self.params
+        made = program(self._traced, self.family, self.cfg, params, kind, size)
         if self.mesh is not None:
             made = spread(made, self._traced, self.mesh)
         with jax.default_device(self.device):
@@ -233,7 +239,19 @@ class Runner:
         if steps[0].repeats > 1:
             return self._launch_decode(steps[0])
         R = self._whole(steps)
-        return self._launch_parts(steps) if R is None else self._launch_whole(steps, R)
+        launched = self._launch_parts(steps) if R is None else self._launch_whole(steps, R)
+        if self.reward_head is not None and any(
+            row.seq.rest is not None for step in steps for row in step.rows
+        ):
+            launched.evidence = self._judge(launched)
+        return launched
+
+    def _judge(self, launched: Launched) -> Array:
+        """What every token of a step adds to the log-odds of its path."""
+        assert launched.forward is not None
+        T = launched.forward.hidden.shape[0] // len(self.tables)
+        self._wait_for("evidence", T)
+        return self._programs["evidence", T](self.reward_head, launched.forward.hidden)
 
     def _enter(self, steps: list[Step]) -> None:
         """Brings the tables of slots up to date, and histories that sampling will look at; puts
@@ -248,24 +266,24 @@ class Runner:
 
     def _launch_whole(self, steps: list[Step], R: int) -> Launched:
         inputs, scored = self._packed(steps, self.plan.step_tokens(R), R)
-        drawing, reports = self._drawing(steps, R)
+        drawing, reports, observes = self._drawing(steps, R)
         sampled, forward, self.kv, self.history = self._programs["step", R](
             self.params, self.kv, self.history, inputs, drawing
         )
-        return Launched(steps, sampled, reports, scored, forward)
+        return Launched(steps, sampled, reports, observes, scored, forward)
 
     def _launch_parts(self, steps: list[Step]) -> Launched:
         kind, T = self._forward(steps)
         inputs, scored = self._packed(steps, T, self.plan.rows(T))
         forward, self.kv = self._programs[kind, T](self.params, self.kv, self.history, inputs)
         if not any(row.samples for step in steps for row in step.rows):
-            return Launched(steps, None, False, scored, forward)  # chunks of prompts that go on
+            return Launched(steps, None, False, False, scored, forward)  # prompts that go on
         R = self._row_bucket(steps)
-        drawing, reports = self._drawing(steps, R)
+        drawing, reports, observes = self._drawing(steps, R)
         sampled, self.history = self._programs["sample", R](
             head(self.params), forward.last, self.history, drawing
         )
-        return Launched(steps, sampled, reports, scored, forward)
+        return Launched(steps, sampled, reports, observes, scored, forward)
 
     def _packed(self, steps: list[Step], T: int, R: int) -> tuple[StepArrays, bool]:
         """Arrays of a forward pass, and whether it scores prompts."""
@@ -274,8 +292,8 @@ class Runner:
         ]
         return self._host(each), any(arrays.counts[1] for arrays in each)
 
-    def _drawing(self, steps: list[Step], R: int) -> tuple[SampleArrays, bool]:
-        """Arrays for drawing tokens, and whether log-probabilities are asked for."""
+    def _drawing(self, steps: list[Step], R: int) -> tuple[SampleArrays, bool, bool]:
+        """Arrays for drawing tokens, and whether log-probabilities and statistics are asked for."""
         each = [pack_sampling(step, R, t) for step, t in zip(steps, self.tables, strict=True)]
         unused = self._unused_arrays(R)
 
@@ -287,7 +305,8 @@ class Runner:
             return self._host([np.zeros_like(seen) if v is None else v for v in values])
 
         drawing = SampleArrays(*map(column, SampleArrays._fields))
-        return drawing, any(arrays.flags[3] for arrays in each)
+        reports, observes = np.any([arrays.flags[3:] for arrays in each], axis=0).tolist()
+        return drawing, reports, observes
 
     def max_repeats(self, steps: list[Step]) -> int:
         """Tokens that a launch may draw for each row of a decoding step."""
@@ -301,12 +320,12 @@ class Runner:
         """Draws `step.repeats` tokens for every row in one launch, on one device."""
         R = self._decode_bucket(step)
         inputs, _ = self._packed([step], R, R)
-        drawing, _ = self._drawing([step], R)
+        drawing, *_ = self._drawing([step], R)
         tokens, self.kv, self.history = self._programs["decode", R](
             self.params, self.kv, self.history, inputs, drawing,
             pack_stops(step, R), np.int32(step.repeats),
         )  # fmt: skip
-        return Launched([step], Sampled(tokens, *(None,) * 4), False, False, None)
+        return Launched([step], Sampled(tokens, *(None,) * 5), False, False, False, None)
 
     def _whole(self, steps: list[Step]) -> int | None:
         """Rows of the smallest program that exists and is this whole step."""
@@ -383,8 +402,8 @@ class Runner:
         moved = self._programs["move_experts", 0](tuple(p.weights for p in stacks), source)
         self.params = with_experts(self.params, map(PlacedExperts, moved, tables))
 
-    def _wait_for(self, kind: str) -> None:
-        while (kind, 0) not in self._programs:
+    def _wait_for(self, kind: str, size: int = 0) -> None:
+        while (kind, size) not in self._programs:
             self._check()
             time.sleep(0.01)
 

@@ -47,6 +47,8 @@ class SampleInputs(NamedTuple):
     use_bias: Any
     use_mask: Any
     use_logprobs: Any
+    use_stats: Any
+    confidence_k: Any  # int32 [R], of `observe`
 
 
 class Sampled(NamedTuple):
@@ -55,6 +57,7 @@ class Sampled(NamedTuple):
     rank: Any  # int32 [R], 1 is the most likely
     top_ids: Any  # int32 [R, MAX_LOGPROBS]
     top_logprobs: Any  # float32 [R, MAX_LOGPROBS]
+    stats: Any  # float32 [R, 4], as `observe`
 
 
 def argmax(x: Array) -> tuple[Array, Array]:
@@ -86,14 +89,16 @@ def sample(
     logits = logits.astype(jnp.float32)
     edits = x.use_penalties | x.use_bias | x.use_mask
     plain = ~(edits | jnp.any(x.temperature > 0))
-    likely, top = argmax(logits)
+    likely, best = argmax(logits)
     choose = partial(_choose, argmax, draw)
     tokens = lax.cond(plain, lambda s, h, x: likely, choose, logits, history, x)
     # a NaN makes the maximum NaN, infinity makes it infinite, and a mask that forbids all is finite
-    tokens = jnp.where(jnp.isfinite(top), tokens, -1)
-    reported = lax.cond(x.use_logprobs, logprobs_of, _no_logprobs, logits, tokens)
+    tokens = jnp.where(jnp.isfinite(best), tokens, -1)
+    logprob, rank, ids, top = lax.cond(x.use_logprobs, logprobs_of, _no_logprobs, logits, tokens)
+    unseen = jnp.zeros((logits.shape[0], 4), jnp.float32)
+    stats = lax.cond(x.use_stats, observe, lambda *_: unseen, logits, tokens, x.confidence_k)
     history = history.at[x.slots, x.lengths].set(tokens, mode="drop")
-    return Sampled(tokens, *reported), history
+    return Sampled(tokens, logprob, rank, ids, top, stats), history
 
 
 def _choose(argmax: Any, draw: Any, logits: Array, history: Array, x: SampleInputs) -> Array:
@@ -177,6 +182,21 @@ def logprobs_of(logits: Array, tokens: Array) -> tuple[Array, Array, Array, Arra
         jnp.pad(ids, pad),
         jnp.pad(top - total[:, None], pad, constant_values=-jnp.inf),
     )
+
+
+def observe(logits: Array, tokens: Array, k: Array) -> Array:
+    """What a search wants to know of each token [R]: its log-probability, the entropy of the
+    distribution, the margin between the two likeliest tokens, and the mean negative
+    log-probability of the k [R] likeliest (at most MAX_LOGPROBS). float32 [R, 4], in nats."""
+    total = jax.nn.logsumexp(logits, -1)
+    chosen = jnp.take_along_axis(logits, jnp.maximum(tokens, 0)[:, None], -1)[:, 0]
+    logprobs = logits - total[:, None]
+    entropy = -jnp.sum(jnp.where(logprobs > _LOW, jnp.exp(logprobs) * logprobs, 0.0), -1)
+    top = lax.top_k(logprobs, min(MAX_LOGPROBS, logits.shape[-1]))[0]
+    among = jnp.arange(top.shape[-1]) < k[:, None]
+    mean = jnp.sum(jnp.where(among, top, 0.0), -1) / jnp.sum(among, -1, dtype=jnp.float32)
+    margin = top[:, 0] - top[:, min(1, top.shape[-1] - 1)]
+    return jnp.stack([chosen - total, entropy, margin, -mean], -1)
 
 
 def _no_logprobs(logits: Array, tokens: Array) -> tuple[Array, Array, Array, Array]:

@@ -3,7 +3,8 @@
 There is no prefill phase and no decode phase: a sequence has tokens that are known and tokens that
 are computed, and a step moves the second number towards the first. Sequences that lack one token
 (they decode) ride first, so that no prompt ever stalls them; prompts fill what is left of the token
-budget, in chunks.
+budget, in chunks. Speculative sequences come last, in rows that a step's program would pad; they
+make way for all others, and keep their pages while there is room.
 """
 
 from __future__ import annotations
@@ -102,6 +103,7 @@ def _decodes_alone(row: Row) -> bool:
         row.samples
         and row.count == 1
         and seq.matcher is None
+        and seq.observed is None
         and p.logprobs is None
         and p.prompt_logprobs is None
         and drawn >= p.min_tokens
@@ -109,7 +111,17 @@ def _decodes_alone(row: Row) -> bool:
 
 
 class Scheduler:
-    """Queues, pages and slots. Plain Python over integers."""
+    """Queues, pages and slots. Plain Python over integers.
+
+    Args:
+        fill: rows of the program for a step of so many; speculation may fill them.
+
+    Attributes:
+        ridge: rows up to which a step takes no longer with each: speculation may make a step so
+            large, and not larger, where `fill` leaves nothing.
+        reclaim: asked for pages when none are left, before anybody is preempted; False: it has
+            none.
+    """
 
     def __init__(
         self,
@@ -118,9 +130,14 @@ class Scheduler:
         limits: Seq[Limit] = LIMITS,
         *,
         prefix_caching: bool = True,
+        fill: Callable[[int], int] = lambda rows: rows,
     ):
         self.pages = pages
+        self.ridge = max_num_seqs
+        self.reclaim: Callable[[], bool] = lambda: False
         self.waiting: deque[Sequence] = deque()
+        self.speculative: deque[Sequence] = deque()  # those of them that wait
+        self._fill = fill
         self.running: list[Sequence] = []
         self.held = False  # no request is begun; those that have been go on
         self.params_version = 0  # of the weights that requests are begun with
@@ -136,43 +153,90 @@ class Scheduler:
     def add(self, seq: Sequence) -> None:
         for each in (seq, *seq.siblings):
             each.limits = tuple(limit.most for limit in self._limits if limit.applies(each))
-        self.waiting.append(seq)
+        self._queue(seq).append(seq)
+
+    def _queue(self, seq: Sequence) -> deque[Sequence]:
+        return self.speculative if seq.priority else self.waiting
+
+    def promote(self, seq: Sequence) -> None:
+        """Speculation is wanted after all. Whatever it has computed stays."""
+        if seq.priority and not seq.finished:
+            if seq.slot < 0:
+                self.speculative.remove(seq)
+                self.waiting.append(seq)
+            seq.priority = 0
 
     def schedule(self, budget: int, max_rows: int | None = None) -> Step:
         """The next step, of at most `budget` tokens and `max_rows` sequences."""
         step = Step()
         room = len(self.running) + len(self._slots) if max_rows is None else max_rows
         prompts: list[Sequence] = []
+        later: list[Sequence] = []
         for seq in list(self.running):
-            if len(seq.tokens) + seq.in_flight - seq.computed > 1:
+            if seq.priority:
+                later.append(seq)
+            elif len(seq.tokens) + seq.in_flight - seq.computed > 1:
                 prompts.append(seq)
             elif seq.slot >= 0 and len(step.rows) < room:  # a victim of this very step has no slot
                 self._decode(seq, step, budget)
         for seq in prompts:
             if seq.slot >= 0 and len(step.rows) < room:
                 self._extend(seq, step, budget)
-        while self.waiting and self._slots and len(step.rows) < room and step.num_tokens < budget:
+        while self.waiting and len(step.rows) < room and step.num_tokens < budget:
             if self.held and not self.waiting[0].begun:
                 break
-            if not self._admit(self.waiting[0], step, budget):
+            if not (self._slots or self._park()) or not self._admit(self.waiting, step, budget):
                 break
+        if later or self.speculative:
+            self._speculate(later, step, budget, room)
         return step
+
+    def _speculate(self, later: list[Sequence], step: Step, budget: int, room: int) -> None:
+        """Fills a step whose other rows are known."""
+        room = min(room, max(self.ridge, self._fill(len(step.rows))))
+        for seq in later:
+            if seq.slot >= 0 and len(step.rows) < room:
+                self._extend(seq, step, budget)
+        while self.speculative and len(step.rows) < room and step.num_tokens < budget:
+            if self.held or not self._slots or not self._admit(self.speculative, step, budget):
+                break
+
+    def _park(self) -> bool:
+        """Takes the slot of a speculative sequence, which keeps its pages; False: there is none."""
+        for seq in reversed(self.running):
+            if seq.priority:
+                self.running.remove(seq)
+                self._slots.append(seq.slot)
+                seq.slot = -1
+                seq.stay += 1
+                self.speculative.appendleft(seq)
+                return True
+        return False
+
+    @property
+    def free_rows(self) -> int:
+        """Rows that the program of a step of all that run would pad."""
+        live = len(self.running)
+        return max(self._fill(live) - live, 0)
 
     @property
     def num_queued(self) -> int:
         """Sequences that run or wait, those included that fork from one of them."""
-        return len(self.running) + sum(1 + len(seq.siblings) for seq in self.waiting)
+        waiting = (*self.waiting, *self.speculative)
+        return len(self.running) + sum(1 + len(seq.siblings) for seq in waiting)
 
     @property
     def num_begun(self) -> int:
         """Sequences of requests that have had a token computed: they run, or wait at the head."""
-        return len(self.running) + sum(seq.begun for seq in self.waiting)
+        waiting = (*self.waiting, *self.speculative)
+        return len(self.running) + sum(seq.begun for seq in waiting)
 
     def repeat(self, step: Step, most: int) -> None:
         """Lets a step decode up to `most` tokens a row in one launch, if nobody needs the host
         between them and pages are there."""
         seqs = [row.seq for row in step.rows]
-        if (self.waiting and self._slots) or not all(_decodes_alone(row) for row in step.rows):
+        queued = self.waiting or self.speculative
+        if (queued and self._slots) or not all(_decodes_alone(row) for row in step.rows):
             return
         extra = min(most - 1, min((seq.max_len - seq.length for seq in seqs), default=0))
         need = [self._pages_for(seq.computed + extra) - len(seq.pages) for seq in seqs]
@@ -185,13 +249,18 @@ class Scheduler:
             seq.in_flight += extra
 
     def finish(self, seq: Sequence) -> None:
-        """Takes a sequence out, wherever it is. Its pages stay matchable."""
+        """Takes a sequence out, wherever it is. Its pages go to its `rest`, or stay matchable."""
         seq.finished = True
+        if seq.rest is not None:
+            seq.rest.take(seq)
         if seq.slot >= 0:
             self.running.remove(seq)
             self._leave(seq)
-        elif seq in self.waiting:
-            self.waiting.remove(seq)
+            return
+        self.pages.release(seq.pages)
+        seq.pages = []
+        if seq in (queue := self._queue(seq)):
+            queue.remove(seq)
 
     # ---- one sequence -----------------------------------------------------------------
 
@@ -202,9 +271,10 @@ class Scheduler:
         if (
             seq.limits
             or seq.pooling is not None
+            or seq.reads
             or page == len(seq.pages)
             or step.num_tokens == budget
-            or self.pages.is_shared(seq.pages[page])
+            or not self.pages.is_writable(seq.pages[page], page < seq.published)
         ):
             self._extend(seq, step, budget)
         elif start < seq.max_len - 1:
@@ -228,38 +298,60 @@ class Scheduler:
         if count <= 0:
             return
         while not self._reserve(seq, count, step):
-            victim = self._victim(step)
+            if self._find_room(seq):
+                continue
+            victim = self._victim(seq, step)
             self._preempt(victim)
             if victim is seq:
                 return
         self._append(seq, count, step)
 
-    def _victim(self, step: Step) -> Sequence:
-        """The last to arrive of those that are not in this step."""
-        in_step = {id(row.seq) for row in step.rows}
-        return next(seq for seq in reversed(self.running) if id(seq) not in in_step)
+    def _find_room(self, seq: Sequence) -> bool:
+        """Gives pages back that nobody needs now: of a path that rests, of the last to wait, or of
+        speculation that runs, if `seq` is none."""
+        if self.reclaim():
+            return True
+        for other in (*reversed(self.speculative), *reversed(self.waiting)):
+            if other.pages and other is not seq:
+                self._drop(other)
+                return True
+        guess = next((s for s in reversed(self.running) if s.priority > seq.priority), None)
+        if guess is not None:
+            self._preempt(guess)
+        return guess is not None
 
-    def _admit(self, seq: Sequence, step: Step, budget: int) -> bool:
-        """Starts a waiting sequence, behind whatever of its prompt is cached."""
+    def _victim(self, seq: Sequence, step: Step) -> Sequence:
+        """The last to arrive of those that are not in this step; speculation goes first, and never
+        takes from others."""
+        in_step = {id(row.seq) for row in step.rows}
+        others = (s for s in reversed(self.running) if id(s) not in in_step)
+        return max((s for s in others if s.priority >= seq.priority), key=lambda s: s.priority)
+
+    def _admit(self, queue: deque[Sequence], step: Step, budget: int) -> bool:
+        """Starts the first that waits, behind what is cached of its prompt or what it brings."""
+        seq = queue[0]
         if seq.in_flight:
             return False  # preempted with a token on its way, and its row on the device is gone
-        hits = self._match(seq)
-        seq.computed = len(hits) * self.pages.page_size
+        brings = bool(seq.pages)
+        if not brings:
+            seq.pages = self._match(seq)
+            self.pages.share(seq.pages)
+            seq.computed, seq.published = len(seq.pages) * self.pages.page_size, len(seq.pages)
         count = self._wanted(seq, step, budget)
-        need = self._pages_for(seq.computed + count) - len(hits)
-        if count <= 0 or need > self.pages.num_free - self.pages.num_cached_free(hits):
-            seq.computed = 0
+        while count > 0 and not self._reserve(seq, count, step):
+            if not self._find_room(seq):
+                count = 0
+        if count <= 0:
+            if not brings:
+                self._drop(seq)
             return False
-        self.waiting.popleft()
+        queue.popleft()
         self._note_start(seq)
-        self.pages.share(hits)
-        seq.pages, seq.published = hits, len(hits)
         seq.slot = self._slots.pop()
         self.running.append(seq)
-        if self._prefix_caching and seq.uses_cache:
+        if self._prefix_caching and seq.uses_cache and not brings:
             self.prefix_queries += len(seq.tokens)
             self.prefix_hits += seq.computed
-        self._reserve(seq, count, step)
         self._append(seq, count, step)
         return True
 
@@ -289,11 +381,13 @@ class Scheduler:
     def _reserve(self, seq: Sequence, count: int, step: Step) -> bool:
         """Pages of its own for the next `count` tokens; False if there are not enough."""
         first = seq.computed // self.pages.page_size
-        shared = first < len(seq.pages) and self.pages.is_shared(seq.pages[first])
+        copies = first < len(seq.pages) and not self.pages.is_writable(
+            seq.pages[first], first < seq.published
+        )
         need = self._pages_for(seq.computed + count) - len(seq.pages)
-        if need + shared > self.pages.num_free:
+        if need + copies > self.pages.num_free:
             return False
-        if shared:
+        if copies:
             self._copy_on_write(seq, first, step)
         if need > 0:
             seq.pages += self.pages.allocate(need)
@@ -311,7 +405,7 @@ class Scheduler:
         step.num_tokens += count
         seq.computed += count
         seq.in_flight += samples
-        step.pools |= not seq.samples
+        step.pools |= seq.pooling is not None
         if count > 1:  # a decoded token is published when it is read
             self.publish(seq)
         if seq.siblings and seq.computed >= seq.prompt_len - 1:
@@ -355,10 +449,14 @@ class Scheduler:
         self.num_preemptions += 1
         self.running.remove(seq)
         self._leave(seq)
-        self.waiting.appendleft(seq)
+        self._queue(seq).appendleft(seq)
 
     def _leave(self, seq: Sequence) -> None:
-        self.pages.release(seq.pages)
+        self._drop(seq)
         self._slots.append(seq.slot)
-        seq.pages, seq.slot, seq.computed, seq.published = [], -1, 0, 0
+        seq.slot = -1
         seq.stay += 1
+
+    def _drop(self, seq: Sequence) -> None:
+        self.pages.release(seq.pages)
+        seq.pages, seq.computed, seq.published = [], 0, 0

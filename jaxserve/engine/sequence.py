@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from collections.abc import Sequence as Sequence_
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from jaxserve.engine.generation import Generation
 from jaxserve.request import SamplingParams
+
+
+class Rest(Protocol):
+    """Where a sequence's pages go when it is over, and who looks at what it computes."""
+
+    def take(self, seq: Sequence) -> None:
+        """Takes over `seq.pages`, which the scheduler would give back."""
+        ...
+
+    def see(self, start: int, evidence: Sequence_[float]) -> None:
+        """Is told what each token from `start` on adds to the log-odds of a reward head."""
+        ...
 
 
 @dataclass(eq=False)
@@ -27,6 +40,11 @@ class Sequence:
         slot: its row in the device's per-sequence state; -1 while it waits. `stay` counts moves.
         stop_ids: tokens that end it.
         pooling: "last" or "mean" for an embedding, which samples nothing.
+        reads: it computes the tokens it has, and draws none.
+        priority: 0, or 1 for speculation: rows that fill what others leave (`Scheduler`).
+        rest: of a search's path; pages it brings along are its own before it is begun.
+        observed: of each drawn token, what `sampler.observe` says; None: nobody asks.
+        confidence_k: how many of the likeliest tokens the confidence looks at.
     """
 
     tokens: list[int]
@@ -54,6 +72,11 @@ class Sequence:
     text: Any = None
     cumulative_logprob: float = 0.0
     pooled: Any = None
+    reads: bool = False
+    priority: int = 0
+    rest: Rest | None = None
+    observed: list[list[float]] | None = None
+    confidence_k: int = 1
 
     @property
     def length(self) -> int:
@@ -71,9 +94,10 @@ class Sequence:
 
     @property
     def samples(self) -> bool:
-        return self.pooling is None
+        return self.pooling is None and not self.reads
 
     @property
     def uses_cache(self) -> bool:
         """Whether it may skip a cached prompt: not if every token's own row is asked for."""
-        return self.params.prompt_logprobs is None and self.pooling != "mean"
+        every = self.params.prompt_logprobs is not None or self.pooling == "mean" or self.reads
+        return not every

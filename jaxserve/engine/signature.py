@@ -20,6 +20,7 @@ from jaxserve.engine.programs import decode_loop, forward_step, sample_step, who
 from jaxserve.engine.sampler import MAX_BIAS
 from jaxserve.models.family import Family
 from jaxserve.models.parallel import experts_of
+from jaxserve.models.reward_head import evidence
 from jaxserve.plan import Plan
 from moe.dispatch import Dispatch
 from moe.load import no_load
@@ -52,7 +53,7 @@ def program(plan: Plan, family: Family, cfg: Any, params: Any, kind: str, size: 
     """A program of the plan.
 
     Args:
-        params: weights, or their shapes.
+        params: weights, or their shapes; of a reward head for "evidence".
         kind, size: an entry of `plan.programs`.
     """
     kv, history = jax.eval_shape(partial(empty_state, plan, cfg))
@@ -84,6 +85,9 @@ def program(plan: Plan, family: Family, cfg: Any, params: Any, kind: str, size: 
             (params, kv, history, step_arrays(plan, size, size), *drawing),
             ("params", "kv", "state", *4 * ("host",)), ("drawn", "kv", "state"),
         )  # fmt: skip
+    if kind == "evidence":
+        hidden = jax.ShapeDtypeStruct((size, cfg.embed), plan.activation_dtype)
+        return Program(evidence, (), (params, hidden), ("table", "state"), ("drawn",))
     if kind == "seed_history":
         row = _ints((plan.max_model_len + 1,))
         return Program(
@@ -159,9 +163,9 @@ def sample_arrays(rows: int, vocab: int) -> SampleArrays:
         return jax.ShapeDtypeStruct((rows, columns), dtype)
 
     return SampleArrays(
-        ints=array(6, jnp.int32),
+        ints=array(7, jnp.int32),
         floats=array(6, jnp.float32),
-        flags=jax.ShapeDtypeStruct((4,), jnp.bool_),
+        flags=jax.ShapeDtypeStruct((5,), jnp.bool_),
         bias_ids=array(MAX_BIAS, jnp.int32),
         bias=array(MAX_BIAS, jnp.float32),
         mask=array(-(-vocab // 32), jnp.uint32),

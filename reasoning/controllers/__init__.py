@@ -1,1 +1,54 @@
 """Controllers: policies that `reasoning.pool` and `reasoning.search` carry out."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, cast
+
+from reasoning.controllers.adaptive_consistency import AdaptiveConsistency
+from reasoning.controllers.beam import Beam
+from reasoning.controllers.best_first import BestFirst
+from reasoning.controllers.best_of_n import BestOfN
+from reasoning.controllers.certaindex import Certaindex
+from reasoning.controllers.deepconf import DeepConf
+from reasoning.controllers.dfs import DepthFirst
+from reasoning.controllers.dvts import Dvts
+from reasoning.controllers.esc import EarlyStopping
+from reasoning.controllers.ets import Ets
+from reasoning.controllers.hyper import HyPER
+from reasoning.controllers.mcts import Mcts
+from reasoning.controllers.rebase import Rebase
+from reasoning.controllers.rest_mcts import RestMcts
+from reasoning.controllers.self_consistency import SelfConsistency
+from reasoning.controllers.slim_sc import SlimSC
+
+CONTROLLERS: dict[str, type[Any]] = {
+    kind.name.replace("_", "-"): kind
+    for kind in (
+        SelfConsistency, BestOfN, AdaptiveConsistency, EarlyStopping, Certaindex, DeepConf, SlimSC,
+        HyPER, Beam, Dvts, Rebase, Ets, Mcts, RestMcts, DepthFirst, BestFirst,
+    )
+}  # fmt: skip
+"""By the name that a command line or a request uses; their settings are the class's fields."""
+
+
+def make_controller(name: str, settings: Mapping[str, Any] | None = None) -> Any:
+    """The controller of that name.
+
+    Raises:
+        ValueError: there is none, or it has no such setting or value.
+    """
+    if name not in CONTROLLERS:
+        raise ValueError(f"controller {name!r} is not known; there are {', '.join(CONTROLLERS)}")
+    kind, settings = CONTROLLERS[name], dict[str, Any](settings or {})
+    fields = [f.name for f in dataclasses.fields(kind)]
+    if unknown := sorted(settings.keys() - set(fields)):
+        raise ValueError(f"{name} has no setting {unknown[0]!r}; it has {', '.join(fields)}")
+    for key, value in settings.items():
+        if isinstance(value, list):
+            settings[key] = tuple(cast("list[Any]", value))
+    try:
+        return kind(**settings)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"settings of {name!r}: {error}") from None

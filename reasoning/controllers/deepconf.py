@@ -23,6 +23,7 @@ class DeepConf:
     Attributes:
         warmup: full paths, which set the threshold.
         keep: share of the warm-up that lies above it: 0.1 is aggressive, 0.9 the authors' default.
+        floor: a threshold known beforehand, from other questions; there is no warm-up then.
         window: tokens of a group.
         consensus: the search ends once the leading answer has this share of the vote.
         filter_warmup: whether warm-up paths below the threshold lose their vote, as later ones do.
@@ -31,6 +32,7 @@ class DeepConf:
     paths: int = 32
     warmup: int = 16
     keep: float = 0.9
+    floor: float | None = None
     window: int = 16
     batch: int = 4
     consensus: float = 0.95
@@ -46,7 +48,8 @@ class DeepConf:
             raise ValueError(f"{self}: keep and consensus are shares")
 
     def start(self, view: PoolView) -> Sequence[Action]:
-        return [Fork(i) for i in range(min(self.warmup, self.paths))]
+        first = self.warmup if self.floor is None else self.batch
+        return [Fork(i) for i in range(min(first, self.paths))]
 
     def step(self, view: PoolView) -> Sequence[Action]:
         threshold = self.threshold(view)
@@ -64,6 +67,8 @@ class DeepConf:
 
     def threshold(self, view: PoolView) -> float | None:
         """None while the warm-up runs."""
+        if self.floor is not None:
+            return self.floor
         full = view.paths[: min(self.warmup, self.paths)]
         if any(p.state == "live" for p in full):
             return None

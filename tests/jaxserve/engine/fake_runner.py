@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import zlib
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,6 +37,11 @@ def next_token(kept: int, seed: int) -> int:
     return digest(kept, 1000 + seed) % VOCAB
 
 
+def evidence(kept: int) -> float:
+    """What a reward head makes of what was kept for a token."""
+    return kept % 1000 / 1000 - 0.5
+
+
 def expected(prompt: list[int], count: int, seed: int = 0) -> list[int]:
     """What a sequence says, alone and without pages."""
     tokens, kept = list(prompt), 0
@@ -57,11 +63,16 @@ class FakePlan:
     def rows(self, num_tokens: int) -> int:
         return min(num_tokens, self.max_num_seqs)
 
+    @property
+    def row_buckets(self) -> tuple[int, ...]:
+        return tuple(sorted({1, min(4, self.max_num_seqs), self.max_num_seqs}))
+
 
 class FakeRunner:
     """Computes a step at once; the engine reads it a step later."""
 
     num_programs = 0
+    reward_head: object = None
 
     def __init__(self, plan: FakePlan, max_tokens: int, decode_steps: int):
         self.plan, self.decode_steps = plan, decode_steps
@@ -87,12 +98,15 @@ class FakeRunner:
         self.steps.append(step)
         kept = [[self._at(r.seq, i) for i in range(r.start, r.start + r.count)] for r in step.rows]
         blank = np.zeros((len(step.rows), MAX_LOGPROBS))
+        judged = [evidence(k) for row in kept for k in row] if self.reward_head else None
         return Launched(
             steps=steps,
-            sampled=Sampled(np.array(drawn), blank[:, 0], blank[:, 0], blank, blank),
+            sampled=Sampled(np.array(drawn), blank[:, 0], blank[:, 0], blank, blank, blank[:, :4]),
             reports=False,
+            observes=False,
             scored=False,
             forward=Forward(None, np.concatenate(kept)[:, None] % 1000, None),
+            evidence=judged,  # type: ignore[arg-type]
         )
 
     def max_repeats(self, steps: list[Step]) -> int:
@@ -124,13 +138,20 @@ class FakeRunner:
 
 
 class Watched(Scheduler):
-    """A scheduler whose every step is held against its promises."""
+    """A scheduler whose every step is held against its promises.
+
+    Attributes:
+        elsewhere: pages that resting paths own.
+    """
+
+    elsewhere: Callable[[], Iterable[int]] = staticmethod(lambda: ())
 
     def schedule(self, budget: int, max_rows: int | None = None) -> Step:
         decoding = [
             seq
             for seq in self.running
             if seq.length - seq.computed == 1
+            and not seq.priority
             and seq.length < seq.max_len
             and all(limit(seq, 1) for limit in seq.limits)
         ]
@@ -147,11 +168,12 @@ class Watched(Scheduler):
     def _check_pages(self, step: Step) -> None:
         size = self.pages.page_size
         owned: dict[int, int] = {}
-        for seq in self.running:
+        for seq in (*self.running, *self.waiting, *self.speculative):
             assert len(set(seq.pages)) == len(seq.pages)
             assert len(seq.pages) >= -(-seq.computed // size)
             for page in seq.pages:
                 owned[page] = owned.get(page, 0) + 1
+        owned |= dict.fromkeys(self.elsewhere(), 1)
         assert self.pages.num_free + len(owned) == self.pages.num_pages
         written = [
             row.seq.pages[i]

@@ -34,6 +34,7 @@ def inputs(R: int, V: int, **options: Any) -> SampleInputs:
         "use_bias": "bias" in options,
         "use_mask": "mask" in options,
         "use_logprobs": options.pop("logprobs", False),
+        "use_stats": "confidence_k" in options,
     }
     biases = options.pop("bias", [])
     bias_ids, bias = np.full((R, MAX_BIAS), V, np.int32), np.zeros((R, MAX_BIAS), np.float32)
@@ -63,6 +64,7 @@ def inputs(R: int, V: int, **options: Any) -> SampleInputs:
         bias_ids=bias_ids,
         bias=bias,
         mask=mask,
+        confidence_k=per_row("confidence_k", 1, np.int32),
         **{name: np.bool_(used) for name, used in uses.items()},
     )
     assert not options, options
@@ -355,3 +357,22 @@ def test_reported_logprobs_ignore_what_changes_the_scores():
     np.testing.assert_array_equal(bent.top_logprobs, plain.top_logprobs)
     total = np.log(np.exp(logits.astype(np.float64)).sum(-1))
     np.testing.assert_allclose(bent.logprob, logits[:, 42] - total, atol=1e-5)
+
+
+@pytest.mark.parametrize("V", VOCABS)
+def test_what_a_search_is_told_of_a_token(V: int):
+    """Log-probability, entropy, margin and mean surprise of the likeliest k, against float64."""
+    logits, k = normal(4, V), min(3, V)
+    sampled = draw(logits, confidence_k=k)
+    exact = logits.astype(np.float64)
+    logprobs = exact - np.log(np.exp(exact).sum(-1, keepdims=True))
+    ranked = -np.sort(-logprobs, -1)
+    entropy = -(np.exp(logprobs) * logprobs).sum(-1)
+    margin = ranked[:, 0] - ranked[:, min(1, V - 1)]
+    own = logprobs[np.arange(4), sampled.tokens]
+    want = np.stack([own, entropy, margin, -ranked[:, :k].mean(-1)], -1)
+    np.testing.assert_allclose(sampled.stats, want, atol=2e-4)
+
+
+def test_nobody_is_told_what_nobody_asked_for():
+    assert not draw(normal(3, 97)).stats.any()

@@ -1,0 +1,165 @@
+"""search: think about a question with a search controller, and show the tree of what was thought
+
+With `--task` the questions are problems of a task with known answers, and the last line says how
+many were solved; otherwise the question is a prompt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jaxserve.cli.options import add_engine_options, load
+from jaxserve.errors import RequestError
+from reasoning.controllers import CONTROLLERS, make_controller
+from reasoning.result import Budget, Result
+from reasoning.speculation import Speculator
+from reasoning.tasks import TASKS, Problem, Task, distinct, make_task
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Declares the options of this command."""
+    parser.add_argument("model", help="a folder with a Hugging Face checkpoint, or a hub id")
+    parser.add_argument("prompt", nargs="?", help="the question; left out with --task")
+    parser.add_argument(
+        "--controller", default="hyper", metavar="NAME", help=f"one of {', '.join(CONTROLLERS)}"
+    )
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", dest="settings",
+        help="a setting of the controller, as --set width=8; repeatable",
+    )  # fmt: skip
+    parser.add_argument(
+        "--task", metavar="NAME", help=f"draw problems of a task: {', '.join(TASKS)}"
+    )
+    parser.add_argument("--problems", type=int, default=1, help="how many")
+    parser.add_argument("--split", choices=("dev", "test"), default="dev", help="of them")
+    parser.add_argument("--tokens", type=int, default=4096, help="budget of a question")
+    parser.add_argument("--step", default="\n\n", help="text of the token that closes a step")
+    parser.add_argument("--max-tokens", type=int, default=None, help="most tokens of a path")
+    parser.add_argument("--scorer", help="of paths: prm or confidence; prm if there is a head")
+    parser.add_argument(
+        "--speculate", choices=("lossless", "paper", "opportunistic"),
+        help="run ahead of a tree search (SPEX), in this mode",
+    )  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="print one JSON object a question")
+    add_engine_options(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Searches, and shows what came of it."""
+    from rich.console import Console
+
+    controller = _controller(args)
+    spec = Speculator(mode=args.speculate) if args.speculate else None
+    options = {"budget": Budget(tokens=args.tokens), "spec": spec, "scorer": args.scorer}
+    if (args.prompt is None) == (args.task is None):
+        raise RequestError("give either a prompt or --task", "prompt")
+    console = Console(highlight=False)
+    task = None if args.task is None else _task(args.task, Path(args.model))
+    with load(args) as llm:
+        if task is None:
+            ways = {"step": args.step, "max_tokens": args.max_tokens, "seed": args.seed}
+            found = llm.search(args.prompt, controller, **options, **ways)
+            _show(args, console, llm, [found])
+        else:
+            _solve(args, console, llm, controller, task, options)
+
+
+def _solve(
+    args: argparse.Namespace,
+    console: Console,
+    llm: Any,
+    controller: Any,
+    task: Task,
+    options: dict[str, Any],
+) -> None:
+    """Problems of a task, all at once."""
+    from reasoning.questions import question_of
+
+    length = args.max_tokens or llm.max_model_len // 2
+    problems = distinct(task, args.split, args.seed, args.problems)
+    questions = [
+        question_of(task, p, llm.tokenizer, seed=args.seed, max_tokens=length) for p in problems
+    ]
+    results: list[Result] = llm.search(questions, controller, **options)
+    right = [_is_right(task, p, r, llm) for p, r in zip(problems, results, strict=True)]
+    _show(args, console, llm, results, problems, right)
+    if not args.json:
+        tokens = sum(r.ledger.generated for r in results) / len(results)
+        console.print(f"{sum(right)} of {len(right)} solved, {tokens:.0f} tokens each")
+
+
+def _is_right(task: Task, problem: Problem, result: Result, llm: Any) -> bool:
+    """Whether the answer is the right one and, where a task asks for that, was derived."""
+    grade = task.grade(problem, llm.tokenizer.decode(result.tokens))
+    return grade.correct and grade.answer == result.answer
+
+
+def _show(
+    args: argparse.Namespace,
+    console: Console,
+    llm: Any,
+    results: Sequence[Result],
+    problems: Sequence[Problem] = (),
+    right: Sequence[bool] = (),
+) -> None:
+    for i, result in enumerate(results):
+        asked = problems[i].prompt if problems else args.prompt
+        if args.json:
+            verdict = {"correct": right[i]} if right else {}
+            said = {"prompt": asked, "text": llm.tokenizer.decode(result.tokens)}
+            print(json.dumps({**said, **plain(result), **verdict}, ensure_ascii=False))
+            continue
+        if problems:
+            mark = "right" if right[i] else "wrong"
+            console.print(f"\n{asked} {result.answer} ({mark})", style="bold")
+        if len(results) <= 3:
+            console.print(result)
+
+
+def plain(result: Result) -> dict[str, Any]:
+    """What JSON can say of a result; answers become text."""
+    ledger = dataclasses.asdict(result.ledger) | {"generated": result.ledger.generated}
+    return {
+        "answer": None if result.answer is None else str(result.answer),
+        "distribution": {str(answer): w for answer, w in result.distribution.items()},
+        "controller": result.controller,
+        "mode": result.mode,
+        "stopped": result.stopped,
+        "ledger": ledger,
+        "notes": dict(result.notes),
+    }
+
+
+def _controller(args: argparse.Namespace) -> Any:
+    settings = dict[str, Any]()
+    for setting in args.settings:
+        name, _, value = setting.partition("=")
+        try:
+            settings[name] = json.loads(value)
+        except ValueError:
+            settings[name] = value
+    try:
+        return make_controller(args.controller, settings)
+    except ValueError as error:
+        raise RequestError(str(error), "controller") from None
+
+
+def _task(name: str, folder: Path) -> Task:
+    """The task, with the settings that the model was trained on if they are known."""
+    recipe, settings = folder / "recipe.toml", dict[str, Any]()
+    if recipe.is_file():
+        data = tomllib.loads(recipe.read_text()).get("data", {})
+        settings = data.get("settings", {}) if data.get("task") == name else {}
+    try:
+        return make_task(name, settings)
+    except ValueError as error:
+        raise RequestError(str(error), "task") from None

@@ -1,0 +1,423 @@
+"""`PathPool` over an engine: what a search sees, on its event loop.
+
+The loop's thread keeps what has been delivered; tokens on their way and all pages are the
+`Keeper`'s, on the engine's thread. Each tells the other without waiting, except that `close` hears
+what the last rows of a query came to.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import math
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+from jaxserve.engine.loop import EngineLoop
+from jaxserve.errors import RequestError
+from jaxserve.paths.keeper import Extension, Keeper, Path
+from jaxserve.protocol import (
+    Cancelled,
+    Capacity,
+    DeadPathError,
+    Event,
+    Failed,
+    Gen,
+    Ledger,
+    Node,
+    PathStats,
+    Prio,
+    Scored,
+    SearchError,
+    Step,
+    StepDone,
+)
+
+ScoreOf = Callable[["EnginePool", Node], Awaitable[float]]
+"""What a scorer thinks of a path, in [0, 1]."""
+
+
+@dataclass
+class _Record:
+    """What has been delivered of a path.
+
+    `known` has its parent's part in front; its lists are never changed, so that forks share them.
+    """
+
+    path: Path
+    parent: Node | None
+    known: PathStats
+    prio: Prio = Prio.COMMIT
+    alive: bool = True
+    made: int = 0  # tokens of its own that count as its priority says
+    running: asyncio.Future[Step] | None = None
+    scoring: dict[str, asyncio.Future[float]] = field(default_factory=dict[str, Any])
+
+
+@dataclass
+class _Query:
+    seed: int
+    prompt_len: int
+    ledger: Ledger = field(default_factory=Ledger)
+    events: asyncio.Queue[Event | None] = field(default_factory=asyncio.Queue[Event | None])
+    nodes: dict[Node, _Record] = field(default_factory=dict[Node, _Record])
+    steps: int = 0  # of the engine, when it began
+    closed: bool = False
+
+
+class EnginePool:
+    """Paths of the searches of one event loop.
+
+    Args:
+        loop, keeper: the engine.
+        eos_ids: tokens that end a text.
+        prior: log-odds of a reward head for a path without tokens.
+        scorers: by name, besides "prm" (the reward head) and "confidence".
+        on_event: is told of every event, of all queries.
+    """
+
+    def __init__(
+        self,
+        loop: EngineLoop,
+        keeper: Keeper,
+        eos_ids: frozenset[int] = frozenset(),
+        prior: float = 0.0,
+        scorers: Mapping[str, ScoreOf] | None = None,
+        on_event: Callable[[Event], None] | None = None,
+    ):
+        self._loop, self._keeper = loop, keeper
+        self._eos_ids, self._prior = eos_ids, prior
+        self._scorers = {"prm": _prm, "confidence": _confidence, **(scorers or {})}
+        self._on_event = on_event
+        self._queries: dict[int, _Query] = {}
+        self._arrived: deque[Callable[[], None]] = deque()
+        self._awake = False
+        self._asyncio = asyncio.get_running_loop()
+
+    # ---- paths --------------------------------------------------------------------------
+
+    def root(self, prompt: Sequence[int], *, query: int, seed: int) -> Node:
+        """See `PathPool`.
+
+        Raises:
+            RequestError: the prompt is empty, or as long as the context.
+            SearchError: there is a query of that number.
+        """
+        longest = self._keeper.max_model_len - 1
+        if not 0 < len(prompt) <= longest:
+            raise RequestError(f"a prompt has 1 to {longest} tokens, not {len(prompt)}", "prompt")
+        if query in self._queries:
+            raise SearchError(f"query {query} has begun already; give each a number of its own")
+        path = self._keeper.new_root(list(prompt))
+        self._loop.post(lambda _: self._keeper.read_root(path))
+        node, found = Node(query), _Query(seed, len(prompt), steps=self._loop.stats().num_steps)
+        found.nodes[node] = _Record(path, None, PathStats(()))
+        found.ledger.prefill = len(prompt)
+        self._queries[query] = found
+        return node
+
+    def fork(self, parent: Node, index: int, *, at: int | None = None) -> Node:
+        node = Node(parent.query, (*parent.path, (index, -1 if at is None else at)))
+        query = self._query(parent)
+        if (found := query.nodes.get(node)) is not None and found.alive:
+            return node
+        record = self._record(parent)
+        known = record.known if at is None else _first(record.known, at)
+        path = self._keeper.fork(record.path, query.prompt_len + known.n_tokens)
+        query.nodes[node] = _Record(path, parent, known)
+        return node
+
+    def extend(self, n: Node, g: Gen, *, prio: Prio = Prio.COMMIT) -> Awaitable[Step]:
+        record, query = self._record(n), self._query(n)
+        future: asyncio.Future[Step] = self._asyncio.create_future()
+        future.add_done_callback(_looked_at)
+        if record.running is not None:
+            future.set_exception(SearchError(f"{n} is being extended; wait for that, or fork"))
+            return future
+        if g.route is not None and g.route.K > 1:
+            future.set_exception(
+                SearchError("this engine has no router noise; use Gen(route=None)")
+            )
+            return future
+        record.running, record.prio = future, prio
+        query.ledger.calls += 1
+        self._extend(n, record, g, prio, (), partial(self._extended, n, record, g))
+        return future
+
+    def _extend(
+        self,
+        n: Node,
+        record: _Record,
+        g: Gen,
+        prio: Prio,
+        suffix: Sequence[int],
+        done: Callable[[Extension], None],
+    ) -> None:
+        seed = _words(self._query(n).seed, n.path)
+        stops = self._eos_ids.union(g.stop)
+        arguments = record.path, g, seed, stops, int(prio), suffix, partial(self._deliver, done)
+        self._loop.post(lambda _: self._keeper.extend(*arguments))
+
+    def score(self, n: Node, *, scorer: str = "prm", prio: Prio = Prio.COMMIT) -> Awaitable[float]:
+        record = self._record(n)
+        if scorer not in self._scorers:
+            known = ", ".join(self._scorers)
+            raise SearchError(f"there is no scorer {scorer!r}; there are {known}")
+        if (running := record.scoring.get(scorer)) is not None:
+            return running
+        task = asyncio.ensure_future(self._scorers[scorer](self, n))
+        record.scoring[scorer] = task
+        task.add_done_callback(partial(self._scored, n, record, scorer))
+        return task
+
+    def probe(self, n: Node, suffix: Sequence[int], max_tokens: int) -> Awaitable[Step]:
+        record, query = self._record(n), self._query(n)
+        future: asyncio.Future[Step] = self._asyncio.create_future()
+        future.add_done_callback(_looked_at)
+        path = self._keeper.fork(record.path, query.prompt_len + record.known.n_tokens)
+        node = Node(n.query, (*n.path, (-1, query.ledger.calls)))
+        probe = _Record(path, n, record.known, running=future)
+        query.nodes[node] = probe
+        query.ledger.calls += 1
+        query.ledger.prefill += len(suffix)
+        g = Gen(max_tokens, temperature=0.0)
+
+        def done(extension: Extension) -> None:
+            self._extended(node, probe, g, extension, silent=True)
+            self.release(node)
+
+        self._extend(node, probe, g, Prio.COMMIT, tuple(suffix), done)
+        return future
+
+    # ---- ends ---------------------------------------------------------------------------
+
+    def promote(self, n: Node) -> None:
+        record, ledger = self._record(n), self._query(n).ledger
+        if record.prio is Prio.SPEC:
+            record.prio = Prio.COMMIT
+            ledger.spec_waste -= record.made
+            ledger.spec_hit += record.made
+            ledger.committed += record.made
+            self._loop.post(lambda _: self._keeper.promote(record.path))
+
+    def cancel(self, n: Node, *, subtree: bool = True) -> None:
+        query = self._query(n)
+        self._record(n)
+        depth = len(n.path)
+        for node, record in list(query.nodes.items()):
+            below = subtree and node.path[:depth] == n.path
+            if record.alive and (below or node == n):
+                self._end(node, record)
+
+    def _end(self, n: Node, record: _Record) -> None:
+        record.alive = False
+        self._loop.post(lambda _: self._keeper.cancel(record.path))
+        cancelled = Cancelled(f"{n} was cancelled")
+        if (running := record.running) is not None and not running.done():
+            running.set_exception(cancelled)
+            self._tell(n, Failed(n, cancelled))
+        for scoring in record.scoring.values():
+            scoring.cancel()
+
+    def release(self, n: Node) -> None:
+        record = self._query(n).nodes.get(n)
+        if record is not None:
+            record.alive = False
+            self._loop.post(lambda _: self._keeper.release(record.path))
+
+    def close(self, query: int) -> Ledger:
+        found = self._queries.get(query)
+        if found is None or found.closed:
+            return replace(found.ledger) if found else Ledger()
+        for node, record in list(found.nodes.items()):
+            if record.alive:
+                self._end(node, record)
+        self._loop.call(lambda _: None)  # what was running has ended by then
+        self._drain()
+        found.closed = True
+        found.events.put_nowait(None)
+        found.ledger.critical_steps = self._loop.stats().num_steps - found.steps
+        return replace(found.ledger)
+
+    # ---- what is known --------------------------------------------------------------------
+
+    def stats(self, n: Node) -> PathStats:
+        record = self._query(n).nodes.get(n)
+        if record is None:
+            raise DeadPathError(f"{n} never was; fork it first")
+        return record.known
+
+    async def events(self, query: int) -> AsyncIterator[Event]:
+        found = self._queries[query]
+        while (event := await found.events.get()) is not None:
+            yield event
+
+    def capacity(self) -> Capacity:
+        return self._keeper.capacity()
+
+    def ledger(self, query: int) -> Ledger:
+        return replace(self._queries[query].ledger)
+
+    async def log_odds(self, n: Node) -> float:
+        """Of a reward head, that the path is right so far.
+
+        Raises:
+            SearchError: no reward head is loaded, or the engine failed.
+        """
+        future: asyncio.Future[float] = self._asyncio.create_future()
+        record = self._record(n)
+
+        def done(value: float | Exception) -> None:
+            if future.done():
+                return
+            if isinstance(value, Exception):
+                future.set_exception(SearchError(str(value)))
+            else:
+                future.set_result(value + self._prior)
+
+        answer = partial(self._deliver, done)
+        self._loop.post(lambda _: self._keeper.score(record.path, answer))
+        return await future
+
+    def _query(self, n: Node) -> _Query:
+        found = self._queries.get(n.query)
+        if found is None:
+            raise DeadPathError(f"{n}: query {n.query} never began; ask for a root first")
+        return found
+
+    def _record(self, n: Node) -> _Record:
+        found = self._query(n).nodes.get(n)
+        if found is None or not found.alive:
+            state = "never was; fork it first" if found is None else "was cancelled or released"
+            raise DeadPathError(f"{n} {state}")
+        return found
+
+    # ---- what arrives -----------------------------------------------------------------------
+
+    def _deliver(self, done: Callable[[Any], None], value: Any) -> None:
+        """Calls `done` on the event loop; on the engine's thread, and once for many."""
+        self._arrived.append(partial(done, value))
+        if not self._awake:
+            self._awake = True
+            if not self._asyncio.is_closed():
+                self._asyncio.call_soon_threadsafe(self._drain)
+
+    def _drain(self) -> None:
+        self._awake = False
+        while self._arrived:
+            self._arrived.popleft()()
+
+    def _extended(
+        self, n: Node, record: _Record, g: Gen, end: Extension, *, silent: bool = False
+    ) -> None:
+        query, count = self._query(n), len(end.tokens)
+        record.made += count
+        spend(query.ledger, record.prio, count)
+        query.ledger.peak_pages = max(query.ledger.peak_pages, self._keeper.pages_in_use())
+        record.known = _longer(record.known, end, self._eos_ids)
+        future, record.running = record.running, None
+        if future is None or future.done():
+            return  # given up meanwhile
+        if end.error is not None:
+            error = SearchError(f"{n} cannot be extended: {end.error}")
+            future.set_exception(error)
+            self._tell(n, Failed(n, error))
+            return
+        step = _step(end, g, self._eos_ids)
+        future.set_result(step)
+        if not silent:
+            self._tell(n, StepDone(n, step))
+
+    def _scored(self, n: Node, record: _Record, scorer: str, task: asyncio.Future[float]) -> None:
+        record.scoring.pop(scorer, None)
+        if task.cancelled():
+            self._tell(n, Failed(n, Cancelled(f"{n} was cancelled")))
+        elif (error := task.exception()) is not None:
+            failure = error if isinstance(error, Exception) else SearchError(repr(error))
+            self._tell(n, Failed(n, failure))
+        else:
+            scores = {**(record.known.scores or {}), scorer: task.result()}
+            record.known = replace(record.known, scores=scores)
+            self._tell(n, Scored(n, scorer, task.result()))
+
+    def _tell(self, n: Node, event: Event) -> None:
+        if not (query := self._query(n)).closed:
+            query.events.put_nowait(event)
+            if self._on_event is not None:
+                self._on_event(event)
+
+
+def spend(ledger: Ledger, prio: Prio, count: int) -> None:
+    """Enters tokens that were drawn."""
+    if prio is Prio.SPEC:
+        ledger.spec_waste += count
+    else:
+        ledger.committed += count
+
+
+async def _prm(pool: EnginePool, n: Node) -> float:
+    return 1 / (1 + math.exp(-min(max(await pool.log_odds(n), -60.0), 60.0)))
+
+
+async def _confidence(pool: EnginePool, n: Node) -> float:
+    """The probability of the path's tokens, on geometric average."""
+    known = pool.stats(n)
+    return math.exp(known.logprob / max(known.n_tokens, 1))
+
+
+def _step(end: Extension, g: Gen, eos_ids: frozenset[int]) -> Step:
+    last = end.tokens[-1] if end.tokens else None
+    reason = "end" if last in eos_ids else "stop" if last in g.stop else "length"
+    return Step(tuple(end.tokens), reason, *_columns(end))
+
+
+def _columns(end: Extension) -> tuple[tuple[float, ...], ...]:
+    """Log-probabilities, entropies, margins and confidences."""
+    return tuple(zip(*end.stats, strict=True)) if end.stats else ((), (), (), ())
+
+
+def _longer(known: PathStats, end: Extension, eos_ids: frozenset[int]) -> PathStats:
+    if not end.tokens:
+        return known
+    logprobs, entropies, margins, confidences = _columns(end)
+    return replace(
+        known,
+        tokens=(*known.tokens, *end.tokens),
+        logprobs=(*known.logprobs, *logprobs),
+        entropies=(*known.entropies, *entropies),
+        margins=(*known.margins, *margins),
+        confidences=(*known.confidences, *confidences),
+        finished=end.tokens[-1] in eos_ids,
+        scores=None,
+    )
+
+
+def _first(known: PathStats, count: int) -> PathStats:
+    """Of the first tokens of a path.
+
+    Raises:
+        SearchError: it has fewer.
+    """
+    if not 0 <= count <= known.n_tokens:
+        raise SearchError(f"at={count} must be within the {known.n_tokens} tokens of the path")
+    if count == known.n_tokens:
+        return known
+    return PathStats(
+        known.tokens[:count], known.logprobs[:count], known.entropies[:count],
+        known.margins[:count], known.confidences[:count],
+    )  # fmt: skip
+
+
+def _words(seed: int, path: tuple[tuple[int, int], ...]) -> tuple[int, int]:
+    """Two 32-bit words for the random numbers of a path."""
+    digest = hashlib.blake2b(repr((seed, path)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
+
+
+def _looked_at(future: asyncio.Future[Any]) -> None:
+    """Results may be read as events instead."""
+    if not future.cancelled():
+        future.exception()

@@ -1,0 +1,177 @@
+"""HyPER: expand a pool of paths where something new is to be found, reduce it where nothing is.
+
+Each round, paths that have become unsure are pruned, and so are those that only repeat what others
+have said from the same state. Then one of four actions is taken, by scores that shift from
+exploring to exploiting as the search goes on (specification, section 2.3): branch from a sure
+state that is likely to go on in a new way, grow unsure paths by the best of several segments,
+refine their tokens by several routings, or nothing. Derivations are voted on by length and
+confidence, less what an answer would have to call false (`reasoning.answers.faults`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from jaxserve.protocol import RouteNoise
+from reasoning.answers import Answer, Candidate, LengthConfidence, is_decided, tally
+from reasoning.controllers.hyper_scores import Scores
+from reasoning.derivations import Derivation, Map, Survey, weigh
+from reasoning.pool import Action, Fork, Path, PoolView, Prune, Refine, Segment, Stop
+from reasoning.signals import least_group, percentile
+
+
+@dataclass(frozen=True)
+class HyPER:
+    """Defaults were chosen on modchain-moe's dev split.
+
+    Attributes:
+        width: paths that the search begins with, and most that are live later.
+        paths: most paths in all.
+        floor: least sure confidence of `window` tokens; None: that of the first `warmup` paths,
+            whole, of which the share `keep` lies above it.
+        alike: tokens by which ways of going on are told apart; 0: paths are never merged.
+        novelty: a place is worth a branch while a fork is new with at least this probability.
+        deep: how much cheap branches, late in a path, are preferred over ones that share little.
+        fault: what a claim that an answer needs to be false takes from its vote, in nats.
+        trust: power of the mean score of an answer's finished paths by which its vote is
+            multiplied, where `run_pool` was given a scorer; 0: scores are not looked at.
+        segment: m tokens and k forks of a MultiToken action; None: never taken.
+        route: of a SingleToken action; None: never taken.
+    """
+
+    width: int = 2
+    paths: int = 80
+    floor: float | None = 3.5
+    warmup: int = 16
+    keep: float = 0.5
+    window: int = 1
+    alike: int = 2
+    novelty: float = 0.05
+    deep: float = 0.5
+    fault: float = 1.0
+    trust: float = 0.0
+    vote: LengthConfidence = field(default_factory=LengthConfidence)
+    segment: tuple[int, int] | None = None
+    route: RouteNoise | None = None
+    scores: Scores = field(default_factory=Scores)
+    period: int = 3
+    name: ClassVar[str] = "hyper"
+    branching: ClassVar[bool] = True
+
+    def __post_init__(self):
+        if min(self.width, self.paths, self.warmup, self.window, self.period) < 1:
+            raise ValueError(f"{self}: counts must be positive")
+
+    def start(self, view: PoolView) -> Sequence[Action]:
+        first = self.width if self.floor is not None else max(self.width, self.warmup)
+        return [Fork(i) for i in range(min(first, self.paths))]
+
+    def step(self, view: PoolView) -> Sequence[Action]:
+        floor = self.threshold(view)
+        if floor is None:
+            return []
+        known = self._survey(view, floor)
+        weak = _unheard(view, [p for p in view.live if least_group(p.stats, self.window) < floor])
+        same = [p for p in view.live if p not in weak and self._repeats(view, known, p)]
+        live = [p for p in view.live if p not in weak and p not in same]
+        branches = self._branches(view, known, live)
+        answers = self._derivations(known)
+        if self._decided(view, answers, live):
+            return [Stop(decided=True)]
+        if not live and not branches and not answers and weak:
+            weak.remove(best := max(weak, key=lambda p: least_group(p.stats, self.window)))
+            live = [best]  # an unsure answer is better than none
+        actions: list[Action] = [Prune(p.node) for p in [*weak, *same]]
+        if not live:
+            return [*actions, *(branches or [Stop()])]
+        return [*actions, *self._act(view, live, floor, branches)]
+
+    def threshold(self, view: PoolView) -> float | None:
+        """None while the warm-up runs."""
+        if self.floor is not None:
+            return self.floor
+        full = view.paths[: self.warmup]
+        if any(p.state == "live" for p in full):
+            return None
+        return percentile([least_group(p.stats, self.window) for p in full], 1 - self.keep)
+
+    def _survey(self, view: PoolView, floor: float) -> Map:
+        return Survey(floor, self.window, max(self.alike, 1)).of(view)
+
+    def _derivations(self, known: Map) -> list[Derivation]:
+        return known.derivations() if self.alike else known.own
+
+    def _repeats(self, view: PoolView, known: Map, path: Path) -> bool:
+        if not self.alike or view.question.state is None:
+            return False
+        return known.repeats(view.paths.index(path), path, self.alike, self.novelty)
+
+    def _branches(self, view: PoolView, known: Map, live: Sequence[Path]) -> list[Action]:
+        """Forks of the places most worth it, as many as there is room and budget for."""
+        length = max(p.stats.n_tokens for p in view.paths)
+        left = view.left - sum(length - p.stats.n_tokens for p in live)
+        roots = sum(p.parent is None for p in view.paths)
+        forks = list[Action]()
+        while len(forks) < min(self.width - len(live), self.paths - len(view.paths)):
+            place = max(known.places.values(), key=lambda p: p.worth(length, self.deep))
+            left -= length - place.at
+            if place.novelty < self.novelty or left < 0:
+                break
+            place.tries += 1
+            index = roots if place.node is None else len(view.paths) + len(forks)
+            roots += place.node is None
+            forks.append(Fork(index, place.node, place.at if place.node else None))
+        return forks
+
+    def _act(
+        self, view: PoolView, live: list[Path], floor: float, branches: list[Action]
+    ) -> list[Action]:
+        unsure = min(live, key=lambda p: p.stats.conf_group(self.window)).node
+        actions: dict[str, list[Action]] = {"none": [], "branch": branches}
+        if self.segment:
+            actions["multi"] = [Segment(unsure, *self.segment)]
+        if self.route:
+            actions["single"] = [Refine(unsure, self.route)]
+        choose = self.scores.choose
+        return actions[choose(view, live, floor, self.window, self.width, set(actions))]
+
+    def _decided(self, view: PoolView, known: list[Derivation], live: Sequence[Path]) -> bool:
+        """The safe test, where each path is one vote: no vote to come can change the winner."""
+        if self.fault or (self.alike and view.question.state is not None):
+            return False
+        totals = weigh(known, self.vote, self.fault)
+        return is_decided(totals, len(live) + self.paths - len(view.paths))
+
+    def _judged(self, view: PoolView, totals: dict[Hashable, float]) -> dict[Hashable, float]:
+        for answer in totals if self.trust else ():
+            scores = [p.score for p in view.finished if p.answer == answer and p.score is not None]
+            totals[answer] *= (sum(scores) / len(scores)) ** self.trust if scores else 1.0
+        return dict(sorted(totals.items(), key=lambda item: -item[1]))
+
+    def aggregate(self, view: PoolView) -> Answer:
+        floor = self.threshold(view)
+        known = self._derivations(self._survey(view, -math.inf if floor is None else floor))
+        if not known:  # nobody was sure
+            known = self._derivations(self._survey(view, -math.inf))
+        totals = self._judged(view, weigh(known, self.vote, self.fault))
+        answer = next(iter(totals), None)
+        saying = [p for p in view.finished if p.answer is not None and p.answer == answer]
+        best = max(saying, key=lambda p: least_group(p.stats, self.window), default=None)
+        return Answer(answer, totals, best.node if best else None)
+
+
+def _unheard(view: PoolView, weak: Sequence[Path]) -> list[Path]:
+    """Less the last path of an answer that is among the two most said, probes included."""
+    said = {p: p.probes[-1].answer if p.probes else None for p in view.live}
+    said |= {p: p.answer for p in view.finished}
+    leaders = list(tally(Candidate(answer) for answer in said.values()))[:2]
+    kept, gone = list(said.values()), list[Path]()
+    for path in weak:
+        if said[path] in leaders and kept.count(said[path]) == 1:
+            continue
+        kept.remove(said[path])
+        gone.append(path)
+    return gone
