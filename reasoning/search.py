@@ -30,14 +30,12 @@ from jaxserve.protocol import (
     StepDone,
 )
 from reasoning.answers import Answer, Candidate, is_decided, tally, vote
-from reasoning.result import Budget, Piece, Result, Stopped
+from reasoning.result import Budget, Piece, Result, Stopped, next_query
 from reasoning.speculation import Coordinator, Guess, Speculator, shadow_predict
 from reasoning.tree import Expand, Grown, SearchPolicy, Tree, candidates
 
 T = TypeVar("T")
 _ANY = 1 << 30  # an index that no policy asks for: what is refuted of it is of every other one
-
-_queries = itertools.count(1 << 20)  # apart from the numbers that other runners give
 
 
 async def run_search(
@@ -63,7 +61,7 @@ async def run_search(
         SearchError: the policy failed, or asks for nothing and is not done.
         DeadPathError: the policy asked for a child of a node that is not there, or has ended.
     """
-    number = next(_queries) if query is None else query
+    number = next_query() if query is None else query
     search = _Search(policy, pool, question, budget or Budget(), spec, scorer, coordinator, number)
     try:
         return await search.run()
@@ -285,7 +283,7 @@ class _Search:
     def flying(self) -> int:
         return sum(f.prio == Prio.SPEC and f.grown is None for f in self.flights.values())
 
-    def begin(self, guess: Guess) -> None:
+    def begin(self, guess: Guess) -> bool:
         """Runs ahead, unless the search has gone on since this seemed a good idea."""
         expand = guess.expand
         parent = self.tree.grown.get(expand.parent)
@@ -293,9 +291,11 @@ class _Search:
             flight = self.flights.get(expand.parent)
             parent = flight.grown if flight else None
         known = expand.child in self.flights or parent is None or parent.finished
-        if not known and not self._decide(self.policy.refuted, self.tree, expand):
-            self.speculated += 1
-            self._begin(expand, Prio.SPEC, guess)
+        if known or self._decide(self.policy.refuted, self.tree, expand):
+            return False
+        self.speculated += 1
+        self._begin(expand, Prio.SPEC, guess)
+        return True
 
     def _speculate(self) -> None:
         spec = self.spec

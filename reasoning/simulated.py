@@ -240,7 +240,9 @@ class SimulatedPool:
         node = Node(parent.query, (*parent.path, (index, -1 if at is None else at)))
         query = self._queries.get(parent.query)
         above = query.paths.get(parent) if query else None
-        if query and above and above.alive and above.held and node not in query.paths:
+        known = query.paths.get(node) if query else None
+        gone = known is None or not known.alive or not known.held
+        if query and above and above.alive and above.held and gone:
             offset = above.prefix() if at is None else min(at + self._prompt(above), above.prefix())
             way = (*above.way, node.path[-1])
             query.paths[node] = _Path(node, above, above.seed, offset, way)

@@ -140,7 +140,9 @@ class Seeker(Protocol):
         """Its speculative rows."""
         ...
 
-    def begin(self, guess: Guess) -> None: ...
+    def begin(self, guess: Guess) -> bool:
+        """Whether it still wanted that."""
+        ...
 
 
 @dataclass
@@ -209,8 +211,7 @@ class Coordinator:
             if worth <= price(capacity, begun):
                 return
             self._offers[seeker].pop()
-            seeker.begin(guess)
-            begun += 1
+            begun += seeker.begin(guess)
 
     def _open(self) -> list[Seeker]:
         """Whose turn it may be: nobody gets a third row while somebody waits for a first."""
