@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 import statistics
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Hashable, Sequence
@@ -70,6 +71,10 @@ async def run_search(
         pool.close(number)
 
 
+async def _of(events: AsyncIterator[Event]) -> Event:
+    return await anext(events)
+
+
 @dataclass
 class _Flight:
     """A step that was begun.
@@ -109,7 +114,7 @@ class _Search:
         self.held = dict[Node, None]()  # committed, with pages
         self.wasted = list[Grown]()
         self.began, self.policy_seconds = time.monotonic(), 0.0
-        self.awaits_score = False  # of the step that ended last
+        self.news = True  # since it last ran ahead
         self.asked, self.refused, self.speculated, self.hits = 0, False, 0, 0
 
     async def run(self) -> Result:
@@ -117,7 +122,6 @@ class _Search:
         try:
             self._ask()
             while (stopped := self._advance()) is None:
-                self._speculate()
                 event = await self._next(events)
                 if event is None:
                     stopped = "budget"
@@ -129,14 +133,25 @@ class _Search:
         return self._result(stopped)
 
     async def _next(self, events: AsyncIterator[Event]) -> Event | None:
-        """The next event; None once the time is over."""
-        if self.budget.seconds == float("inf"):
+        """The next event; None once the time is over.
+
+        Only if it has to be waited for, the search runs ahead first: steps that end together are
+        one occasion to think.
+        """
+        if self.spec is None and self.budget.seconds == math.inf:
             return await anext(events)
-        left = self.budget.seconds - (time.monotonic() - self.began)
+        event = asyncio.ensure_future(_of(events))
         try:
-            return await asyncio.wait_for(anext(events), max(left, 0))
-        except TimeoutError:
-            return None
+            await asyncio.sleep(0)
+            if not event.done():
+                self._speculate()
+            left = self.budget.seconds - (time.monotonic() - self.began)
+            await asyncio.wait([event], timeout=None if left == math.inf else max(left, 0))
+            return await event if event.done() else None
+        finally:
+            if not event.done():
+                event.cancel()
+                await asyncio.wait([event])
 
     # ---- what the policy sees
 
@@ -175,12 +190,16 @@ class _Search:
             self.tree.commit(flight.grown)
             self.held[flight.grown.node] = None
             self._decide(self.policy.observe, self.tree, flight.grown)
-            self._ask()
-            self._cancel_refuted()
-            self._release()
+            if self._ask():  # only what it asks for rules anything out
+                self._cancel_refuted()
+                self._release()
 
-    def _ask(self) -> None:
-        """Begins what the policy wants now, or finds that it was begun ahead of time."""
+    def _ask(self) -> bool:
+        """Begins what the policy wants now, or finds that it was begun ahead of time.
+
+        Returns whether that was anything new.
+        """
+        before = self.asked
         for expand in self._decide(self.policy.ready, self.tree):
             child = expand.child
             if child in self.tree.pending or child in self.tree.grown:
@@ -191,7 +210,7 @@ class _Search:
                 raise DeadPathError(f"{self.policy.name} continues {expand.parent}, which {why}")
             if self.asked >= self.budget.paths:
                 self.refused = True
-                return
+                break
             self.asked += 1
             self.tree.ask(expand)
             flight = self.flights.get(child)
@@ -199,6 +218,7 @@ class _Search:
                 self._begin(expand, Prio.COMMIT)
             else:
                 self._promote(flight)
+        return self.asked > before
 
     def _release(self) -> None:
         """Gives back the pages of nodes that will have no more children."""
@@ -238,7 +258,7 @@ class _Search:
         return found
 
     def _take(self, event: Event) -> None:
-        flight, self.awaits_score = self.flights.get(event.node), False
+        flight = self.flights.get(event.node)
         if flight is None:
             return  # of a step that was given up
         if isinstance(event, Failed):
@@ -246,13 +266,13 @@ class _Search:
         elif isinstance(event, StepDone):
             flight.grown = self._end_of(flight.expand, event.step)
             if self._decide(self.policy.wants_score, flight.grown):
-                self.awaits_score = True
+                self.news |= self.spec is not None and self.spec.unscored
                 self.pool.score(event.node, scorer=self.scorer, prio=flight.prio)
             else:
-                flight.complete = True
+                flight.complete = self.news = True
         elif flight.grown is not None and event.scorer == self.scorer:
             flight.grown = replace(flight.grown, score=event.value)
-            flight.complete = True
+            flight.complete = self.news = True
 
     def _end_of(self, expand: Expand, step: Step) -> Grown:
         parent = self._look(expand.parent)
@@ -299,8 +319,9 @@ class _Search:
 
     def _speculate(self) -> None:
         spec = self.spec
-        if spec is None or not spec.width or (self.awaits_score and not spec.unscored):
+        if spec is None or not spec.width or not self.news:
             return
+        self.news = False
         free = spec.width - self.flying()
         capacity = self.pool.capacity()
         if free <= 0 or capacity.live_rows >= capacity.ridge:

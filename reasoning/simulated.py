@@ -349,8 +349,8 @@ class SimulatedPool:
                 yield found.inbox.popleft()
                 continue
             found.wake.clear()
+            await asyncio.sleep(0)  # whoever is about to begin, or to think, comes first
             found.waiting = True
-            await asyncio.sleep(0)  # whoever is about to begin begins before the clock moves
             self._advance()
             await found.wake.wait()
             found.waiting = False
