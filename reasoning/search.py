@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 import statistics
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Hashable, Sequence
@@ -30,14 +31,12 @@ from jaxserve.protocol import (
     StepDone,
 )
 from reasoning.answers import Answer, Candidate, is_decided, tally, vote
-from reasoning.result import Budget, Piece, Result, Stopped
+from reasoning.result import Budget, Piece, Result, Stopped, next_query
 from reasoning.speculation import Coordinator, Guess, Speculator, shadow_predict
 from reasoning.tree import Expand, Grown, SearchPolicy, Tree, candidates
 
 T = TypeVar("T")
 _ANY = 1 << 30  # an index that no policy asks for: what is refuted of it is of every other one
-
-_queries = itertools.count(1 << 20)  # apart from the numbers that other runners give
 
 
 async def run_search(
@@ -63,13 +62,17 @@ async def run_search(
         SearchError: the policy failed, or asks for nothing and is not done.
         DeadPathError: the policy asked for a child of a node that is not there, or has ended.
     """
-    number = next(_queries) if query is None else query
+    number = next_query() if query is None else query
     search = _Search(policy, pool, question, budget or Budget(), spec, scorer, coordinator, number)
     try:
         return await search.run()
     finally:
         search.coordinator.leave(search)
         pool.close(number)
+
+
+async def _of(events: AsyncIterator[Event]) -> Event:
+    return await anext(events)
 
 
 @dataclass
@@ -111,7 +114,7 @@ class _Search:
         self.held = dict[Node, None]()  # committed, with pages
         self.wasted = list[Grown]()
         self.began, self.policy_seconds = time.monotonic(), 0.0
-        self.awaits_score = False  # of the step that ended last
+        self.news = True  # since it last ran ahead
         self.asked, self.refused, self.speculated, self.hits = 0, False, 0, 0
 
     async def run(self) -> Result:
@@ -119,7 +122,6 @@ class _Search:
         try:
             self._ask()
             while (stopped := self._advance()) is None:
-                self._speculate()
                 event = await self._next(events)
                 if event is None:
                     stopped = "budget"
@@ -131,14 +133,25 @@ class _Search:
         return self._result(stopped)
 
     async def _next(self, events: AsyncIterator[Event]) -> Event | None:
-        """The next event; None once the time is over."""
-        if self.budget.seconds == float("inf"):
+        """The next event; None once the time is over.
+
+        Only if it has to be waited for, the search runs ahead first: steps that end together are
+        one occasion to think.
+        """
+        if self.spec is None and self.budget.seconds == math.inf:
             return await anext(events)
-        left = self.budget.seconds - (time.monotonic() - self.began)
+        event = asyncio.ensure_future(_of(events))
         try:
-            return await asyncio.wait_for(anext(events), max(left, 0))
-        except TimeoutError:
-            return None
+            await asyncio.sleep(0)
+            if not event.done():
+                self._speculate()
+            left = self.budget.seconds - (time.monotonic() - self.began)
+            await asyncio.wait([event], timeout=None if left == math.inf else max(left, 0))
+            return await event if event.done() else None
+        finally:
+            if not event.done():
+                event.cancel()
+                await asyncio.wait([event])
 
     # ---- what the policy sees
 
@@ -177,12 +190,16 @@ class _Search:
             self.tree.commit(flight.grown)
             self.held[flight.grown.node] = None
             self._decide(self.policy.observe, self.tree, flight.grown)
-            self._ask()
-            self._cancel_refuted()
-            self._release()
+            if self._ask():  # only what it asks for rules anything out
+                self._cancel_refuted()
+                self._release()
 
-    def _ask(self) -> None:
-        """Begins what the policy wants now, or finds that it was begun ahead of time."""
+    def _ask(self) -> bool:
+        """Begins what the policy wants now, or finds that it was begun ahead of time.
+
+        Returns whether that was anything new.
+        """
+        before = self.asked
         for expand in self._decide(self.policy.ready, self.tree):
             child = expand.child
             if child in self.tree.pending or child in self.tree.grown:
@@ -193,7 +210,7 @@ class _Search:
                 raise DeadPathError(f"{self.policy.name} continues {expand.parent}, which {why}")
             if self.asked >= self.budget.paths:
                 self.refused = True
-                return
+                break
             self.asked += 1
             self.tree.ask(expand)
             flight = self.flights.get(child)
@@ -201,6 +218,7 @@ class _Search:
                 self._begin(expand, Prio.COMMIT)
             else:
                 self._promote(flight)
+        return self.asked > before
 
     def _release(self) -> None:
         """Gives back the pages of nodes that will have no more children."""
@@ -240,7 +258,7 @@ class _Search:
         return found
 
     def _take(self, event: Event) -> None:
-        flight, self.awaits_score = self.flights.get(event.node), False
+        flight = self.flights.get(event.node)
         if flight is None:
             return  # of a step that was given up
         if isinstance(event, Failed):
@@ -248,13 +266,13 @@ class _Search:
         elif isinstance(event, StepDone):
             flight.grown = self._end_of(flight.expand, event.step)
             if self._decide(self.policy.wants_score, flight.grown):
-                self.awaits_score = True
+                self.news |= self.spec is not None and self.spec.unscored
                 self.pool.score(event.node, scorer=self.scorer, prio=flight.prio)
             else:
-                flight.complete = True
+                flight.complete = self.news = True
         elif flight.grown is not None and event.scorer == self.scorer:
             flight.grown = replace(flight.grown, score=event.value)
-            flight.complete = True
+            flight.complete = self.news = True
 
     def _end_of(self, expand: Expand, step: Step) -> Grown:
         parent = self._look(expand.parent)
@@ -285,7 +303,7 @@ class _Search:
     def flying(self) -> int:
         return sum(f.prio == Prio.SPEC and f.grown is None for f in self.flights.values())
 
-    def begin(self, guess: Guess) -> None:
+    def begin(self, guess: Guess) -> bool:
         """Runs ahead, unless the search has gone on since this seemed a good idea."""
         expand = guess.expand
         parent = self.tree.grown.get(expand.parent)
@@ -293,14 +311,17 @@ class _Search:
             flight = self.flights.get(expand.parent)
             parent = flight.grown if flight else None
         known = expand.child in self.flights or parent is None or parent.finished
-        if not known and not self._decide(self.policy.refuted, self.tree, expand):
-            self.speculated += 1
-            self._begin(expand, Prio.SPEC, guess)
+        if known or self._decide(self.policy.refuted, self.tree, expand):
+            return False
+        self.speculated += 1
+        self._begin(expand, Prio.SPEC, guess)
+        return True
 
     def _speculate(self) -> None:
         spec = self.spec
-        if spec is None or not spec.width or (self.awaits_score and not spec.unscored):
+        if spec is None or not spec.width or not self.news:
             return
+        self.news = False
         free = spec.width - self.flying()
         capacity = self.pool.capacity()
         if free <= 0 or capacity.live_rows >= capacity.ridge:

@@ -240,7 +240,9 @@ class SimulatedPool:
         node = Node(parent.query, (*parent.path, (index, -1 if at is None else at)))
         query = self._queries.get(parent.query)
         above = query.paths.get(parent) if query else None
-        if query and above and above.alive and above.held and node not in query.paths:
+        known = query.paths.get(node) if query else None
+        gone = known is None or not known.alive or not known.held
+        if query and above and above.alive and above.held and gone:
             offset = above.prefix() if at is None else min(at + self._prompt(above), above.prefix())
             way = (*above.way, node.path[-1])
             query.paths[node] = _Path(node, above, above.seed, offset, way)
@@ -347,8 +349,8 @@ class SimulatedPool:
                 yield found.inbox.popleft()
                 continue
             found.wake.clear()
+            await asyncio.sleep(0)  # whoever is about to begin, or to think, comes first
             found.waiting = True
-            await asyncio.sleep(0)  # whoever is about to begin begins before the clock moves
             self._advance()
             await found.wake.wait()
             found.waiting = False

@@ -13,6 +13,7 @@ from typing import Literal, Protocol
 from jaxserve.protocol import Capacity, Node, Step
 from reasoning.tree import Expand, Grown, SearchPolicy, Tree
 
+Bucket = tuple[int, int, bool]
 Mode = Literal["lossless", "paper", "opportunistic"]
 
 
@@ -60,16 +61,18 @@ class Guess:
     Attributes:
         distance: decisions of the policy between now and then.
         rank: its place in that decision.
+        scored: the step that it continues has its score.
     """
 
     expand: Expand
     distance: int
     rank: int
+    scored: bool = True
 
     @property
-    def bucket(self) -> tuple[int, int]:
+    def bucket(self) -> Bucket:
         """Guesses whose fates say something about each other."""
-        return min(self.distance, 15).bit_length(), min(self.expand.index, 3)
+        return min(self.distance, 15).bit_length(), min(self.expand.index, 3), self.scored
 
 
 def shadow_predict(
@@ -97,7 +100,9 @@ def shadow_predict(
         for rank, new in enumerate(wanted):
             if new.child not in flying and _can_begin(tree, new, spec.lookahead):
                 idle = 0
-                yield Guess(new, distance, rank)
+                parent = tree.look(new.parent)
+                scored = parent is not None and parent.score is not None
+                yield Guess(new, distance, rank, scored)
 
 
 def _guessed(tree: Tree, expand: Expand, ended: Grown | None, lower: float) -> Grown:
@@ -135,7 +140,9 @@ class Seeker(Protocol):
         """Its speculative rows."""
         ...
 
-    def begin(self, guess: Guess) -> None: ...
+    def begin(self, guess: Guess) -> bool:
+        """Whether it still wanted that."""
+        ...
 
 
 @dataclass
@@ -162,8 +169,8 @@ class Coordinator:
 
     prior: tuple[float, float] = (3.0, 1.0)
     keep: float = 0.98
-    trust: dict[tuple[str, tuple[int, int]], _Trust] = field(
-        default_factory=dict[tuple[str, tuple[int, int]], _Trust]
+    trust: dict[tuple[str, Bucket], _Trust] = field(
+        default_factory=dict[tuple[str, Bucket], _Trust]
     )
     _offers: dict[Seeker, list[tuple[float, Guess]]] = field(
         default_factory=dict[Seeker, list[tuple[float, Guess]]]
@@ -204,8 +211,7 @@ class Coordinator:
             if worth <= price(capacity, begun):
                 return
             self._offers[seeker].pop()
-            seeker.begin(guess)
-            begun += 1
+            begun += seeker.begin(guess)
 
     def _open(self) -> list[Seeker]:
         """Whose turn it may be: nobody gets a third row while somebody waits for a first."""

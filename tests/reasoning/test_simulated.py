@@ -137,7 +137,7 @@ def test_promotion_never_starts_work_again():
     go(run())
 
 
-def test_cancelled_paths_say_so_and_stay_gone():
+def test_cancelled_paths_say_so_and_are_gone_until_they_are_forked_again():
     async def run():
         pool = SimulatedPool(DEEP, Machine())
         root = pool.root((1,), query=0, seed=0)
@@ -149,13 +149,15 @@ def test_cancelled_paths_say_so_and_stay_gone():
         with pytest.raises(Cancelled):
             await result
         with pytest.raises(DeadPathError):
-            await pool.extend(pool.fork(root, 0), LONG)
+            await pool.extend(node, LONG)
         with pytest.raises(DeadPathError):
             await pool.score(node)
         with pytest.raises(DeadPathError):
             pool.promote(node)
         with pytest.raises(DeadPathError):
             await pool.extend(pool.fork(node, 1), LONG)
+        again = await asyncio.gather(pool.extend(pool.fork(root, 0), LONG), until(pool, 0, 4))
+        assert len(again[0].tokens) == lengths(1)[0], "forked anew, it is the same path"
         pool.close(0)
 
     go(run())

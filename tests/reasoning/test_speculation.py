@@ -138,6 +138,7 @@ class Search:
 
     def begin(self, guess):
         self.begun.append(guess)
+        return True
 
 
 def offers(query, count, distance=1):
