@@ -231,8 +231,8 @@ def _split(stats: PathStats, question: Question, window: int) -> list[_Part]:
         _Part(
             start,
             tokens[start:end],
-            min(groups(stats.confidences[start:end], window)),
-            math.exp(stats.entropies[start]),
+            min(groups(stats.confidences[start:end], window), default=math.inf),
+            math.exp(stats.entropies[start]) if stats.entropies else 1.0,
             _state(question, tokens, end) if n < len(closed) else None,
         )
         for n, (start, end) in enumerate(pairwise(bounds))

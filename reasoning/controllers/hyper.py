@@ -25,7 +25,7 @@ from reasoning.signals import least_group, percentile
 
 @dataclass(frozen=True)
 class HyPER:
-    """Defaults were chosen on modchain-moe's dev split.
+    """Defaults were chosen on modchain-moe's dev split; elsewhere, begin with `floor=None`.
 
     Attributes:
         width: paths that the search begins with, and most that are live later.
