@@ -194,7 +194,7 @@ async def run_pool(
 
     The budget is never exceeded: what a round may cost at most is cut to what is left, the paths
     that were begun first served first. A policy that raises, or that acts on a dead path, ends its
-    own search with that error and no other one.
+    own search and no other one: with `SearchError`, its own error as the cause.
 
     Seconds are looked at between rounds.
 
@@ -256,6 +256,10 @@ class _Search:
         begun = time.perf_counter()
         try:
             return question(self.view)
+        except SearchError:
+            raise
+        except Exception as error:
+            raise SearchError(f"{self.policy.name}: {type(error).__name__}: {error}") from error
         finally:
             self.thinking += time.perf_counter() - begun
 

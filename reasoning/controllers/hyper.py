@@ -78,10 +78,9 @@ class HyPER:
         same = [p for p in view.live if p not in weak and self._repeats(view, known, p)]
         live = [p for p in view.live if p not in weak and p not in same]
         branches = self._branches(view, known, live)
-        answers = self._derivations(known)
-        if self._decided(view, answers, live):
+        if self._decided(view, known, live):
             return [Stop(decided=True)]
-        if not live and not branches and not answers and weak:
+        if not live and not branches and weak and not self._derivations(known):
             weak.remove(best := max(weak, key=lambda p: least_group(p.stats, self.window)))
             live = [best]  # an unsure answer is better than none
         actions: list[Action] = [Prune(p.node) for p in [*weak, *same]]
@@ -138,11 +137,11 @@ class HyPER:
         choose = self.scores.choose
         return actions[choose(view, live, floor, self.window, self.width, set(actions))]
 
-    def _decided(self, view: PoolView, known: list[Derivation], live: Sequence[Path]) -> bool:
+    def _decided(self, view: PoolView, known: Map, live: Sequence[Path]) -> bool:
         """The safe test, where each path is one vote: no vote to come can change the winner."""
         if self.fault or (self.alike and view.question.state is not None):
             return False
-        totals = weigh(known, self.vote, self.fault)
+        totals = weigh(self._derivations(known), self.vote, self.fault)
         return is_decided(totals, len(live) + self.paths - len(view.paths))
 
     def _judged(self, view: PoolView, totals: dict[Hashable, float]) -> dict[Hashable, float]:
