@@ -9,7 +9,7 @@ follows it is likely to be new.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -146,6 +146,17 @@ def weigh(
     fewest = min(false.values())
     totals = {a: w * math.exp(-fault * (false[a] - fewest)) for a, w in totals.items()}
     return dict(sorted(totals.items(), key=lambda item: -item[1]))
+
+
+def trusting(
+    totals: Mapping[Hashable, float], paths: Sequence[Path], power: float
+) -> dict[Hashable, float]:
+    """Weights times a power of the mean score of the paths that say it, where they have any."""
+    trusted = dict(totals)
+    for answer in trusted if power else ():
+        scores = [p.score for p in paths if p.answer == answer and p.score is not None]
+        trusted[answer] *= (sum(scores) / len(scores)) ** power if scores else 1.0
+    return dict(sorted(trusted.items(), key=lambda item: -item[1]))
 
 
 @dataclass(frozen=True)

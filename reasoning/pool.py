@@ -24,7 +24,7 @@ from jaxserve.protocol import (
     SearchError,
     Step,
 )
-from reasoning.answers import Answer
+from reasoning.answers import Answer, Candidate, tally
 from reasoning.result import Budget, Piece, Result, Stopped, next_query
 
 
@@ -142,6 +142,22 @@ class PoolView:
     def left(self) -> int:
         """Tokens that may still be spent."""
         return self.budget.tokens - self.spent
+
+    def dispensable(self, paths: Sequence[Path]) -> list[Path]:
+        """Of some live paths all but the last one that says an answer which is among the first two.
+
+        What a live path says is what it said to its last probe.
+        """
+        said = {p: p.probes[-1].answer if p.probes else None for p in self.live}
+        said |= {p: p.answer for p in self.finished}
+        leaders = list(tally(Candidate(answer) for answer in said.values()))[:2]
+        left, found = list(said.values()), list[Path]()
+        for path in paths:
+            if said[path] in leaders and left.count(said[path]) == 1:
+                continue
+            left.remove(said[path])
+            found.append(path)
+        return found
 
     def find(self, node: Node) -> Path:
         """The path of a node.
