@@ -46,7 +46,7 @@ METHODS: Mapping[str, Callable[[int], PoolPolicy]] = {
     "esc": lambda n: EarlyStopping(paths=n),
     "slim-sc": lambda n: SlimSC(paths=n, similar=0.95, window=16, delay=10, period=5),
     "deepconf": lambda n: DeepConf(
-        paths=n if n <= 16 else 2 * n, keep=0.6, window=1, period=4, batch=1
+        paths=n if n <= 16 else 2 * n, keep=0.3, window=1, period=4, batch=1
     ),
     "deepconf, floor": lambda n: DeepConf(paths=2 * n, floor=3.5, window=1, period=4, batch=1),
     "hyper": lambda n: HyPER(),

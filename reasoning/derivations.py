@@ -9,7 +9,7 @@ follows it is likely to be new.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -148,6 +148,17 @@ def weigh(
     return dict(sorted(totals.items(), key=lambda item: -item[1]))
 
 
+def trusting(
+    totals: Mapping[Hashable, float], paths: Sequence[Path], power: float
+) -> dict[Hashable, float]:
+    """Weights times a power of the mean score of the paths that say it, where they have any."""
+    trusted = dict(totals)
+    for answer in trusted if power else ():
+        scores = [p.score for p in paths if p.answer == answer and p.score is not None]
+        trusted[answer] *= (sum(scores) / len(scores)) ** power if scores else 1.0
+    return dict(sorted(trusted.items(), key=lambda item: -item[1]))
+
+
 @dataclass(frozen=True)
 class Survey:
     """How a pool is read.
@@ -231,8 +242,8 @@ def _split(stats: PathStats, question: Question, window: int) -> list[_Part]:
         _Part(
             start,
             tokens[start:end],
-            min(groups(stats.confidences[start:end], window)),
-            math.exp(stats.entropies[start]),
+            min(groups(stats.confidences[start:end], window), default=math.inf),
+            math.exp(stats.entropies[start]) if stats.entropies else 1.0,
             _state(question, tokens, end) if n < len(closed) else None,
         )
         for n, (start, end) in enumerate(pairwise(bounds))

@@ -24,7 +24,7 @@ from jaxserve.protocol import (
     SearchError,
     Step,
 )
-from reasoning.answers import Answer
+from reasoning.answers import Answer, Candidate, tally
 from reasoning.result import Budget, Piece, Result, Stopped, next_query
 
 
@@ -143,6 +143,22 @@ class PoolView:
         """Tokens that may still be spent."""
         return self.budget.tokens - self.spent
 
+    def dispensable(self, paths: Sequence[Path]) -> list[Path]:
+        """Of some live paths all but the last one that says an answer which is among the first two.
+
+        What a live path says is what it said to its last probe.
+        """
+        said = {p: p.probes[-1].answer if p.probes else None for p in self.live}
+        said |= {p: p.answer for p in self.finished}
+        leaders = list(tally(Candidate(answer) for answer in said.values()))[:2]
+        left, found = list(said.values()), list[Path]()
+        for path in paths:
+            if said[path] in leaders and left.count(said[path]) == 1:
+                continue
+            left.remove(said[path])
+            found.append(path)
+        return found
+
     def find(self, node: Node) -> Path:
         """The path of a node.
 
@@ -194,7 +210,7 @@ async def run_pool(
 
     The budget is never exceeded: what a round may cost at most is cut to what is left, the paths
     that were begun first served first. A policy that raises, or that acts on a dead path, ends its
-    own search with that error and no other one.
+    own search and no other one: with `SearchError`, its own error as the cause.
 
     Seconds are looked at between rounds.
 
@@ -256,6 +272,10 @@ class _Search:
         begun = time.perf_counter()
         try:
             return question(self.view)
+        except SearchError:
+            raise
+        except Exception as error:
+            raise SearchError(f"{self.policy.name}: {type(error).__name__}: {error}") from error
         finally:
             self.thinking += time.perf_counter() - begun
 

@@ -25,7 +25,8 @@ class DeepConf:
         keep: share of the warm-up that lies above it: 0.1 is aggressive, 0.9 the authors' default.
         floor: a threshold known beforehand, from other questions; there is no warm-up then.
         window: tokens of a group.
-        consensus: the search ends once the leading answer has this share of the vote.
+        consensus: the search ends once the leading answer has this share of the vote, and as many
+            paths as a warm-up takes were begun.
         filter_warmup: whether warm-up paths below the threshold lose their vote, as later ones do.
     """
 
@@ -61,7 +62,8 @@ class DeepConf:
             return actions
         begun = len(view.paths)
         share = agreement(tally(self._voters(view)))
-        if begun >= self.paths or share >= self.consensus:
+        agreed = begun >= self.warmup and share >= self.consensus
+        if begun >= self.paths or agreed:
             return [*actions, Stop()]
         return [*actions, *(Fork(i) for i in range(begun, min(begun + self.batch, self.paths)))]
 

@@ -11,21 +11,21 @@ confidence, less what an answer would have to call false (`reasoning.answers.fau
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 from jaxserve.protocol import RouteNoise
-from reasoning.answers import Answer, Candidate, LengthConfidence, is_decided, tally
+from reasoning.answers import Answer, LengthConfidence, is_decided
 from reasoning.controllers.hyper_scores import Scores
-from reasoning.derivations import Derivation, Map, Survey, weigh
+from reasoning.derivations import Derivation, Map, Survey, trusting, weigh
 from reasoning.pool import Action, Fork, Path, PoolView, Prune, Refine, Segment, Stop
 from reasoning.signals import least_group, percentile
 
 
 @dataclass(frozen=True)
 class HyPER:
-    """Defaults were chosen on modchain-moe's dev split.
+    """Defaults were chosen on modchain-moe's dev split; elsewhere, begin with `floor=None`.
 
     Attributes:
         width: paths that the search begins with, and most that are live later.
@@ -74,14 +74,13 @@ class HyPER:
         if floor is None:
             return []
         known = self._survey(view, floor)
-        weak = _unheard(view, [p for p in view.live if least_group(p.stats, self.window) < floor])
+        weak = view.dispensable([p for p in view.live if least_group(p.stats, self.window) < floor])
         same = [p for p in view.live if p not in weak and self._repeats(view, known, p)]
         live = [p for p in view.live if p not in weak and p not in same]
         branches = self._branches(view, known, live)
-        answers = self._derivations(known)
-        if self._decided(view, answers, live):
+        if self._decided(view, known, live):
             return [Stop(decided=True)]
-        if not live and not branches and not answers and weak:
+        if not live and not branches and weak and not self._derivations(known):
             weak.remove(best := max(weak, key=lambda p: least_group(p.stats, self.window)))
             live = [best]  # an unsure answer is better than none
         actions: list[Action] = [Prune(p.node) for p in [*weak, *same]]
@@ -138,40 +137,20 @@ class HyPER:
         choose = self.scores.choose
         return actions[choose(view, live, floor, self.window, self.width, set(actions))]
 
-    def _decided(self, view: PoolView, known: list[Derivation], live: Sequence[Path]) -> bool:
+    def _decided(self, view: PoolView, known: Map, live: Sequence[Path]) -> bool:
         """The safe test, where each path is one vote: no vote to come can change the winner."""
         if self.fault or (self.alike and view.question.state is not None):
             return False
-        totals = weigh(known, self.vote, self.fault)
+        totals = weigh(self._derivations(known), self.vote, self.fault)
         return is_decided(totals, len(live) + self.paths - len(view.paths))
-
-    def _judged(self, view: PoolView, totals: dict[Hashable, float]) -> dict[Hashable, float]:
-        for answer in totals if self.trust else ():
-            scores = [p.score for p in view.finished if p.answer == answer and p.score is not None]
-            totals[answer] *= (sum(scores) / len(scores)) ** self.trust if scores else 1.0
-        return dict(sorted(totals.items(), key=lambda item: -item[1]))
 
     def aggregate(self, view: PoolView) -> Answer:
         floor = self.threshold(view)
         known = self._derivations(self._survey(view, -math.inf if floor is None else floor))
         if not known:  # nobody was sure
             known = self._derivations(self._survey(view, -math.inf))
-        totals = self._judged(view, weigh(known, self.vote, self.fault))
+        totals = trusting(weigh(known, self.vote, self.fault), view.finished, self.trust)
         answer = next(iter(totals), None)
         saying = [p for p in view.finished if p.answer is not None and p.answer == answer]
         best = max(saying, key=lambda p: least_group(p.stats, self.window), default=None)
         return Answer(answer, totals, best.node if best else None)
-
-
-def _unheard(view: PoolView, weak: Sequence[Path]) -> list[Path]:
-    """Less the last path of an answer that is among the two most said, probes included."""
-    said = {p: p.probes[-1].answer if p.probes else None for p in view.live}
-    said |= {p: p.answer for p in view.finished}
-    leaders = list(tally(Candidate(answer) for answer in said.values()))[:2]
-    kept, gone = list(said.values()), list[Path]()
-    for path in weak:
-        if said[path] in leaders and kept.count(said[path]) == 1:
-            continue
-        kept.remove(said[path])
-        gone.append(path)
-    return gone

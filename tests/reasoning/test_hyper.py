@@ -237,6 +237,15 @@ def test_the_safe_test_stops_a_plain_vote_that_is_decided():
     assert result.stopped == "decided" and result.answer == 4 and result.notes["paths"] == 4
 
 
+def test_a_pool_that_reports_tokens_alone_is_voted_on():
+    class Bare(FakePool):
+        def stats(self, n):
+            return PathStats(super().stats(n).tokens)
+
+    result = run(HyPER(width=3), Bare([text(4), text(5), text(4)]), QUESTION)
+    assert result.answer == 4 and result.notes["paths"] == 3
+
+
 def test_unread_paths_have_no_vote():
     mute = Text((100, STEP, 101), (9.0, 9.0, 9.0))
     result = run(HyPER(width=2), FakePool([mute]), QUESTION)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from traceback import extract_tb
 from typing import ClassVar
 
 import pytest
@@ -135,10 +136,9 @@ def test_a_policy_that_raises_ends_its_own_search_alone():
 
     pool = FakePool(THREE)
     bad, good = asyncio.run(both())
-    assert isinstance(bad, RuntimeError)
-    assert "fails" in [
-        frame.name for frame in __import__("traceback").extract_tb(bad.__traceback__)
-    ]
+    assert isinstance(bad, SearchError) and "RuntimeError: a mistake" in str(bad)
+    assert bad.__cause__ is not None
+    assert "fails" in [frame.name for frame in extract_tb(bad.__cause__.__traceback__)]
     assert isinstance(good, Result) and good.answer == 4
     assert 1 in pool.closed and 2 in pool.closed
 
