@@ -70,8 +70,10 @@ class Case:
         return Speculator(stop=stop, unscored=True, slack=1.0)
 
 
-def compare(case: Case, batches: int, spec: Speculator | None = None) -> dict[str, float]:
-    """Speculative searches against sequential ones, over so many batches of queries."""
+def compare(
+    case: Case, batches: int, spec: Speculator | None = None, first: int = 0
+) -> dict[str, float]:
+    """Speculative searches against sequential ones, over batches of queries from `first` on."""
     policy, rows, trees = POLICIES[case.policy]
     rows *= case.queries
     trees = replace(trees, variation=case.variation)
@@ -83,7 +85,7 @@ def compare(case: Case, batches: int, spec: Speculator | None = None) -> dict[st
     own = [shared if "T2" in case.arm else Coordinator() for _ in range(case.queries)]
     pairs = list[tuple[Result, Result]]()
     spans = [0.0, 0.0]
-    for batch in range(batches):
+    for batch in range(first, first + batches):
         seeds = range(batch * case.queries, (batch + 1) * case.queries)
         plain, span = _run(policy, SimulatedPool(trees, machine), seeds, None, own)
         fast, new_span = _run(policy, SimulatedPool(trees, machine), seeds, spec, own)
@@ -175,7 +177,7 @@ def goals() -> dict[str, tuple[Case, Speculator]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--policies", nargs="+", choices=POLICIES, default=["mcts", "rebase-16"])
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
     parser.add_argument("--queries", type=int, default=4, help="least number for each comparison")

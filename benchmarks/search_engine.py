@@ -1,0 +1,127 @@
+"""Speculation on the real engine: equality, what a step of b rows costs, and wall time.
+
+Wall time says something where a step of twice the rows takes less than twice as long, and where
+the host is quick beside the device; both are printed beside it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from jaxserve.protocol import Gen, Question
+from reasoning.controllers import make_controller
+from reasoning.result import Result
+from reasoning.speculation import Speculator
+
+POLICIES = ("mcts", "rebase", "beam", "dvts", "ets", "rest-mcts", "dfs", "best-first")
+
+_queries = itertools.count(1 << 30)
+
+
+def step_costs(llm: Any, prompt: Sequence[int], repeats: int = 7) -> dict[int, float]:
+    """Seconds of an engine step with so many rows that decode: c(b)."""
+    return {rows: asyncio.run(_cost(llm, prompt, rows, repeats)) for rows in llm.plan.row_buckets}
+
+
+async def _cost(llm: Any, prompt: Sequence[int], rows: int, repeats: int) -> float:
+    pool, took = llm.searches.pool(), list[float]()
+    for query in itertools.islice(_queries, repeats):
+        root = pool.root(prompt, query=query, seed=query)
+        nodes = [pool.fork(root, i) for i in range(rows)]
+        await asyncio.gather(*[pool.extend(node, Gen(1)) for node in nodes])
+        steps, began = llm.stats().num_steps, time.perf_counter()
+        await asyncio.gather(*[pool.extend(node, Gen(24, temperature=3.0)) for node in nodes])
+        took.append((time.perf_counter() - began) / (llm.stats().num_steps - steps))
+        pool.close(query)
+    return statistics.median(took)
+
+
+def committed(result: Result) -> tuple[Any, ...]:
+    """All that lossless speculation must not change."""
+    pieces = tuple((p.node.path, p.tokens) for p in result.tree if p.state != "wasted")
+    return result.answer, result.ledger.committed, pieces
+
+
+def equality(
+    llm: Any, questions: Sequence[Question], policies: Sequence[str] = POLICIES
+) -> Iterator[dict[str, Any]]:
+    """Every policy with and without lossless speculation: trees that differ, and nodes."""
+    for name in policies:
+        policy = make_controller(name)
+        plain = llm.search(questions, policy)
+        fast = llm.search(questions, policy, spec=Speculator())
+        pairs = [(committed(a), committed(b)) for a, b in zip(plain, fast, strict=True)]
+        yield {
+            "policy": name,
+            "trees": len(pairs),
+            "different_trees": sum(a != b for a, b in pairs),
+            "nodes": sum(len(a[2]) for a, _ in pairs),
+            "different_nodes": sum(len(set(a[2]) ^ set(b[2])) for a, b in pairs),
+            "spec_hit": sum(r.ledger.spec_hit for r in fast),
+            "spec_waste": sum(r.ledger.spec_waste for r in fast),
+            "committed": sum(r.ledger.committed for r in fast),
+        }
+
+
+def wall_time(
+    llm: Any, questions: Sequence[Question], name: str, together: int, repeats: int = 10
+) -> dict[str, Any]:
+    """The same searches with speculation and without, in turn, so many queries at a time."""
+    policy = make_controller(name)
+    took: dict[bool, list[float]] = {False: [], True: []}
+    steps: dict[bool, int] = {False: 0, True: 0}
+    for i in range(repeats):
+        part = [questions[(i * together + j) % len(questions)] for j in range(together)]
+        for fast in (False, True) if i % 2 else (True, False):
+            before, began = llm.stats().num_steps, time.perf_counter()
+            llm.search(part, policy, spec=Speculator() if fast else None)
+            took[fast].append(time.perf_counter() - began)
+            steps[fast] += llm.stats().num_steps - before
+    ratios = [a / b for a, b in zip(took[False], took[True], strict=True)]
+    return {
+        "policy": name,
+        "queries": together,
+        "wall_speedup": statistics.median(ratios),
+        "wall_speedups": [round(r, 3) for r in ratios],
+        "steps_speedup": steps[False] / steps[True],
+        "seconds": statistics.median(took[False]),
+        "p99_seconds": [max(took[False]), max(took[True])],
+    }
+
+
+def host_share(llm: Any, question: Question, rows: int = 64) -> dict[str, float]:
+    """What a pool controller's own code costs beside the engine, with so many live paths."""
+    policy = make_controller("hyper", {"width": rows, "paths": 4 * rows, "novelty": 0.0})
+    steps, began = llm.stats().num_steps, time.perf_counter()
+    result = llm.search(question, policy)
+    took, count = time.perf_counter() - began, llm.stats().num_steps - steps
+    thought = result.notes["policy_seconds"]
+    return {"policy_seconds": thought, "seconds": took, "share": thought / took, "steps": count}
+
+
+def fork_costs(llm: Any, lengths: Sequence[int], forks: int = 2000) -> dict[int, dict[str, float]]:
+    """Microseconds of a fork, and of a fork with its first token, by the length of its parent."""
+    return {length: asyncio.run(_fork(llm, length, forks)) for length in lengths}
+
+
+async def _fork(llm: Any, length: int, forks: int) -> dict[str, float]:
+    pool, query = llm.searches.pool(), next(_queries)
+    node = pool.fork(pool.root([5] * length, query=query, seed=0), 0)
+    await pool.extend(node, Gen(1))
+    began = time.perf_counter()
+    for i in range(forks):
+        pool.fork(node, i)
+    forked = time.perf_counter() - began
+    await asyncio.gather(*[pool.extend(pool.fork(node, -1 - i), Gen(1)) for i in range(16)])
+    took = list[float]()
+    for i in range(50):
+        began = time.perf_counter()
+        await pool.extend(pool.fork(node, forks + i), Gen(1))
+        took.append(time.perf_counter() - began)
+    pool.close(query)
+    return {"fork_us": 1e6 * forked / forks, "token_us": 1e6 * statistics.median(took)}

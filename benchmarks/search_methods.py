@@ -1,0 +1,160 @@
+"""Methods of search at several budgets, run on the engine over a task's problems.
+
+Every method sees the same problems with the same seeds, so path i of a problem is the same for all.
+Tokens are all that were generated: of pruned paths, probes, speculation and repeated passes too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from benchmarks.search_stats import Runs
+from jaxserve.protocol import Question
+from reasoning.answers import Answer, Candidate, best_of, vote
+from reasoning.controllers import make_controller
+from reasoning.questions import question_of
+from reasoning.result import Budget, Piece, Result
+from reasoning.tasks import Problem, Task, distinct
+
+BUDGETS = (4, 8, 16, 32, 64)
+"""In paths of plain sampling; `EVERY` for the whole evaluation."""
+
+EVERY = (4, 8, 16, 32, 64, 128, 256)
+
+TOGETHER = 32  # problems searched at a time
+
+
+@dataclass(frozen=True)
+class Field:
+    """Where methods meet.
+
+    Attributes:
+        path: tokens of a plain path, on average: what a budget of one path is.
+    """
+
+    llm: Any
+    task: Task
+    problems: tuple[Problem, ...]
+    seeds: tuple[int, ...]
+    path: float = 35.0
+
+    @staticmethod
+    def of(llm: Any, task: Task, split: Any, count: int, seeds: Sequence[int]) -> Field:
+        problems = tuple(distinct(task, split, 1000 + min(seeds), count))
+        return Field(llm, task, problems, tuple(seeds))
+
+    def questions(self) -> Iterator[tuple[int, int, Question]]:
+        """Problem, seed, question."""
+        words, most = self.llm.tokenizer, self.llm.max_model_len // 2
+        for s, seed in enumerate(self.seeds):
+            for p, problem in enumerate(self.problems):
+                own = 1_000_003 * seed + p
+                yield p, s, question_of(self.task, problem, words, seed=own, max_tokens=most)
+
+    def search(self, controller: Any, budget: Budget, **options: Any) -> list[list[Result]]:
+        """Results [problem][seed]."""
+        found: list[list[Any]] = [[None] * len(self.seeds) for _ in self.problems]
+        asked = list(self.questions())
+        for first in range(0, len(asked), TOGETHER):
+            part = asked[first : first + TOGETHER]
+            results = self.llm.search([q for _, _, q in part], controller, budget, **options)
+            for (p, s, _), result in zip(part, results, strict=True):
+                found[p][s] = result
+        return found
+
+    def is_right(self, problem: Problem, answer: Hashable | None) -> bool:
+        """Of a task whose answers can be compared."""
+        return answer == self.task.answer(problem)
+
+
+def runs(field: Field, name: str, budgets: Sequence[int], **settings: Any) -> Runs:
+    """A method under budgets of so many paths' tokens."""
+    right, tokens = [], []
+    for paths in budgets:
+        controller = make_controller(name, _sized(name, paths) | settings)
+        found = field.search(controller, Budget(tokens=round(paths * field.path)))
+        right.append(_right(field, found, lambda result: result.answer))
+        tokens.append([[spent(r) for r in row] for row in found])
+    return Runs(np.array(right), np.array(tokens, float))
+
+
+def _sized(name: str, paths: int) -> dict[str, Any]:
+    """What a budget of so many paths means to a method that counts paths."""
+    sized = {"deepconf": {"paths": paths, "warmup": min(16, max(paths // 2, 2))}}
+    counts = {"adaptive-consistency", "esc", "certaindex", "slim-sc", "best-of-n"}
+    return sized.get(name, {"paths": paths} if name in counts else {})
+
+
+def spent(result: Result) -> int:
+    return result.ledger.generated + result.ledger.effective
+
+
+# ---- plain sampling, which is run once for all budgets ---------------------------------------
+
+
+def sampled(field: Field, most: int, scorer: str = "prm") -> list[list[list[Piece]]]:
+    """Paths of every problem and seed with their scores [problem][seed][path]."""
+    found = field.search(make_controller("best-of-n", {"paths": most}), Budget(), scorer=scorer)
+    return [[_paths(result) for result in row] for row in found]
+
+
+def _paths(result: Result) -> list[Piece]:
+    """Paths in the order of their indices."""
+    paths = [p for p in result.tree if p.parent is not None]
+    return sorted(paths, key=lambda piece: piece.node.path)
+
+
+Vote = Callable[[Sequence[Piece]], Answer]
+
+
+def majority(paths: Sequence[Piece]) -> Answer:
+    """Self-consistency."""
+    return vote(Candidate(p.answer, node=p.node) for p in paths)
+
+
+def by_score(paths: Sequence[Piece]) -> Answer:
+    """The vote weighted by a reward head."""
+    return vote(Candidate(p.answer, p.score or 0.0, p.node) for p in paths)
+
+
+def best(paths: Sequence[Piece]) -> Answer:
+    """Best of N by a reward head."""
+    return best_of(Candidate(p.answer, p.score or 0.0, p.node) for p in paths)
+
+
+def prefixes(
+    field: Field, paths: list[list[list[Piece]]], budgets: Sequence[int], choose: Vote
+) -> Runs:
+    """A method that decides among the first N paths, at every N."""
+    right, tokens = [], []
+    for n in budgets:
+        cut = [[row[:n] for row in seeds] for seeds in paths]
+        right.append(_right(field, cut, lambda row: choose(row).answer))
+        tokens.append([[sum(len(p.tokens) for p in row) for row in seeds] for seeds in cut])
+    return Runs(np.array(right), np.array(tokens, float))
+
+
+def oracle(field: Field, paths: list[list[list[Piece]]], budgets: Sequence[int]) -> Runs:
+    """pass@k: whether any of the first k paths is right."""
+    grid = [
+        [[any(field.is_right(p, x.answer) for x in row[:n]) for row in seeds]
+         for p, seeds in zip(field.problems, paths, strict=True)]
+        for n in budgets
+    ]  # fmt: skip
+    tokens = [
+        [[sum(len(x.tokens) for x in row[:n]) for row in seeds] for seeds in paths] for n in budgets
+    ]
+    return Runs(np.array(grid), np.array(tokens, float))
+
+
+def _right(
+    field: Field, found: Sequence[Sequence[Any]], answer: Callable[[Any], Hashable | None]
+) -> list[list[bool]]:
+    return [
+        [field.is_right(problem, answer(item)) for item in row]
+        for problem, row in zip(field.problems, found, strict=True)
+    ]
