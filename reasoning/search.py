@@ -72,7 +72,10 @@ async def run_search(
 
 
 async def _of(events: AsyncIterator[Event]) -> Event:
-    return await anext(events)
+    try:
+        return await anext(events)
+    except StopAsyncIteration:
+        raise SearchError("the pool closed the query while it was searched") from None
 
 
 @dataclass
@@ -139,7 +142,7 @@ class _Search:
         one occasion to think.
         """
         if self.spec is None and self.budget.seconds == math.inf:
-            return await anext(events)
+            return await _of(events)
         event = asyncio.ensure_future(_of(events))
         try:
             await asyncio.sleep(0)

@@ -309,6 +309,20 @@ def test_a_search_can_be_cancelled_in_the_middle():
     assert pool.capacity().live_rows == 0
 
 
+def test_a_query_that_is_closed_from_outside_ends():
+    async def closed(pool, spec):
+        search = run_search(Mcts(8, depth=4), pool, question(0), spec=spec, query=7_000_000)
+        task = asyncio.create_task(search)
+        for _ in range(30):
+            await asyncio.sleep(0)
+        pool.close(7_000_000)
+        with pytest.raises(SearchError):
+            await task
+
+    for spec in (None, Speculator()):
+        asyncio.run(closed(SimulatedPool(SMALL, Machine(8)), spec))
+
+
 def test_paths_end_at_the_questions_length():
     pool = SimulatedPool(SMALL, Machine(8))
     short = replace(question(4), max_tokens=10)
