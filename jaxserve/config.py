@@ -43,6 +43,7 @@ class EngineConfig:
             other's tokens travel to experts and back.
         reward_head: file of a reward head for searches, in the model's folder if it names no other;
             None: `reward_head.safetensors`, where there is one.
+        enable_return_routed_experts: note which experts each token of a search's path visits.
         seed: of requests that bring none.
         enable_prefix_caching: reuse pages of equal prompt beginnings.
         decode_steps: tokens decoded per launch when every row decodes and none needs the host.
@@ -70,6 +71,7 @@ class EngineConfig:
     eplb_step_interval: int | None = None
     enable_dbo: bool = False
     reward_head: str | None = None
+    enable_return_routed_experts: bool = False
     seed: int = 0
     enable_prefix_caching: bool = True
     decode_steps: int = 1
@@ -121,6 +123,7 @@ _RULES: dict[str, _Rule] = {
     "num_redundant_experts": (Integral, lambda n: n >= 0, "a whole number, at least 0"),
     "eplb_step_interval": _COUNT,
     "enable_dbo": _FLAG,
+    "enable_return_routed_experts": _FLAG,
     "reward_head": (str, lambda file: bool(file), "a file"),
     "seed": (Integral, lambda _: True, "a whole number"),
     "enable_prefix_caching": _FLAG,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import logging
 import time
@@ -87,7 +86,8 @@ class LLM:
         rounded = self.engine_config.kv_cache_dtype == "int8"
         scales = cache_scales.load(folder, cfg.num_layers, cfg.kv_shape) if rounded else None
         plan = self._resolve(raw, device, kv_calibrated=scales is not None)
-        self.plan = dataclasses.replace(plan, judges=has_reward_head(folder, self.engine_config))
+        judges = has_reward_head(folder, self.engine_config)
+        self.plan = planning.for_searches(plan, self.engine_config, cfg, judges=judges)
         self._weights = ServedWeights(
             folder, self._family, cfg, self.engine_config, self.plan, device, self._mesh
         )

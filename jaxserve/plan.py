@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,7 @@ class Plan:
             machine's first start builds the native ones, steps run the reference over the same
             weights and cache.
         judges: a reward head looks at the hidden states of searches' paths.
+        notes_routes: steps say which experts their tokens have visited.
         unrolled: every layer is a stack of its own, where XLA would copy a slice of a stack before
             it uses it: on a GPU, and on CPU without native kernels.
     """
@@ -80,6 +81,7 @@ class Plan:
     dispatch: Dispatch | None
     interleaved: bool
     judges: bool = False
+    notes_routes: bool = False
 
     @property
     def num_ranks(self) -> int:
@@ -244,6 +246,18 @@ def resolve(
         dispatch=_dispatch(config, cfg, parallelism, platform, quantization),
         interleaved=_interleaved(config),
     )
+
+
+def for_searches(plan: Plan, config: EngineConfig, cfg: Any, *, judges: bool) -> Plan:
+    """The plan with what searches want to know of paths.
+
+    Raises:
+        ConfigError: routes are asked for where there are none, or on several devices.
+    """
+    if config.enable_return_routed_experts and (cfg.router is None or plan.on_mesh):
+        why = "the model has no experts" if cfg.router is None else "tokens are on several devices"
+        raise ConfigError(f"enable_return_routed_experts=True, and {why}; leave it out")
+    return replace(plan, judges=judges, notes_routes=config.enable_return_routed_experts)
 
 
 def _decode_steps(config: EngineConfig, parallelism: Parallelism) -> int:

@@ -117,8 +117,8 @@ class PathStats:
         logprobs, entropies, margins, confidences: token by token, as in `Step`.
         scores: what scorers have said of it, by scorer, latest last.
         finished: its text has ended.
-        route_sketch: experts of its tokens as bit masks [tokens, layers], expert e at bit e mod 32;
-            None where nobody takes note of them.
+        route_sketch: experts that were asked while each token was drawn, as bit masks [tokens,
+            layers], expert e at bit e mod 32; None where nobody takes note of them.
     """
 
     tokens: tuple[int, ...]

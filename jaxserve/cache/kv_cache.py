@@ -30,11 +30,14 @@ class KVCache:
 
     Attributes:
         load: how often each expert was asked for, where experts are spread over devices.
+        routes: of the step's tokens, the experts of each layer as bits (expert e at bit e mod 32),
+            where somebody wants to know.
     """
 
     k: Pages  # [L, P, K, Z, H]
     v: Pages | None  # [L, P, K, Z, Hv]; None where values are lanes of k (latent attention)
     load: Array | None = None  # [1, L, E] int32
+    routes: Array | None = None  # [L, T] uint32, for the largest T
 
     @property
     def page_size(self) -> int:

@@ -23,6 +23,7 @@ from jax import Array
 from jaxserve.cache.page_manager import PageManager
 from jaxserve.engine.compile_watch import watch
 from jaxserve.engine.output import TokenText, advance, not_finite, token_logprobs
+from jaxserve.engine.programs import Forward
 from jaxserve.engine.runner import Launched, Runner
 from jaxserve.engine.sampler import Sampled
 from jaxserve.engine.scheduler import Row, Scheduler, Step
@@ -254,6 +255,8 @@ class Engine:
             self._read_hidden(launched)
         if launched.evidence is not None:
             self._read_evidence(launched, launched.evidence)
+        if launched.observes and launched.forward is not None:
+            _read_routes(launched, launched.forward)
         if launched.sampled is not None:
             self._read_tokens(launched, launched.sampled)
         self._end_readings(launched)
@@ -394,6 +397,17 @@ class Engine:
             host_seconds_total=self._host_seconds,
             requests_total=dict(self._finished),
         )
+
+
+def _read_routes(launched: Launched, forward: Forward) -> None:
+    """Notes the experts that were asked where a token of a path was drawn."""
+    if forward.routes is None:
+        return
+    routes = np.asarray(forward.routes).T.tolist()
+    for row, at in _rows(launched.steps, len(routes)):
+        seq = row.seq
+        if row.samples and seq.routes is not None and not seq.finished:
+            seq.routes.append(routes[at + row.count - 1])
 
 
 def _program_rows(buckets: Seq[int], rows: int) -> int:

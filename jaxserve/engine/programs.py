@@ -36,6 +36,7 @@ class Forward(NamedTuple):
     last: Any  # [max_num_seqs, D], hidden states after each sequence's last token in the step
     hidden: Any  # [T, D]
     scores: Any  # if asked for, log-probabilities of the targets [T, ...], as `logprobs_of`
+    routes: Any = None  # [L, T], as `KVCache.routes`
 
 
 def forward_step(
@@ -61,7 +62,8 @@ def forward_step(
     def head(rows: Array) -> Array:
         return _logits(plan, family, cfg, params, rows, jnp.int32(rows.shape[0]))
 
-    return Forward(last, hidden, _score(head, hidden, x)), kv
+    routes = None if kv.routes is None else kv.routes[:, : hidden.shape[0]]
+    return Forward(last, hidden, _score(head, hidden, x), routes), kv
 
 
 def sample_step(

@@ -44,6 +44,7 @@ class Sequence:
         priority: 0, or 1 for speculation: rows that fill what others leave (`Scheduler`).
         rest: of a search's path; pages it brings along are its own before it is begun.
         observed: of each drawn token, what `sampler.observe` says; None: nobody asks.
+        routes: likewise, the experts that were asked in each layer, as bits.
         confidence_k: how many of the likeliest tokens the confidence looks at.
     """
 
@@ -76,6 +77,7 @@ class Sequence:
     priority: int = 0
     rest: Rest | None = None
     observed: list[list[float]] | None = None
+    routes: list[list[int]] | None = None
     confidence_k: int = 1
 
     @property

@@ -27,6 +27,8 @@ def serving_ops(plan: Plan, batch: Ragged, num_tokens: int) -> Ops:
     """Operations for the plan's kernels, which skip the padding of a bucket of `num_tokens`."""
     num_rows = batch.row_starts[batch.num_seqs]
     ops = _on_mesh(plan, _kernels(plan, num_rows, batch), num_rows)
+    if plan.notes_routes:
+        ops = replace(ops, record=_note_routes)
     if not (plan.on_mesh and plan.spreads_tokens):
         return ops
     size = num_tokens // plan.parallelism.sequence
@@ -72,6 +74,13 @@ def _count(
         return replace(kv, kv=_count(num_rows, kv.kv, layer, router, scores, ids))
     assert kv.load is not None, "plans with experts on other devices count what those are asked for"
     return replace(kv, load=add_load(kv.load[0], layer, ids, num_rows)[None])
+
+
+def _note_routes(kv: Any, layer: Array | int, router: Router, scores: Array, ids: Array) -> Any:
+    """The cache with the choices ids [T, A] of a layer's tokens written down."""
+    bits = jnp.uint32(1) << (ids % 32).astype(jnp.uint32)
+    masks = lax.reduce(bits, jnp.uint32(0), lax.bitwise_or, (1,))
+    return replace(kv, routes=lax.dynamic_update_slice(kv.routes, masks[None], (layer, 0)))
 
 
 def sampling_ops(plan: Plan, num_rows: Array) -> dict[str, Callable[..., Any]]:

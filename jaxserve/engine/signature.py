@@ -144,6 +144,9 @@ def empty_state(plan: Plan, cfg: Any, device: Any = None) -> tuple[KVCache, Arra
     )
     if plan.dispatch is not None:
         kv = replace(kv, load=no_load(cfg.num_layers, plan.dispatch.layout.num_experts)[None])
+    if plan.notes_routes:
+        shape = cfg.num_layers, plan.max_num_batched_tokens
+        kv = replace(kv, routes=jnp.zeros(shape, jnp.uint32, device=device))
     return kv, jnp.zeros((plan.max_num_seqs, plan.max_model_len + 1), jnp.int32, device=device)
 
 

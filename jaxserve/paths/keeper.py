@@ -29,12 +29,14 @@ class Extension:
     Attributes:
         tokens: that were drawn.
         stats: of each, as `sampler.observe`.
+        routes: of each, the experts that were asked in every layer; empty if nobody notes them.
         error: why there are no more; None: it stopped of itself.
     """
 
     tokens: list[int]
     stats: list[list[float]]
     error: BaseException | None = None
+    routes: tuple[tuple[int, ...], ...] = ()
 
 
 class Path:
@@ -226,6 +228,7 @@ class Keeper:
         seq.max_len = min(self.max_model_len, len(tokens) + gen.max_tokens)
         seq.seed, seq.stop_ids, seq.priority = seed, stop_ids, priority
         seq.observed, seq.confidence_k = [], gen.topk_logprobs
+        seq.routes = [] if self._engine.runner.plan.notes_routes else None
         self._start(path, seq, partial(_ended, seq, done))
 
     def score(self, path: Path, done: Callable[[float | Exception], None]) -> None:
@@ -376,4 +379,5 @@ def _ended(
 ) -> None:
     error = last if isinstance(last, BaseException) else None
     tokens = seq.tokens[seq.prompt_len :]
-    done(Extension(tokens, seq.observed or [], error))
+    routes = tuple(map(tuple, seq.routes or ()))
+    done(Extension(tokens, seq.observed or [], error, routes))

@@ -392,6 +392,7 @@ def _longer(known: PathStats, end: Extension, eos_ids: frozenset[int]) -> PathSt
         confidences=(*known.confidences, *confidences),
         finished=end.tokens[-1] in eos_ids,
         scores=None,
+        route_sketch=(*(known.route_sketch or ()), *end.routes) if end.routes else None,
     )
 
 
@@ -408,6 +409,7 @@ def _first(known: PathStats, count: int) -> PathStats:
     return PathStats(
         known.tokens[:count], known.logprobs[:count], known.entropies[:count],
         known.margins[:count], known.confidences[:count],
+        route_sketch=known.route_sketch and known.route_sketch[:count],
     )  # fmt: skip
 
 

@@ -59,6 +59,7 @@ class FakePlan:
     page_size: int
     max_num_seqs: int
     num_ranks: int = 1
+    notes_routes: bool = False
 
     def rows(self, num_tokens: int) -> int:
         return min(num_tokens, self.max_num_seqs)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import gc
 from collections.abc import Callable, Coroutine, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -27,6 +29,8 @@ from jaxserve.protocol import (
     SearchError,
     StepDone,
 )
+from jaxserve.train.data import Batch
+from jaxserve.train.loss import training_ops
 from jaxserve.train.reward import judged
 
 MODEL = Path(__file__).parents[3] / "models/modchain-moe"
@@ -290,3 +294,43 @@ def test_shut_down_in_the_middle_of_a_search():
     llm = LLM(MODEL, progress=False)
     asyncio.run(work(llm))
     gc.collect()
+
+
+def test_experts_of_a_path_are_those_of_a_forward_pass():
+    """Bits of every layer, for the token before each one that was drawn."""
+
+    async def work(pool: EnginePool) -> tuple[list[int], Any]:
+        root = pool.root(ids(llm), query=0, seed=0)
+        nodes = [pool.fork(root, i) for i in range(3)]
+        await asyncio.gather(*[pool.extend(node, Gen(12)) for node in nodes])
+        half = pool.fork(nodes[1], 0, at=5)
+        await pool.extend(half, Gen(4))
+        found = pool.stats(half)
+        pool.close(0)
+        return [*ids(llm), *found.tokens], found.route_sketch
+
+    with LLM(MODEL, progress=False, enable_return_routed_experts=True) as llm:
+        llm.wait_until_warm()
+        tokens, sketch = drive(llm, work)
+        want = _routes(llm, tokens)
+    assert len(sketch) == len(tokens) - len(ids_of := tokens[: -len(sketch)])
+    assert [list(row) for row in sketch] == want[len(ids_of) - 1 : -1]
+
+
+def _routes(llm: LLM, tokens: list[int]) -> list[list[int]]:
+    """Masks [tokens, layers] by the model's plain forward pass."""
+    seen: dict[int, np.ndarray] = {}
+
+    def record(kv: Any, layer: Any, router: Any, scores: Any, ids: Any) -> Any:
+        seen[int(layer)] = np.asarray(ids)
+        return kv
+
+    batch = jnp.asarray(tokens)[None]
+    at = jnp.arange(len(tokens))[None]
+    packed = Batch(batch, batch, batch, jnp.ones_like(batch), at)
+    plain = training_ops(packed, jnp.float32, num_experts=4)
+    with jax.disable_jit():
+        ops = replace(plain, record=record, layers="indexed")
+        llm._family.forward(llm.model_config, llm.params, batch, at, ops, None)
+    masks = [np.bitwise_or.reduce(1 << seen[layer], 1) for layer in sorted(seen)]
+    return np.stack(masks, 1).tolist()
