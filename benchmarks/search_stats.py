@@ -54,7 +54,13 @@ def accuracy_at(curves: np.ndarray, tokens: float) -> np.ndarray:
     Linear in log tokens between budgets. Beyond the last a method keeps what it has; before the
     first nothing is known of it.
     """
-    return np.array([_interpolate(np.log(t), a, np.log(tokens)) for t, a in curves])
+    order = np.argsort(curves[:, 0], axis=1, kind="stable")
+    x, y = (np.take_along_axis(part, order, 1) for part in (np.log(curves[:, 0]), curves[:, 1]))
+    behind = np.sum(x <= np.log(tokens) + 1e-9, axis=1)  # budgets that cost no more
+    low = np.clip(behind - 1, 0, None)
+    high = np.clip(behind, None, x.shape[1] - 1)
+    found = _between(y, x, low, high, np.log(tokens))
+    return np.where(behind > 0, found, np.nan)
 
 
 def tokens_at(curves: np.ndarray, accuracy: np.ndarray) -> np.ndarray:
@@ -62,23 +68,22 @@ def tokens_at(curves: np.ndarray, accuracy: np.ndarray) -> np.ndarray:
 
     A curve that is above it from the start is given its first budget: it may need less.
     """
-    return np.array([_reach(t, a, x) for (t, a), x in zip(curves, accuracy, strict=True)])
+    above = curves[:, 1] >= accuracy[:, None]
+    high = np.argmax(above, axis=1)
+    low = np.clip(high - 1, 0, None)
+    found = np.exp(_between(np.log(curves[:, 0]), curves[:, 1], low, high, accuracy))
+    return np.where(above.any(1), found, np.inf)
 
 
-def _interpolate(x: np.ndarray, y: np.ndarray, at: float) -> float:
-    order = np.argsort(x, kind="stable")
-    return float(np.interp(at, x[order], y[order], left=np.nan))
-
-
-def _reach(tokens: np.ndarray, accuracy: np.ndarray, wanted: float) -> float:
-    above = np.flatnonzero(accuracy >= wanted)
-    if not above.size:
-        return float("inf")
-    i = above[0]
-    if i == 0 or accuracy[i] == accuracy[i - 1]:
-        return float(tokens[i])
-    share = (wanted - accuracy[i - 1]) / (accuracy[i] - accuracy[i - 1])
-    return float(np.exp(np.interp(share, [0, 1], np.log(tokens[[i - 1, i]]))))
+def _between(
+    y: np.ndarray, x: np.ndarray, low: np.ndarray, high: np.ndarray, at: np.ndarray | float
+) -> np.ndarray:
+    """In each row the point at x = `at` of the line through columns `low` and `high` [R]."""
+    rows = np.arange(len(x))
+    x0, x1, y0, y1 = x[rows, low], x[rows, high], y[rows, low], y[rows, high]
+    wide = x1 != x0
+    share = np.where(wide, (at - x0) / np.where(wide, x1 - x0, 1.0), 1.0)
+    return y0 + share * (y1 - y0)
 
 
 def area(curves: np.ndarray, low: float, high: float) -> np.ndarray:

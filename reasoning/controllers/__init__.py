@@ -24,7 +24,7 @@ from reasoning.controllers.self_consistency import SelfConsistency
 from reasoning.controllers.slim_sc import SlimSC
 
 CONTROLLERS: dict[str, type[Any]] = {
-    kind.name.replace("_", "-"): kind
+    kind.name: kind
     for kind in (
         SelfConsistency, BestOfN, AdaptiveConsistency, EarlyStopping, Certaindex, DeepConf, SlimSC,
         HyPER, Beam, Dvts, Rebase, Ets, Mcts, RestMcts, DepthFirst, BestFirst,

@@ -24,7 +24,7 @@ class AdaptiveConsistency:
     batch: int = 1
     sure: float = 0.95
     period: int = 64
-    name: ClassVar[str] = "adaptive_consistency"
+    name: ClassVar[str] = "adaptive-consistency"
     branching: ClassVar[bool] = False
 
     def __post_init__(self):

@@ -25,7 +25,7 @@ class BestOfN:
     paths: int = 16
     choose: Literal["best", "vote"] = "best"
     period: int = 64
-    name: ClassVar[str] = "best_of_n"
+    name: ClassVar[str] = "best-of-n"
     branching: ClassVar[bool] = False
 
     def __post_init__(self):

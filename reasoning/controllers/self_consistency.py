@@ -16,7 +16,7 @@ class SelfConsistency:
 
     paths: int = 16
     period: int = 64
-    name: ClassVar[str] = "self_consistency"
+    name: ClassVar[str] = "self-consistency"
     branching: ClassVar[bool] = False
 
     def __post_init__(self):

@@ -28,7 +28,7 @@ class SlimSC:
     window: int = 32
     delay: int = 16
     period: int = 16
-    name: ClassVar[str] = "slim_sc"
+    name: ClassVar[str] = "slim-sc"
     branching: ClassVar[bool] = False
 
     def __post_init__(self):
