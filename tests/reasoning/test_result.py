@@ -88,7 +88,7 @@ def test_large_trees_are_cut_short():
 def test_results_of_searches_show_themselves():
     pool = FakePool([text(4), text(5), text(4)])
     result = asyncio.run(run_pool(SelfConsistency(paths=3), pool, QUESTION, Budget(), query=0))
-    assert "4 (67% of the vote): self_consistency, done, 24 tokens" in shown(result)
+    assert "4 (67% of the vote): self-consistency, done, 24 tokens" in shown(result)
     ElementTree.fromstring(result._repr_html_())
 
 
