@@ -12,12 +12,13 @@ import hashlib
 import math
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 from jaxserve.engine.loop import EngineLoop
-from jaxserve.errors import RequestError
+from jaxserve.errors import EngineError, RequestError
 from jaxserve.paths.keeper import Extension, Keeper, Path
 from jaxserve.protocol import (
     Cancelled,
@@ -232,14 +233,15 @@ class EnginePool:
         found = self._queries.get(query)
         if found is None or found.closed:
             return replace(found.ledger) if found else Ledger()
-        for node, record in list(found.nodes.items()):
-            if record.alive:
-                self._end(node, record)
-        self._loop.call(lambda _: None)  # what was running has ended by then
-        self._drain()
         found.closed = True
         found.events.put_nowait(None)
-        found.ledger.critical_steps = self._loop.stats().num_steps - found.steps
+        with suppress(EngineError):  # an engine that is shut down has nothing to give back
+            for node, record in list(found.nodes.items()):
+                if record.alive:
+                    self._end(node, record)
+            self._loop.call(lambda _: None)  # what was running has ended by then
+            self._drain()
+            found.ledger.critical_steps = self._loop.stats().num_steps - found.steps
         return replace(found.ledger)
 
     # ---- what is known --------------------------------------------------------------------

@@ -290,6 +290,7 @@ def test_shut_down_in_the_middle_of_a_search():
         await asyncio.to_thread(llm.shutdown)
         done = await asyncio.wait_for(asyncio.gather(*waits, return_exceptions=True), 10)
         assert all(isinstance(end, SearchError) for end in done)
+        assert pool.close(0).calls == 8
 
     llm = LLM(MODEL, progress=False)
     asyncio.run(work(llm))
