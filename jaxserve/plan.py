@@ -116,11 +116,11 @@ class Plan:
         return pages if knows and pages < self.pages_per_seq else 0
 
     @property
-    def compiler_options(self) -> dict[str, bool] | None:
+    def compiler_options(self) -> dict[str, str | bool] | None:
         """What programs are compiled with beyond a compiler's defaults."""
         on_tpu = self.target.platform == "tpu"
         asynchronous = self.dispatch is not None and self.dispatch.transport.way == "ragged"
-        return dict(_ASYNCHRONOUS) if on_tpu and asynchronous else None
+        return {**_ASYNCHRONOUS} if on_tpu and asynchronous else None
 
     def rows(self, num_tokens: int) -> int:
         """Sequences of the program for a bucket of tokens."""

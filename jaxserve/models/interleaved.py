@@ -48,8 +48,10 @@ class Parts(NamedTuple):
 
     def of(self, ops: Ops, rope: Any) -> Parts:
         """The same with some tokens' operations."""
-        attend = partial(self.attend, ops, rope)
-        return Parts(attend, *(partial(part, ops) for part in self[1:]))
+        return Parts(
+            partial(self.attend, ops, rope), partial(self.send, ops), partial(self.answer, ops),
+            partial(self.reply, ops), partial(self.receive, ops),
+        )  # fmt: skip
 
 
 def run_parts(
