@@ -185,9 +185,7 @@ def mlp_receive(ops: Ops, replied: Underway) -> Array:
     return replied.x if replied.visit is None else replied.x + moe_receive(ops.by_token, replied)
 
 
-def mlp_half(
-    cfg: Config, ops: Ops, p: Any, x: Array, kv: Any, i: Array | int
-) -> tuple[Array, Any]:
+def mlp_half(cfg: Config, ops: Ops, p: Any, x: Array, kv: Any, i: Array | int) -> tuple[Array, Any]:
     """All of those, one after the other."""
     sent, kv = mlp_send(cfg, ops, p, x, kv, i)
     return mlp_receive(ops, mlp_reply(ops, mlp_answer(cfg, ops, p, sent))), kv
