@@ -193,8 +193,8 @@ def programs(path: Path = RESULTS) -> list[dict[str, Any]]:
     found: dict[tuple[str, str, int], dict[str, Any]] = {}
     for line in map(json.loads, path.read_text().splitlines()):
         if line["part"] == "compiled":
-            found[line["model"], line["target"], line["microbatches"]] = line
-    return list(found.values())
+            found[line["model"], line["target"], -line["microbatches"]] = line
+    return [found[key] for key in sorted(found)]
 
 
 def figures(found: list[dict[str, Any]]) -> dict[str, str]:
