@@ -1,7 +1,9 @@
 """CloudMatrix384 as published beside what the cost model says: docs/cloudmatrix.md and its chart.
 
     python -m benchmarks.cloudmatrix            # writes both
-    python -m benchmarks.cloudmatrix --check    # says whether the table is that of the code
+    python -m benchmarks.cloudmatrix --check    # says whether the tables are those of the code
+
+Compiled programs' figures are those that `benchmarks.parallel --only compiled` has written last.
 
 Rows are the oracle of the specification (§11) and the tables of DeepSeek-R1 on CloudMatrix-Infer
 (§10). Every prediction is of the deployment that the paper describes: decoding on 320 dies with
@@ -11,11 +13,13 @@ DP320 and EP320, prompts on 32 dies with EP32 and SP-TP-SP. Nothing here is meas
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from jaxserve.deployment import cost, operators, prediction, shapes
 from jaxserve.deployment.operators import Model, Operator, Work
@@ -24,7 +28,7 @@ from sharding.hardware import named
 from sharding.mesh import Parallelism
 
 DOCS = Path(__file__).parents[1] / "docs"
-BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
+RESULTS = Path(__file__).parent / "results" / "parallel-zen4.jsonl"
 
 DECODE, PREFILL = named("cm384-decode"), named("cm384-prefill")
 DECODE_SPLIT = Parallelism(data=320, expert=320)
@@ -184,10 +188,63 @@ def _figure(x: float) -> str:
     return f"{x:,.0f}" if x >= 100 else f"{x:.1f}" if x >= 10 else f"{x:.2f}"
 
 
-def document(text: str, found: list[Row], compiled: Mapping[str, str] | None = None) -> str:
-    """The document with its table made anew; all else stays."""
-    between = f"{BEGIN}\n{table(found, compiled)}\n{END}"
-    return re.sub(f"{BEGIN}.*{END}", lambda _: between, text, flags=re.DOTALL)
+def programs(path: Path = RESULTS) -> list[dict[str, Any]]:
+    """What was said last of every compiled program: a model, its slice and its microbatches."""
+    found: dict[tuple[str, str, int], dict[str, Any]] = {}
+    for line in map(json.loads, path.read_text().splitlines()):
+        if line["part"] == "compiled":
+            found[line["model"], line["target"], -line["microbatches"]] = line
+    return [found[key] for key in sorted(found)]
+
+
+def figures(found: list[dict[str, Any]]) -> dict[str, str]:
+    """Figures of compiled programs, by the names of rows."""
+    for p in found:
+        if p["model"] == "deepseek-r1" and p["target"] == "v5p:4x4x20":
+            token = p["kv_bytes"] / (p["sequences_per_device"] * p["context"])
+            return {"cache of 48 x 4,096 tokens": _figure(48 * 4096 * token / 1e9)}
+    return {}
+
+
+def programs_table(found: list[dict[str, Any]]) -> str:
+    """Markdown; bytes are of a dispatch or combine of one microbatch, and how often it is done."""
+    lines = [
+        "| model | slice | sequences, context | microbatches | memory | rows to experts "
+        "| answers | by formula | computed under a collective |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for p in found:
+        held, room = (p[key] / 1e9 for key in ("bytes_per_device", "bytes_available"))
+        rows, answers = (_journey(p, c) for c in p["predicted_collectives"])
+        equal = "the same" if all(c in _sent(p) for c in p["predicted_collectives"]) else "other"
+        lines.append(
+            f"| {p['model']} | {p['target']}, EP{p['parallelism']['expert']} "
+            f"| {p['sequences_per_device']} x {p['context']:,} | {p['microbatches']} "
+            f"| {held:.1f} of {room:.1f} GB | {rows} | {answers} | {equal} "
+            f"| **{100 * p['overlapped_flops_share']:.0f} %** |"
+        )
+    return "\n".join(lines)
+
+
+def _sent(p: dict[str, Any]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in c.items() if k != "group_size"} for c in p["collectives"]]
+
+
+def _journey(p: dict[str, Any], predicted: dict[str, Any]) -> str:
+    """What the program sends of a kind and element type."""
+    kind, dtype = predicted["kind"], predicted["dtype"]
+    sizes = [c for c in _sent(p) if (c["kind"], c["dtype"]) == (kind, dtype)]
+    return ", ".join(f"{c['count']} x {c['num_bytes']:,} B `{dtype}`" for c in sizes) or "–"
+
+
+def document(text: str, found: list[Row], compiled: list[dict[str, Any]]) -> str:
+    """The document with its tables made anew; all else stays."""
+    tables = {"table": table(found, figures(compiled)), "programs": programs_table(compiled)}
+    for name, new in tables.items():
+        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+        between = f"{begin}\n{new}\n{end}"
+        text = re.sub(f"{begin}.*{end}", lambda _, new=between: new, text, flags=re.DOTALL)
+    return text
 
 
 def chart(found: list[Row], path: Path) -> None:
@@ -214,10 +271,10 @@ def chart(found: list[Row], path: Path) -> None:
     pyplot.close(figure)
 
 
-def write(compiled: Mapping[str, str] | None = None) -> None:
-    """Writes table and chart into docs/."""
+def write() -> None:
+    """Writes tables and chart into docs/."""
     found, path = rows(), DOCS / "cloudmatrix.md"
-    path.write_text(document(path.read_text(), found, compiled))
+    path.write_text(document(path.read_text(), found, programs()))
     chart(found, DOCS / "cloudmatrix.svg")
 
 
@@ -228,7 +285,7 @@ def main() -> int:
         write()
         return 0
     text = (DOCS / "cloudmatrix.md").read_text()
-    return int(document(text, rows()) != text)
+    return int(document(text, rows(), programs()) != text)
 
 
 if __name__ == "__main__":

@@ -34,10 +34,10 @@ from jaxserve import LLM, SamplingParams  # noqa: E402
 from jaxserve.deployment import shapes  # noqa: E402
 from jaxserve.deployment.compiled import Step, compile_step  # noqa: E402
 from jaxserve.testing import write_checkpoint  # noqa: E402
-from moe import parallel, wire  # noqa: E402
+from moe import wire  # noqa: E402
 from moe.dispatch import Dispatch  # noqa: E402
 from moe.experts import Experts, experts, experts_on_rows  # noqa: E402
-from moe.parallel import PlacedExperts  # noqa: E402
+from moe.parallel import FarExperts, PlacedExperts  # noqa: E402
 from moe.placement import ExpertLayout  # noqa: E402
 from moe.transport import Transport  # noqa: E402
 from sharding import hlo  # noqa: E402
@@ -46,7 +46,8 @@ from sharding.mesh import Parallelism  # noqa: E402
 
 SLICES = (  # model, slice, split, sequences of a device, their context
     ("deepseek-r1", "v5p:4x4x20", Parallelism(data=320, expert=320), 96, 4352),
-    ("qwen3-235b-a22b", "v5e:16x16", Parallelism(data=256, expert=256), 16, 4352),
+    ("qwen3-235b-a22b", "v5e:16x16", Parallelism(data=256, expert=256), 4, 4352),
+    ("qwen3-235b-a22b", "v6e:16x16", Parallelism(data=256, expert=256), 16, 4352),
     ("qwen3-30b-a3b", "v6e:8x8", Parallelism(data=64, expert=64), 64, 4352),
 )
 ENGINE = (
@@ -112,7 +113,7 @@ def dispatches() -> Iterator[dict[str, Any]]:
 def _dispatched(d: Dispatch, mesh: Mesh, tokens: Any, placed: Any, want: Any) -> dict[str, Any]:
     rows, whole = PartitionSpec("expert"), PartitionSpec()
     specs = (rows, rows, rows, PlacedExperts(rows, whole))
-    run = partial(parallel.experts, d, experts_on_rows, activation="silu")
+    run = partial(FarExperts(d, experts_on_rows), activation="silu")
     function = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False)
     step = jax.jit(function).lower(*tokens, placed).compile()
     found = step(*tokens, placed)

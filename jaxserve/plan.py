@@ -19,7 +19,7 @@ from jaxserve.config import EngineConfig
 from jaxserve.errors import ConfigError
 from jaxserve.models.parallel import whole_sizes
 from kernels_pallas.paged_attention import SHARED_KEYS
-from kernels_pallas.target import Target
+from kernels_pallas.target import CPU, Target
 from moe.dispatch import Dispatch
 from moe.placement import ExpertLayout
 from moe.transport import Transport
@@ -118,6 +118,13 @@ class Plan:
         pages = max(1, SHARED_KEYS // self.page_size)
         knows = self.kernels == "pallas" and self.target.platform == "tpu"
         return pages if knows and pages < self.pages_per_seq else 0
+
+    @property
+    def compiler_options(self) -> dict[str, str | bool] | None:
+        """What programs are compiled with beyond a compiler's defaults."""
+        on_tpu = self.target.platform == "tpu"
+        asynchronous = self.dispatch is not None and self.dispatch.transport.way == "ragged"
+        return {**_ASYNCHRONOUS} if on_tpu and asynchronous else None
 
     def rows(self, num_tokens: int) -> int:
         """Sequences of the program for a bucket of tokens."""
@@ -243,7 +250,7 @@ def resolve(
         kv_bytes=num_pages * per_page,
         parallelism=parallelism,
         splits_kv_heads=not latent,
-        dispatch=_dispatch(config, cfg, parallelism, platform, quantization),
+        dispatch=_dispatch(config, cfg, parallelism, target, quantization),
         interleaved=_interleaved(config),
     )
 
@@ -317,11 +324,22 @@ def _check_spread(cfg: Any, parallelism: Parallelism) -> None:
         )
 
 
+_ASYNCHRONOUS = {
+    "xla_tpu_enable_async_all_to_all": True,
+    "xla_tpu_enable_async_ragged_all_to_all": True,
+}
+"""Without these, libtpu makes both block, and nothing computes meanwhile."""
+
+_WHOLE_ROUTING = 16
+"""Chips of a TPU v5e up to which it has a ragged all-to-all, and any that does not block: in larger
+slices libtpu has routes for neither ("limited ICI routing")."""
+
+
 def _dispatch(
     config: EngineConfig,
     cfg: Any,
     parallelism: Parallelism,
-    platform: Any,
+    target: Target,
     quantization: str | None,
 ) -> Dispatch | None:
     """How tokens reach experts on other devices; rows are rounded where experts would do so."""
@@ -335,8 +353,9 @@ def _dispatch(
         )
     slots = -(-(num_experts + config.num_redundant_experts) // parallelism.expert)
     layout = ExpertLayout(num_experts, parallelism.expert, slots)
-    way = "ragged" if platform == "tpu" else "padded"
-    transport = Transport(EXPERTS, way, platform)
+    limited = target.device == "v5e" and parallelism.num_devices > _WHOLE_ROUTING
+    way = "ragged" if target.platform == "tpu" and not limited else "padded"
+    transport = Transport(EXPERTS, way, target.platform)
     return Dispatch(layout, transport, early_int8=quantization == "int8")
 
 
@@ -350,7 +369,7 @@ def check_split(config: EngineConfig, cfg: Any) -> None:
     sizes_on_device(cfg, parallelism)
     _decode_steps(config, parallelism)
     _interleaved(config)
-    _dispatch(config, cfg, parallelism, "cpu", None)
+    _dispatch(config, cfg, parallelism, CPU, None)
 
 
 def parallelism_of(config: EngineConfig) -> Parallelism:

@@ -14,7 +14,7 @@ from jax import Array, lax
 from kernels_pallas.quantize import Int8Rows
 from moe import wire
 from moe.placement import ExpertLayout, Placement
-from moe.transport import Transport, exchange
+from moe.transport import Transport, exchange, flat
 from sharding.tree import pytree
 
 
@@ -77,14 +77,13 @@ def choose_slots(
     return jnp.where(real, placement.slots_of[ids, copy], layout.num_slots)
 
 
-def dispatch(
+def send(
     d: Dispatch, x: Array, ids: Array, placement: Placement, num_rows: Array | int | None = None
-) -> tuple[Array | Int8Rows, Array, Receipt]:
+) -> tuple[Array, Receipt]:
     """Tokens x [T, D] to their experts; must be called by every device of the axes.
 
     Returns:
-        Rows [max_rows, D] for this device's slots, sorted by slot; how many each slot has
-        [slots_per_device]; and what `combine` needs. Rows past the last are undefined.
+        What has come, for `arrived`, and what `reply` and `combine` need.
     """
     T, A = ids.shape
     layout = d.layout
@@ -95,14 +94,26 @@ def dispatch(
     sent = jnp.zeros(layout.num_slots, jnp.int32).at[slot].add(1, mode="drop")
     sent = sent.reshape(layout.num_devices, layout.slots_per_device)
     tokens = wire.pack(x) if d.early_int8 else x
-    rows, received = exchange(d.transport, tokens[order // A], sent, d.max_rows(T, A))
-    rows = _reordered(rows, received)
-    receipt = Receipt(place, sent, received)
-    return wire.unpack(rows) if d.early_int8 else rows, received.sum(0), receipt
+    came, received = exchange(d.transport, tokens[order // A], sent, d.max_rows(T, A))
+    return came, Receipt(place, sent, received)
 
 
-def combine(d: Dispatch, y: Array, receipt: Receipt, weights: Array) -> Array:
-    """Answers y [max_rows, D] brought back, and each token's weighted sum, [T, D] float32.
+def arrived(d: Dispatch, came: Array, receipt: Receipt) -> tuple[Array | Int8Rows, Array]:
+    """Rows [max_rows, D] for this device's slots, sorted by slot, and how many each slot has
+    [slots_per_device]. Rows past the last are undefined."""
+    rows = _reordered(flat(came), receipt.received)
+    return wire.unpack(rows) if d.early_int8 else rows, receipt.received.sum(0)
+
+
+def reply(d: Dispatch, y: Array, receipt: Receipt) -> Array:
+    """Answers y [max_rows, D] back to whose tokens they are for: what has come, for `combine`."""
+    y = y.astype(jnp.bfloat16) if d.early_int8 else y
+    rows = _reordered(y, receipt.received.T)
+    return exchange(d.transport, rows, receipt.received, receipt.place.size, theirs=receipt.sent)[0]
+
+
+def combine(came: Array, receipt: Receipt, weights: Array) -> Array:
+    """Each token's weighted sum of answers, [T, D] float32.
 
     A token's answers are added in the order of its choices, so that its sum does not depend on who
     else is there, where experts live or how rows travel.
@@ -110,13 +121,9 @@ def combine(d: Dispatch, y: Array, receipt: Receipt, weights: Array) -> Array:
     Args:
         weights: [T, A].
     """
-    T, A = weights.shape
-    y = y.astype(jnp.bfloat16) if d.early_int8 else y
-    rows = _reordered(y, receipt.received.T)
-    back, _ = exchange(d.transport, rows, receipt.received, T * A, theirs=receipt.sent)
-    back = lax.optimization_barrier(back)  # else what is fused with the sum may round it otherwise
-    total = jnp.zeros((T, y.shape[1]), jnp.float32)
-    for a in range(A):
+    back = lax.optimization_barrier(flat(came))  # what is fused with the sum may round it otherwise
+    total = jnp.zeros((weights.shape[0], back.shape[1]), jnp.float32)
+    for a in range(weights.shape[1]):
         answer = back.at[receipt.place[:, a]].get(mode="fill", fill_value=0)
         total += answer.astype(jnp.float32) * weights[:, a, None].astype(jnp.float32)
     return total

@@ -50,14 +50,24 @@ def exchange(
     num_out: int,
     theirs: Array | None = None,  # [n, K], if it is known already
 ) -> tuple[Array, Array]:
-    """Rows for this device [num_out, W], those of device 0 first, and how many each sent [n, K].
+    """Rows for this device [num_out, ...], those of device 0 first, and how many each sent [n, K].
 
-    Rows keep their order, and nothing is dropped. What lies past the last row is undefined.
+    Rows keep their order, and nothing is dropped. What lies past the last row is undefined. A row
+    has the shape in which it travelled, of W entries (`flat`).
 
     Args:
         num_out: never less than what may arrive.
     """
     return WAYS[transport.way](transport, rows, counts, num_out, theirs)
+
+
+def flat(rows: Array) -> Array:
+    """Rows [M, W] of what `exchange` says.
+
+    It is for the caller to do: XLA makes it a copy, and what is to be computed meanwhile must come
+    before that (jaxserve/models/interleaved.py).
+    """
+    return rows.reshape(rows.shape[0], -1)
 
 
 def starts(counts: Array) -> Array:
@@ -111,8 +121,18 @@ def _ragged(
     sent, due = counts.sum(1), theirs.sum(1)
     there = _swap(starts(due), transport.axes)
     move = _stand_in if transport.platform == "cpu" else lax.ragged_all_to_all
+    rows = _packed(rows) if transport.platform == "tpu" else rows
     out = jnp.zeros((num_out, *rows.shape[1:]), rows.dtype)
     return move(rows, out, starts(sent), sent, there, due, axis_name=transport.axes), theirs
+
+
+def _packed(rows: Array) -> Array:
+    """Rows [M, W] as a TPU's ragged all-to-all would shape them anyway: whole words, whose entries
+    lie in as many sublanes."""
+    sublanes = 4 // rows.dtype.itemsize
+    if rows.shape[1] % sublanes:
+        return rows
+    return rows.reshape(rows.shape[0], sublanes, -1)
 
 
 def _stand_in(rows, out, start, sent, there, due, *, axis_name) -> Array:

@@ -8,7 +8,8 @@
 =====================  =============================================================================
 
 Figures are those of the specification, section 1; a comment marks what is a placeholder or from
-memory there. `probe` describes what is attached, `description.load` what is in a file of yours.
+memory there, and what the specification does not have and is our own. `probe` describes what is
+attached, `description.load` what is in a file of yours.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ DIE_910C = Chip("Ascend 910C die", bf16=376, int8=752, hbm_gb=64, hbm_gbps=1600)
 """FP8 is not there."""
 
 _CM384_FABRICS = (
-    Fabric("die", "crossbar", (2,), 270, 0.2),  # its latency is a placeholder
+    Fabric("die", "crossbar", (2,), 270, 0.2),  # its latency is a placeholder there
     # All dies reach each other as fast as within a node, nearly (164 of 167 GB/s reading). What is
     # measured is writing, which is how dispatch and combine send.
     Fabric("ub", "crossbar", (768,), 196, 1.9, measured_gbps=135),
-    Fabric("rdma", "crossbar", (0,), 25, 5.0),  # its latency is a placeholder
+    Fabric("rdma", "crossbar", (0,), 25, 5.0),  # its latency is a placeholder there
 )
 _CM384_NODES = {
     "cm384": 48,
@@ -71,9 +72,10 @@ class _Generation:
     devices_per_chip: int = 1
 
 
-_HOP_US = 1.0  # 0.5 to 1, by way of illustration
-_DCN_US = 10.0  # a placeholder
+_HOP_US = 1.0  # 0.5 to 1 there, by way of illustration
+_DCN_US = 10.0  # our own placeholder
 _CORE_TO_CORE_GBPS = 600.0  # six ICI links (from memory)
+_CORE_TO_CORE_US = 0.2  # our own placeholder
 
 GENERATIONS = {
     "v5e": _Generation(
@@ -109,7 +111,7 @@ def _tpu(name: str) -> Topology:
     ici = Fabric(
         "ici", "torus", shape, generation.link_gbps, _HOP_US, wrap, devices_per_node=devices
     )
-    cores = (Fabric("chip", "crossbar", (devices,), _CORE_TO_CORE_GBPS, 0.2),)
+    cores = (Fabric("chip", "crossbar", (devices,), _CORE_TO_CORE_GBPS, _CORE_TO_CORE_US),)
     dcn = Fabric("dcn", "crossbar", (0,), generation.dcn_gbps, _DCN_US)
     order = [f"{axis}:{n}" for axis, n in zip("xyz", shape, strict=False)][::-1]
     order += [f"core:{devices}"] if devices > 1 else []
@@ -143,8 +145,8 @@ def _slice(name: str, generation: _Generation) -> tuple[int, ...]:
 
 # --- NVLink nodes --------------------------------------------------------------------------------
 
-_NVLINK_US = 1.0  # a placeholder
-_NIC_US = 5.0  # a placeholder
+_NVLINK_US = 1.0  # our own placeholder
+_NIC_US = 5.0  # our own placeholder
 _NIC_GBPS = 50.0  # of each GPU (from memory)
 _GPUS_PER_NODE = 8
 

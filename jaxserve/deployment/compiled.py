@@ -29,17 +29,12 @@ from jaxserve.models.parallel import place_of, placed, whole_sizes
 from jaxserve.quant.weights import is_quantized, weight_bytes
 from kernels_pallas.weight import Int8Weight
 from moe import wire
+from moe.transport import capacity
 from sharding import compile_only, flops, hlo
 from sharding.mesh import Parallelism
 from sharding.mesh import mesh as make_mesh
 from sharding.topology import Topology
 from sharding.tree import Weight, is_weight
-
-_OVERLAP: dict[str, str | bool] = {
-    "xla_tpu_enable_async_all_to_all": True,
-    "xla_tpu_enable_async_ragged_all_to_all": True,
-}
-"""Without these, libtpu makes both block, and nothing computes meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -123,12 +118,16 @@ class Compiled:
         halves = 2 if self.step.microbatch else 1
         tokens = -(-self.step_tokens // halves)
         rows, arriving = tokens * cfg.router.top_k, d.max_rows(tokens, cfg.router.top_k)
+        kind = "ragged-all-to-all"
+        if d.transport.way == "padded":  # rounds of equal parts for every device; one is counted
+            n, kind = d.layout.num_devices, "all-to-all"
+            rows = arriving = n * capacity(d.transport, rows, arriving // n, n)
         count = halves * sum(cfg.moe_layers)
         item = jnp.dtype(self.plan.activation_dtype).itemsize
         out = ("s8", wire.row_bytes(cfg.embed)) if d.early_int8 else ("bf16", cfg.embed * item)
         back = ("bf16", cfg.embed * 2)
         return [
-            {"kind": "ragged-all-to-all", "dtype": dtype, "num_bytes": n * size, "count": count}
+            {"kind": kind, "dtype": dtype, "num_bytes": n * size, "count": count}
             for n, (dtype, size) in ((rows, out), (arriving, back))
         ]
 
@@ -178,14 +177,14 @@ def compile_step(
     made = spread(made, plan, mesh)
     started = time.monotonic()
     lowered = jax.jit(made.function, donate_argnums=made.donated).lower(*made.arguments)
-    compiled = _compiled(lowered, topology)
+    compiled = _compiled(lowered, topology, plan.compiler_options)
     seconds = time.monotonic() - started
     return Compiled(shape, topology, parallelism, step, plan, compiled, seconds)
 
 
-def _compiled(lowered: Any, topology: Topology) -> Any:
+def _compiled(lowered: Any, topology: Topology, options: Any = None) -> Any:
     try:
-        return lowered.compile(compiler_options=_OVERLAP if topology.platform == "tpu" else None)
+        return lowered.compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

@@ -206,7 +206,8 @@ class Runner:
             made = spread(made, self._traced, self.mesh)
         with jax.default_device(self.device):
             lowered = jax.jit(made.function, donate_argnums=made.donated).lower(*made.arguments)
-            self._programs[kind, size] = lowered.compile(compiler_options=_HASTY if hasty else None)
+            options = _HASTY if hasty else self.plan.compiler_options
+            self._programs[kind, size] = lowered.compile(compiler_options=options)
         self._sizes[kind] = tuple(sorted({size, *self._ready(kind)}))
         return time.monotonic() - started
 

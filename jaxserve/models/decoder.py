@@ -9,14 +9,18 @@ from typing import Any
 
 from jax import Array
 
-from jaxserve.models.interleaved import run_halves
+from jaxserve.models.interleaved import Parts, run_parts
 from jaxserve.models.layers import (
     Attention,
     Mlp,
     Moe,
+    Underway,
     attention,
     mlp,
-    moe,
+    moe_answer,
+    moe_receive,
+    moe_reply,
+    moe_send,
     per_layer,
     runs,
 )
@@ -154,16 +158,37 @@ def attend_half(
     return x + o, kv
 
 
-def mlp_half(
-    cfg: Config, ops: Ops, rope: Table, p: Any, x: Array, kv: Any, i: Array | int
-) -> tuple[Array, Any]:
+def mlp_send(
+    cfg: Config, ops: Ops, p: Any, x: Array, kv: Any, i: Array | int
+) -> tuple[Underway, Any]:
+    """The MLP, or the way to the experts; the rest of a layer is the three below."""
     ops = ops.by_token
     h = ops.rms_norm(x, p.mlp_norm, eps=cfg.norm_eps)
     if isinstance(p.mlp, Mlp):
-        return x + mlp(ops, p.mlp, h, cfg.activation), kv
+        return Underway(x + mlp(ops, p.mlp, h, cfg.activation)), kv
     assert cfg.router is not None
-    y, kv = moe(ops, cfg.router, p.mlp, h, kv, i, activation=cfg.activation)
-    return x + y, kv
+    shared, visit, kv = moe_send(ops, cfg.router, p.mlp, h, kv, i, activation=cfg.activation)
+    return Underway(x, shared, visit), kv
+
+
+def mlp_answer(cfg: Config, ops: Ops, p: Any, sent: Underway) -> Underway:
+    if sent.visit is None:
+        return sent
+    return moe_answer(ops.by_token, p.mlp, sent, activation=cfg.activation)
+
+
+def mlp_reply(ops: Ops, answered: Underway) -> Underway:
+    return answered if answered.visit is None else moe_reply(ops.by_token, answered)
+
+
+def mlp_receive(ops: Ops, replied: Underway) -> Array:
+    return replied.x if replied.visit is None else replied.x + moe_receive(ops.by_token, replied)
+
+
+def mlp_half(cfg: Config, ops: Ops, p: Any, x: Array, kv: Any, i: Array | int) -> tuple[Array, Any]:
+    """All of those, one after the other."""
+    sent, kv = mlp_send(cfg, ops, p, x, kv, i)
+    return mlp_receive(ops, mlp_reply(ops, mlp_answer(cfg, ops, p, sent))), kv
 
 
 def forward(
@@ -183,8 +208,11 @@ def forward(
     """
     rope = cfg.rope.tables(positions)
     x = ops.embed(params.embed, tokens)
-    first, second = partial(attend_half, cfg, attend), partial(mlp_half, cfg)
-    x, kv = run_halves(ops, first, second, rope, params.stacks, x, kv)
+    parts = Parts(
+        partial(attend_half, cfg, attend), partial(mlp_send, cfg), partial(mlp_answer, cfg),
+        mlp_reply, mlp_receive,
+    )  # fmt: skip
+    x, kv = run_parts(ops, parts, rope, params.stacks, x, kv)
     return ops.rms_norm(x, params.final_norm, eps=cfg.norm_eps), kv
 
 

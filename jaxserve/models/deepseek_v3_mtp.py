@@ -99,5 +99,5 @@ def _layer(
     )
     x = ops.linear(jnp.concatenate(both, -1), p.join)
     x, kv = decoder.attend_half(cfg, mla.attention, ops, table, p.block, x, kv, i)
-    x, kv = decoder.mlp_half(cfg, ops, table, p.block, x, kv, i)
+    x, kv = decoder.mlp_half(cfg, ops, p.block, x, kv, i)
     return ops.rms_norm(x, p.final_norm, eps=cfg.norm_eps), kv

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from kernels_pallas.linear import GATES
 from kernels_pallas.rope import Table
 from kernels_pallas.weight import Int8Weight, StackedWeight, Weight, as_array
 from moe.experts import Experts
+from moe.parallel import FarExperts
 from moe.router import Router, route
 from sharding.tree import part, pytree, weight
 
@@ -94,18 +95,63 @@ class Moe:
     experts: Experts = part(Experts, "experts.")
 
 
-def moe(
+class Underway(NamedTuple):
+    """A layer's tokens on their way to experts and back; another half computes meanwhile.
+
+    Attributes:
+        x: the residual stream [B, T, D] that answers will be added to.
+        shared: what an MLP that every token visits says [B, T, D].
+        visit: as `moe.parallel.FarExperts` makes it. Where experts are near, their answers [T, D];
+            where there are none, None, and x is complete.
+    """
+
+    x: Array
+    shared: Array | None = None
+    visit: Any = None
+
+
+def moe_send(
     ops: Ops, router: Router, p: Any, x: Array, kv: Any, i: Array | int, *, activation: str
-) -> tuple[Array, Any]:
-    """Routed experts over x [B, T, D]; `p` may carry `router_bias`, `correction` and `shared`."""
+) -> tuple[Array | None, Any, Any]:
+    """Sends normed x [B, T, D] to its experts: `Underway.shared` and `visit`, and the cache.
+
+    `p` may carry `router_bias`, `correction` and `shared`.
+    """
     flat = x.reshape(-1, x.shape[-1])
     scores = ops.linear(flat.astype(jnp.float32), p.router)
     scores = add_bias(scores, getattr(p, "router_bias", None))
     ids, weights = route(router, scores, getattr(p, "correction", None))
     kv = ops.record(kv, i, router, scores, ids)
-    y = ops.experts(flat, ids, weights, p.experts, activation=activation).reshape(x.shape)
-    shared = getattr(p, "shared", None)  # a dense MLP that every token visits
-    return y if shared is None else y + mlp(ops, shared, x, activation), kv
+    if isinstance(ops.experts, FarExperts):
+        visit = ops.experts.send(flat, ids, weights, p.experts)
+    else:
+        visit = ops.experts(flat, ids, weights, p.experts, activation=activation)
+    shared = getattr(p, "shared", None)
+    return None if shared is None else mlp(ops, shared, x, activation), visit, kv
+
+
+def moe_answer(ops: Ops, p: Any, sent: Underway, *, activation: str) -> Underway:
+    """What this device's experts say to the rows that have come, whoever sent them."""
+    if not isinstance(ops.experts, FarExperts):
+        return sent
+    visit = ops.experts.answer(sent.visit, p.experts, activation=activation)
+    return sent._replace(visit=visit)
+
+
+def moe_reply(ops: Ops, answered: Underway) -> Underway:
+    """Answers on their way back."""
+    if not isinstance(ops.experts, FarExperts):
+        return answered
+    return answered._replace(visit=ops.experts.reply(answered.visit))
+
+
+def moe_receive(ops: Ops, replied: Underway) -> Array:
+    """What all experts say [B, T, D]."""
+    x, shared, y = replied
+    if isinstance(ops.experts, FarExperts):
+        y = ops.experts.receive(y, x.shape[0] * x.shape[1], x.dtype)
+    y = y.reshape(x.shape)
+    return y if shared is None else y + shared
 
 
 Layer = Callable[[Any, Array, Any, Array | int], tuple[Array, Any]]

@@ -20,12 +20,11 @@ import numpy as np
 from jax import Array, lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-import moe.parallel
 from jaxserve.models.ops import Ops, Spread
 from kernels_pallas.weight import as_array
 from moe.dispatch import Dispatch
 from moe.experts import Experts
-from moe.parallel import PlacedExperts
+from moe.parallel import FarExperts, PlacedExperts
 from moe.placement import Placement
 from sharding.collectives import all_gather, all_to_all
 from sharding.mesh import TENSOR, Parallelism, put
@@ -145,8 +144,8 @@ def parallel_ops(ops: Ops, dispatch: Dispatch | None, num_rows: Array, *, split:
     if dispatch is None:
         experts = partial(_narrow_experts, ops.experts)
     else:
-        far = partial(moe.parallel.experts, dispatch, ops.experts_on_rows, num_rows=num_rows)
-        experts = partial(far, replicated=(TENSOR,) if split else ())
+        replicated = (TENSOR,) if split else ()
+        experts = FarExperts(dispatch, ops.experts_on_rows, replicated, num_rows)
     return replace(
         ops,
         linear=partial(_linear, ops.linear),

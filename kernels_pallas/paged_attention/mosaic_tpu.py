@@ -44,19 +44,21 @@ _FAR = 2**29  # behind every position, and far from an overflow
 @dataclass(frozen=True)
 class TpuTile:
     """keys: and rows of queries attended at a time (rows: whole lanes); tokens: in a program;
-    heads: of keys in a program, 0 for all, or for a share of them where there are several cores."""
+    heads: of keys in a program, 0 for all, or for a share of them where there are several cores;
+    mib: of VMEM for a program's queries and results, which bounds its tokens."""
 
     keys: int = tried(SHARED_KEYS, 256, 1024)
     rows: int = tried(128, 256)
     tokens: int = 64
     heads: int = tried(0, 2, 4)
     cores: int = tried(1, 2)
+    mib: int = 96
 
     @classmethod
     def wanted(cls, device: str) -> TpuTile | None:
         """One device of these kinds is a chip of two cores, each of which takes half of the heads;
-        nothing else of the grid is shared among them."""
-        return cls(cores=2) if device in ("v4", "v5p") else None
+        nothing else of the grid is shared among them. Their VMEM is half of the others'."""
+        return cls(cores=2, mib=46) if device in ("v4", "v5p") else None
 
 
 def page_attention(
@@ -205,7 +207,10 @@ def _shape(
     some = math.lcm(few, tile.rows // math.gcd(G, tile.rows))
     tokens = pl.cdiv(T, few) * few
     if tokens > some:  # a block of lse is whole lanes
-        tokens = pl.cdiv(min(tokens, tile.tokens), some) * some
+        held = 2 * (lanes[0] * dtype.itemsize + 4 * values) + 8 * LANES  # of a row, in two buffers
+        most = max(some, tile.mib * 2**20 // (heads * G * held) // some * some)
+        even = pl.cdiv(T, pl.cdiv(T, most))  # so that two programs are no larger than need be
+        tokens = pl.cdiv(min(even, tile.tokens), some) * some
     some = min(some, tokens)
     row = batch.tables.shape[1]
     pages = max(1, min(tile.keys // Z, row))

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from kernels_pallas import versions
 from moe import wire
-from moe.dispatch import Dispatch, combine, dispatch
+from moe.dispatch import Dispatch, arrived, combine, reply, send
 from moe.placement import ExpertLayout
 from moe.transport import Transport
 from tests.moe.routing import answers, oracle, routings
@@ -30,14 +30,15 @@ def mesh(devices=8):
 
 @functools.cache
 def program(d):
-    """Dispatch, `answers` and combine on every device; also how many rows each slot had."""
+    """There, `answers` and combine on every device; also how many rows each slot had."""
 
     def run(x, ids, weights, placement, num_rows):
-        rows, sizes, receipt = dispatch(d, x[0], ids[0], placement, num_rows[0])
+        came, receipt = send(d, x[0], ids[0], placement, num_rows[0])
+        rows, sizes = arrived(d, came, receipt)
         rows = rows.dequantized() if d.early_int8 else rows
         me, slots = lax.axis_index(AXES), d.layout.slots_per_device
         mine = lax.dynamic_slice_in_dim(placement.expert_of, me * slots, slots)
-        y = combine(d, answers(rows, sizes, mine), receipt, weights[0])
+        y = combine(reply(d, answers(rows, sizes, mine), receipt), receipt, weights[0])
         return y[None], sizes
 
     specs = {"in_specs": (SPLIT, SPLIT, SPLIT, WHOLE, SPLIT), "out_specs": (SPLIT, SPLIT)}

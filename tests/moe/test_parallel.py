@@ -13,8 +13,7 @@ from kernels_pallas.quantize import quantize_rows
 from kernels_pallas.weight import Int8Weight, StackedWeight
 from moe.dispatch import Dispatch
 from moe.experts import Experts, experts, experts_on_rows
-from moe.parallel import PlacedExperts
-from moe.parallel import experts as parallel_experts
+from moe.parallel import FarExperts, PlacedExperts
 from moe.placement import ExpertLayout
 from moe.transport import Transport
 
@@ -58,9 +57,7 @@ def on_mesh(d, *, batch, replicated=(), stacked=False):
     def run(x, ids, weights, p):
         if stacked:
             p = PlacedExperts(jax.tree.map(lambda w: StackedWeight(w, 1), p.weights), p.placement)
-        return parallel_experts(
-            d, experts_on_rows, x, ids, weights, p, activation="silu", replicated=replicated
-        )
+        return FarExperts(d, experts_on_rows, replicated)(x, ids, weights, p, activation="silu")
 
     tokens, slots = PartitionSpec(batch), PartitionSpec(*((None,) if stacked else ()), AXES)
     specs = (tokens, tokens, tokens, PlacedExperts(slots, PartitionSpec()))  # type: ignore[arg-type]

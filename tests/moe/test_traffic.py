@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moe import wire
-from moe.dispatch import Dispatch, combine, dispatch
+from moe.dispatch import Dispatch, arrived, combine, reply, send
 from moe.placement import ExpertLayout
 from moe.transport import Transport, capacity
 from sharding import compile_only
@@ -25,8 +25,9 @@ def lowered(transport, mesh):
     d = Dispatch(LAYOUT, transport)
 
     def run(x, ids, weights, placement):
-        rows, _, receipt = dispatch(d, x[0], ids[0], placement)
-        return combine(d, rows.dequantized(), receipt, weights[0])[None]  # type: ignore[union-attr]
+        came, receipt = send(d, x[0], ids[0], placement)
+        rows = arrived(d, came, receipt)[0].dequantized()  # type: ignore[union-attr]
+        return combine(reply(d, rows, receipt), receipt, weights[0])[None]
 
     def shape(*sizes, dtype, spec=SPLIT):
         return jax.ShapeDtypeStruct(sizes, dtype, sharding=NamedSharding(mesh, spec))
@@ -104,7 +105,7 @@ def test_ep320_compiles_for_320_absent_devices():
     d = Dispatch(layout, Transport(AXES, "push", "tpu"))
 
     def run(x, ids, placement):
-        rows, sizes, _ = dispatch(d, x[0], ids[0], placement)
+        rows, sizes = arrived(d, *send(d, x[0], ids[0], placement))
         return rows.values[None], sizes  # type: ignore[union-attr]
 
     def shape(*sizes, dtype, spec=SPLIT):

@@ -29,13 +29,16 @@ def shallow(name: str, layers: int) -> Shape:
 @pytest.mark.timeout(900)
 @pytest.mark.usefixtures("no_compilation_cache")
 @pytest.mark.parametrize(
-    ("model", "target", "split"),
+    ("model", "target", "split", "share"),
     [
-        ("qwen3-30b-a3b", "v5p:2x2x2", Parallelism(data=8, expert=8)),
-        ("deepseek-r1", "v5p:2x4x4", Parallelism(data=32, expert=32)),
+        ("qwen3-30b-a3b", "v5p:2x2x2", Parallelism(data=8, expert=8), 0.3),
+        ("deepseek-r1", "v5p:2x4x4", Parallelism(data=32, expert=32), 0.3),
     ],
 )
-def test_it_fits_and_sends_what_was_predicted(model: str, target: str, split: Parallelism):
+def test_it_fits_sends_what_was_predicted_and_computes_meanwhile(
+    model: str, target: str, split: Parallelism, share: float
+):
+    """Of four layers: a head weighs as much as they do, and it has no collective to lie under."""
     step = Step(sequences=32, context=4096)
     found = compile_step(shallow(model, 4), named(target), split, step).as_dict()
     assert found["devices"] == split.num_devices
@@ -49,6 +52,27 @@ def test_it_fits_and_sends_what_was_predicted(model: str, target: str, split: Pa
     ]
     assert sorted(sent, key=str) == sorted(found["predicted_collectives"], key=str)
     assert all(c["group_size"] == split.expert for c in found["collectives"])
+    assert found["overlapped_flops_share"] > share
+
+
+@pytest.mark.parametrize(
+    ("kind", "devices", "way"),
+    [("TPU v5", 32, "ragged"), ("TPU v5 lite", 16, "ragged"), ("TPU v5 lite", 32, "padded")],
+)
+def test_rows_travel_as_the_slice_can_send_them(kind: str, devices: int, way: str):
+    """And collectives are asked to go on by themselves where the compiler has such."""
+
+    class Device:
+        platform, device_kind = "tpu", kind
+
+        def memory_stats(self) -> dict[str, int]:
+            return {"bytes_limit": 1 << 40}
+
+    split = Parallelism(data=devices, expert=devices)
+    plan = compiled._resolve(shallow("qwen3-30b-a3b", 2), split, Step(8, 1024), Device())
+    assert plan.dispatch is not None
+    assert plan.dispatch.transport.way == way
+    assert (plan.compiler_options is None) == (way == "padded")
 
 
 def test_what_cannot_be_compiled_is_refused_before_it_is_tried():
