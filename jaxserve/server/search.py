@@ -10,7 +10,7 @@ import asyncio
 import dataclasses
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from contextlib import aclosing, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -240,6 +240,7 @@ async def _begin(
     """Starts a search; it is cancelled when the exchange ends."""
     server, loop = exchange.server, asyncio.get_running_loop()
     with _named():
+        _check_size(options.settings, server.limits.max_choices)
         controller = controller_of(options.controller, options.settings)
 
     def work() -> tuple[Prompt, Question]:
@@ -255,7 +256,8 @@ async def _begin(
             loop.call_soon_threadsafe(lambda: search.tell(event))
 
     prompt, question = await asyncio.wrap_future(server.workers.submit(work))
-    budget = Budget(options.tokens, options.paths or 1 << 30, options.seconds or float("inf"))
+    most = min(options.paths or 1 << 30, server.limits.max_choices)
+    budget = Budget(options.tokens, most, options.seconds or float("inf"))
     spec = Speculator(mode=options.speculate) if options.speculate else None
     with _named():
         running = server.llm.searches.start(
@@ -264,6 +266,16 @@ async def _begin(
     search = _Search(exchange, reader, prompt, running)
     running.when_over(lambda: tell(None))
     return search
+
+
+def _check_size(settings: Mapping[str, Any], most: int) -> None:
+    """Refuses numbers of paths, nodes or rounds that would keep a server's memory and lock."""
+    for name, value in settings.items():
+        if isinstance(value, int) and value > most:
+            raise RequestError(
+                f"settings.{name}={value}: one request may ask for at most {most}; lower it",
+                f"settings.{name}",
+            )
 
 
 def _question(

@@ -16,7 +16,7 @@ import pytest
 
 from jaxserve import LLM, SamplingParams
 from jaxserve.errors import RequestError
-from jaxserve.protocol import Cancelled, Event, SearchError, StepDone
+from jaxserve.protocol import Cancelled, Event, Gen, SearchError, StepDone
 from jaxserve.searches import controller_of
 from reasoning.answers import vote
 from reasoning.controllers import CONTROLLERS, make_controller
@@ -334,7 +334,17 @@ def test_settings_are_checked_against_their_types():
         assert controller_of(name) == make_controller(name)
 
 
-def test_threads_that_begin_together_share_one_keeper(tmp_path: Path):
+@pytest.mark.parametrize(
+    "wrong",
+    [{"max_tokens": 0}, {"temperature": -1.0}, {"temperature": float("nan")}, {"top_p": 0.0},
+     {"topk_logprobs": 0}],
+)  # fmt: skip
+def test_extensions_that_cannot_be_are_refused_where_they_are_made(wrong: dict[str, Any]):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        Gen(**{"max_tokens": 5} | wrong)
+
+
+def test_threads_that_begin_together_share_one_keeper():
     with LLM(MODEL, progress=False, max_model_len=64, num_pages=16) as llm:
         found = list[Any]()
         threads = [

@@ -194,17 +194,24 @@ def test_what_is_no_search_says_nothing_of_one(live: LiveServer):
     assert not {"search", "search_event"} & got.json().keys()
 
 
+def of(controller: str, **settings: Any) -> dict[str, Any]:
+    return {"search": {"controller": controller, "settings": settings}}
+
+
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
 
 
 @pytest.mark.parametrize(
     ("asked", "param"),
     [
-        ({"search": {"controller": "nobody"}}, "search.controller"),
-        ({"search": {"controller": "rebase", "settings": {"wide": 1}}}, "search.settings.wide"),
-        ({"search": {"controller": "rebase", "settings": {"width": "x"}}}, "search.settings.width"),
-        ({"search": {"controller": "rebase", "settings": {"width": 0}}}, "search.settings"),
-        ({"search": {"controller": "rebase", "settings": {"gen": 1}}}, "search.settings.gen"),
+        (of("nobody"), "search.controller"),
+        (of("rebase", wide=1), "search.settings.wide"),
+        (of("rebase", width="x"), "search.settings.width"),
+        (of("rebase", width=0), "search.settings"),
+        (of("rebase", width=10**7), "search.settings.width"),
+        (of("rebase", gen=1), "search.settings.gen"),
+        (of("rebase", gen={"max_tokens": 0}), "search.settings.gen"),
+        (of("beam", gen={"max_tokens": 9, "temperature": -1}), "search.settings.gen"),
         ({"search": {"tokens": 0}}, "search.tokens"),
         ({"search": {"tokens": "many"}}, "search.tokens"),
         ({"search": {"seconds": 0}}, "search.seconds"),
