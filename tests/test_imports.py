@@ -61,7 +61,8 @@ MAY_IMPORT = {
     "jaxserve.server": """jaxserve.text jaxserve.request jaxserve.errors jaxserve.__version__
         jaxserve.engine.generation starlette uvicorn msgspec prometheus_client""",
     "jaxserve.server.search": """jaxserve.server jaxserve.searches jaxserve.protocol
-        jaxserve.request jaxserve.errors reasoning.result reasoning.speculation msgspec starlette""",
+        jaxserve.request jaxserve.errors reasoning.result reasoning.speculation
+        msgspec starlette""",
 }
 """What each package or module may import besides the standard library and itself.
 

@@ -8,7 +8,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -341,7 +341,7 @@ def test_settings_are_checked_against_their_types():
 )  # fmt: skip
 def test_extensions_that_cannot_be_are_refused_where_they_are_made(wrong: dict[str, Any]):
     with pytest.raises(ValueError, match=next(iter(wrong))):
-        Gen(**{"max_tokens": 5} | wrong)
+        replace(Gen(5), **wrong)
 
 
 def test_threads_that_begin_together_share_one_keeper():
