@@ -87,7 +87,7 @@ class Intake:
         Raises:
             RequestError: the request cannot be honoured; the message names the field.
         """
-        self._check(ids, params, pooling)
+        self.check(ids, params, pooling)
         number = next(self._numbers)
         metrics = RequestMetrics(arrival_time=time.monotonic())
         name = request_id or f"request-{number}"
@@ -129,7 +129,8 @@ class Intake:
             )
         return self._tokenizer
 
-    def _check(self, ids: list[int], params: SamplingParams, pooling: str | None) -> None:
+    def check(self, ids: list[int], params: SamplingParams, pooling: str | None = None) -> None:
+        """Refuses what cannot be honoured, as `sequences` does."""
         if not ids:
             raise RequestError("the prompt is empty; give at least one token", "prompt")
         for token in ids:

@@ -7,7 +7,7 @@ import logging
 import time
 import weakref
 from collections.abc import AsyncIterator, Iterator, Sequence
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ from jaxserve.request import (
     RequestOutput,
     SamplingParams,
 )
-from jaxserve.searches import Searches
+from jaxserve.searches import Searches, once
 from jaxserve.text.tokenizer import Tokenizer
 from jaxserve.weights import ServedWeights, has_reward_head, serving_mesh
 from reasoning.result import Budget
@@ -282,7 +282,7 @@ class LLM:
         """
         return self.searches.search(prompts, controller, budget, **options)
 
-    @cached_property
+    @once
     def searches(self) -> Searches:
         """What searches of this engine go through."""
         self._needs_one_process("search()")

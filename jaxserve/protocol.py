@@ -57,6 +57,12 @@ class Gen:
     topk_logprobs: int = 8
     route: RouteNoise | None = None
 
+    def __post_init__(self):
+        if self.max_tokens < 1 or self.topk_logprobs < 1:
+            raise ValueError(f"{self}: max_tokens and topk_logprobs must be at least 1")
+        if not (self.temperature >= 0 and 0 < self.top_p <= 1):
+            raise ValueError(f"{self}: temperature is at least 0, top_p above 0 and at most 1")
+
 
 @dataclass(frozen=True, slots=True)
 class Node:

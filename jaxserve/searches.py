@@ -7,19 +7,26 @@ its own caller and nobody else. Searches of one call share a pool and a coordina
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import itertools
 import threading
-from collections.abc import Callable, Coroutine, Hashable, Sequence
+from collections.abc import Callable, Coroutine, Hashable, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, TypeVar
+
+import msgspec
 
 from jaxserve.engine.loop import EngineLoop
 from jaxserve.errors import RequestError
 from jaxserve.intake import Intake, Prompt, as_prompts
 from jaxserve.paths.keeper import Keeper
 from jaxserve.paths.pool import EnginePool, ScoreOf
-from jaxserve.protocol import Event, Question
+from jaxserve.protocol import Cancelled, Event, Question
+from jaxserve.request import SamplingParams
+from reasoning.controllers import CONTROLLERS
 from reasoning.pool import run_pool
 from reasoning.questions import last_answer
 from reasoning.result import Budget, Result
@@ -29,6 +36,54 @@ from reasoning.speculation import Coordinator, Speculator
 T = TypeVar("T")
 
 _queries = itertools.count()
+
+
+class Running:
+    """Searches under way, on a thread and an event loop of their own."""
+
+    def __init__(self, work: Coroutine[Any, Any, list[Any]]):
+        self._found: Future[list[Any]] = Future()
+        self._found.set_running_or_notify_cancel()  # whoever waits for it cannot cancel it
+        self._loop = asyncio.new_event_loop()
+        self._task = self._loop.create_task(work)
+        threading.Thread(target=self._serve, name="jaxserve-search", daemon=True).start()
+
+    def result(self, timeout: float | None = None) -> list[Any]:
+        """Waits for the end; raises what the searches failed with, `Cancelled` after `cancel`."""
+        return self._found.result(timeout)
+
+    async def aresult(self) -> list[Any]:
+        """`result` for an event loop. Cancelling this wait does not cancel the searches."""
+        return await asyncio.wrap_future(self._found)
+
+    def when_over(self, tell: Callable[[], None]) -> None:
+        """Calls `tell` when they have ended, on their thread; at once if they have."""
+        self._found.add_done_callback(lambda _: tell())
+
+    def cancel(self) -> None:
+        """Has them end as soon as their controller lets them; their pages go back. Thread-safe.
+
+        Does nothing to searches that have ended.
+        """
+        with suppress(RuntimeError):  # their loop is closed
+            self._loop.call_soon_threadsafe(self._task.cancel)
+
+    def _serve(self) -> None:
+        try:
+            found = self._loop.run_until_complete(self._task)
+        except asyncio.CancelledError:
+            self._end(Cancelled("the search was cancelled"))
+        except BaseException as error:
+            self._end(error)
+        else:
+            self._end(found)
+
+    def _end(self, found: list[Any] | BaseException) -> None:
+        self._loop.close()
+        if isinstance(found, BaseException):
+            self._found.set_exception(found)
+        else:
+            self._found.set_result(found)
 
 
 @dataclass(frozen=True)
@@ -52,20 +107,21 @@ class Searches:
         controller: Any,
         budget: Budget | None = None,
         *,
-        read: Callable[[str], Hashable | None] | None = None,
-        step: str | Sequence[int] = "\n\n",
+        read: Callable[[str], Hashable | None] = last_answer,
+        step: str | Sequence[int] | None = None,
         max_tokens: int | None = None,
         seed: int = 0,
         **options: Any,
     ) -> Any:
-        """See `LLM.search`.
+        """See `LLM.search`. An interrupt cancels it.
 
         Args:
-            read: from a path's text to its answer; None: what is boxed, or the last number.
-            step: what closes a step: a text that is one token, or the ids of several.
+            read: from a path's text to its answer; by default what is boxed, or the last number.
+            step: what closes a step: a text that is one token, or the ids of several; None: an
+                empty line, for controllers that need steps.
             max_tokens: most tokens of a path.
             seed: of everything that is drawn.
-            options: as of `run`.
+            options: as of `start`.
 
         Raises:
             RequestError: a prompt or a setting cannot be honoured.
@@ -76,37 +132,67 @@ class Searches:
         def asked(prompt: Any) -> Question:
             if isinstance(prompt, Question):
                 return prompt
-            return self.question(prompt, read or last_answer, step, max_tokens, seed)
+            closes = self.step_tokens(step, controller)
+            return self.question(prompt, read, closes, max_tokens, seed)
 
         found = self.run([asked(p) for p in many], controller, budget, **options)
         return found[0] if len(many) == 1 and many[0] is prompts else found
 
+    def step_tokens(self, step: str | Sequence[int] | None, controller: Any) -> tuple[int, ...]:
+        """The tokens that close a step.
+
+        Raises:
+            RequestError: a text is not one token, which a policy of trees cannot do without.
+        """
+        if step is not None and not isinstance(step, str):
+            return tuple(step)
+        text = "\n\n" if step is None else step
+        closes = self.intake.tokenizer.encode(text, add_special_tokens=False)
+        if len(closes) == 1:
+            return tuple(closes)
+        if step is None and not hasattr(controller, "ready"):
+            return ()
+        raise RequestError(
+            f"step={text!r} is {len(closes)} tokens of this model, and must be one; give the "
+            "ids of tokens that close a step",
+            "step",
+        )
+
     def question(
         self,
         prompt: Prompt,
-        read: Callable[[str], Hashable | None],
-        step: str | Sequence[int],
-        max_tokens: int | None,
-        seed: int,
+        read: Callable[[str], Hashable | None] = last_answer,
+        step: Sequence[int] = (),
+        max_tokens: int | None = None,
+        seed: int = 0,
     ) -> Question:
-        """A prompt as a controller is given it."""
+        """A prompt as a controller is given it.
+
+        Raises:
+            RequestError: the prompt and a path do not fit into the context.
+        """
         words = self.intake.tokenizer
         ids, _ = self.intake.token_ids(prompt)
-        closes = words.encode(step, add_special_tokens=False) if isinstance(step, str) else step
-        if isinstance(step, str) and len(closes) != 1:
-            raise RequestError(
-                f"step={step!r} is {len(closes)} tokens of this model, and must be one; give the "
-                "ids of tokens that close a step",
-                "step",
-            )
+        self.intake.check(ids, SamplingParams(max_tokens=max_tokens))
 
         def answer(tokens: Sequence[int]) -> Hashable | None:
             return read(words.decode(tokens))
 
         length = self.keeper.max_model_len - len(ids) if max_tokens is None else max_tokens
-        return Question(tuple(ids), answer, tuple(closes), length, seed, words.decode)
+        return Question(tuple(ids), answer, tuple(step), length, seed, words.decode)
 
     def run(
+        self, questions: Sequence[Question], controller: Any, *args: Any, **kw: Any
+    ) -> list[Any]:
+        """`start`, and waits for the results; an interrupt cancels the searches."""
+        running = self.start(questions, controller, *args, **kw)
+        try:
+            return running.result()
+        except BaseException:
+            running.cancel()
+            raise
+
+    def start(
         self,
         questions: Sequence[Question],
         controller: Any,
@@ -116,8 +202,8 @@ class Searches:
         scorer: str | None = None,
         on_event: Callable[[Event], None] | None = None,
         return_exceptions: bool = False,
-    ) -> list[Any]:
-        """Searches for the answers of all questions at once.
+    ) -> Running:
+        """Begins searches for the answers of all questions, and returns at once.
 
         Args:
             controller: a `SearchPolicy` or a `PoolPolicy`; one serves all questions.
@@ -125,8 +211,12 @@ class Searches:
             scorer: of paths; None: the reward head, or confidence where there is none.
             on_event: is told what happens, on another thread.
             return_exceptions: errors stand in the place of results; otherwise the first is raised.
+
+        Raises:
+            RequestError: the controller is none, or a setting does not go with it.
         """
-        scorer = scorer or ("confidence" if self.prior is None else "prm")
+        scorer = self._scorer(scorer)
+        _check(controller, spec)
 
         async def all_of_them() -> list[Any]:
             pool = self.pool(on_event)
@@ -137,7 +227,16 @@ class Searches:
             ]
             return await _together(searches, return_exceptions)
 
-        return _in_thread(all_of_them())
+        return Running(all_of_them())
+
+    def _scorer(self, asked: str | None) -> str:
+        usual = "confidence" if self.prior is None else "prm"
+        known = dict.fromkeys(["confidence", usual, *self.scorers])
+        if asked is not None and asked not in known:
+            raise RequestError(
+                f"scorer={asked!r} is not known to this model; it has {', '.join(known)}", "scorer"
+            )
+        return asked or usual
 
     def _one(
         self,
@@ -150,21 +249,14 @@ class Searches:
         coordinator: Coordinator,
     ) -> Coroutine[Any, Any, Result]:
         query = next(_queries)
-        if hasattr(controller, "ready"):
-            return run_search(
-                controller, pool, question, budget, spec=spec, scorer=scorer,
-                coordinator=coordinator, query=query,
-            )  # fmt: skip
-        if not hasattr(controller, "step"):
-            raise RequestError(
-                f"{controller!r} is no controller: it has neither `ready` (trees) nor `step`",
-                "controller",
+        if not hasattr(controller, "ready"):
+            return run_pool(
+                controller, pool, question, budget or Budget(), scorer=scorer, query=query
             )
-        if spec is not None:
-            raise RequestError(
-                f"speculation is for searches of trees; {controller.name} grows a pool", "spec"
-            )
-        return run_pool(controller, pool, question, budget or Budget(), scorer=scorer, query=query)
+        return run_search(
+            controller, pool, question, budget, spec=spec, scorer=scorer,
+            coordinator=coordinator, query=query,
+        )  # fmt: skip
 
     def pool(self, on_event: Callable[[Event], None] | None = None) -> EnginePool:
         """Paths of the running event loop."""
@@ -183,34 +275,50 @@ async def _together(searches: Sequence[Coroutine[Any, Any, T]], keep_errors: boo
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _in_thread(work: Coroutine[Any, Any, T]) -> T:
-    """Runs a coroutine to its end on a loop of its own; an interrupt cancels it first.
+def controller_of(name: str, settings: Mapping[str, Any] | None = None) -> Any:
+    """A controller by its name, with settings as JSON says them, checked against their types.
 
-    The calling thread may have a loop already, as notebooks do.
+    Raises:
+        RequestError: there is none of that name, or it has no such setting or value.
     """
-    found: Future[T] = Future()
-    task: asyncio.Task[T] | None = None
-    loop = asyncio.new_event_loop()
-
-    async def run() -> None:
-        nonlocal task
-        task = asyncio.ensure_future(work)
-        try:
-            found.set_result(await task)
-        except BaseException as error:
-            found.set_exception(error)
-
-    def serve() -> None:
-        try:
-            loop.run_until_complete(run())
-        finally:
-            loop.close()
-
-    thread = threading.Thread(target=serve, name="jaxserve-search", daemon=True)
-    thread.start()
+    if name not in CONTROLLERS:
+        raise RequestError(
+            f"controller {name!r} is not known; there are {', '.join(CONTROLLERS)}", "controller"
+        )
+    kind, given = CONTROLLERS[name], dict(settings or {})
+    fields = [field.name for field in dataclasses.fields(kind)]
+    if unknown := sorted(given.keys() - set(fields)):
+        raise RequestError(
+            f"{name} has no setting {unknown[0]!r}; it has {', '.join(fields)}",
+            f"settings.{unknown[0]}",
+        )
     try:
-        return found.result()
-    except BaseException:
-        if task is not None and not found.done():
-            loop.call_soon_threadsafe(task.cancel)
-        raise
+        return msgspec.convert(given, kind)
+    except msgspec.ValidationError as error:
+        what, _, where = str(error).partition(" - at `$")
+        path = f"settings{where.rstrip('`')}"
+        raise RequestError(f"{name}: {path}: {what}", path) from None
+
+
+def _check(controller: Any, spec: Speculator | None) -> None:
+    if not hasattr(controller, "ready") and not hasattr(controller, "step"):
+        raise RequestError(
+            f"{controller!r} is no controller: it has neither `ready` (trees) nor `step`",
+            "controller",
+        )
+    if spec is not None and not hasattr(controller, "ready"):
+        raise RequestError(
+            f"speculation is for searches of trees; {controller.name} grows a pool", "spec"
+        )
+
+
+class once(cached_property[T]):
+    """A cached property that threads which ask at the same time make only once."""
+
+    def __init__(self, make: Callable[[Any], T]):
+        super().__init__(make)
+        self._making = threading.RLock()
+
+    def __get__(self, instance: Any, owner: Any = None) -> Any:
+        with self._making:
+            return super().__get__(instance, owner)

@@ -14,6 +14,7 @@ from reasoning import drawing
 if TYPE_CHECKING:
     from rich.console import Group, RenderableType
     from rich.table import Table
+    from rich.text import Text
     from rich.tree import Tree
 
 Stopped = Literal["done", "budget", "decided"]
@@ -123,9 +124,9 @@ class Result:
 
         parts: list[RenderableType] = [Text(self.headline, style="bold"), self._ledger_table()]
         if self.distribution:
-            parts.append(self._answer_table())
+            parts += ["", self._answer_table()]
         if self.tree:
-            parts.append(self._rich_tree())
+            parts += ["", self._rich_tree()]
         return Group(*parts)
 
     def _repr_html_(self) -> str:
@@ -175,13 +176,20 @@ class Result:
         return whole
 
 
-def _label(piece: Piece) -> str:
+def _label(piece: Piece) -> Text:
+    """One line: what it came to first, since a terminal may have no room for all it says."""
+    from rich.text import Text
+
     styles = {"live": "blue", "finished": "green", "pruned": "dim", "wasted": "red"}
-    text = piece.text if len(piece.text) <= 60 else f"…{piece.text[-59:]}"
-    answer = "" if piece.answer is None else f" → [bold]{_plain(piece.answer)}[/]"
-    score = "" if piece.score is None else f" ({piece.score:.3f})"
-    said = _plain(text) or f"{len(piece.tokens)} tokens"
-    return f"[{styles[piece.state]}]{piece.state}[/] {said}{answer}{score}"
+    score = "" if piece.score is None else f" {piece.score:.3f}"
+    line = Text.assemble((piece.state, styles[piece.state]), score, no_wrap=True)
+    if piece.answer is not None:
+        line.append(f" → {piece.answer}", style="bold")
+    count = len(piece.tokens)
+    said = " ".join(piece.text.split()) or f"{count} token{'' if count == 1 else 's'}"
+    line.append(f"  {said}")
+    line.overflow = "ellipsis"
+    return line
 
 
 def _plain(value: object) -> str:

@@ -34,7 +34,7 @@ def test_python_blocks_run(document: Path, tmp_path: Path, monkeypatch: pytest.M
     names: dict[str, object] = {"__name__": document.stem}
     for code, line, marks in blocks(document):
         padded = "\n" * (line - 1) + code  # a failure points into the document
-        program = compile(padded, str(document), "exec")
+        program = compile(padded, str(document), "exec", dont_inherit=True)
         if "no-run" not in marks:
             exec(program, names)
         elif marks[1:]:

@@ -51,7 +51,7 @@ MAY_IMPORT = {
     "jaxserve.weights": """jaxserve.plan jaxserve.config jaxserve.models jaxserve.checkpoint
         jaxserve.quant jaxserve.errors sharding jax numpy""",
     "jaxserve.searches": """jaxserve.paths jaxserve.intake jaxserve.engine.loop jaxserve.protocol
-        jaxserve.errors reasoning""",
+        jaxserve.request jaxserve.errors reasoning msgspec""",
     "jaxserve.llm": """jaxserve.searches jaxserve.paths reasoning.result
         jaxserve.intake jaxserve.weights jaxserve.engine jaxserve.plan
         jaxserve.config jaxserve.cache jaxserve.models jaxserve.checkpoint jaxserve.quant
@@ -60,6 +60,9 @@ MAY_IMPORT = {
         moe kernels_pallas sharding jax numpy optax orbax rich""",
     "jaxserve.server": """jaxserve.text jaxserve.request jaxserve.errors jaxserve.__version__
         jaxserve.engine.generation starlette uvicorn msgspec prometheus_client""",
+    "jaxserve.server.search": """jaxserve.server jaxserve.searches jaxserve.protocol
+        jaxserve.request jaxserve.errors reasoning.result reasoning.speculation
+        msgspec starlette""",
 }
 """What each package or module may import besides the standard library and itself.
 

@@ -10,19 +10,21 @@ import argparse
 import dataclasses
 import json
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from jaxserve.cli.options import add_engine_options, load
 from jaxserve.errors import RequestError
-from reasoning.controllers import CONTROLLERS, make_controller
+from reasoning.controllers import CONTROLLERS
 from reasoning.result import Budget, Result
 from reasoning.speculation import Speculator
 from reasoning.tasks import TASKS, Problem, Task, distinct, make_task
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+T = TypeVar("T")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -42,7 +44,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--problems", type=int, default=1, help="how many")
     parser.add_argument("--split", choices=("dev", "test"), default="dev", help="of them")
     parser.add_argument("--tokens", type=int, default=4096, help="budget of a question")
-    parser.add_argument("--step", default="\n\n", help="text of the token that closes a step")
+    parser.add_argument("--step", help="text of the token that closes a step; else an empty line")
     parser.add_argument("--max-tokens", type=int, default=None, help="most tokens of a path")
     parser.add_argument("--scorer", help="of paths: prm or confidence; prm if there is a head")
     parser.add_argument(
@@ -57,20 +59,22 @@ def run(args: argparse.Namespace) -> None:
     """Searches, and shows what came of it."""
     from rich.console import Console
 
-    controller = _controller(args)
-    spec = Speculator(mode=args.speculate) if args.speculate else None
-    options = {"budget": Budget(tokens=args.tokens), "spec": spec, "scorer": args.scorer}
     if (args.prompt is None) == (args.task is None):
         raise RequestError("give either a prompt or --task", "prompt")
+    controller = _controller(args)
+    budget = _or_refuse("tokens", lambda: Budget(tokens=args.tokens))
+    spec = Speculator(mode=args.speculate) if args.speculate else None
+    options = {"budget": budget, "spec": spec, "scorer": args.scorer}
     console = Console(highlight=False)
     task = None if args.task is None else _task(args.task, Path(args.model))
+    problems = [] if task is None else _problems(task, args)
     with load(args) as llm:
         if task is None:
             ways = {"step": args.step, "max_tokens": args.max_tokens, "seed": args.seed}
             found = llm.search(args.prompt, controller, **options, **ways)
             _show(args, console, llm, [found])
         else:
-            _solve(args, console, llm, controller, task, options)
+            _solve(args, console, llm, controller, task, problems, options)
 
 
 def _solve(
@@ -79,22 +83,26 @@ def _solve(
     llm: Any,
     controller: Any,
     task: Task,
+    problems: Sequence[Problem],
     options: dict[str, Any],
 ) -> None:
     """Problems of a task, all at once."""
     from reasoning.questions import question_of
 
     length = args.max_tokens or llm.max_model_len // 2
-    problems = distinct(task, args.split, args.seed, args.problems)
     questions = [
         question_of(task, p, llm.tokenizer, seed=args.seed, max_tokens=length) for p in problems
     ]
     results: list[Result] = llm.search(questions, controller, **options)
     right = [_is_right(task, p, r, llm) for p, r in zip(problems, results, strict=True)]
-    _show(args, console, llm, results, problems, right)
+    verdicts = [
+        "right" if ok else f"wrong, it is {task.answer(problem)}"
+        for ok, problem in zip(right, problems, strict=True)
+    ]
+    _show(args, console, llm, results, problems, verdicts)
     if not args.json:
         tokens = sum(r.ledger.generated for r in results) / len(results)
-        console.print(f"{sum(right)} of {len(right)} solved, {tokens:.0f} tokens each")
+        console.print(f"\n{sum(right)} of {len(right)} solved, {tokens:.0f} tokens each")
 
 
 def _is_right(task: Task, problem: Problem, result: Result, llm: Any) -> bool:
@@ -109,18 +117,24 @@ def _show(
     llm: Any,
     results: Sequence[Result],
     problems: Sequence[Problem] = (),
-    right: Sequence[bool] = (),
+    verdicts: Sequence[str] = (),
 ) -> None:
+    """Results one by one; their trees too, unless there are many."""
+    from rich.text import Text
+
     for i, result in enumerate(results):
         asked = problems[i].prompt if problems else args.prompt
         if args.json:
-            verdict = {"correct": right[i]} if right else {}
+            verdict = {"correct": verdicts[i] == "right"} if verdicts else {}
             said = {"prompt": asked, "text": llm.tokenizer.decode(result.tokens)}
             print(json.dumps({**said, **plain(result), **verdict}, ensure_ascii=False))
             continue
         if problems:
-            mark = "right" if right[i] else "wrong"
-            console.print(f"\n{asked} {result.answer} ({mark})", style="bold")
+            colour = "green" if verdicts[i] == "right" else "red"
+            line = Text.assemble(f"{asked} {result.answer} ", (f"({verdicts[i]})", colour))
+            if len(results) > 3:
+                line.append(f"  {result.ledger.generated} tokens", style="dim")
+            console.print(line)
         if len(results) <= 3:
             console.print(result)
 
@@ -140,6 +154,8 @@ def plain(result: Result) -> dict[str, Any]:
 
 
 def _controller(args: argparse.Namespace) -> Any:
+    from jaxserve.searches import controller_of  # an engine's, so not at the top
+
     settings = dict[str, Any]()
     for setting in args.settings:
         name, _, value = setting.partition("=")
@@ -147,10 +163,7 @@ def _controller(args: argparse.Namespace) -> Any:
             settings[name] = json.loads(value)
         except ValueError:
             settings[name] = value
-    try:
-        return make_controller(args.controller, settings)
-    except ValueError as error:
-        raise RequestError(str(error), "controller") from None
+    return controller_of(args.controller, settings)
 
 
 def _task(name: str, folder: Path) -> Task:
@@ -159,7 +172,18 @@ def _task(name: str, folder: Path) -> Task:
     if recipe.is_file():
         data = tomllib.loads(recipe.read_text()).get("data", {})
         settings = data.get("settings", {}) if data.get("task") == name else {}
+    return _or_refuse("task", lambda: make_task(name, settings))
+
+
+def _problems(task: Task, args: argparse.Namespace) -> list[Problem]:
+    if args.problems < 1:
+        raise RequestError(f"problems={args.problems} must be at least 1", "problems")
+    return _or_refuse("problems", lambda: distinct(task, args.split, args.seed, args.problems))
+
+
+def _or_refuse(what: str, make: Callable[[], T]) -> T:
+    """What `make` makes; its ValueError as an error of one line."""
     try:
-        return make_task(name, settings)
+        return make()
     except ValueError as error:
-        raise RequestError(str(error), "task") from None
+        raise RequestError(str(error), what) from None

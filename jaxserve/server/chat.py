@@ -30,6 +30,7 @@ from jaxserve.server.openai import (
 from jaxserve.server.parsing import Reader
 from jaxserve.server.pieces import Answer, CallDelta, Piece, new_id
 from jaxserve.server.prompt import chat_prompt, conversation_of, effort_kwargs
+from jaxserve.server.search import ChatForm, searched
 from jaxserve.server.state import Exchange, Server
 from jaxserve.server.stream import DONE, EventStream, Frames, frame
 from jaxserve.server.tools import ToolUse
@@ -43,7 +44,13 @@ async def chat_completions(exchange: Exchange, body: ChatRequest) -> Response:
     model = server.check_model(body.model)
     tools = tool_use(body)
     params, reader = _plan(server, body, tools)
-    turn = await begin(exchange, lambda: [_prompt(server, body, tools)], params, reader)
+
+    def prepare() -> list[Prompt]:
+        return [_prompt(server, body, tools)]
+
+    if body.search is not None:
+        return await searched(exchange, body, params, prepare, ChatForm(model), reader)
+    turn = await begin(exchange, prepare, params, reader)
     form = _Form(body, turn, server.llm.tokenizer, model)
     if body.stream:
         return EventStream(form.frames(), lambda error: frame(as_api_error(error).body("")))

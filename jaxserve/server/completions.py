@@ -16,6 +16,7 @@ from jaxserve.server.logprobs import completion_logprobs, prompt_logprobs
 from jaxserve.server.openai import Completion, CompletionChoice, CompletionRequest
 from jaxserve.server.pieces import Answer, Piece, new_id
 from jaxserve.server.prompt import text_prompts
+from jaxserve.server.search import CompletionForm, searched
 from jaxserve.server.state import Exchange, Server
 from jaxserve.server.stream import DONE, EventStream, Frames, frame
 from jaxserve.server.turn import Prompt, Turn, begin
@@ -31,10 +32,12 @@ async def completions(exchange: Exchange, body: CompletionRequest) -> Response:
     def prepare() -> list[Prompt]:
         prompts = text_prompts(server, body.prompt, body.add_special_tokens)
         server.check_choices(len(prompts), params.n)
-        if body.max_tokens is not UNSET:
+        if body.max_tokens is not UNSET or body.search is not None:
             return prompts
         return [replace(p, max_tokens=_default_max_tokens(server, p, body)) for p in prompts]
 
+    if body.search is not None:
+        return await searched(exchange, body, params, prepare, CompletionForm(model))
     turn = await begin(exchange, prepare, params)
     form = _Form(body, turn, exchange.server.llm.tokenizer, model, params.n)
     if body.stream:

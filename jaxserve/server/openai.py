@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 
+from jaxserve.server.openai_search import Reported, SearchOptions, Told
 from jaxserve.server.pieces import FinishReason
 from jaxserve.server.sampling import Positive, SamplingBody
 from jaxserve.server.wire import Body, Count, TokenId
@@ -67,6 +68,7 @@ class CompletionRequest(SamplingBody, kw_only=True):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     add_special_tokens: bool | None = None
+    search: SearchOptions | None = None
     user: str | None = None
 
 
@@ -99,6 +101,8 @@ class Completion(Struct, kw_only=True):
     choices: list[CompletionChoice]
     object: Literal["text_completion"] = "text_completion"
     usage: Usage | None = None
+    search: Reported = UNSET
+    search_event: Told = UNSET
 
 
 # ---- /v1/chat/completions ---------------------------------------------------------------
@@ -237,6 +241,7 @@ class ChatRequest(SamplingBody, kw_only=True):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     modalities: list[Literal["text"]] | None = None
+    search: SearchOptions | None = None
 
     audio: Any = None
     function_call: Any = None
@@ -307,6 +312,7 @@ class ChatCompletion(Struct, kw_only=True):
     usage: Usage
     object: Literal["chat.completion"] = "chat.completion"
     prompt_logprobs: PromptLogprobs | None = None
+    search: Reported = UNSET
 
 
 class FunctionDelta(Struct, kw_only=True, omit_defaults=True):
@@ -353,6 +359,8 @@ class ChatChunk(Struct, kw_only=True):
     choices: list[ChunkChoice]
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
     usage: Usage | None = None
+    search: Reported = UNSET
+    search_event: Told = UNSET
 
 
 # ---- /v1/embeddings, /v1/models ---------------------------------------------------------

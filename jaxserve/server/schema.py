@@ -19,6 +19,7 @@ _ERRORS = {
     "404": "No such model or route.",
     "413": "The body is too large.",
     "429": "Too many requests at once; retry later.",
+    "500": "The server failed, or the controller of a search; the message says how.",
     "503": "The server is shutting down.",
 }
 

@@ -136,6 +136,10 @@ class FakeLLM:
 
     # ---- the facade -----------------------------------------------------------------------
 
+    @property
+    def searches(self) -> Any:
+        raise RequestError("this engine cannot search", "search")
+
     def submit(
         self,
         prompt_token_ids: list[int],
