@@ -13,12 +13,13 @@ attention says is turned back, once per row of the output.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import partial
-from itertools import accumulate
+from functools import partial, reduce
+from itertools import accumulate, groupby
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from kernels_pallas.quantize import quantize_rows
@@ -193,6 +194,29 @@ def turned(pages: Pages, x: Array) -> Array:
     ends = zip(pages.parts, accumulate(pages.parts), strict=True)
     parts = tuple(n for n, end in ends if end - n < x.shape[-1])
     return _turned(_widened(x, sum(parts)), parts)
+
+
+def turned_by_product(pages: Pages, x: Array) -> Array:
+    """As `turned`, but for rounding: kernels' own queries and outputs turn by a product, for XLA
+    makes fusions and temporaries of butterflies."""
+    if not isinstance(pages, Int4Pages):
+        return x
+    ends = zip(pages.parts, accumulate(pages.parts), strict=True)
+    parts = [n for n, end in ends if end - n < x.shape[-1]]
+    x, begin, rows = _widened(x.astype(jnp.float32), sum(parts)), 0, list[Array]()
+    for n, same in groupby(parts):  # parts alike turn by one product
+        lanes, block = n * len(list(same)), n & -n
+        blocks = x[..., begin : begin + lanes].reshape(*x.shape[:-1], -1, block)
+        by = jnp.asarray(_sylvester(block), jnp.float32)
+        turned = jnp.dot(blocks, by, precision=lax.Precision.HIGHEST)
+        rows.append(turned.reshape(*x.shape[:-1], lanes))
+        begin += lanes
+    return jnp.concatenate(rows, -1) if len(rows) > 1 else rows[0]
+
+
+def _sylvester(block: int) -> np.ndarray:
+    matrix = reduce(np.kron, [[[1, 1], [1, -1]]] * (block.bit_length() - 1), np.ones((1, 1)))
+    return matrix * block**-0.5
 
 
 def whole_parts(pages: Pages, lanes: int) -> int:

@@ -186,11 +186,8 @@ def test_a_step_over_pages_of_eight_bits_on_hopper_equals_the_reference(model, b
     batch = Ragged(*map(jnp.asarray, ([0, 9], [9], [[3, 1]], 1)))
 
     def run(kernels, params, dtype):
-        plan = SimpleNamespace(kernels=kernels, activation_dtype=dtype, target=GPU)
-        forward = partial(module.forward, cfg)
-        return jax.jit(lambda p, kv: forward(p, tokens, at, serving_ops(plan, batch), kv))(
-            params, pages
-        )[0]
+        forward, ops = partial(module.forward, cfg), step(GPU, kernels, dtype=dtype, batch=batch)
+        return jax.jit(lambda p, kv: forward(p, tokens, at, ops, kv))(params, pages)[0]
 
     try:
         hidden = jax.block_until_ready(run("pallas", params, jnp.bfloat16))
