@@ -197,26 +197,33 @@ def turned(pages: Pages, x: Array) -> Array:
 
 
 def turned_by_product(pages: Pages, x: Array) -> Array:
-    """As `turned`, but for rounding: kernels' own queries and outputs turn by a product, for XLA
-    makes fusions and temporaries of butterflies."""
+    """Queries x [..., H] as `turned` has them, in x's type and each part times the root of its
+    `block_of`. XLA makes temporaries of butterflies; signs are exact in bfloat16, a root is not."""
     if not isinstance(pages, Int4Pages):
         return x
     ends = zip(pages.parts, accumulate(pages.parts), strict=True)
     parts = [n for n, end in ends if end - n < x.shape[-1]]
-    x, begin, rows = _widened(x.astype(jnp.float32), sum(parts)), 0, list[Array]()
+    x, begin, rows = _widened(x, sum(parts)), 0, list[Array]()
     for n, same in groupby(parts):  # parts alike turn by one product
-        lanes, block = n * len(list(same)), n & -n
-        blocks = x[..., begin : begin + lanes].reshape(*x.shape[:-1], -1, block)
-        by = jnp.asarray(_sylvester(block), jnp.float32)
-        turned = jnp.dot(blocks, by, precision=lax.Precision.HIGHEST)
+        lanes = n * len(list(same))
+        blocks = x[..., begin : begin + lanes].reshape(*x.shape[:-1], -1, block_of(n))
+        by = jnp.asarray(signs(block_of(n)), x.dtype)
+        turned = jnp.dot(
+            blocks, by, precision=lax.Precision.HIGHEST, preferred_element_type=x.dtype
+        )
         rows.append(turned.reshape(*x.shape[:-1], lanes))
         begin += lanes
     return jnp.concatenate(rows, -1) if len(rows) > 1 else rows[0]
 
 
-def _sylvester(block: int) -> np.ndarray:
-    matrix = reduce(np.kron, [[[1, 1], [1, -1]]] * (block.bit_length() - 1), np.ones((1, 1)))
-    return matrix * block**-0.5
+def block_of(lanes: int) -> int:
+    """The lanes of a part in four bits that turn together."""
+    return lanes & -lanes
+
+
+def signs(block: int) -> np.ndarray:
+    """Sylvester's matrix."""
+    return reduce(np.kron, [[[1, 1], [1, -1]]] * (block.bit_length() - 1), np.ones((1, 1)))
 
 
 def whole_parts(pages: Pages, lanes: int) -> int:
@@ -315,7 +322,7 @@ def _quantize_nibbles(x: Array) -> tuple[Array, Array]:
 
 
 def _turned(x: Array, parts: tuple[int, ...]) -> Array:
-    return jnp.concatenate([hadamard(part, part.shape[-1] & -part.shape[-1])
+    return jnp.concatenate([hadamard(part, block_of(part.shape[-1]))
                             for part in _split(x, parts)], -1)  # fmt: skip
 
 

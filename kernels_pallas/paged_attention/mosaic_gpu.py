@@ -25,6 +25,7 @@ from kernels_pallas.paged_attention.codec import (
     Int8Pages,
     QuantizedPages,
     StaticInt8Pages,
+    signs,
     turned_by_product,
     whole_parts,
 )
@@ -92,7 +93,7 @@ def page_attention(
     o = o[..., : whole_parts(stacks[-1], value_dim)]
     o, lse = _merge(o, lse, None if sinks is None else as_array(sinks))
     o = stacks[-1].fold(o, layer) if isinstance(stacks[-1], StaticInt8Pages) else o
-    o = turned_by_product(stacks[-1], o)[..., :value_dim]
+    o = _turned_by_eights(o)[..., :value_dim] if shape.nibbles else o
     if not mass:
         return o, lse
     logs = masses[0][item, head, :, row].reshape(T, N, -1)
@@ -108,6 +109,13 @@ def _leaves(stacks: list[Any]) -> list[Array]:
         caches = [x.reshape(*x.shape[:3], -1, 2, x.shape[-1]) for x in caches]
         scales = [x.reshape(*x.shape[:3], -1, 4) for x in scales]
     return caches + scales
+
+
+def _turned_by_eights(x: Array) -> Array:
+    """x [..., W] with each eight lanes turned: what the kernel leaves. As sums and not as a product
+    it is part of the fusion that gathers x."""
+    each = x.reshape(*x.shape[:-1], -1, 8)
+    return jnp.sum(each[..., None] * jnp.asarray(signs(8), x.dtype), -2).reshape(x.shape)
 
 
 def _page_mass(

@@ -21,6 +21,8 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels_pallas.paged_attention.codec import block_of
+
 _SORTED = 4  # kinds of keys of four bits: by the half of a byte, and even or odd bytes
 _APART = 8  # lines: if scales filled their array, Mosaic would take a transposed view for flat
 _NIBBLES = plgpu.Layout.TILED(
@@ -113,6 +115,10 @@ class Shape:
             for part, (a, b) in enumerate(zip([0, *ends], ends, strict=False))
             for at in range(max(a, first), min(b, end), widest)
         ]
+
+    def block(self, part: int) -> int:
+        """The lanes of a part of values in four bits that turn together."""
+        return block_of(self.value_parts[part])
 
     def key_of(self, column: Array) -> Array:
         """The key of a block that a column of its logits is of."""

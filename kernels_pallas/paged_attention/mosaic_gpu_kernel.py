@@ -11,6 +11,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels_pallas.paged_attention.codec import block_of
 from kernels_pallas.paged_attention.mosaic_gpu_blocks import Shape, Work, bring
 
 TINY = 1e-37
@@ -28,7 +29,9 @@ def scores(q: Any, keys: Any, scales: Any, shape: Shape) -> Array:
     def add(b: Any, s: Array, first: Any, n: int) -> Array:
         lanes = pl.ds(first, n)
         part = product(q.at[:, lanes], keys.at[:, lanes].T, (ROWS, shape.keys))
-        return s + part * lax.broadcast_in_dim(scales[b], part.shape, (1,))
+        by = scales[b]
+        by = by * block_of(n) ** -0.5 if shape.nibbles else by
+        return s + part * lax.broadcast_in_dim(by, part.shape, (1,))
 
     s, b, lane = jnp.zeros((ROWS, shape.keys), jnp.float32), 0, 0
     for n, alike in groupby(shape.key_parts):
@@ -42,6 +45,22 @@ def scores(q: Any, keys: Any, scales: Any, shape: Shape) -> Array:
                 s = add(b + i, s, lane + i * n, n)
         b, lane = b + count, lane + count * n
     return s
+
+
+def pieces(x: Array, part: int, width: int, shape: Shape) -> list[Array]:
+    """Columns of x [ROWS, n], which are of that part of values, as they are stored: so many at a
+    time, or eight of what is turned back as far as registers go. Steps within eight columns, which
+    several threads hold, are left (`mosaic_gpu.page_attention`)."""
+    if not shape.nibbles:
+        return [x[:, i : i + width] for i in range(0, x.shape[1], width)]
+    columns, block = [x[:, i : i + 8] for i in range(0, x.shape[1], 8)], shape.block(part)
+    step = 1
+    while step < min(block // 8, len(columns)):
+        for i in (i for i in range(len(columns)) if not i & step):
+            a, b = columns[i], columns[i + step]
+            columns[i], columns[i + step] = a + b, a - b
+        step *= 2
+    return [column * block**-0.5 for column in columns]
 
 
 def weigh(p: Array, scales: Any, past: Array, weights: Any, shape: Shape) -> None:
@@ -164,21 +183,23 @@ def kernel(
             lse_smem[wg] = lse
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(lse_smem.at[wg], lse_ref.at[split, item, head, rows])
-            stored = [(x, first, at) for x, (first, n, _) in zip(value, shares, strict=True)
-                      for at in range(0, n, STORED)]  # fmt: skip
-            for x, first, at in stored:
-                begin = first + at
-                o_smem[wg] = x[:, at : at + STORED]
-                plgpu.commit_smem()
-                columns = pl.ds(begin, STORED)
-                for row in range(0, ROWS, 8):  # none without a token
+            for x, (first, n, part) in zip(value, shares, strict=True):
+                columns = pieces(x, part, STORED, shape)
+                width = n // len(columns)
+                for begin in range(0, n, STORED):
+                    for i in range(0, STORED, width):
+                        o_smem[wg, :, pl.ds(i, width)] = columns[(begin + i) // width]
+                    plgpu.commit_smem()
+                    some = pl.ds(first + begin, STORED)
+                    for row in range(0, ROWS, 8):  # none without a token
 
-                    @pl.when(base + row // shape.group < work.end)
-                    def _(row: int = row, columns: Any = columns) -> None:
-                        out = o_ref.at[split, item, head, pl.ds(wg * ROWS + row, 8), columns]
-                        plgpu.copy_smem_to_gmem(o_smem.at[wg, pl.ds(row, 8)], out)
+                        @pl.when(base + row // shape.group < work.end)
+                        def _(row: int = row, some: Any = some) -> None:
+                            out = o_ref.at[split, item, head, pl.ds(wg * ROWS + row, 8), some]
+                            plgpu.copy_smem_to_gmem(o_smem.at[wg, pl.ds(row, 8)], out)
 
-                plgpu.wait_smem_to_gmem(0, wait_read_only=begin + STORED < shape.values)
+                    last = first + begin + STORED == shape.values
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=not last)
 
 
 def by_kind(refs: tuple[Any, ...], shape: Shape) -> tuple[Any, ...]:

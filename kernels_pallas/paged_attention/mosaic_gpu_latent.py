@@ -26,6 +26,7 @@ from kernels_pallas.paged_attention.mosaic_gpu_kernel import (
     keep_masses,
     logits,
     part_sums,
+    pieces,
     product,
     scores,
     silence,
@@ -40,7 +41,7 @@ _Shares = list[tuple[int, int, int]]
 
 def _shares(shape: Shape) -> tuple[_Shares, _Shares]:
     """The sums that either warpgroup keeps, as `Shape.shares` has them."""
-    first = shape.values // 4 // 64 * 64
+    first = shape.value_parts[0] if shape.nibbles else shape.values // 4 // 64 * 64
     return shape.shares(0, first, _WIDEST), shape.shares(first, shape.values, _WIDEST)
 
 
@@ -91,8 +92,11 @@ def kernel(
         return pl.run_state(multiply)(going_on)
 
     def store(sums: Any, scale: Array, share: Any) -> None:
-        for x, (at, n, _) in zip(sums, share, strict=True):
-            o_ref[split, item, head, :, pl.ds(at, n)] = x * down(scale, x.shape)
+        for x, (first, n, part) in zip(sums, share, strict=True):
+            columns = pieces(x * down(scale, x.shape), part, n, shape)
+            width = n // len(columns)
+            for i, some in enumerate(columns):
+                o_ref[split, item, head, :, pl.ds(first + i * width, width)] = some
 
     def nothing(share: Any) -> tuple[Array, ...]:
         return tuple(jnp.zeros((ROWS, n), jnp.float32) for _, n, _ in share)
