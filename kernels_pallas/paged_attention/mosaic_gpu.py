@@ -91,9 +91,9 @@ def page_attention(
     where = slice(None), item, head, row
     o, lse = (x[where].reshape(shape.splits, T, N, *x.shape[4:]) for x in (o, lse))
     o = o[..., : whole_parts(stacks[-1], value_dim)]
-    o, lse = _merge(o, lse, None if sinks is None else as_array(sinks))
+    o, lse = _merge(o, lse, None if sinks is None else as_array(sinks), shape.nibbles)
     o = stacks[-1].fold(o, layer) if isinstance(stacks[-1], StaticInt8Pages) else o
-    o = _turned_by_eights(o)[..., :value_dim] if shape.nibbles else o
+    o = o[..., :value_dim]
     if not mass:
         return o, lse
     logs = masses[0][item, head, :, row].reshape(T, N, -1)
@@ -111,13 +111,6 @@ def _leaves(stacks: list[Any]) -> list[Array]:
     return caches + scales
 
 
-def _turned_by_eights(x: Array) -> Array:
-    """x [..., W] with each eight lanes turned: what the kernel leaves. As sums and not as a product
-    it is part of the fusion that gathers x."""
-    each = x.reshape(*x.shape[:-1], -1, 8)
-    return jnp.sum(each[..., None] * jnp.asarray(signs(8), x.dtype), -2).reshape(x.shape)
-
-
 def _page_mass(
     logs: Array, lse: Array, position: Array, window: Array, M: int, shape: Shape
 ) -> Array:
@@ -130,14 +123,27 @@ def _page_mass(
     return share.reshape(*lse.shape, M, shape.parts).sum(-1)
 
 
-def _merge(o: Array, lse: Array, sinks: Array | None) -> tuple[Array, Array]:
-    """Of shares of keys [splits, T, N, ...], and of sinks [N], which weigh and say nothing."""
+def _merge(o: Array, lse: Array, sinks: Array | None, turned: bool) -> tuple[Array, Array]:
+    """Of shares of keys [splits, T, N, ...], and of sinks [N], which weigh and say nothing.
+
+    Args:
+        turned: whether each eight lanes are still to be turned back, which the kernel leaves. As
+            sums and not as a product it is part of the fusion that gathers and merges.
+    """
     if len(o) == 1 and sinks is None:
-        return o[0], lse[0]
-    top = lse.max(0) if sinks is None else jnp.maximum(lse.max(0), sinks.astype(jnp.float32))
-    weights = jnp.exp(lse - top)
-    total = weights.sum(0) + (0.0 if sinks is None else jnp.exp(sinks.astype(jnp.float32) - top))
-    return jnp.sum(o * (weights / total)[..., None], 0), top + jnp.log(total)
+        weights, lse = None, lse[0]
+    else:
+        top = lse.max(0) if sinks is None else jnp.maximum(lse.max(0), sinks.astype(jnp.float32))
+        weights = jnp.exp(lse - top)
+        own = 0.0 if sinks is None else jnp.exp(sinks.astype(jnp.float32) - top)
+        total = weights.sum(0) + own
+        weights, lse = (weights / total)[..., None], top + jnp.log(total)
+    o = o.astype(jnp.float32)
+    if turned:
+        each = (o if weights is None else o * weights).reshape(*o.shape[:-1], -1, 8)
+        by = jnp.asarray(signs(8), jnp.float32)
+        return jnp.sum(each[..., None] * by, (0, -2)).reshape(o.shape[1:]), lse
+    return o[0] if weights is None else jnp.sum(o * weights, 0), lse
 
 
 def _shape(
@@ -282,9 +288,13 @@ def _launch(
 ) -> Any:
     """o [splits, items, heads, rows, values], lse without lanes, and sums by part."""
     items, heads, rows, _ = queries.shape
-    out = [(shape.splits, items, heads, rows, shape.values), (shape.splits, items, heads, rows)]
+    out = [
+        jax.ShapeDtypeStruct((shape.splits, items, heads, rows, shape.values), shape.said),
+        jax.ShapeDtypeStruct((shape.splits, items, heads, rows), jnp.float32),
+    ]
     if shape.mass:
-        out.append((items, heads, shape.row * shape.parts + shape.count, rows))
+        sums = items, heads, shape.row * shape.parts + shape.count, rows
+        out.append(jax.ShapeDtypeStruct(sums, jnp.float32))
     if shape.wide:
         body = partial(latent.kernel, shape=shape, simulated=bool(interpret))
         scratch = latent.scratch(shape)
@@ -292,7 +302,7 @@ def _launch(
         body, scratch = partial(kernel, shape=shape), _scratch(shape)
     return plgpu.kernel(
         body,
-        out_type=[jax.ShapeDtypeStruct(x, jnp.float32) for x in out],
+        out_type=out,
         grid=(heads, shape.splits, items),
         grid_names=("head", "split", "item"),
         num_threads=3 if shape.wide else shape.groups + 1,
@@ -313,7 +323,7 @@ def _scratch(shape: Shape) -> list[Any]:
     return [
         plgpu.SMEM((shape.groups, ROWS, shape.lanes), jnp.bfloat16),
         plgpu.SMEM((shape.groups, shape.weights, ROWS, shape.keys), jnp.bfloat16),
-        plgpu.SMEM((shape.groups, ROWS, STORED), jnp.float32),
+        plgpu.SMEM((shape.groups, ROWS, STORED), shape.said),
         plgpu.SMEM((shape.groups, ROWS), jnp.float32),
         plgpu.Barrier(num_barriers=shape.groups),
         plgpu.Barrier(num_arrivals=shape.groups),

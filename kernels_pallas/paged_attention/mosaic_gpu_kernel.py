@@ -188,14 +188,15 @@ def kernel(
                 width = n // len(columns)
                 for begin in range(0, n, STORED):
                     for i in range(0, STORED, width):
-                        o_smem[wg, :, pl.ds(i, width)] = columns[(begin + i) // width]
+                        some = columns[(begin + i) // width]
+                        o_smem[wg, :, pl.ds(i, width)] = some.astype(o_smem.dtype)
                     plgpu.commit_smem()
-                    some = pl.ds(first + begin, STORED)
+                    lanes = pl.ds(first + begin, STORED)
                     for row in range(0, ROWS, 8):  # none without a token
 
                         @pl.when(base + row // shape.group < work.end)
-                        def _(row: int = row, some: Any = some) -> None:
-                            out = o_ref.at[split, item, head, pl.ds(wg * ROWS + row, 8), some]
+                        def _(row: int = row, lanes: Any = lanes) -> None:
+                            out = o_ref.at[split, item, head, pl.ds(wg * ROWS + row, 8), lanes]
                             plgpu.copy_smem_to_gmem(o_smem.at[wg, pl.ds(row, 8)], out)
 
                     last = first + begin + STORED == shape.values

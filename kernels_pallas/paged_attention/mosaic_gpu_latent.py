@@ -96,7 +96,8 @@ def kernel(
             columns = pieces(x * down(scale, x.shape), part, n, shape)
             width = n // len(columns)
             for i, some in enumerate(columns):
-                o_ref[split, item, head, :, pl.ds(first + i * width, width)] = some
+                lanes = pl.ds(first + i * width, width)
+                o_ref[split, item, head, :, lanes] = some.astype(o_ref.dtype)
 
     def nothing(share: Any) -> tuple[Array, ...]:
         return tuple(jnp.zeros((ROWS, n), jnp.float32) for _, n, _ in share)
