@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial, reduce
-from itertools import accumulate
+from itertools import groupby
 from typing import Any
 
 import jax
@@ -31,6 +31,11 @@ _SPARE = 8  # rows behind those of tokens, since each looks at the one behind it
 _COPY = 256  # lanes that one copy takes
 _LINE = 128  # bytes: where in shared memory a copy may begin
 _SHARED = 224 * 1024  # bytes of shared memory of a block
+_SOME = 16  # rows whose bytes are put together at a time
+_BYTES = plgpu.Layout.TILED(
+    plgpu.Tiling(((4, 128), (4, 4))), warp_dims=(-2,), lane_dims=(-3,), vector_dim=-1
+)
+"""A row of 128 bytes in each warp, four of them in a thread: others collide in shared memory."""
 _NONE, _BOTH, _EVEN, _ODD = range(4)  # which slots of its byte a token writes
 
 
@@ -113,7 +118,7 @@ def _shape(stacks: list[Any], dtype: Any) -> Shape:
         raise UnsupportedError(f"{lanes=} of pages and {parts=} of rows: whole 64s, as tiles are")
     bytes_ = (2 * _ROWS + _SPARE) * sum(map(_stride, lanes))
     widest = max(n for each in parts for n in each)
-    needed = bytes_ + _ROWS * (sum(lanes) * dtype.itemsize + 4 * widest)
+    needed = bytes_ + _ROWS * (sum(lanes) * dtype.itemsize + 4 * widest + 32)
     if needed > _SHARED:
         raise UnsupportedError(
             f"{_ROWS} rows of {lanes=} in {dtype} need {needed} bytes of shared memory, "
@@ -137,10 +142,10 @@ def _launch(
     widest = max(n for each in shape.parts for n in each)
     scratch = [
         [plgpu.SMEM((_ROWS, n // 8, 8), shape.dtype) for n in shape.lanes],
-        plgpu.SMEM((_ROWS, widest // 8, 8), jnp.float32),
+        plgpu.SMEM((_ROWS, widest // 8 + 1, 8), jnp.float32),  # or its rows would collide
         [plgpu.SMEM((_ROWS + _SPARE, _stride(n)), jnp.uint8) for n in shape.lanes],
         [plgpu.SMEM((_ROWS, _stride(n)), jnp.uint8) for n in shape.lanes],
-        [plgpu.SMEM((_ROWS,), jnp.float32) for each in shape.parts for _ in each],
+        [plgpu.SMEM((len(each), _ROWS), jnp.float32) for each in shape.parts],
         plgpu.SMEM((_ROWS,), jnp.int32),
         plgpu.Barrier(num_arrivals=len(new) + 1),
         plgpu.Barrier(num_arrivals=_ROWS * len(shape.copies)),
@@ -190,13 +195,16 @@ def _kernel(layer, slots, written, *refs: Any, shape: Shape) -> None:
                 plgpu.barrier_arrive(kept)
 
     plgpu.barrier_wait(arrived)
-    found = iter(scales)
-    for x, row, parts in zip(fresh, rows, shape.parts, strict=True):
-        for n, end in zip(parts, accumulate(parts), strict=True):
-            _rounded(_turned(x, end - n, n, turning), end - n, row, next(found))
+    for x, row, scale, parts in zip(fresh, rows, scales, shape.parts, strict=True):
+        first, part = 0, 0
+        for n, alike in groupby(parts):
+            count = len(list(alike))
+            take = partial(_take, x, row, scale, turning, lanes=n, first=first, part=part)
+            pl.loop(0, count)(take) if count > 1 else take(0)  # unrolled it compiles for minutes
+            first, part = first + count * n, part + count
     plgpu.barrier_wait(kept)
-    for row, before, n in zip(rows, old, shape.lanes, strict=True):
-        pl.loop(0, n // 64)(partial(_pack, row, before, kind))
+    for row, before in zip(rows, old, strict=True):
+        pl.loop(0, _ROWS // _SOME)(partial(_pack, row, before, kind))
     plgpu.commit_smem()
 
     @pl.loop(0, _ROWS)
@@ -206,10 +214,10 @@ def _kernel(layer, slots, written, *refs: Any, shape: Shape) -> None:
         @pl.when(slot >= 0)
         def _() -> None:
             number, z = lax.div(slot, jnp.int32(shape.page)), lax.rem(slot, jnp.int32(shape.page))
-            found = iter(scales)
-            for stack, parts in zip(owned, shape.parts, strict=True):
-                for b in range(len(parts)):
-                    stack[layer[0], number, head * len(parts) + b, z] = next(found)[t]
+            for stack, scale in zip(owned, scales, strict=True):
+                parts = scale.shape[0]
+                for b in range(parts):
+                    stack[layer[0], number, head * parts + b, z] = scale[b, t]
 
         @pl.when(written[block, t] > _NONE)
         def _() -> None:
@@ -219,15 +227,22 @@ def _kernel(layer, slots, written, *refs: Any, shape: Shape) -> None:
     plgpu.wait_smem_to_gmem(0)
 
 
-def _turned(x: Any, first: int, lanes: int, turning: Any) -> list[Array]:
-    """A part of rows x [tokens, W / 8, 8] as `codec.hadamard` turns it, to the bit, eight lanes at a
-    time. Its first steps are within eight lanes, which several threads hold; so there a register
-    has one of eight lanes, and what the steps make is put down and read again."""
+def _take(
+    x: Any, row: Any, scale: Any, turning: Any, i: Any, *, lanes: int, first: int, part: int
+) -> None:
+    """The i-th of some parts alike, which begin at a lane, from rows x [tokens, W / 8, 8]."""
+    columns = _turned(x, first // 8 + i * (lanes // 8), lanes, turning)
+    _rounded(columns, first + i * lanes, row, scale.at[part + i])
+
+
+def _turned(x: Any, first: Any, lanes: int, turning: Any) -> list[Array]:
+    """A part of rows as `codec.hadamard` turns it, to the bit, eight lanes at a time. Its first
+    steps are within eight lanes, which several threads hold; so there a register has one of eight
+    lanes, and what the steps make is put down and read again."""
     eights, block = lanes // 8, block_of(lanes)
     one = plgpu.Layout.WG_STRIDED((_ROWS, eights), vec_size=1)
     columns = [
-        plgpu.layout_cast(x[:, pl.ds(first // 8, eights), i], one).astype(jnp.float32)
-        for i in range(8)
+        plgpu.layout_cast(x[:, pl.ds(first, eights), i], one).astype(jnp.float32) for i in range(8)
     ]
     for i, column in enumerate(_butterflies(columns, 8)):
         turning[:, pl.ds(0, eights), i] = column
@@ -245,7 +260,7 @@ def _butterflies(x: list[Array], block: int) -> list[Array]:
     return x
 
 
-def _rounded(columns: list[Array], first: int, row: Any, scale: Any) -> None:
+def _rounded(columns: list[Array], first: Any, row: Any, scale: Any) -> None:
     """Rows of a part, eight lanes at a time, over steps of their own: as `codec` has them."""
     high = jnp.max(reduce(jnp.maximum, columns), 1)
     low = jnp.min(reduce(jnp.minimum, columns), 1)
@@ -261,15 +276,18 @@ def _rounded(columns: list[Array], first: int, row: Any, scale: Any) -> None:
 
 
 def _pack(row: Any, old: Any, kind: Any, i: Array) -> None:
-    """64 lanes of each token's nibbles with those of the token behind it, or with what was there."""
-    at = pl.ds(i * 64, 64)
+    """Nibbles of some tokens with those of the tokens behind them, or with what was there. Rows
+    that come later still are what they were."""
+    first = i * _SOME
 
     def ints(x: Array) -> Array:
-        return plgpu.layout_cast(x, plgpu.Layout.WGMMA).astype(jnp.int32)
+        return plgpu.layout_cast(x, _BYTES).astype(jnp.int32)
 
-    own, behind = ints(row[pl.ds(0, _ROWS), at]), ints(row[pl.ds(1, _ROWS), at])
-    before = ints(old[:, at])
-    is_ = lax.broadcast_in_dim(kind[...], own.shape, (0,))
-    low = jnp.where(is_ == _ODD, before, own) & 15
-    high = jnp.where(is_ == _ODD, own << 4, jnp.where(is_ == _BOTH, behind << 4, before)) & 240
-    row[pl.ds(0, _ROWS), at] = (low | high).astype(jnp.uint8)
+    for lanes in range(0, old.shape[1], _LINE):
+        at = pl.ds(lanes, _LINE)
+        own, behind = (ints(row[pl.ds(first + n, _SOME), at]) for n in (0, 1))
+        before = ints(old[pl.ds(first, _SOME), at])
+        is_ = lax.broadcast_in_dim(kind[pl.ds(first, _SOME)], own.shape, (0,))
+        low = jnp.where(is_ == _ODD, before, own) & 15
+        high = jnp.where(is_ == _ODD, own << 4, jnp.where(is_ == _BOTH, behind << 4, before)) & 240
+        row[pl.ds(first, _SOME), at] = (low | high).astype(jnp.uint8)

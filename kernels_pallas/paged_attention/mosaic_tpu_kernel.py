@@ -273,12 +273,11 @@ def _turn_back(o: Any, h: Array, first: Array, count: int, turn: Any) -> None:
         def _(i: Array) -> None:
             rows = pl.ds(pl.multiple_of(first + r * n, n), n)
             at = h, rows, pl.ds(pl.multiple_of(i * LANES, LANES), LANES)
-            x, turned = o[at], None
+            x, turned = o[at], jnp.zeros((n, LANES), jnp.float32)
             for _ in range(3):  # signs are exact in bfloat16, and so are three parts of a float
                 part = x.astype(jnp.bfloat16)
                 x = x - part.astype(jnp.float32)
-                found = lax.dot(part, turn[...], preferred_element_type=jnp.float32)
-                turned = found if turned is None else turned + found
+                turned += lax.dot(part, turn[...], preferred_element_type=jnp.float32)
             o[at] = turned * np.float32(LANES**-0.5)
 
 
