@@ -3,11 +3,13 @@
 A block of threads is given an *item*: some consecutive tokens of one sequence, a head of keys and,
 where there would be too few blocks to fill the cores, a share of the keys. Rows of a warpgroup are
 the tokens and those heads of queries that share the keys. One more warpgroup only brings pages.
-Shares of keys merge by (o, lse), and sinks join there, as one more share without a value.
+Shares of keys merge by (o, lse), and sinks join there, as one more share without a value. Queries
+for pages of four bits are turned before, and outputs by the kernel, but for the last eight lanes.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
@@ -237,7 +239,9 @@ def _depths(shape: Shape, wanted: int, rounded: bool) -> tuple[int, int]:
     block = shape.keys * (2 * width + scales)
     room = _SHARED - fixed
     if rounded:
-        raw = shape.keys * (width // (2 if shape.nibbles else 1) + scales)
+        raw = shape.keys * (width + scales)
+        if shape.nibbles:
+            raw = shape.keys * width // 2 + 4 * math.prod(shape.unsorted)
         stages = 2 if room >= 2 * (block + raw) else 1
         ahead = wanted or max(1, min(6, (room - stages * block) // raw))
         bits = "four" if shape.nibbles else "eight"

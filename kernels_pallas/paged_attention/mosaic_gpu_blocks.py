@@ -108,6 +108,11 @@ class Shape:
         return -(-sum(self.scales) // 2) * 2
 
     @property
+    def unsorted(self) -> tuple[int, int, int]:
+        """Scales of a block of four bits as they arrive, and some room."""
+        return self.rows_of_scales, self.keys // _SORTED + _APART, _SORTED
+
+    @property
     def said(self) -> Any:
         """The type of outputs. Shares of wide rows are written and read as often as many keys in
         four bits, whose own rounding is ninety times that of bfloat16."""
@@ -219,7 +224,7 @@ class Ring(NamedTuple):
             rows, dtype, copies = shape.keys // 2, jnp.uint8, 2 * shape.count
             n = shape.rows_of_scales
             scales = [(shape.stages, n, shape.keys)]
-            unsorted = [(shape.ahead, n, shape.keys // _SORTED + _APART, _SORTED)]
+            unsorted = [(shape.ahead, *shape.unsorted)]
             arrivals = [(shape.ahead, shape.count * sum(shape.scales))]
 
         def barriers(number: int, arrivals: int) -> Any:
