@@ -36,7 +36,7 @@ def scores(q: Any, keys: Any, scales: Any, shape: Shape) -> Array:
     s, b, lane = jnp.zeros((ROWS, shape.keys), jnp.float32), 0, 0
     for n, alike in groupby(shape.key_parts):
         count = len(list(alike))
-        if count > 2:  # unrolled, addresses of all operands would be kept in registers
+        if count > 1:  # unrolled, addresses of all operands would be kept in registers
             s = lax.fori_loop(
                 0, count, lambda i, s, b=b, lane=lane, n=n: add(b + i, s, lane + i * n, n), s
             )
