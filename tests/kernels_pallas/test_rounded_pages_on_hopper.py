@@ -51,6 +51,26 @@ def test_wide_rounded_latents_on_hopper(kind):
         np.testing.assert_allclose(x, y, rtol=0.02, atol=0.02 * float(jnp.abs(y).max()))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("first", [0, 3])
+def test_a_byte_of_two_blocks_of_threads_is_written_once(first):
+    """Slots 62 and 63 share a byte, and their tokens are in two blocks; behind three keys no byte's
+    are, but the first one keeps half of what it was."""
+    step, pages = step_of((70, 1), (70 + first, 8), 32)
+    stored = pages_of("int4", jax.random.key(0), (1, pages, 1, 32, 64))
+    k = jax.random.normal(jax.random.key(1), (71, 1, 50), jnp.bfloat16)
+    args = (stored, None, k, None, 0, jax.tree.map(jnp.asarray, step))
+    try:
+        found = page_write.run("mosaic_gpu", *args, interpret=versions.simulated_gpu())
+        found = jax.block_until_ready(found)
+        assert not versions.gpu_races_found()
+    finally:
+        versions.reset_simulated_gpu()
+    expected = reference.page_write(*args)
+    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
 REFUSED_ROUNDED_ON_HOPPER = {
     "small pages": ({"Z": 16}, "Z=16 scales of a page of int8: whole 32s"),
     "small pages of four bits": ({"Z": 16, "dtype": jnp.int4}, "Z=16 scales of a page of int4"),
