@@ -35,7 +35,7 @@ def simulated_gpu() -> Any:
 @functools.cache
 def _complete_simulator() -> None:
     """Teaches the GPU simulator of 0.10 what that of 0.12 knows: `layout_cast`, which changes no
-    value, and `ref.T` as an operand of wgmma and as a place to store to."""
+    value, and `ref.T` as an operand of wgmma, and as a place to load from and to store to."""
     from jax._src.interpreters import mlir
     from jax._src.pallas.mosaic.interpret import utils
     from jax._src.pallas.mosaic.interpret.shared_memory import SharedMemory
@@ -50,6 +50,7 @@ def _complete_simulator() -> None:
 
     plain_range, plain_check = utils.to_range, gpu_callbacks._validate_transforms
     plain_read, plain_swap = SharedMemory.get_buffer_content, SharedMemory.swap_buffer_content
+    plain_outside = gpu_callbacks._handle_out_of_bounds_read
 
     def to_range(transforms):
         turned, indexers = False, []
@@ -78,7 +79,15 @@ def _complete_simulator() -> None:
         before, *rest = plain_swap(self, key, tuple(rnge), seen(value, rnge), *args, **options)
         return seen(before, rnge), *rest
 
+    def outside(found, shape, *rest):
+        """Asked about whatever is not of the shape of its range."""
+        turned = any(isinstance(x, Turned) for x in rest)
+        if turned and found is not None and found.shape == (*shape[:-2], *shape[:-3:-1]):
+            return found
+        return plain_outside(found, shape, *rest)
+
     utils.to_range, gpu_callbacks._validate_transforms = to_range, check
+    gpu_callbacks._handle_out_of_bounds_read = outside
     memory: Any = SharedMemory
     memory.get_buffer_content, memory.swap_buffer_content = read, swap
 

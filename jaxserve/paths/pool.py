@@ -304,7 +304,7 @@ class EnginePool:
         self._arrived.append(partial(done, value))
         if not self._awake:
             self._awake = True
-            if not self._asyncio.is_closed():
+            with suppress(RuntimeError):  # the loop is closed: nobody waits any more
                 self._asyncio.call_soon_threadsafe(self._drain)
 
     def _drain(self) -> None:

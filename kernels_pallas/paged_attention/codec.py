@@ -13,12 +13,13 @@ attention says is turned back, once per row of the output.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import partial
-from itertools import accumulate
+from functools import partial, reduce
+from itertools import accumulate, groupby
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from kernels_pallas.quantize import quantize_rows
@@ -195,6 +196,36 @@ def turned(pages: Pages, x: Array) -> Array:
     return _turned(_widened(x, sum(parts)), parts)
 
 
+def turned_by_product(pages: Pages, x: Array) -> Array:
+    """Queries x [..., H] as `turned` has them, in x's type and each part times the root of its
+    `block_of`. XLA makes temporaries of butterflies; signs are exact in bfloat16, a root is not."""
+    if not isinstance(pages, Int4Pages):
+        return x
+    ends = zip(pages.parts, accumulate(pages.parts), strict=True)
+    parts = [n for n, end in ends if end - n < x.shape[-1]]
+    x, begin, rows = _widened(x, sum(parts)), 0, list[Array]()
+    for n, same in groupby(parts):  # parts alike turn by one product
+        lanes = n * len(list(same))
+        blocks = x[..., begin : begin + lanes].reshape(*x.shape[:-1], -1, block_of(n))
+        by = jnp.asarray(signs(block_of(n)), x.dtype)
+        turned = jnp.dot(
+            blocks, by, precision=lax.Precision.HIGHEST, preferred_element_type=x.dtype
+        )
+        rows.append(turned.reshape(*x.shape[:-1], lanes))
+        begin += lanes
+    return jnp.concatenate(rows, -1) if len(rows) > 1 else rows[0]
+
+
+def block_of(lanes: int) -> int:
+    """The lanes of a part in four bits that turn together."""
+    return lanes & -lanes
+
+
+def signs(block: int) -> np.ndarray:
+    """Sylvester's matrix."""
+    return reduce(np.kron, [[[1, 1], [1, -1]]] * (block.bit_length() - 1), np.ones((1, 1)))
+
+
 def whole_parts(pages: Pages, lanes: int) -> int:
     """The fewest lanes, at least so many, that can be turned back."""
     if not isinstance(pages, Int4Pages):
@@ -291,7 +322,7 @@ def _quantize_nibbles(x: Array) -> tuple[Array, Array]:
 
 
 def _turned(x: Array, parts: tuple[int, ...]) -> Array:
-    return jnp.concatenate([hadamard(part, part.shape[-1] & -part.shape[-1])
+    return jnp.concatenate([hadamard(part, block_of(part.shape[-1]))
                             for part in _split(x, parts)], -1)  # fmt: skip
 
 

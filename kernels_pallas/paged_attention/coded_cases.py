@@ -35,11 +35,6 @@ def _row_bytes(kind: str, W: int, parts: int) -> float:
     return W / 2 + 4 * parts if kind == "int4" else W + (4 * parts if kind == "int8" else 0)
 
 
-def _bodies(kind: str) -> tuple[str, ...] | None:
-    """Those that take such pages, where not all do."""
-    return ("mosaic_tpu",) if kind == "int4" else None
-
-
 def _writing(
     name: str, kind: str, new: tuple[int, ...], lens: tuple[int, ...], *, K: int, H: int = 128,
     Z: int = 128, W: int = 128, dtype: Any = jnp.bfloat16, idle: int = 0,
@@ -57,7 +52,7 @@ def _writing(
 
     size = jnp.dtype(dtype).itemsize
     cost = Cost((1 if latent else 2) * T * K * (size * H + _row_bytes(kind, W, len(latent or "1"))))
-    return Case(name, make, {}, shipped, cost, 0.0, _bodies(kind))
+    return Case(name, make, {}, shipped, cost, tolerance=0)
 
 
 WRITING = (
@@ -100,7 +95,7 @@ def _attention(
     pairs = sum(n * s - n * (n - 1) / 2 for n, s in zip(new, lens, strict=True))
     cost = Cost(read, 2 * pairs * N * (H + values), "bfloat16")
     options = {"scale": H**-0.5, "value_dim": value_dim, **options}
-    return Case(name, make, options, shipped, cost, 0.01, _bodies(kind))
+    return Case(name, make, options, shipped, cost, tolerance=0.01)
 
 
 ATTENTION = (

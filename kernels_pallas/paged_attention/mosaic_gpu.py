@@ -3,11 +3,13 @@
 A block of threads is given an *item*: some consecutive tokens of one sequence, a head of keys and,
 where there would be too few blocks to fill the cores, a share of the keys. Rows of a warpgroup are
 the tokens and those heads of queries that share the keys. One more warpgroup only brings pages.
-Shares of keys merge by (o, lse), and sinks join there, as one more share without a value.
+Shares of keys merge by (o, lse), and sinks join there, as one more share without a value. Queries
+for pages of four bits are turned before, and outputs by the kernel, but for the last eight lanes.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
@@ -25,6 +27,9 @@ from kernels_pallas.paged_attention.codec import (
     Int8Pages,
     QuantizedPages,
     StaticInt8Pages,
+    signs,
+    turned_by_product,
+    whole_parts,
 )
 from kernels_pallas.paged_attention.mosaic_gpu_blocks import Ring, Shape
 from kernels_pallas.paged_attention.mosaic_gpu_kernel import LOG2E, ROWS, STORED, kernel
@@ -56,27 +61,27 @@ def page_attention(
 ) -> tuple[Array, ...]:  # fmt: skip
     """`reference.page_attention` as one Hopper kernel."""
     (T, N, H), K = q.shape, k_pages.shape[2]
+    stacks: list[Any] = [k_pages] if v_pages is None else [k_pages, v_pages]
     value_dim = value_dim or int(H if v_pages is None else v_pages.shape[-1])
     shape = _shape(tile or GpuTile(), q, k_pages, v_pages, batch, value_dim, mass, scale, soft_cap)
     G, heads = shape.group, K * shape.heads
     seqs, firsts, first_item = _items(batch, T, shape)
     q = k_pages.fold(q, layer) if isinstance(k_pages, StaticInt8Pages) else q
-    queries = jnp.pad(q.astype(jnp.bfloat16), ((0, 0), (0, 0), (0, shape.lanes - H)))
+    q = turned_by_product(k_pages, q)
+    padding = (0, 0), (0, 0), (0, shape.lanes - q.shape[-1])
+    queries = jnp.pad(q.astype(jnp.bfloat16), padding)
     row = jnp.arange(ROWS)
     token = jnp.arange(shape.groups)[:, None] * shape.tokens + row // G
     token = jnp.minimum(firsts[:, None] + token.reshape(-1), T - 1)  # [items, rows]; some idle
     head = jnp.arange(heads)[:, None] * G + jnp.tile(row % G, shape.groups)  # [heads, rows]
     queries = queries[token[:, None], head]  # [items, heads, rows, lanes]
-    stacks: list[Any] = [k_pages] if v_pages is None else [k_pages, v_pages]
-    caches = [x.values if isinstance(x, QuantizedPages) else x for x in stacks]
-    caches += [x.scale for x in stacks if isinstance(x, Int8Pages)]
     window = jnp.asarray(window, jnp.int32)
     o, lse, *masses = _launch(
         (
             jnp.asarray(layer, jnp.int32).reshape(1), window.reshape(1),
             batch.row_starts, batch.kv_lens, batch.tables.reshape(-1), seqs, firsts,
         ),
-        queries, caches, shape, interpret,
+        queries, _leaves(stacks), shape, interpret,
     )  # fmt: skip
     seq, position = owners(batch, T)
     size = shape.groups * shape.tokens
@@ -87,12 +92,25 @@ def page_attention(
     item, head = item[:, None, None], jnp.arange(heads)[:, None]
     where = slice(None), item, head, row
     o, lse = (x[where].reshape(shape.splits, T, N, *x.shape[4:]) for x in (o, lse))
-    o, lse = _merge(o[..., :value_dim], lse, None if sinks is None else as_array(sinks))
+    o = o[..., : whole_parts(stacks[-1], value_dim)]
+    o, lse = _merge(o, lse, None if sinks is None else as_array(sinks), shape.nibbles)
     o = stacks[-1].fold(o, layer) if isinstance(stacks[-1], StaticInt8Pages) else o
+    o = o[..., :value_dim]
     if not mass:
         return o, lse
     logs = masses[0][item, head, :, row].reshape(T, N, -1)
     return o, lse, _page_mass(logs, lse, position, window, batch.tables.shape[1], shape)
+
+
+def _leaves(stacks: list[Any]) -> list[Array]:
+    """What blocks are copied from. Pairs of keys in four bits, and four scales of keys, get an axis
+    of their own, by which copies sort them."""
+    caches = [x.values if isinstance(x, QuantizedPages) else x for x in stacks]
+    scales = [x.scale for x in stacks if isinstance(x, Int8Pages | Int4Pages)]
+    if isinstance(stacks[0], Int4Pages):
+        caches = [x.reshape(*x.shape[:3], -1, 2, x.shape[-1]) for x in caches]
+        scales = [x.reshape(*x.shape[:3], -1, 4) for x in scales]
+    return caches + scales
 
 
 def _page_mass(
@@ -107,14 +125,27 @@ def _page_mass(
     return share.reshape(*lse.shape, M, shape.parts).sum(-1)
 
 
-def _merge(o: Array, lse: Array, sinks: Array | None) -> tuple[Array, Array]:
-    """Of shares of keys [splits, T, N, ...], and of sinks [N], which weigh and say nothing."""
+def _merge(o: Array, lse: Array, sinks: Array | None, turned: bool) -> tuple[Array, Array]:
+    """Of shares of keys [splits, T, N, ...], and of sinks [N], which weigh and say nothing.
+
+    Args:
+        turned: whether each eight lanes are still to be turned back, which the kernel leaves. As
+            sums and not as a product it is part of the fusion that gathers and merges.
+    """
     if len(o) == 1 and sinks is None:
-        return o[0], lse[0]
-    top = lse.max(0) if sinks is None else jnp.maximum(lse.max(0), sinks.astype(jnp.float32))
-    weights = jnp.exp(lse - top)
-    total = weights.sum(0) + (0.0 if sinks is None else jnp.exp(sinks.astype(jnp.float32) - top))
-    return jnp.sum(o * (weights / total)[..., None], 0), top + jnp.log(total)
+        weights, lse = None, lse[0]
+    else:
+        top = lse.max(0) if sinks is None else jnp.maximum(lse.max(0), sinks.astype(jnp.float32))
+        weights = jnp.exp(lse - top)
+        own = 0.0 if sinks is None else jnp.exp(sinks.astype(jnp.float32) - top)
+        total = weights.sum(0) + own
+        weights, lse = (weights / total)[..., None], top + jnp.log(total)
+    o = o.astype(jnp.float32)
+    if turned:
+        each = (o if weights is None else o * weights).reshape(*o.shape[:-1], -1, 8)
+        by = jnp.asarray(signs(8), jnp.float32)
+        return jnp.sum(each[..., None] * by, (0, -2)).reshape(o.shape[1:]), lse
+    return o[0] if weights is None else jnp.sum(o * weights, 0), lse
 
 
 def _shape(
@@ -124,7 +155,7 @@ def _shape(
     """The kernel's sizes, or what speaks against it."""
     (T, N, H), K, Z = q.shape, k_pages.shape[2], k_pages.shape[3]
     lanes, values, wide = _lanes(H, value_dim, k_pages, v_pages)
-    in_keys, key_parts = v_pages is None, _key_parts(lanes, values, k_pages, v_pages)
+    in_keys, parts = v_pages is None, _parts(lanes, values, k_pages, v_pages)
     keys = tile.keys or 64
     if Z % 8 or max(Z, keys) % min(Z, keys) or keys % 64 or keys > 256:
         raise UnsupportedError(f"{Z=} keys in a page: a power of two, from 8; and {keys=}: 64s")
@@ -140,10 +171,11 @@ def _shape(
     splits = tile.splits or _splits(blocks, M * Z // keys, prompts=T > 4 * R)
     factor, cap = (scale / soft_cap, soft_cap * LOG2E) if soft_cap else (scale * LOG2E, 0.0)
     part = min(Z, keys)
-    owned = tuple(len(x.parts) for x in (k_pages, v_pages) if isinstance(x, Int8Pages))
+    stacks, nibbles = (k_pages, v_pages), isinstance(k_pages, Int4Pages)
+    owned = tuple(len(x.parts) for x in stacks if isinstance(x, Int8Pages | Int4Pages))
     shape = Shape(
         G, heads, tokens, groups, 0, splits, part, Z // part, keys // part, M, lanes,
-        values, in_keys, wide, 0, key_parts, owned, mass, factor, cap,
+        values, in_keys, wide, 0, nibbles, *parts, owned, mass, factor, cap,
     )  # fmt: skip
     stages, ahead = _depths(shape, tile.stages, isinstance(k_pages, QuantizedPages))
     return replace(shape, stages=stages, ahead=ahead)
@@ -152,10 +184,11 @@ def _shape(
 def _lanes(H: int, value_dim: int, k_pages: Any, v_pages: Any) -> tuple[int, int, bool]:
     """Of keys and of values that are brought, and whether two warpgroups share the values."""
     W, in_keys = k_pages.shape[-1], v_pages is None
-    lanes, values = -(-H // 64) * 64, -(-value_dim // 64) * 64
+    lanes, values = whole_parts(k_pages, H), whole_parts(k_pages if in_keys else v_pages, value_dim)
+    lanes, values = -(-lanes // 64) * 64, -(-values // 64) * 64
     wide = in_keys and values > _VALUES
     if wide:
-        values = -(-value_dim // 128) * 128  # two halves
+        values = -(-values // 128) * 128  # two halves
         lanes = max(lanes, values)
     stored = W if in_keys else min(W, v_pages.shape[-1])
     most = 2 * _VALUES if in_keys else _VALUES
@@ -167,45 +200,52 @@ def _lanes(H: int, value_dim: int, k_pages: Any, v_pages: Any) -> tuple[int, int
     return lanes, values, wide
 
 
-def _key_parts(lanes: int, values: int, k_pages: Any, v_pages: Any) -> tuple[int, ...]:
-    """Parts of keys with scales of their own, as far as they are brought; none in other pages."""
-    if isinstance(k_pages, Int4Pages) or not isinstance(k_pages, QuantizedPages):
-        if k_pages.dtype != jnp.bfloat16:
-            raise UnsupportedError(f"pages of {_kind(k_pages)}: keep them in bfloat16 or int8")
-        return ()
-    if not isinstance(k_pages, Int8Pages):
-        return ()
-    Z, value_parts = k_pages.shape[3], (k_pages if v_pages is None else v_pages).parts
-    begins = [0, *accumulate(k_pages.parts)]
-    parts = tuple(
-        min(n, lanes - b) for n, b in zip(k_pages.parts, begins, strict=False) if b < lanes
-    )
-    if any(n % 64 for n in parts) or values > value_parts[0]:
+def _parts(
+    lanes: int, values: int, k_pages: Any, v_pages: Any
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Parts of keys and of values with scales of their own, as far as they are brought; none in
+    other pages."""
+    stacks = (k_pages, k_pages if v_pages is None else v_pages)
+    if not isinstance(k_pages, QuantizedPages) and k_pages.dtype != jnp.bfloat16:
+        raise UnsupportedError(f"pages of {k_pages.dtype}: keep them in bfloat16, int8 or int4")
+    if not isinstance(k_pages, Int8Pages | Int4Pages):
+        return (), ()
+
+    def brought(pages: Any, lanes: int) -> tuple[int, ...]:
+        begins = [0, *accumulate(pages.parts)]
+        pairs = zip(pages.parts, begins, strict=False)
+        return tuple(min(n, lanes - begin) for n, begin in pairs if begin < lanes)
+
+    keys, of_values = brought(stacks[0], lanes), brought(stacks[1], values)
+    if any(n % 64 for n in (*keys, *of_values)):
         raise UnsupportedError(
-            f"{k_pages.parts=} of keys, {value_parts=} of values: whole 64s, "
-            f"and {values} lanes of a value in one part"
+            f"{stacks[0].parts=} of keys, {stacks[1].parts=} of values: whole 64s, as tiles are"
         )
+    Z = k_pages.shape[3]
     if Z % _LINE:
-        raise UnsupportedError(f"{Z=} scales of a page of int8: whole {_LINE}s, which a copy fills")
-    return parts
-
-
-def _kind(pages: Any) -> str:
-    return "int4" if isinstance(pages, Int4Pages) else str(pages.dtype)
+        kind = "int4" if isinstance(k_pages, Int4Pages) else "int8"
+        raise UnsupportedError(
+            f"{Z=} scales of a page of {kind}: whole {_LINE}s, which a copy fills"
+        )
+    return keys, of_values
 
 
 def _depths(shape: Shape, wanted: int, rounded: bool) -> tuple[int, int]:
-    """Blocks that are multiplied or wait for it, and blocks of eight bits on their way."""
-    row = 2 * shape.lanes + 2 * shape.keys + 4 + (0 if shape.wide else 4 * STORED)
+    """Blocks that are multiplied or wait for it, and blocks of eight or four bits on their way."""
+    row = 2 * shape.lanes + 2 * shape.weights * shape.keys + 4 + (0 if shape.wide else 4 * STORED)
     fixed = shape.groups * ROWS * row + 2048
-    width, scales = sum(shape.widths), 4 * sum(shape.scales)
+    width = sum(shape.widths)
+    scales = 4 * (shape.rows_of_scales if shape.nibbles else sum(shape.scales))
     block = shape.keys * (2 * width + scales)
     room = _SHARED - fixed
     if rounded:
         raw = shape.keys * (width + scales)
+        if shape.nibbles:
+            raw = shape.keys * width // 2 + 4 * math.prod(shape.unsorted)
         stages = 2 if room >= 2 * (block + raw) else 1
         ahead = wanted or max(1, min(6, (room - stages * block) // raw))
-        used, said = stages * block + ahead * raw, f"{stages} + {ahead} in eight bits of"
+        bits = "four" if shape.nibbles else "eight"
+        used, said = stages * block + ahead * raw, f"{stages} + {ahead} in {bits} bits of"
     else:
         stages, ahead = wanted or max(2, min(6, room // block)), 0
         used, said = stages * block, f"{stages}"
@@ -252,9 +292,13 @@ def _launch(
 ) -> Any:
     """o [splits, items, heads, rows, values], lse without lanes, and sums by part."""
     items, heads, rows, _ = queries.shape
-    out = [(shape.splits, items, heads, rows, shape.values), (shape.splits, items, heads, rows)]
+    out = [
+        jax.ShapeDtypeStruct((shape.splits, items, heads, rows, shape.values), shape.said),
+        jax.ShapeDtypeStruct((shape.splits, items, heads, rows), jnp.float32),
+    ]
     if shape.mass:
-        out.append((items, heads, shape.row * shape.parts + shape.count, rows))
+        sums = items, heads, shape.row * shape.parts + shape.count, rows
+        out.append(jax.ShapeDtypeStruct(sums, jnp.float32))
     if shape.wide:
         body = partial(latent.kernel, shape=shape, simulated=bool(interpret))
         scratch = latent.scratch(shape)
@@ -262,7 +306,7 @@ def _launch(
         body, scratch = partial(kernel, shape=shape), _scratch(shape)
     return plgpu.kernel(
         body,
-        out_type=[jax.ShapeDtypeStruct(x, jnp.float32) for x in out],
+        out_type=out,
         grid=(heads, shape.splits, items),
         grid_names=("head", "split", "item"),
         num_threads=3 if shape.wide else shape.groups + 1,
@@ -282,8 +326,8 @@ def _scratch(shape: Shape) -> list[Any]:
     """What `kernel` asks for."""
     return [
         plgpu.SMEM((shape.groups, ROWS, shape.lanes), jnp.bfloat16),
-        plgpu.SMEM((shape.groups, ROWS, shape.keys), jnp.bfloat16),
-        plgpu.SMEM((shape.groups, ROWS, STORED), jnp.float32),
+        plgpu.SMEM((shape.groups, shape.weights, ROWS, shape.keys), jnp.bfloat16),
+        plgpu.SMEM((shape.groups, ROWS, STORED), shape.said),
         plgpu.SMEM((shape.groups, ROWS), jnp.float32),
         plgpu.Barrier(num_barriers=shape.groups),
         plgpu.Barrier(num_arrivals=shape.groups),

@@ -1,19 +1,35 @@
 """Blocks of keys and values in shared memory on Hopper: whose they are, and how they are brought.
 
-Pages of floats arrive as they are multiplied. Those of eight bits arrive in a ring of their own,
-and the warpgroup that brings them makes bfloat16 of them on their way to the other one, which is
-exact: wgmma multiplies no floats by integers. Scales stay what they are, for logits and weights.
+Pages of floats arrive as they are multiplied. Those of eight or four bits arrive in a ring of their
+own, and the warpgroup that brings them makes bfloat16 of them on their way to the other one, which
+is exact: wgmma multiplies no floats by integers. Scales stay what they are, for logits and weights.
+
+Two keys of four bits share a byte, and registers cannot interleave rows. So keys of such a block
+come in another order, first all whose number is a multiple of four, then those behind them, and so
+on: copies sort pairs into even and odd ones, and halves of bytes do the rest. Nothing in attention
+depends on the order, if scales and masks follow it (`Shape.key_of`).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from kernels_pallas.paged_attention.codec import block_of
+
+_SORTED = 4  # kinds of keys of four bits: by the half of a byte, and even or odd bytes
+_APART = 8  # lines: if scales filled their array, Mosaic would take a transposed view for flat
+_NIBBLES = plgpu.Layout.TILED(
+    plgpu.Tiling(((16, 64), (16, 16), (8, 16), (8,), (4,))),
+    warp_dims=(-7,), lane_dims=(-4, -2, -3), vector_dim=-1,
+)  # fmt: skip
+"""16 rows of 64 bytes, as `WGMMA_UPCAST_2X` has 64 of 16: four bytes in a thread."""
 
 
 @dataclass(frozen=True)
@@ -32,9 +48,10 @@ class Shape:
         lanes, values: of keys and of values that are brought.
         in_keys: whether values are lanes of keys.
         wide: whether two warpgroups share these.
-        ahead: blocks of eight bits on their way; 0 where pages are floats.
-        key_parts: lanes of the parts of keys that have scales of their own, as far as they are
-            brought. Values have one.
+        ahead: blocks of eight or four bits on their way; 0 where pages are floats.
+        nibbles: whether rows have four bits.
+        key_parts, value_parts: lanes of the parts of keys and of values that have scales of their
+            own, as far as they are brought.
         owned: scales that a head has of a row of each cache, brought or not.
         mass: whether sums of exponentials are kept, by part.
         factor: of logits, inside tanh where there is a `cap`.
@@ -55,7 +72,9 @@ class Shape:
     in_keys: bool
     wide: bool
     ahead: int
+    nibbles: bool
     key_parts: tuple[int, ...]
+    value_parts: tuple[int, ...]
     owned: tuple[int, ...]
     mass: bool
     factor: float
@@ -73,7 +92,58 @@ class Shape:
     @property
     def scales(self) -> tuple[int, ...]:
         """Scales of a row of each cache, if rows have some."""
-        return (len(self.key_parts), *(1 for _ in self.widths[1:])) if self.key_parts else ()
+        parts = (self.key_parts,) if self.in_keys else (self.key_parts, self.value_parts)
+        return tuple(len(each) for each in parts) if self.key_parts else ()
+
+    @property
+    def weights(self) -> int:
+        """Weights of a key: values whose parts have scales of their own are multiplied by as
+        many."""
+        return max(1, len(self.value_parts))
+
+    @property
+    def rows_of_scales(self) -> int:
+        """Of a block of four bits, those of keys and of values together: an even number, since 128
+        threads sort them, and a row may have 64."""
+        return -(-sum(self.scales) // 2) * 2
+
+    @property
+    def unsorted(self) -> tuple[int, int, int]:
+        """Scales of a block of four bits as they arrive, and some room."""
+        return self.rows_of_scales, self.keys // _SORTED + _APART, _SORTED
+
+    @property
+    def said(self) -> Any:
+        """The type of outputs. Shares of wide rows are written and read as often as many keys in
+        four bits, whose own rounding is ninety times that of bfloat16."""
+        return jnp.bfloat16 if self.nibbles and self.splits > 1 else jnp.float32
+
+    def shares(self, first: int, end: int, widest: int) -> list[tuple[int, int, int]]:
+        """Lanes of values as products take them: (first lane, lanes, the part that they are of)."""
+        ends = list(accumulate(self.value_parts)) or [self.values]
+        return [
+            (at, min(widest, b - at, end - at), part)
+            for part, (a, b) in enumerate(zip([0, *ends], ends, strict=False))
+            for at in range(max(a, first), min(b, end), widest)
+        ]
+
+    def block(self, part: int) -> int:
+        """The lanes of a part of values in four bits that turn together."""
+        return block_of(self.value_parts[part])
+
+    def key_of(self, column: Array) -> Array:
+        """The key of a block that a column of its logits is of."""
+        if not self.nibbles:
+            return column
+        size = jnp.full_like(column, self.keys // _SORTED)
+        return _SORTED * lax.rem(column, size) + lax.div(column, size)
+
+    def columns(self, part: int) -> list[tuple[int, int]]:
+        """Where the keys of a part of a block lie: (first column, behind the last one)."""
+        kinds = _SORTED if self.nibbles else 1
+        n = self.part // kinds
+        starts = range(part * n, self.keys, self.keys // kinds)
+        return [(start, start + n) for start in starts]
 
 
 class Work(NamedTuple):
@@ -122,16 +192,20 @@ class Ring(NamedTuple):
 
     Attributes:
         blocks: [stages, keys, lanes], as they are multiplied.
-        raw: [ahead, keys, lanes], as they lie in pages of eight bits.
+        raw: [ahead, keys, lanes], as they lie in pages of eight bits; [ahead, keys / 2, lanes] of
+            four, even pairs of keys before odd ones.
         scales: [ahead + stages, scales, keys] of rows that have some. They stay until their block
-            is free, so nobody copies them.
+            is free, so nobody copies them. Of four bits they are one array for all caches, sorted
+            like keys: [stages, scales, keys].
+        unsorted: [ahead, scales, keys / 4, 4], these as they arrive, and some room.
         free: whoever has read a block says so here.
-        ready, arrived, scaled: of `blocks`, `raw` and `scales`.
+        ready, arrived, scaled: of `blocks`, `raw`, and `scales` or `unsorted`.
     """
 
     blocks: tuple[Any, ...]
     raw: tuple[Any, ...]
     scales: tuple[Any, ...]
+    unsorted: tuple[Any, ...]
     free: Any
     ready: tuple[Any, ...]
     arrived: tuple[Any, ...]
@@ -143,22 +217,35 @@ class Ring(NamedTuple):
         turns = shape.ahead + shape.stages
         rounded = shape.widths if shape.ahead else ()
         told = 1 if shape.ahead else shape.count  # by a warpgroup, or by copies
+        rows, dtype, copies = shape.keys, jnp.int8, shape.count
+        scales = [(turns, n, shape.keys) for n in shape.scales]
+        arrivals, unsorted = [(turns, shape.count * n) for n in shape.scales], []
+        if shape.nibbles:
+            rows, dtype, copies = shape.keys // 2, jnp.uint8, 2 * shape.count
+            n = shape.rows_of_scales
+            scales = [(shape.stages, n, shape.keys)]
+            unsorted = [(shape.ahead, *shape.unsorted)]
+            arrivals = [(shape.ahead, shape.count * sum(shape.scales))]
 
         def barriers(number: int, arrivals: int) -> Any:
             return plgpu.Barrier(num_arrivals=arrivals, num_barriers=number)
 
         return cls(
             tuple(plgpu.SMEM((shape.stages, shape.keys, n), jnp.bfloat16) for n in shape.widths),
-            tuple(plgpu.SMEM((shape.ahead, shape.keys, n), jnp.int8) for n in rounded),
-            tuple(plgpu.SMEM((turns, n, shape.keys), jnp.float32) for n in shape.scales),
+            tuple(plgpu.SMEM((shape.ahead, rows, n), dtype) for n in rounded),
+            tuple(plgpu.SMEM(x, jnp.float32) for x in scales),
+            tuple(plgpu.SMEM(x, jnp.float32) for x in unsorted),
             barriers(shape.stages, readers),
             tuple(barriers(shape.stages, told) for _ in shape.widths),
-            tuple(barriers(shape.ahead, shape.count) for _ in rounded),
-            tuple(barriers(turns, shape.count * n) for n in shape.scales),
+            tuple(barriers(shape.ahead, copies) for _ in rounded),
+            tuple(barriers(*x) for x in arrivals),
         )
 
-    def steps(self, cache: int, step: Array) -> Any:
-        """The scales [scales, keys] of a block, once they are there."""
+    def steps(self, cache: int, step: Array, shape: Shape) -> Any:
+        """The scales [scales, keys] of a block that is there, once they are."""
+        if shape.nibbles:
+            rows = pl.ds(sum(shape.scales[:cache]), shape.scales[cache])
+            return self.scales[0].at[lax.rem(step, jnp.int32(shape.stages)), rows]
         turn = lax.rem(step, jnp.int32(self.scales[cache].shape[0]))
         plgpu.barrier_wait(self.scaled[cache].at[turn])
         return self.scales[cache].at[turn]
@@ -168,17 +255,20 @@ def bring(work: Work, shape: Shape, layer, tables, stacks, scales, ring: Ring) -
     """Copies blocks of keys, and of values, to shared memory as room becomes free.
 
     Args:
-        stacks, scales: in global memory. Only rows of eight bits have scales, if they have any.
+        stacks, scales: in global memory. Only rows of eight or four bits have scales, if they have
+            any. Rows of four bits lie [L, P, K, Z / 4, 2, W], their scales [L, P, n, Z / 4, 4].
     """
     head = lax.div(lax.axis_index("head"), jnp.int32(shape.heads))
 
-    def parts(step: Array) -> Any:
-        """Where the parts of a block lie: pages, keys in them, and keys of the block."""
+    def parts(step: Array, of: int = 1) -> Any:
+        """Where the parts of a block lie: pages, keys in them, and keys of the block, or groups of
+        `of` keys."""
+        size = shape.part // of
         for p in range(shape.count):  # none is left out, since barriers count
             at = jnp.minimum(work.part + step * shape.count + p, work.end_part - 1)
             page = tables[work.seq * shape.row + lax.div(at, jnp.int32(shape.parts))]
-            z = pl.ds(lax.rem(at, jnp.int32(shape.parts)) * shape.part, shape.part)
-            yield page, z, pl.ds(p * shape.part, shape.part)
+            z = pl.ds(lax.rem(at, jnp.int32(shape.parts)) * size, size)
+            yield page, z, pl.ds(p * size, size)
 
     def copy(step: Array, blocks: tuple[Any, ...], there: tuple[Any, ...]) -> None:
         slot = lax.rem(step, jnp.int32(blocks[0].shape[0]))
@@ -186,6 +276,15 @@ def bring(work: Work, shape: Shape, layer, tables, stacks, scales, ring: Ring) -
             for stack, block, told in zip(stacks, blocks, there, strict=True):
                 where = stack.at[layer[0], page, head, z, pl.ds(0, block.shape[-1])]
                 plgpu.copy_gmem_to_smem(where, block.at[slot, to], told.at[slot])
+
+    def copy_pairs(step: Array) -> None:
+        slot, half = lax.rem(step, jnp.int32(shape.ahead)), shape.keys // _SORTED
+        for page, z, to in parts(step, _SORTED):
+            for stack, raw, told in zip(stacks, ring.raw, ring.arrived, strict=True):
+                for odd in range(2):
+                    where = stack.at[layer[0], page, head, z, odd, pl.ds(0, raw.shape[-1])]
+                    here = raw.at[slot, pl.ds(odd * half + to.start, to.size)]
+                    plgpu.copy_gmem_to_smem(where, here, told.at[slot])
 
     def copy_scales(step: Array) -> None:
         for stack, own, block, told in zip(
@@ -197,19 +296,39 @@ def bring(work: Work, shape: Shape, layer, tables, stacks, scales, ring: Ring) -
                     where = stack.at[layer[0], page, head * own + b, z]
                     plgpu.copy_gmem_to_smem(where, block.at[turn, b, to], told.at[turn])
 
+    def copy_unsorted_scales(step: Array) -> None:
+        (block,), (told,), row = ring.unsorted, ring.scaled, 0
+        turn = lax.rem(step, jnp.int32(shape.ahead))
+        for stack, own, n in zip(scales, shape.owned, shape.scales, strict=True):
+            for page, z, to in parts(step, _SORTED):
+                for b in range(n):
+                    where = stack.at[layer[0], page, head * own + b, z]
+                    plgpu.copy_gmem_to_smem(where, block.at[turn, row + b, to], told.at[turn])
+            row += n
+
     def begin(step: Array) -> None:
-        copy(step, ring.raw, ring.arrived)
-        copy_scales(step)
+        if shape.nibbles:
+            copy_unsorted_scales(step)
+            copy_pairs(step)
+        else:
+            copy(step, ring.raw, ring.arrived)
+            copy_scales(step)
 
     pl.loop(0, jnp.minimum(work.steps, shape.ahead))(begin) if shape.ahead else None
 
     def finish(step: Array) -> None:
         at, slot = (lax.rem(step, jnp.int32(n)) for n in (shape.ahead, shape.stages))
+        if shape.nibbles:
+            plgpu.barrier_wait(ring.scaled[0].at[at])
+            sort(ring.unsorted[0].at[at], ring.scales[0].at[slot])
         for raw, arrived, block, ready in zip(
             ring.raw, ring.arrived, ring.blocks, ring.ready, strict=True
         ):
             plgpu.barrier_wait(arrived.at[at])
-            widen(raw.at[at], block.at[slot], 32 if shape.wide else 64)  # few registers are left
+            if shape.nibbles:
+                unpack(raw.at[at], block.at[slot])
+            else:  # few registers are left
+                widen(raw.at[at], block.at[slot], 32 if shape.wide else 64)
             plgpu.barrier_arrive(ready.at[slot])
         pl.when(step + shape.ahead < work.steps)(lambda: begin(step + shape.ahead))
 
@@ -233,3 +352,29 @@ def widen(raw: Any, block: Any, lanes: int) -> None:
         block[:, at] = x.astype(block.dtype)
 
     plgpu.commit_smem()
+
+
+def unpack(raw: Any, block: Any) -> None:
+    """Rows of four bits as bfloat16. Bitwise operations take four bytes at a time, shifts one."""
+    rows = block.shape[0] // _SORTED
+
+    @pl.loop(0, raw.shape[1] // 64)
+    def _(i: Array) -> None:
+        at = pl.ds(i * 64, 64)
+        for odd in range(2):
+            for some in range(0, rows, 16):
+                x = plgpu.layout_cast(raw[pl.ds(odd * rows + some, 16), at], _NIBBLES)
+                x = lax.bitcast_convert_type(x, jnp.int8)
+                low = ((x & 15) ^ 8).astype(block.dtype) - 8  # two's complement of four bits
+                high = (x & -16).astype(block.dtype) * (1 / 16)
+                for half, y in enumerate((low, high)):
+                    block[pl.ds((2 * odd + half) * rows + some, 16), at] = y
+
+    plgpu.commit_smem()
+
+
+def sort(unsorted: Any, scales: Any) -> None:
+    """Scales [n, keys / 4, 4] in the order of keys [n, keys]: a thread takes one at a time."""
+    turned = unsorted.at[:, pl.ds(0, scales.shape[1] // _SORTED)].transpose((0, 2, 1))
+    x = plgpu.layout_cast(turned[...], plgpu.Layout.WG_STRIDED(turned.shape, vec_size=1))
+    scales[...] = x.reshape(scales.shape)

@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.op import UnsupportedError
-from kernels_pallas.paged_attention.codec import Int4Pages, QuantizedPages, StaticInt8Pages
+from kernels_pallas.paged_attention.codec import QuantizedPages, StaticInt8Pages
 from kernels_pallas.paged_attention.ragged import Ragged, owners
 
 _ROWS = 64  # tokens: rows of a tile of registers
@@ -76,8 +76,6 @@ def page_write(
 def _shape(stacks: list[Any], dtype: Any) -> Shape:
     """The kernel's sizes, or what speaks against it."""
     dtype = jnp.dtype(dtype if dtype == jnp.bfloat16 else jnp.float32)
-    if any(isinstance(pages, Int4Pages) for pages in stacks):
-        raise UnsupportedError("pages of int4: keep them in int8")
     lanes = tuple(pages.shape[-1] for pages in stacks)
     parts = tuple(() if isinstance(x, StaticInt8Pages) else x.parts for x in stacks)
     if any(n % 64 for each in (lanes, *parts) for n in each):

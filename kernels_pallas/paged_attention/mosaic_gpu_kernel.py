@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from itertools import accumulate
+from itertools import accumulate, groupby
 from typing import Any
 
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels_pallas.paged_attention.codec import block_of
 from kernels_pallas.paged_attention.mosaic_gpu_blocks import Shape, Work, bring
 
 TINY = 1e-37
@@ -24,21 +25,54 @@ def scores(q: Any, keys: Any, scales: Any, shape: Shape) -> Array:
     """Products of queries with a block of keys [ROWS, keys], times scales where keys have some."""
     if scales is None:
         return product(q, keys.T, (ROWS, shape.keys))
-    s = jnp.float32(0)
-    for b, (n, end) in enumerate(zip(shape.key_parts, accumulate(shape.key_parts), strict=True)):
-        lanes = pl.ds(end - n, n)
+
+    def add(b: Any, s: Array, first: Any, n: int) -> Array:
+        lanes = pl.ds(first, n)
         part = product(q.at[:, lanes], keys.at[:, lanes].T, (ROWS, shape.keys))
-        s = s + part * lax.broadcast_in_dim(scales[b], part.shape, (1,))
+        by = scales[b]
+        by = by * block_of(n) ** -0.5 if shape.nibbles else by
+        return s + part * lax.broadcast_in_dim(by, part.shape, (1,))
+
+    s, b, lane = jnp.zeros((ROWS, shape.keys), jnp.float32), 0, 0
+    for n, alike in groupby(shape.key_parts):
+        count = len(list(alike))
+        if count > 1:  # unrolled, addresses of all operands would be kept in registers
+            s = lax.fori_loop(
+                0, count, lambda i, s, b=b, lane=lane, n=n: add(b + i, s, lane + i * n, n), s
+            )
+        else:
+            for i in range(count):
+                s = add(b + i, s, lane + i * n, n)
+        b, lane = b + count, lane + count * n
     return s
 
 
-def weights(p: Array, scales: Any, past: Array) -> Array:
-    """What values are multiplied with. Scales from `past` on nobody may see: they might be NaN."""
-    if scales is None:
-        return p
-    x = scales[0]
-    x = jnp.where(lax.broadcasted_iota(jnp.int32, x.shape, 0) < past, x, 0.0)
-    return p * lax.broadcast_in_dim(x, p.shape, (1,))
+def pieces(x: Array, part: int, width: int, shape: Shape) -> list[Array]:
+    """Columns of x [ROWS, n], which are of that part of values, as they are stored: so many at a
+    time, or eight of what is turned back as far as registers go. Steps within eight columns, which
+    several threads hold, are left (`mosaic_gpu.page_attention`)."""
+    if not shape.nibbles:
+        return [x[:, i : i + width] for i in range(0, x.shape[1], width)]
+    columns, block = [x[:, i : i + 8] for i in range(0, x.shape[1], 8)], shape.block(part)
+    step = 1
+    while step < min(block // 8, len(columns)):
+        for i in (i for i in range(len(columns)) if not i & step):
+            a, b = columns[i], columns[i + step]
+            columns[i], columns[i + step] = a + b, a - b
+        step *= 2
+    return [column * block**-0.5 for column in columns]
+
+
+def weigh(p: Array, scales: Any, past: Array, weights: Any, shape: Shape) -> None:
+    """Puts down what values are multiplied with, for each part of them that has scales of its own.
+    Scales from `past` on nobody may see: they might be NaN."""
+    for part in range(shape.weights):
+        x = p
+        if scales is not None:
+            by = scales[part]
+            key = shape.key_of(lax.broadcasted_iota(jnp.int32, by.shape, 0))
+            x = p * lax.broadcast_in_dim(jnp.where(key < past, by, 0.0), p.shape, (1,))
+        weights[part] = x.astype(weights.dtype)
 
 
 def logits(s: Array, position: Array, key: Array, reach: Array, shape: Shape) -> Array:
@@ -47,14 +81,15 @@ def logits(s: Array, position: Array, key: Array, reach: Array, shape: Shape) ->
     s = jnp.tanh(s) * shape.cap if shape.cap else s
     row = lax.broadcasted_iota(jnp.int32, s.shape, 0)
     back = position + lax.div(row, jnp.full_like(row, shape.group))
-    back = back - key - lax.broadcasted_iota(jnp.int32, s.shape, 1)
+    back = back - key - shape.key_of(lax.broadcasted_iota(jnp.int32, s.shape, 1))
     return jnp.where((back >= 0) & (back < reach), s, HIDDEN)
 
 
 def part_sums(p: Array, shape: Shape) -> list[Array]:
     """Of exponentials, for each part of a block of keys."""
-    starts = range(0, shape.keys, shape.part)
-    return [jnp.sum(p[:, start : start + shape.part], 1) for start in starts]
+    columns = (shape.columns(part) for part in range(shape.count))
+    return [sum((jnp.sum(p[:, a:b], 1) for a, b in each[1:]), jnp.sum(p[:, slice(*each[0])], 1))
+            for each in columns]  # fmt: skip
 
 
 def keep_masses(masses: Any, sums: list[Array], top: Array, first: Array) -> None:
@@ -92,7 +127,7 @@ def kernel(
             if shape.groups > 1:
                 plgpu.set_max_registers(224 if shape.ahead else 232, action="increase")
             base = work.first + wg * shape.tokens
-            lanes = 128 if shape.values % 128 == 0 else 64  # of a product: more fill the registers
+            shares = shape.shares(0, shape.values, 128)  # of a product: more fill the registers
             rows = pl.ds(wg * ROWS, ROWS)
             plgpu.copy_gmem_to_smem(q_ref.at[item, head, rows], q_smem.at[wg], arrived.at[wg])
             plgpu.barrier_wait(arrived.at[wg])
@@ -106,7 +141,7 @@ def kernel(
                 slot = lax.rem(step, jnp.int32(shape.stages))
                 key = work.key(step, shape)
                 plgpu.barrier_wait(ready[0].at[slot])
-                steps = [ring.steps(0, step)] if scales else [None]
+                steps = [ring.steps(0, step, shape)] if scales else [None]
                 s = scores(q_smem.at[wg], blocks[0].at[slot], steps[0], shape)
                 s = logits(s, base + work.shift, key, work.reach, shape)
                 now = jnp.maximum(top, jnp.max(s, 1))
@@ -118,7 +153,7 @@ def kernel(
                 total = total * shrink + sum(sums)
                 if len(stacks) == 2:
                     plgpu.barrier_wait(ready[1].at[slot])
-                    steps += [ring.steps(1, step)] if scales else []
+                    steps += [ring.steps(1, step, shape)] if scales else []
                 values = blocks[-1].at[slot, :, pl.ds(0, shape.values)]
                 past = work.end + work.shift - key  # the first of the block's keys that nobody sees
 
@@ -128,17 +163,17 @@ def kernel(
                     together()
 
                 None if shape.ahead else pl.when(past < shape.keys)(quiet)  # integers are finite
-                p_smem[wg] = weights(p, steps[-1], past).astype(values.dtype)
+                weigh(p, steps[-1], past, p_smem.at[wg], shape)
                 plgpu.commit_smem()
                 value = tuple(
                     x * down(shrink, x.shape)
-                    + product(p_smem.at[wg], values.at[:, pl.ds(i * lanes, lanes)], x.shape)
-                    for i, x in enumerate(value)
+                    + product(p_smem.at[wg, part], values.at[:, pl.ds(at, n)], x.shape)
+                    for x, (at, n, part) in zip(value, shares, strict=True)
                 )
                 plgpu.barrier_arrive(ring.free.at[slot])
                 return value, now, total
 
-            nothing = [jnp.zeros((ROWS, lanes), jnp.float32)] * (shape.values // lanes)
+            nothing = [jnp.zeros((ROWS, n), jnp.float32) for _, n, _ in shares]
             state = tuple(nothing), *(jnp.full((ROWS,), x, jnp.float32) for x in (HIDDEN, 0.0))
             value, top, total = lax.fori_loop(0, work.steps, attend, state)
             total = jnp.maximum(total, 1e-30)
@@ -148,19 +183,24 @@ def kernel(
             lse_smem[wg] = lse
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(lse_smem.at[wg], lse_ref.at[split, item, head, rows])
-            for begin in range(0, shape.values, STORED):
-                at = begin % lanes
-                o_smem[wg] = value[begin // lanes][:, at : at + STORED]
-                plgpu.commit_smem()
-                columns = pl.ds(begin, STORED)
-                for row in range(0, ROWS, 8):  # none without a token
+            for x, (first, n, part) in zip(value, shares, strict=True):
+                columns = pieces(x, part, STORED, shape)
+                width = n // len(columns)
+                for begin in range(0, n, STORED):
+                    for i in range(0, STORED, width):
+                        some = columns[(begin + i) // width]
+                        o_smem[wg, :, pl.ds(i, width)] = some.astype(o_smem.dtype)
+                    plgpu.commit_smem()
+                    lanes = pl.ds(first + begin, STORED)
+                    for row in range(0, ROWS, 8):  # none without a token
 
-                    @pl.when(base + row // shape.group < work.end)
-                    def _(row: int = row, columns: Any = columns) -> None:
-                        out = o_ref.at[split, item, head, pl.ds(wg * ROWS + row, 8), columns]
-                        plgpu.copy_smem_to_gmem(o_smem.at[wg, pl.ds(row, 8)], out)
+                        @pl.when(base + row // shape.group < work.end)
+                        def _(row: int = row, lanes: Any = lanes) -> None:
+                            out = o_ref.at[split, item, head, pl.ds(wg * ROWS + row, 8), lanes]
+                            plgpu.copy_smem_to_gmem(o_smem.at[wg, pl.ds(row, 8)], out)
 
-                plgpu.wait_smem_to_gmem(0, wait_read_only=begin + STORED < shape.values)
+                    last = first + begin + STORED == shape.values
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=not last)
 
 
 def by_kind(refs: tuple[Any, ...], shape: Shape) -> tuple[Any, ...]:

@@ -26,29 +26,30 @@ from kernels_pallas.paged_attention.mosaic_gpu_kernel import (
     keep_masses,
     logits,
     part_sums,
+    pieces,
     product,
     scores,
     silence,
-    weights,
+    weigh,
 )
 
 _SCORES, _VALUES, _PAGES = range(3)  # what the warpgroups are for
 _WIDEST = 256  # lanes that wgmma takes
 _FAR = 2**20  # blocks: more than a sequence has
+_Shares = list[tuple[int, int, int]]
 
 
-def _shares(values: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """(first lane, lanes) of the sums that either warpgroup keeps."""
-    first = values // 4 // 64 * 64
-    starts = range(first, values, _WIDEST)
-    return [(0, first)], [(start, min(_WIDEST, values - start)) for start in starts]
+def _shares(shape: Shape) -> tuple[_Shares, _Shares]:
+    """The sums that either warpgroup keeps, as `Shape.shares` has them."""
+    first = shape.value_parts[0] if shape.nibbles else shape.values // 4 // 64 * 64
+    return shape.shares(0, first, _WIDEST), shape.shares(first, shape.values, _WIDEST)
 
 
 def scratch(shape: Shape) -> list[Any]:
     """What `kernel` asks for."""
     return [
         plgpu.SMEM((ROWS, shape.lanes), jnp.bfloat16),
-        plgpu.SMEM((ROWS, shape.keys), jnp.bfloat16),
+        plgpu.SMEM((shape.weights, ROWS, shape.keys), jnp.bfloat16),
         plgpu.SMEM((ROWS,), jnp.float32),
         plgpu.Barrier(),
         plgpu.Barrier(),
@@ -64,7 +65,7 @@ def kernel(
     q_smem, p_smem, shrink_smem, arrived, weighed, added, ring = refs
     (blocks,), (ready,), free = ring.blocks, ring.ready, ring.free
     head, split, item = (lax.axis_index(name) for name in ("head", "split", "item"))
-    wg, (few, many) = lax.axis_index("wg"), _shares(shape.values)
+    wg, (few, many) = lax.axis_index("wg"), _shares(shape)
 
     def take(step: Array) -> tuple[Any, Any]:
         """A block of keys, once it is there, and the barrier on which it is given back."""
@@ -76,23 +77,30 @@ def kernel(
 
     def add(sums: Any, shrink: Array, keys: Any, share: Any) -> tuple[Array, ...]:
         sums = tuple(x * down(shrink, x.shape) for x in sums)
-        parts = [keys.at[:, pl.ds(*lanes)] for lanes in share]
+        pairs = [(part, keys.at[:, pl.ds(at, n)]) for at, n, part in share]
         if simulated:  # the simulator knows no sums that go on
-            return tuple(x + product(p_smem, v, x.shape) for x, v in zip(sums, parts, strict=True))
+            return tuple(
+                x + product(p_smem.at[part], v, x.shape)
+                for x, (part, v) in zip(sums, pairs, strict=True)
+            )
 
         def multiply(refs: Any) -> None:
-            for ref, part in zip(refs, parts, strict=True):
-                plgpu.wgmma(ref, p_smem, part)
+            for ref, (part, v) in zip(refs, pairs, strict=True):
+                plgpu.wgmma(ref, p_smem.at[part], v)
 
         going_on: Any = tuple(plgpu.WGMMAAccumulatorRef.init(x) for x in sums)
         return pl.run_state(multiply)(going_on)
 
     def store(sums: Any, scale: Array, share: Any) -> None:
-        for x, lanes in zip(sums, share, strict=True):
-            o_ref[split, item, head, :, pl.ds(*lanes)] = x * down(scale, x.shape)
+        for x, (first, n, part) in zip(sums, share, strict=True):
+            columns = pieces(x * down(scale, x.shape), part, n, shape)
+            width = n // len(columns)
+            for i, some in enumerate(columns):
+                lanes = pl.ds(first + i * width, width)
+                o_ref[split, item, head, :, lanes] = some.astype(o_ref.dtype)
 
     def nothing(share: Any) -> tuple[Array, ...]:
-        return tuple(jnp.zeros((ROWS, lanes), jnp.float32) for _, lanes in share)
+        return tuple(jnp.zeros((ROWS, n), jnp.float32) for _, n, _ in share)
 
     @pl.when(seqs[item] >= 0)
     def _() -> None:
@@ -113,7 +121,7 @@ def kernel(
                 sums, top, total = state
                 keys, done = take(step)
                 key = work.key(step, shape)
-                steps = ring.steps(0, step) if scales else None
+                steps = ring.steps(0, step, shape) if scales else None
                 s = scores(q_smem, keys, steps, shape)
                 s = logits(s, work.first + work.shift, key, work.reach, shape)
                 now = jnp.maximum(top, jnp.max(s, 1))
@@ -127,7 +135,7 @@ def kernel(
                 if not shape.ahead:  # integers are finite
                     pl.when(past < shape.keys)(lambda: silence(values, past))
                 pl.when(step > 0)(lambda: plgpu.barrier_wait(added))  # the weights before these
-                p_smem[...] = weights(p, steps, past).astype(p_smem.dtype)
+                weigh(p, steps, past, p_smem, shape)
                 shrink_smem[...] = shrink
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(weighed)

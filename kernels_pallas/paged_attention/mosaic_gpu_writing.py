@@ -18,8 +18,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.op import UnsupportedError, tried
-from kernels_pallas.paged_attention import mosaic_gpu_coded_writing
-from kernels_pallas.paged_attention.codec import QuantizedPages, to_stored
+from kernels_pallas.paged_attention import mosaic_gpu_coded_writing, mosaic_gpu_int4_writing
+from kernels_pallas.paged_attention.codec import Int4Pages, QuantizedPages, to_stored
 from kernels_pallas.paged_attention.ragged import Ragged, owners
 
 _SHARED = 96 * 1024  # bytes of shared memory: two blocks of threads to a core
@@ -40,8 +40,10 @@ def page_write(
     batch: Ragged, *, tile: GpuTile | None = None, interpret: Any = False,
 ) -> tuple[Any, Any]:  # fmt: skip
     """`reference.page_write` as a Hopper kernel."""
+    options: dict[str, Any] = {"interpret": interpret}
+    if isinstance(k_pages, Int4Pages):
+        return mosaic_gpu_int4_writing.page_write(k_pages, v_pages, k, v, layer, batch, **options)
     if isinstance(k_pages, QuantizedPages):
-        options: dict[str, Any] = {"interpret": interpret}
         return mosaic_gpu_coded_writing.page_write(k_pages, v_pages, k, v, layer, batch, **options)
     stacks = [k_pages] if v_pages is None else [k_pages, v_pages]
     T, Z = k.shape[0], k_pages.shape[3]

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import partial, reduce
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax import Array, lax
+from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -25,6 +24,8 @@ from kernels_pallas.paged_attention.codec import (
     Int8Pages,
     QuantizedPages,
     StaticInt8Pages,
+    signs,
+    turned_by_product,
     whole_scales,
 )
 from kernels_pallas.paged_attention.mosaic_tpu_kernel import (
@@ -76,17 +77,20 @@ def page_attention(
         q = k_pages.fold(q, layer)
     caches, scales, dtype = _leaves(stacks)
     values = pl.cdiv(value_dim, LANES) * LANES  # lanes past value_dim are cut off at the end
-    squash, unit = (scale / soft_cap, soft_cap) if soft_cap else (0.0, scale)
+    factor = scale * ROTATED**-0.5 if isinstance(k_pages, Int4Pages) else scale
+    squash, unit = (factor / soft_cap, soft_cap) if soft_cap else (0.0, factor)
     shape = _shape(tile or TpuTile(), T, N, stacks, batch, values, squash, unit, mass)
     blocks, G = pl.cdiv(T, shape.tokens), shape.group
     tokens = shape.tokens if blocks == 1 else T  # a single program's rows fill tiles
-    q = jnp.pad(q, ((0, tokens - T), (0, 0), (0, W - H)))
-    q = (_turned(q) if isinstance(k_pages, Int4Pages) else q).astype(dtype)
+    q = turned_by_product(k_pages, q.astype(dtype))
+    q = jnp.pad(q, ((0, tokens - T), (0, 0), (0, W - q.shape[-1])))
     queries = [q.reshape(tokens, K, G, W).swapaxes(0, 1).reshape(K, tokens * G, W)]
     if sinks is not None:
         row = as_array(sinks).astype(jnp.float32).reshape(K, 1, G, 1) / unit
         row = jnp.broadcast_to(row, (K, shape.tokens, G, LANES))
         queries.append(row.reshape(K, shape.tokens * G, LANES))
+    if isinstance(k_pages, Int4Pages):
+        queries.append(jnp.asarray(signs(ROTATED), jnp.bfloat16))
     window = jnp.asarray(window, jnp.int32).reshape(1)
     items, spans = _plan(batch, window, blocks, shape)
     index = jnp.asarray(layer, jnp.int32).reshape(1)
@@ -95,22 +99,12 @@ def page_attention(
     o = o.reshape(K, tokens, G, values).swapaxes(0, 1).reshape(tokens, N, values)
     if isinstance(stacks[-1], StaticInt8Pages):
         o = stacks[-1].fold(o, layer)
-    o = _turned(o) if isinstance(stacks[-1], Int4Pages) else o
     lse = lse.reshape(K, tokens, G).swapaxes(0, 1).reshape(tokens, N)[:T]
     if not mass:
         return o[:T, :, :value_dim], lse
     found = jnp.moveaxis(sums[0].reshape(K, -1, tokens, G), (2, 0, 3, 1), (0, 1, 2, 3))
     found = found.reshape(tokens, N, -1)[:T, :, : shape.row]
     return o[:T, :, :value_dim], lse, jnp.exp(found - lse[..., None])
-
-
-def _turned(x: Array) -> Array:
-    """x [T, N, W] as `codec.turned` has it, but for rounding: by a product. Butterflies of lanes
-    took XLA megabytes of temporaries."""
-    matrix = reduce(np.kron, [[[1, 1], [1, -1]]] * (ROTATED.bit_length() - 1))
-    by = jnp.asarray(matrix * ROTATED**-0.5, jnp.float32)
-    blocks = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, ROTATED)
-    return jnp.dot(blocks, by, precision=lax.Precision.HIGHEST).reshape(x.shape)
 
 
 def _leaves(stacks: list[Any]) -> tuple[list[Array], list[Array], Any]:
@@ -149,17 +143,20 @@ def _launch(
     if shape.mass:
         pages = pl.cdiv(shape.row, shape.pages) * shape.pages
         out.append((array(K, pages, all_rows), pl.BlockSpec((heads, pages, rows), by_lane)))
-    sinks = [pl.BlockSpec((heads, rows, LANES), lambda h, b, *_: (h, 0, 0))]
+    has_sinks = len(queries) > 1 + shape.nibbles
+    sinks = [pl.BlockSpec((heads, rows, LANES), lambda h, b, *_: (h, 0, 0))] * has_sinks
+    turn = [pl.BlockSpec((ROTATED, ROTATED), lambda *_: (0, 0))] * shape.nibbles
     state = pltpu.VMEM((heads, rows, LANES), jnp.float32)
     return pl.pallas_call(
-        partial(kernel, shape=shape, has_sinks=len(queries) > 1, caches=len(caches),
+        partial(kernel, shape=shape, has_sinks=has_sinks, caches=len(caches),
                 scales=len(scales)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
             grid=(K // heads, blocks),
             in_specs=[
                 pl.BlockSpec((heads, rows, W), by_row),
-                *sinks[: len(queries) - 1],
+                *sinks,
+                *turn,
                 *[pl.BlockSpec(memory_space=pltpu.MemorySpace.HBM)] * len(caches + scales),
             ],
             out_specs=[spec for _, spec in out],
@@ -216,7 +213,10 @@ def _shape(
     pages = max(1, min(tile.keys // Z, row))
     if mass:
         few, pages = some, pl.cdiv(pages, 8) * 8
-    return Shape(heads, G, tokens, few, some, Z, pages, row, values, squash, unit, mass, *parts)
+    nibbles = isinstance(stacks[0], Int4Pages)
+    return Shape(
+        heads, G, tokens, few, some, Z, pages, row, values, squash, unit, mass, *parts, nibbles
+    )
 
 
 def _parts(stacks: list[Any]) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
@@ -50,6 +51,7 @@ class Shape:
             their own, keys along the lanes of an array; none where rows have none.
         mass: whether the sum of every page is kept. Then blocks of pages and tiles of rows are
             whole tiles of that array, pages along its sublanes.
+        nibbles: whether rows have four bits, whose outputs are turned back.
     """
 
     heads: int
@@ -66,6 +68,7 @@ class Shape:
     mass: bool
     key_parts: tuple[int, ...] = ()
     value_parts: tuple[int, ...] = ()
+    nibbles: bool = False
 
 
 class Spans(NamedTuple):
@@ -150,10 +153,11 @@ class Scalars(NamedTuple):
 def kernel(*refs: Any, shape: Shape, has_sinks: bool, caches: int, scales: int) -> None:
     scalars, rest = Scalars(*refs[: len(Scalars._fields)]), iter(refs[len(Scalars._fields) :])
     q, sinks = next(rest), next(rest) if has_sinks else None
+    turn = next(rest) if shape.nibbles else None
     stacks = [next(rest) for _ in range(caches + scales)]
     o, lse, mass = next(rest), next(rest), next(rest) if shape.mass else None
     buffers = [next(rest) for _ in range(caches + scales)]
-    top, total, arrived, turn = rest
+    top, total, arrived, turns = rest
     head = pl.program_id(0) * shape.heads
     program = pl.program_id(1)
     num_items = scalars.first[pl.num_programs(1)]
@@ -181,7 +185,7 @@ def kernel(*refs: Any, shape: Shape, has_sinks: bool, caches: int, scales: int) 
 
     @pl.when((program == 0) & (num_items > 0))
     def _() -> None:
-        turn[0] = 0
+        turns[0] = 0
         item = scalars.item(jnp.int32(0), shape)
         each(item, item.page, jnp.int32(0), "start")
 
@@ -242,7 +246,7 @@ def kernel(*refs: Any, shape: Shape, has_sinks: bool, caches: int, scales: int) 
                 if mass is not None:
                     mass[h, :, at[1]] = jnp.full((mass.shape[1], count), HIDDEN, jnp.float32)
 
-        turn[0] = lax.fori_loop(first, end, attend_item, turn[0])
+        turns[0] = lax.fori_loop(first, end, attend_item, turns[0])
 
         @tiles[0]
         def _(h: Array) -> None:
@@ -251,8 +255,30 @@ def kernel(*refs: Any, shape: Shape, has_sinks: bool, caches: int, scales: int) 
                 rows = pl.ds(pl.multiple_of(i * count, count), count)
                 sum_ = jnp.maximum(total[h, rows], 1e-30)
                 o[h, rows] = o[h, rows] / _lanes(sum_, o.shape[-1])
+                if turn is not None:
+                    _turn_back(o, h, i * count, count, turn)
                 found = top[h, rows] * shape.unit + jnp.log(sum_)
                 lse[h, :, rows] = jnp.transpose(found)[:1]
+
+
+def _turn_back(o: Any, h: Array, first: Array, count: int, turn: Any) -> None:
+    """Rows of sums, each part of them times a matrix. Around the kernel that would be copies of all
+    outputs."""
+    n = math.gcd(count, 32)  # few registers are left
+    tiles = pl.loop(0, count // n), pl.loop(0, o.shape[-1] // LANES)  # a part has so many lanes
+
+    @tiles[0]
+    def _(r: Array) -> None:
+        @tiles[1]
+        def _(i: Array) -> None:
+            rows = pl.ds(pl.multiple_of(first + r * n, n), n)
+            at = h, rows, pl.ds(pl.multiple_of(i * LANES, LANES), LANES)
+            x, turned = o[at], jnp.zeros((n, LANES), jnp.float32)
+            for _ in range(3):  # signs are exact in bfloat16, and so are three parts of a float
+                part = x.astype(jnp.bfloat16)
+                x = x - part.astype(jnp.float32)
+                turned += lax.dot(part, turn[...], preferred_element_type=jnp.float32)
+            o[at] = turned * np.float32(LANES**-0.5)
 
 
 def _silence_scales(scales: Any, item: Item, page: Array, shape: Shape) -> None:

@@ -138,9 +138,10 @@ def test_nor_does_one_over_pages_of_four_bits(target, model, others):
 
 @pytest.mark.aot
 @pytest.mark.usefixtures("no_compilation_cache")
+@pytest.mark.parametrize("kind", ["int8", "int4"])
 @pytest.mark.parametrize(("model", "expected"), [("8b", 2 * 2 + 1), ("16b-mla", 2 * 2 + 3 + 1)])
-def test_nor_does_one_over_pages_of_eight_bits_on_hopper(model, expected):
-    _copies_nothing(*compiled("h200:1x1x1", model, None, "int8"), expected)
+def test_nor_does_one_over_rounded_pages_on_hopper(model, expected, kind):
+    _copies_nothing(*compiled("h200:1x1x1", model, None, kind), expected)
 
 
 def _copies_nothing(program: Any, plan: Any, expected: Any) -> None:

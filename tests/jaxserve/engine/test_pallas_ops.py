@@ -143,23 +143,25 @@ def test_a_step_equals_the_reference(model, quantization, target, bodies):
 
 
 @pytest.mark.slow
-def test_a_step_over_pages_of_four_bits_runs_the_kernels(bodies, monkeypatch):
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_step_over_pages_of_four_bits_runs_the_kernels(target, bodies, monkeypatch):
     """From blank pages, beside the same step with references for pages alone. Against a step in
     float32 both are off by .09: a nibble that falls otherwise is an eighth of a row's range."""
     module, cfg, params = weights(MODELS["qwen3"] | {"head_dim": 128}, None)
-    lanes = stored_shape(cfg.kv_shape, TPU)
+    lanes = stored_shape(cfg.kv_shape, target)
     shape = cfg.num_layers, 4, 128, lanes, jnp.dtype("int4"), None, cfg.key_parts
-    pages = allocate(*shape, whole_scales=True)
+    pages = allocate(*shape, whole_scales=target is TPU)
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 128, (1, 16)), jnp.int32)
     at = jnp.arange(16, dtype=jnp.int32)[None]
     starts, lens, tables, count = map(jnp.asarray, ([0, 9], [9], [[3, 1]], 1))
-    ops = step(TPU, "pallas", batch=Ragged(starts, lens, tables, count))
+    ops = step(target, "pallas", batch=Ragged(starts, lens, tables, count))
 
     def run():
         return jax.jit(lambda p, kv: module.forward(cfg, p, tokens, at, ops, kv))(params, pages)
 
-    hidden, kv = run()
-    assert {("page_write", "mosaic_tpu"), ("page_attention", "mosaic_tpu")} <= {*bodies}
+    hidden, kv = jax.block_until_ready(run())
+    body = f"mosaic_{target.platform}"
+    assert {("page_write", body), ("page_attention", body)} <= {*bodies}
     assert not any(body == "reference" for op, body in bodies if op.startswith("page"))
     simulated = Op.run
 
@@ -186,11 +188,8 @@ def test_a_step_over_pages_of_eight_bits_on_hopper_equals_the_reference(model, b
     batch = Ragged(*map(jnp.asarray, ([0, 9], [9], [[3, 1]], 1)))
 
     def run(kernels, params, dtype):
-        plan = SimpleNamespace(kernels=kernels, activation_dtype=dtype, target=GPU)
-        forward = partial(module.forward, cfg)
-        return jax.jit(lambda p, kv: forward(p, tokens, at, serving_ops(plan, batch), kv))(
-            params, pages
-        )[0]
+        forward, ops = partial(module.forward, cfg), step(GPU, kernels, dtype=dtype, batch=batch)
+        return jax.jit(lambda p, kv: forward(p, tokens, at, ops, kv))(params, pages)[0]
 
     try:
         hidden = jax.block_until_ready(run("pallas", params, jnp.bfloat16))
