@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from jaxserve import plan as planning
+from jaxserve import split
 from jaxserve.checkpoint import cache_scales, hf, hub
 from jaxserve.config import EngineConfig
 from jaxserve.engine.balance import ExpertBalance
@@ -78,8 +79,8 @@ class LLM:
         self.model_config = hf.model_config(self._family, raw)
         self.tokenizer: Tokenizer | None = _tokenizer(folder, tokenizer, self.model_config.vocab)
         cfg = self.model_config
-        planning.check_split(self.engine_config, cfg)
-        self._mesh = serving_mesh(planning.parallelism_of(self.engine_config), device)
+        split.check_split(self.engine_config, cfg)
+        self._mesh = serving_mesh(split.parallelism_of(self.engine_config), device)
         self._lockstep = None if device else Lockstep.over(self._mesh)  # a device is this one's
         device = self._mesh.local_devices[0] if self._mesh else device or planning.default_device()
         keep_programs()
@@ -127,7 +128,7 @@ class LLM:
         if self._lockstep is not None:
             self._lockstep.check(self.model_type, config)
             memory = self._lockstep.agreed(memory)
-        local = planning.sizes_on_device(cfg, planning.parallelism_of(config))
+        local = split.sizes_on_device(cfg, split.parallelism_of(config))
         size = partial(quant.weight_bytes, self._family, cfg, sizes=local)
         return planning.resolve(
             config, raw, cfg, size, device, kv_calibrated=kv_calibrated, memory=memory
@@ -310,9 +311,8 @@ class LLM:
         pooling = pooling or "last"
         if pooling not in ("last", "mean"):
             raise RequestError(f"pooling={pooling!r} must be 'last' or 'mean'", "pooling")
-        requests = [
-            self._intake.sequences(list(ids), SamplingParams(), pooling=pooling) for ids in prompts
-        ]
+        params = SamplingParams()
+        requests = [self._intake.sequences(list(p), params, pooling=pooling) for p in prompts]
         self._collect(requests)
         found = [sequences[0].generation.embedding for sequences in requests]
         return [embedding for embedding in found if embedding is not None]
@@ -487,14 +487,14 @@ class LLM:
 def _close(loop: EngineLoop | Follower, balance: ExpertBalance | None) -> None:
     watch.allow(loop)
     loop.close()
-    if balance is not None:
+    if balance:
         balance.close()
 
 
 def _tokenizer(folder: Path, asked: str | Path | bool | None, vocab: int) -> Tokenizer | None:
     if asked is False:
         return None
-    where = folder if asked is None or asked is True else hub.resolve(asked)
-    tokenizer = Tokenizer.from_folder(where)
+    folder = hub.resolve(asked) if isinstance(asked, str | Path) else folder
+    tokenizer = Tokenizer.from_folder(folder)
     tokenizer.check_vocab(vocab)
     return tokenizer

@@ -35,12 +35,14 @@ MAY_IMPORT = {
     "jaxserve.quant": """jaxserve.models jaxserve.checkpoint jaxserve.errors
         kernels_pallas moe sharding jax numpy rich""",
     "jaxserve.cache": "jaxserve.errors jaxserve.models.ops kernels_pallas sharding jax numpy",
-    "jaxserve.plan": """jaxserve.config jaxserve.errors jaxserve.cache
-        jaxserve.checkpoint.quantized jaxserve.models.parallel moe kernels_pallas sharding jax""",
+    "jaxserve.split": """jaxserve.config jaxserve.errors jaxserve.models.parallel
+        moe kernels_pallas sharding""",
+    "jaxserve.plan": """jaxserve.split jaxserve.config jaxserve.errors jaxserve.cache
+        jaxserve.checkpoint.quantized moe kernels_pallas sharding jax""",
     "jaxserve.deployment": """jaxserve.models jaxserve.checkpoint jaxserve.errors
         sharding jax""",
-    "jaxserve.deployment.compiled": """jaxserve.engine jaxserve.plan jaxserve.config jaxserve.quant
-        jaxserve.models jaxserve.errors jaxserve.deployment.shapes
+    "jaxserve.deployment.compiled": """jaxserve.engine jaxserve.split jaxserve.plan jaxserve.config
+        jaxserve.quant jaxserve.models jaxserve.errors jaxserve.deployment.shapes
         moe kernels_pallas sharding jax numpy""",
     "jaxserve.text": "jaxserve.errors jaxserve.request tokenizers jinja2 llguidance numpy",
     "jaxserve.engine": """jaxserve.plan jaxserve.config jaxserve.cache jaxserve.models
@@ -53,7 +55,7 @@ MAY_IMPORT = {
     "jaxserve.searches": """jaxserve.paths jaxserve.intake jaxserve.engine.loop jaxserve.protocol
         jaxserve.request jaxserve.errors reasoning msgspec""",
     "jaxserve.llm": """jaxserve.searches jaxserve.paths reasoning.result
-        jaxserve.intake jaxserve.weights jaxserve.engine jaxserve.plan
+        jaxserve.split jaxserve.intake jaxserve.weights jaxserve.engine jaxserve.plan
         jaxserve.config jaxserve.cache jaxserve.models jaxserve.checkpoint jaxserve.quant
         jaxserve.text jaxserve.request jaxserve.errors kernels_pallas sharding jax numpy""",
     "jaxserve.train": """jaxserve.checkpoint jaxserve.models jaxserve.errors

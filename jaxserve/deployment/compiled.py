@@ -20,6 +20,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxserve import plan as planning
+from jaxserve import split
 from jaxserve.config import EngineConfig
 from jaxserve.deployment.shapes import Shape
 from jaxserve.engine.signature import program
@@ -222,7 +223,7 @@ def _resolve(shape: Shape, parallelism: Parallelism, step: Step, device: Any) ->
         page_size=page,
         num_pages=step.sequences * -(-step.context // page),
     )
-    sizes = planning.sizes_on_device(cfg, parallelism)
+    sizes = split.sizes_on_device(cfg, parallelism)
     size = partial(weight_bytes, shape.family, cfg, sizes=sizes)
     return planning.resolve(config, shape.hf, cfg, size, device)
 

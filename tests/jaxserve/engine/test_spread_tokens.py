@@ -23,8 +23,9 @@ from jaxserve.engine.spread import empty_states, spread, stacked
 from jaxserve.errors import ConfigError
 from jaxserve.models.family import family
 from jaxserve.models.parallel import placed, put_on_mesh
-from jaxserve.plan import Plan, resolve, sizes_on_device
+from jaxserve.plan import Plan, resolve
 from jaxserve.quant.weights import weight_bytes
+from jaxserve.split import sizes_on_device
 from jaxserve.testing import family_config
 from sharding import compile_only
 from sharding.hlo import Collective, collectives_of
