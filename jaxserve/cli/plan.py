@@ -30,7 +30,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--compile", metavar="TARGET",
         help="compile the decoding step of this plan for a TPU slice such as v5p:4x4x20, and say "
-        "what its compiler reports (needs the extra aot)",
+        "what its compiler reports (needs the extra aot); without --topology, --dp, --ep and --tp "
+        "experts lie on all of the slice",
     )  # fmt: skip
     parser.add_argument("--prompt-len", type=int, default=4096, help="tokens of a prompt")
     parser.add_argument("--output-len", type=int, default=256, help="tokens that follow it")
@@ -128,7 +129,11 @@ def find(args: argparse.Namespace) -> Plan:
         eight_bit=not args.bf16,
     )
     wish = search.Wish(args.batch, args.dp, args.ep, args.tp, args.slo_tpot, args.slo_ttft)
-    return search.plan(shapes.read(args.model), topology, traffic, wish)
+    shape = shapes.read(args.model)
+    open_ = not (args.topology or args.dp or args.ep or args.tp)
+    if args.compile and open_ and shape.cfg.router is not None:
+        return search.widest(shape, topology, traffic, wish)
+    return search.plan(shape, topology, traffic, wish)
 
 
 def _topology(text: str, option: str = "--topology") -> Topology:

@@ -19,6 +19,9 @@ MOST_SEQUENCES = 2048
 PREFILL_TOKENS = (8192, 4096, 2048, 1024, 512)
 """Of a device in one step over prompts, that are tried; the paper has the first, 16,384 per NPU."""
 
+SPREAD_BATCHES = (96, 64, 32, 16, 8, 4)
+"""Sequences of a device where experts are spread over all of them; the paper's NPU has 96."""
+
 LARGEST_INSTANCE = 256
 """Devices that read prompts together, that are tried."""
 
@@ -115,6 +118,23 @@ def plan(shape: Shape, topology: Topology, traffic: Traffic, wish: Wish) -> Plan
     why = _why(best, second, topology, wish) if second else ""
     prefill = _prefill(shape, topology, traffic, wish)
     return Plan(shape, topology, traffic, wish, best, prefill, second, why)
+
+
+def widest(shape: Shape, topology: Topology, traffic: Traffic, wish: Wish) -> Plan:
+    """The plan that spreads experts over the whole slice, as the paper's supernode does.
+
+    It decodes as many sequences of `SPREAD_BATCHES` as fit, unless the wish says how many.
+
+    Raises:
+        ConfigError: as `plan`.
+    """
+    wish = replace(wish, expert=topology.num_devices, tensor=1)
+    for batch in SPREAD_BATCHES if wish.batch is None else ():
+        try:
+            return plan(shape, topology, traffic, replace(wish, batch=batch))
+        except ConfigError:
+            continue  # the last word is that of the plan below
+    return plan(shape, topology, traffic, wish)
 
 
 # ---- splits -----------------------------------------------------------------------------------

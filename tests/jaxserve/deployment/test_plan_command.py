@@ -5,8 +5,11 @@ import json
 import pytest
 
 from jaxserve.cli import main, parser
+from jaxserve.cli.plan import find
+from jaxserve.deployment.search import SPREAD_BATCHES
 from sharding.description import dump
 from sharding.hardware import named
+from sharding.mesh import Parallelism
 
 PAPER = ["plan", "deepseek-r1", "--topology", "cm384-decode", "--prompt-len", "4096"]
 KEYS = {
@@ -101,3 +104,17 @@ def test_a_time_has_a_unit(capsys, text):
     with pytest.raises(SystemExit):
         parser().parse_args(["plan", "m", "--topology", "cm384", f"--slo-tpot={text}"])
     assert "is no time above 0, such as 50ms or 2s" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("model", "target", "experts"),
+    [
+        ("deepseek-r1", "v5p:4x4x20", 320),
+        ("qwen3-235b-a22b", "v6e:16x16", 256),
+        ("qwen3-30b-a3b", "v6e:8x8", 64),
+    ],
+)
+def test_what_is_compiled_spreads_experts_over_the_slice(model: str, target: str, experts: int):
+    found = find(parser().parse_args(["plan", model, "--compile", target]))
+    assert found.decode.split == Parallelism(experts, experts, 1)
+    assert found.decode.sequences in SPREAD_BATCHES
