@@ -113,7 +113,7 @@ def test_a_prompt_with_steps(capsys: pytest.CaptureFixture[str]):
     assert shown["prompt"] == PROMPT and "correct" not in shown
     assert shown["text"].count("|") == 4
     shown = said(capsys, PROMPT, "--controller", "self-consistency", "--max-tokens", "7")
-    assert "self_consistency, done, 112 tokens" in shown
+    assert "self-consistency, done, 112 tokens" in shown
 
 
 def test_a_budget_and_a_scorer(capsys: pytest.CaptureFixture[str]):

@@ -54,7 +54,7 @@ SPLITS = [
 
 
 @pytest.mark.mesh
-@pytest.mark.parametrize(("model_type", "split"), sparing(SPLITS, *SPLITS[:4]))
+@pytest.mark.parametrize(("model_type", "split"), sparing(SPLITS, *SPLITS[2:4]))
 def test_the_same_is_said_on_a_mesh(model_type: str, split: dict[str, int]):
     expected = alone(model_type)  # first, so that what it compiles is not counted here
     with serve(checkpoint(model_type), **split) as llm:
@@ -77,6 +77,7 @@ def test_ranks_share_the_work():
         driver.run()
 
 
+@pytest.mark.slow
 @pytest.mark.mesh
 def test_eight_bits_and_other_weights_on_a_mesh():
     """Rows are rounded on their way to experts, and answers on theirs: wherever experts live."""

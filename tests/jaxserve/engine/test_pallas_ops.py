@@ -75,7 +75,9 @@ def step(target: Target, kernels: str, num_rows: int = 9, dtype=jnp.bfloat16, ba
     tables = np.array([[3, 1], [0, 2], [0, 0]], np.int32)
     lens = np.array([20, 8 + 4, 0], np.int32)
     batch = batch or Ragged(starts, lens, tables, np.array(2, np.int32))
-    plan = SimpleNamespace(kernels=kernels, activation_dtype=dtype, target=target, on_mesh=False)
+    plan = SimpleNamespace(
+        kernels=kernels, activation_dtype=dtype, target=target, on_mesh=False, notes_routes=False
+    )
     return serving_ops(plan, jax.tree.map(jnp.asarray, batch), num_rows)
 
 

@@ -30,7 +30,9 @@ def ops(kernels, before=0):
     """For a step with one sequence of `ROWS` tokens, and as many more in its pages as `before`."""
     starts, lens = jnp.array([0, ROWS, ROWS], jnp.int32), jnp.array([before + ROWS, 0], jnp.int32)
     tables = jnp.arange(8, dtype=jnp.int32).reshape(2, 4)
-    plan = SimpleNamespace(kernels=kernels, activation_dtype=jnp.float32, on_mesh=False)
+    plan = SimpleNamespace(
+        kernels=kernels, activation_dtype=jnp.float32, on_mesh=False, notes_routes=False
+    )
     return serving_ops(plan, Ragged(starts, lens, tables, jnp.int32(1)), ROWS)
 
 

@@ -153,8 +153,9 @@ def test_states_and_caches_are_those_of_one_device(model_type, split):
     ("settings", "tolerance"),
     [
         ({"kv_cache_dtype": "int8"}, 2e-5),
-        ({"kv_cache_dtype": "int4"}, 2e-5),
-        ({"dtype": "bfloat16"}, 2e-2),  # products of the two forms round to 8 bits apart
+        pytest.param({"kv_cache_dtype": "int4"}, 2e-5, marks=pytest.mark.slow),
+        # products of the two forms round to 8 bits apart
+        pytest.param({"dtype": "bfloat16"}, 2e-2, marks=pytest.mark.slow),
     ],
 )
 def test_both_forms_see_what_the_cache_keeps(settings, tolerance):

@@ -297,6 +297,7 @@ def test_shut_down_in_the_middle_of_a_search():
     gc.collect()
 
 
+@pytest.mark.slow
 def test_experts_of_a_path_are_those_of_a_forward_pass():
     """Bits of every layer, for the token before each one that was drawn."""
 
