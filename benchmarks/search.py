@@ -140,9 +140,14 @@ def _compared(
     return {
         "hyper_accuracy_gain_points": round(100 * gain.value, 2),
         "hyper_accuracy_gain_points_interval": _rounded(100 * np.array([gain.low, gain.high]), 2),
-        "hyper_token_saving": round(saving.value, 4),
-        "hyper_token_saving_interval": [round(saving.low, 4), round(saving.high, 4)],
+        "hyper_token_saving": _finite(saving.value),
+        "hyper_token_saving_interval": [_finite(saving.low), _finite(saving.high)],
     }
+
+
+def _finite(value: float) -> float | None:
+    """None where an accuracy is never reached, whatever is spent."""
+    return round(value, 4) if np.isfinite(value) else None
 
 
 def _said(d: Difference) -> dict[str, Any]:
