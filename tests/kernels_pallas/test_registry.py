@@ -21,7 +21,8 @@ TARGETS = {
 
 
 def table(shipped: bool | None, *bodies: str, slow: tuple[str, ...] = ()):
-    """Parameters (op, body, case) for cases of one kind or both; some bodies or ops may be slow."""
+    """Parameters (op, body, case) for cases of one kind or both. `slow` names ops, bodies, or words
+    of cases."""
     return pytest.mark.parametrize(
         ("op", "body", "case"),
         [
@@ -30,7 +31,9 @@ def table(shipped: bool | None, *bodies: str, slow: tuple[str, ...] = ()):
                 body,
                 case,
                 id=f"{op.name}-{body}-{case.name}",
-                marks=[pytest.mark.slow] if {op.name, body} & {*slow} else [],
+                marks=[pytest.mark.slow]
+                if {op.name, body, *case.name.split("-")} & {*slow}
+                else [],
             )
             for op in OPS
             for body in op.bodies
@@ -109,7 +112,7 @@ def compiled():
 
 
 @pytest.mark.aot
-@table(True, *PLATFORMS, slow=("flash_attention", "flash_attention_gradient"))  # a minute each
+@table(True, *PLATFORMS, slow=("flash_attention", "flash_attention_gradient", "int4"))  # a minute
 def test_compiles_for_absent_hardware(op: Op, body: str, case: Case, compiled):
     """With few temporaries, and with no more spills than spills.py says and gives reasons for."""
     for target in TARGETS[body]:
