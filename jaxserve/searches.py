@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import itertools
 import threading
 from collections.abc import Callable, Coroutine, Hashable, Mapping, Sequence
 from concurrent.futures import Future
@@ -34,8 +33,6 @@ from reasoning.search import run_search
 from reasoning.speculation import Coordinator, Speculator
 
 T = TypeVar("T")
-
-_queries = itertools.count()
 
 
 class Running:
@@ -248,15 +245,11 @@ class Searches:
         scorer: str,
         coordinator: Coordinator,
     ) -> Coroutine[Any, Any, Result]:
-        query = next(_queries)
         if not hasattr(controller, "ready"):
-            return run_pool(
-                controller, pool, question, budget or Budget(), scorer=scorer, query=query
-            )
+            return run_pool(controller, pool, question, budget or Budget(), scorer=scorer)
         return run_search(
-            controller, pool, question, budget, spec=spec, scorer=scorer,
-            coordinator=coordinator, query=query,
-        )  # fmt: skip
+            controller, pool, question, budget, spec=spec, scorer=scorer, coordinator=coordinator
+        )
 
     def pool(self, on_event: Callable[[Event], None] | None = None) -> EnginePool:
         """Paths of the running event loop."""
