@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from jaxserve.protocol import Gen, Question
-from reasoning.controllers import make_controller
+from reasoning.controllers import CONTROLLERS
 from reasoning.result import Result
 from reasoning.speculation import Speculator
 
@@ -52,7 +52,7 @@ def equality(
 ) -> Iterator[dict[str, Any]]:
     """Every policy with and without lossless speculation: trees that differ, and nodes."""
     for name in policies:
-        policy, plain, fast = make_controller(name), list[Result](), list[Result]()
+        policy, plain, fast = CONTROLLERS[name](), list[Result](), list[Result]()
         for first in range(0, len(questions), 2):  # more would leave speculation no rows
             part = questions[first : first + 2]
             plain += llm.search(part, policy)
@@ -74,7 +74,7 @@ def wall_time(
     llm: Any, questions: Sequence[Question], name: str, together: int, repeats: int = 10
 ) -> dict[str, Any]:
     """The same searches with speculation and without, in turn, so many queries at a time."""
-    policy = make_controller(name)
+    policy = CONTROLLERS[name]()
     took: dict[bool, list[float]] = {False: [], True: []}
     steps: dict[bool, int] = {False: 0, True: 0}
     for i in range(repeats):
@@ -98,7 +98,7 @@ def wall_time(
 
 def host_share(llm: Any, question: Question, rows: int = 64) -> dict[str, float]:
     """What a pool controller's own code costs beside the engine, with so many live paths."""
-    policy = make_controller("hyper", {"width": rows, "paths": 4 * rows, "novelty": 0.0})
+    policy = CONTROLLERS["hyper"](width=rows, paths=4 * rows, novelty=0.0)
     steps, began = llm.stats().num_steps, time.perf_counter()
     result = llm.search(question, policy)
     took, count = time.perf_counter() - began, llm.stats().num_steps - steps

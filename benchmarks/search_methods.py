@@ -15,7 +15,7 @@ import numpy as np
 from benchmarks.search_stats import Runs
 from jaxserve.protocol import Question
 from reasoning.answers import Answer, Candidate, best_of, vote
-from reasoning.controllers import make_controller
+from reasoning.controllers import CONTROLLERS
 from reasoning.questions import question_of
 from reasoning.result import Budget, Piece, Result
 from reasoning.tasks import Problem, Task, distinct
@@ -75,7 +75,7 @@ def runs(field: Field, name: str, budgets: Sequence[int], **settings: Any) -> Ru
     """A method under budgets of so many paths' tokens."""
     right, tokens = [], []
     for paths in budgets:
-        controller = make_controller(name, _sized(name, paths) | settings)
+        controller = CONTROLLERS[name](**_sized(name, paths), **settings)
         found = field.search(controller, Budget(tokens=round(paths * field.path)))
         right.append(_right(field, found, lambda result: result.answer))
         tokens.append([[spent(r) for r in row] for row in found])
@@ -98,7 +98,7 @@ def spent(result: Result) -> int:
 
 def sampled(field: Field, most: int, scorer: str = "prm") -> list[list[list[Piece]]]:
     """Paths of every problem and seed with their scores [problem][seed][path]."""
-    found = field.search(make_controller("best-of-n", {"paths": most}), Budget(), scorer=scorer)
+    found = field.search(CONTROLLERS["best-of-n"](paths=most), Budget(), scorer=scorer)
     return [[_paths(result) for result in row] for row in found]
 
 

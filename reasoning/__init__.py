@@ -9,7 +9,7 @@ some. Neither calls an engine nor sees an array: nothing here imports more of ja
 one (`simulated`) or in a test. The names are those of the specification's section 3.
 """
 
-from reasoning.controllers import CONTROLLERS, make_controller
+from reasoning.controllers import CONTROLLERS
 from reasoning.controllers.hyper import HyPER
 from reasoning.controllers.mcts import Mcts
 from reasoning.controllers.rebase import Rebase
@@ -33,7 +33,6 @@ __all__ = [
     "SearchPolicy",
     "SelfConsistency",
     "Speculator",
-    "make_controller",
     "question_of",
     "run_pool",
     "run_search",

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 from reasoning.controllers.adaptive_consistency import AdaptiveConsistency
 from reasoning.controllers.beam import Beam
@@ -31,24 +29,3 @@ CONTROLLERS: dict[str, type[Any]] = {
     )
 }  # fmt: skip
 """By the name that a command line or a request uses; their settings are the class's fields."""
-
-
-def make_controller(name: str, settings: Mapping[str, Any] | None = None) -> Any:
-    """The controller of that name.
-
-    Raises:
-        ValueError: there is none, or it has no such setting or value.
-    """
-    if name not in CONTROLLERS:
-        raise ValueError(f"controller {name!r} is not known; there are {', '.join(CONTROLLERS)}")
-    kind, settings = CONTROLLERS[name], dict[str, Any](settings or {})
-    fields = [f.name for f in dataclasses.fields(kind)]
-    if unknown := sorted(settings.keys() - set(fields)):
-        raise ValueError(f"{name} has no setting {unknown[0]!r}; it has {', '.join(fields)}")
-    for key, value in settings.items():
-        if isinstance(value, list):
-            settings[key] = tuple(cast("list[Any]", value))
-    try:
-        return kind(**settings)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"settings of {name!r}: {error}") from None

@@ -19,7 +19,7 @@ from jaxserve.errors import RequestError
 from jaxserve.protocol import Cancelled, Event, Gen, SearchError, StepDone
 from jaxserve.searches import controller_of
 from reasoning.answers import vote
-from reasoning.controllers import CONTROLLERS, make_controller
+from reasoning.controllers import CONTROLLERS
 from reasoning.controllers.best_of_n import BestOfN
 from reasoning.controllers.hyper import HyPER
 from reasoning.controllers.rebase import Rebase
@@ -149,7 +149,7 @@ def test_questions_of_a_task(llm: LLM):
 
 @pytest.mark.parametrize("name", CONTROLLERS)
 def test_every_controller_has_an_answer(llm: LLM, name: str):
-    found = llm.search(PROMPT, make_controller(name), Budget(tokens=600), step="|")
+    found = llm.search(PROMPT, CONTROLLERS[name](), Budget(tokens=600), step="|")
     assert found.answer is not None
     assert found.ledger.generated == found.ledger.committed + found.ledger.spec_waste
     assert found.ledger.committed > 0
@@ -332,7 +332,7 @@ def test_settings_are_checked_against_their_types():
     made = controller_of("rebase", {"width": 4, "gen": {"max_tokens": 9}})
     assert made == Rebase(width=4, gen=made.gen) and made.gen.max_tokens == 9
     for name in CONTROLLERS:
-        assert controller_of(name) == make_controller(name)
+        assert controller_of(name) == CONTROLLERS[name]()
 
 
 @pytest.mark.parametrize(
