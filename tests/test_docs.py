@@ -31,6 +31,7 @@ def test_python_blocks_run(document: Path, tmp_path: Path, monkeypatch: pytest.M
     if not document.exists():
         pytest.skip(f"{document.name} is not written yet")
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").symlink_to(ROOT / "models")  # documents are read in a clone
     names: dict[str, object] = {"__name__": document.stem}
     for code, line, marks in blocks(document):
         padded = "\n" * (line - 1) + code  # a failure points into the document
