@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+import nbclient
+import nbformat
 import pytest
 
 NOTEBOOK = Path(__file__).parents[2] / "examples" / "search.ipynb"
@@ -19,7 +21,6 @@ def shown(notebook: Any) -> list[str]:
 
 
 def test_it_is_kept_with_its_outputs_and_is_small():
-    nbformat = pytest.importorskip("nbformat")
     kinds = shown(nbformat.read(NOTEBOOK, as_version=4))
     assert kinds.count("text/html") == 4 and kinds.count("image/png") == 1
     assert NOTEBOOK.stat().st_size < 300_000
@@ -28,10 +29,6 @@ def test_it_is_kept_with_its_outputs_and_is_small():
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")  # of the kernel's machinery
 def test_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    nbclient = pytest.importorskip("nbclient")
-    nbformat = pytest.importorskip("nbformat")
-    pytest.importorskip("ipykernel")
-    pytest.importorskip("matplotlib")
     monkeypatch.setenv("PYTHONPATH", str(NOTEBOOK.parents[1]), prepend=os.pathsep)
     monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
     notebook = nbformat.read(NOTEBOOK, as_version=4)
