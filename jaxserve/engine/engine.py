@@ -259,7 +259,8 @@ class Engine:
             _read_routes(launched, launched.forward)
         if launched.sampled is not None:
             self._read_tokens(launched, launched.sampled)
-        self._end_readings(launched)
+        if any(step.reads for step in launched.steps):
+            self._end_readings(launched)
         for count in launched.counts:
             self._count(*count)
         self._host_seconds += time.perf_counter() - started

@@ -68,6 +68,7 @@ class Step:
     num_tokens: int = 0
     repeats: int = 1
     pools: bool = False  # some row is of an embedding
+    reads: bool = False  # some row draws nothing, and is no embedding's
     groups: list[Group] | None = None
 
     @property
@@ -406,6 +407,7 @@ class Scheduler:
         seq.computed += count
         seq.in_flight += samples
         step.pools |= seq.pooling is not None
+        step.reads |= seq.reads
         if count > 1:  # a decoded token is published when it is read
             self.publish(seq)
         if seq.siblings and seq.computed >= seq.prompt_len - 1:
