@@ -209,6 +209,37 @@ class SearchPolicy(Protocol):
         return False
 
 
+class LevelPolicy(SearchPolicy, Protocol):
+    """Goes level by level, until so many paths have ended; each takes its place along.
+
+    Attributes:
+        weight: how the scores of a path's steps become its vote.
+    """
+
+    weight: Aggregate
+
+    @property
+    def places(self) -> int:
+        """Paths to end with."""
+        ...
+
+    def left(self, tree: Tree) -> int:
+        """Places of paths that go on."""
+        return max(self.places - len(ended(tree)), 0)
+
+    def votes(self, tree: Tree) -> Sequence[Candidate]:
+        return candidates(tree, ended(tree), self.weight)
+
+    def missing(self, tree: Tree) -> int | None:
+        return self.left(tree)
+
+    def largest(self, tree: Tree) -> float:
+        return heaviest(self, tree, self.weight)
+
+    def refuted(self, tree: Tree, expand: Expand) -> bool:
+        return passed(tree, expand)
+
+
 def ended(tree: Tree) -> list[Grown]:
     """Committed paths whose text has ended."""
     return [grown for grown in tree.grown.values() if grown.finished]

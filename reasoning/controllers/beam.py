@@ -7,23 +7,18 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from jaxserve.protocol import Gen, Node
-from reasoning.answers import Candidate
 from reasoning.tree import (
     STEP,
     Aggregate,
     Expand,
     Grown,
-    SearchPolicy,
+    LevelPolicy,
     Tree,
-    candidates,
-    ended,
-    heaviest,
-    passed,
 )
 
 
 @dataclass(frozen=True)
-class Beam(SearchPolicy):
+class Beam(LevelPolicy):
     """Of `beams` paths the best `beams / branch` go on, duplicated to fill the beams again.
 
     Paths with equal texts are one. One that ends keeps its beam.
@@ -45,26 +40,18 @@ class Beam(SearchPolicy):
         if self.branch < 1 or self.beams % self.branch or self.beams < 1 or self.depth < 1:
             raise ValueError(f"{self.beams=} must be a positive multiple of {self.branch=}")
 
+    @property
+    def places(self) -> int:
+        return self.beams
+
     def ready(self, tree: Tree) -> Sequence[Expand]:
         if tree.pending or tree.reach >= self.depth:
             return []
-        beams = self.beams - len(ended(tree))
+        beams = self.left(tree)
         kept = self._kept(tree, -(-beams // self.branch))
         # Beams are dealt out in turns, so that the better ones get what does not divide.
         counts = [len(range(i, beams, len(kept))) for i in range(len(kept))]
         return [Expand(n, i, self.gen) for n, c in zip(kept, counts, strict=True) for i in range(c)]
-
-    def votes(self, tree: Tree) -> Sequence[Candidate]:
-        return candidates(tree, ended(tree), self.weight)
-
-    def missing(self, tree: Tree) -> int:
-        return self.beams - len(ended(tree))
-
-    def largest(self, tree: Tree) -> float:
-        return heaviest(self, tree, self.weight)
-
-    def refuted(self, tree: Tree, expand: Expand) -> bool:
-        return passed(tree, expand)
 
     def _kept(self, tree: Tree, count: int) -> list[Node]:
         """The best live paths of the deepest level, best first, equal texts once."""

@@ -7,18 +7,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from jaxserve.protocol import Gen, Node
-from reasoning.answers import Candidate
 from reasoning.controllers.rebase import quotas
 from reasoning.tree import (
     STEP,
     Aggregate,
     Expand,
-    SearchPolicy,
+    LevelPolicy,
     Tree,
-    candidates,
-    ended,
-    heaviest,
-    passed,
 )
 
 
@@ -46,7 +41,7 @@ def worth_keeping(tree: Tree, gains: dict[Node, float], cost: float) -> set[Node
 
 
 @dataclass(frozen=True)
-class Ets(SearchPolicy):
+class Ets(LevelPolicy):
     """Like `Rebase`, but only leaves that are worth the nodes they hold get a share of the width.
 
     Gains are the shares of REBASE, so that they sum to 1, and so do the costs of all nodes times
@@ -69,8 +64,12 @@ class Ets(SearchPolicy):
         if self.width < 1 or self.depth < 1 or self.temperature <= 0 or self.sharing < 0:
             raise ValueError(f"{self}: width, depth and temperature must be positive")
 
+    @property
+    def places(self) -> int:
+        return self.width
+
     def ready(self, tree: Tree) -> Sequence[Expand]:
-        left = self.width - len(ended(tree))
+        left = self.left(tree)
         if tree.pending or tree.reach >= self.depth or left <= 0:
             return []
         frontier = [grown.node for grown in tree.level(tree.reach) if not grown.finished]
@@ -86,18 +85,6 @@ class Ets(SearchPolicy):
             for leaf, share in zip(kept, self._shares(tree, kept, left), strict=True)
             for i in range(share)
         ]
-
-    def votes(self, tree: Tree) -> Sequence[Candidate]:
-        return candidates(tree, ended(tree), self.weight)
-
-    def missing(self, tree: Tree) -> int:
-        return self.width - len(ended(tree))
-
-    def largest(self, tree: Tree) -> float:
-        return heaviest(self, tree, self.weight)
-
-    def refuted(self, tree: Tree, expand: Expand) -> bool:
-        return passed(tree, expand)
 
     def _shares(self, tree: Tree, leaves: Sequence[Node], width: int) -> list[int]:
         return quotas([tree.score(leaf) for leaf in leaves], width, self.temperature)

@@ -8,17 +8,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from jaxserve.protocol import Gen
-from reasoning.answers import Candidate
 from reasoning.tree import (
     STEP,
     Aggregate,
     Expand,
-    SearchPolicy,
+    LevelPolicy,
     Tree,
-    candidates,
-    ended,
-    heaviest,
-    passed,
 )
 
 
@@ -38,7 +33,7 @@ def quotas(rewards: Sequence[float], width: int, temperature: float) -> list[int
 
 
 @dataclass(frozen=True)
-class Rebase(SearchPolicy):
+class Rebase(LevelPolicy):
     """Breadth first. A path that ends takes its place in the width with it.
 
     Attributes:
@@ -59,6 +54,10 @@ class Rebase(SearchPolicy):
         if self.width < 1 or self.depth < 1 or self.temperature <= 0:
             raise ValueError(f"{self}: width, depth and temperature must be positive")
 
+    @property
+    def places(self) -> int:
+        return self.width
+
     def ready(self, tree: Tree) -> Sequence[Expand]:
         if tree.pending or tree.reach >= self.depth:
             return []
@@ -69,19 +68,3 @@ class Rebase(SearchPolicy):
             for grown, share in zip(frontier, shares, strict=True)
             for i in range(share)
         ]
-
-    def left(self, tree: Tree) -> int:
-        """What paths that have ended leave of the width."""
-        return max(self.width - len(ended(tree)), 0)
-
-    def votes(self, tree: Tree) -> Sequence[Candidate]:
-        return candidates(tree, ended(tree), self.weight)
-
-    def missing(self, tree: Tree) -> int:
-        return self.width - len(ended(tree))
-
-    def largest(self, tree: Tree) -> float:
-        return heaviest(self, tree, self.weight)
-
-    def refuted(self, tree: Tree, expand: Expand) -> bool:
-        return passed(tree, expand)
