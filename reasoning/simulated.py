@@ -283,7 +283,7 @@ class SimulatedPool:
         return future
 
     def probe(self, n: Node, suffix: Sequence[int], max_tokens: int) -> Awaitable[Step]:
-        raise NotImplementedError("paths of a simulated pool have nothing to say")
+        raise SearchError("paths of a simulated pool say nothing to a probe; run on an engine")
 
     def promote(self, n: Node) -> None:
         path = self._usable(n)

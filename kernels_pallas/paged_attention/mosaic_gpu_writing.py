@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.op import UnsupportedError, tried
-from kernels_pallas.paged_attention import mosaic_gpu_coded_writing, mosaic_gpu_int4_writing
+from kernels_pallas.paged_attention import mosaic_gpu_int4_writing, mosaic_gpu_int8_writing
 from kernels_pallas.paged_attention.codec import Int4Pages, QuantizedPages, to_stored
 from kernels_pallas.paged_attention.ragged import Ragged, owners
 
@@ -44,7 +44,7 @@ def page_write(
     if isinstance(k_pages, Int4Pages):
         return mosaic_gpu_int4_writing.page_write(k_pages, v_pages, k, v, layer, batch, **options)
     if isinstance(k_pages, QuantizedPages):
-        return mosaic_gpu_coded_writing.page_write(k_pages, v_pages, k, v, layer, batch, **options)
+        return mosaic_gpu_int8_writing.page_write(k_pages, v_pages, k, v, layer, batch, **options)
     stacks = [k_pages] if v_pages is None else [k_pages, v_pages]
     T, Z = k.shape[0], k_pages.shape[3]
     tokens = _tokens((tile or GpuTile()).tokens, T, stacks)
