@@ -12,6 +12,9 @@ BIN     := $(VENV)/bin
 PYTEST  := $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
 PIP     := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
+# Quick tests spend more time in LLVM than in what it makes; slow ones run what users run.
+HASTY   := $(XLA_FLAGS) --xla_backend_optimization_level=0
+
 export JAX_PLATFORMS ?= cpu
 
 .PHONY: demo setup test slow test-all aot lint format format-check types imports bench eval clean
@@ -21,7 +24,7 @@ demo: $(VENV)/.demo  ## Serves a model of ours, and solves a problem through an 
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/.dev  ## All but slow tests, JOBS files at a time
-	$(PYTEST) -m "not slow and not gpu and not tpu and not aot" $(ARGS)
+	XLA_FLAGS="$(HASTY)" $(PYTEST) -m "not slow and not gpu and not tpu and not aot" $(ARGS)
 
 slow: $(VENV)/.dev  ## The slow ones; SLOW=600 starts none after ten minutes
 	$(PYTEST) -m "slow and not gpu and not tpu and not aot" --slow $(SLOW) $(ARGS)

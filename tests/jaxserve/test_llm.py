@@ -6,7 +6,6 @@ import asyncio
 import gc
 import itertools
 import re
-import signal
 import threading
 import time
 import weakref
@@ -21,6 +20,7 @@ from safetensors.numpy import load_file
 from jaxserve import LLM, SamplingParams
 from jaxserve.errors import EngineError, RequestError
 from jaxserve.request import CompletionOutput, RequestOutput, StructuredOutputs
+from tests.interrupting import interrupted
 from tests.jaxserve.engine.engines import checkpoint, serve
 
 PROMPT = "The quick brown fox"
@@ -391,29 +391,8 @@ def test_embeddings_pool_and_score(llm: LLM):
 
 
 def test_an_interrupt_aborts_and_the_engine_goes_on(slow: LLM):
-    """As in a notebook: ctrl-C during `generate`.
-
-    Pressed again after a second, as a user would: Python drops one that comes while it collects
-    garbage, as JAX has a callback there, in which nothing can be raised.
-    """
-    main = threading.main_thread().ident
-    assert main is not None
-    heard = threading.Event()
-
-    def press() -> None:
-        wait = 0.3
-        while not heard.wait(wait):
-            signal.pthread_kill(main, signal.SIGINT)
-            wait = 1.0
-
-    thread = threading.Thread(target=press)
-    thread.start()
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            slow.generate([PROMPT] * 12, SamplingParams(ignore_eos=True))
-    finally:
-        heard.set()
-        thread.join()
+    with interrupted(lambda: slow.stats().num_running):
+        slow.generate([PROMPT] * 12, SamplingParams(ignore_eos=True))
     assert slow.drain(1)
     stats = slow.stats()
     assert stats.num_free_pages == stats.num_pages

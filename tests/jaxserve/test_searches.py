@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import signal
 import threading
-import time
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -30,6 +28,7 @@ from reasoning.result import Budget, Result
 from reasoning.speculation import Speculator
 from reasoning.tasks import distinct, make_task
 from reasoning.tree import Expand, Tree
+from tests.interrupting import interrupted
 
 MODEL = Path(__file__).parents[2] / "models/modchain-moe"
 PROMPT, OTHER = "12 9 2 4 5 :", "3 7 11 2 20 :"
@@ -192,20 +191,8 @@ def test_a_search_can_be_awaited_and_cancelled(llm: LLM):
 
 
 def test_an_interrupt_cancels_and_the_engine_goes_on(llm: LLM):
-    main = threading.main_thread().ident
-    assert main is not None
-
-    def interrupt() -> None:
-        while not llm.stats().num_running:
-            time.sleep(0.005)
-        time.sleep(0.05)
-        signal.pthread_kill(main, signal.SIGINT)
-
-    hand = threading.Thread(target=interrupt)
-    hand.start()
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted(lambda: llm.stats().num_running):
         llm.search([PROMPT, OTHER], Endless())
-    hand.join()
     assert llm.drain(10)
     assert llm.search(PROMPT, VOTE).answer is not None
 

@@ -149,7 +149,13 @@ def test_a_window_may_be_known_only_at_run_time():
         np.testing.assert_allclose(o, expected, atol=2e-5)
 
 
-@pytest.mark.parametrize("form", [partial(flash_attention, target=CPU), simulated()])
+FORMS = [
+    partial(flash_attention, target=CPU),
+    pytest.param(simulated(), marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_training_attends_as_before(form):
     """What `packed` makes of both forms, and of their slopes, but for padding."""
     B, T, N, K, H = 1, 256, 4, 2, 64

@@ -57,7 +57,7 @@ def agree(found, expected, tolerance: float) -> None:
         np.testing.assert_allclose(x, y, rtol=0, atol=bound)
 
 
-@table(False, slow=("mosaic_gpu",))  # always simulated, seconds each
+@table(False, slow=("mosaic_gpu", "int4", "sample", "packed", "static"))  # seconds each
 def test_matches_its_reference(op: Op, body: str, case: Case):
     args, arrays = case.make(jax.random.key(0))
     try:
@@ -95,7 +95,7 @@ def callable_of(op: Op, body: str, case: Case):
     return lambda args, arrays: op.run(body, *args, **arrays, **case.options)
 
 
-@table(True, *PLATFORMS)
+@table(True, *PLATFORMS, slow=("int4", "flash_attention_gradient"))
 def test_lowers_with_nothing_but_jaxlib(op: Op, body: str, case: Case):
     exported = jax.export.export(
         jax.jit(callable_of(op, body, case)),

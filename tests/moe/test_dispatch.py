@@ -120,6 +120,7 @@ def test_bits_depend_neither_on_the_way_nor_on_the_placement():
             np.testing.assert_array_equal(found[0], other)
 
 
+@pytest.mark.slow
 @pytest.mark.mesh
 def test_an_expert_named_twice_answers_once():
     layout = ExpertLayout(8, 8, 1)

@@ -80,6 +80,7 @@ def test_many_devices_answer_as_one():
         assert not np.any(found[3])
 
 
+@pytest.mark.slow
 @pytest.mark.mesh
 def test_a_layer_of_a_stack():
     layout = ExpertLayout(E, 8, 1)
@@ -110,6 +111,7 @@ def test_a_shared_expert_joins_every_token():
     np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.mesh
 def test_early_rounding_is_the_rounding_that_eight_bit_experts_do_anyway():
     """Answers in bfloat16 are the only difference, so their precision is the bound."""

@@ -106,6 +106,7 @@ def test_int8_is_kept_to_the_bit(tmp_path):
     assert not isinstance(params.embed, Int8Weight)
 
 
+@pytest.mark.slow
 def test_what_a_checkpoint_is_made_for_is_how_it_is_served(tmp_path):
     for config, expected in ((W8A8, "int8"), (WEIGHTS_ONLY, None), (FP8_BLOCKS, None)):
         write(tmp_path, config)

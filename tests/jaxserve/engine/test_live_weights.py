@@ -2,6 +2,7 @@
 
 import dataclasses
 import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -83,8 +84,10 @@ def test_requests_that_have_begun_end_with_the_weights_they_began_with(llm):
 
 
 def test_several_swaps_wait_for_one_another(llm):
-    busy = llm.submit([5, 6, 7], dataclasses.replace(GREEDY, max_tokens=80))
     trees = [jax.tree.map(np.array, other(llm.params, f)) for f in (-1.0, 2.0)]
+    busy = llm.submit([5, 6, 7], dataclasses.replace(GREEDY, max_tokens=80))
+    while not llm.stats().num_running:  # who only waits may begin with new weights
+        time.sleep(0.001)
     versions = []
     threads = [
         threading.Thread(target=lambda tree=tree: versions.append(llm.load_params(tree)))
@@ -98,6 +101,7 @@ def test_several_swaps_wait_for_one_another(llm):
     assert busy.result().metrics.params_version == 0
 
 
+@pytest.mark.slow
 def test_types_and_stacks_are_the_engines_own():
     with serve(dtype="bfloat16") as llm:
         first, _ = said(llm)

@@ -78,6 +78,7 @@ def test_compiling_is_forbidden_until_shutdown(strict: LLM):
     assert jax.jit(lambda x: x * 17 + 6)(np.ones(3))[0] == 23
 
 
+@pytest.mark.slow
 def test_overload_finishes_and_says_what_it_would_alone(llm: LLM):
     """24 requests of 900 tokens; 4,096 fit at a time."""
     prompts = [[5 + i, *range(6, 105)] for i in range(24)]

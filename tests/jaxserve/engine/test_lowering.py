@@ -13,6 +13,7 @@ from jaxserve.engine.signature import program
 from jaxserve.models.family import family
 from jaxserve.plan import Plan, resolve
 from sharding.tree import abstract, unstack
+from tests.sparing import sparing
 
 HF = {
     "model_type": "qwen3_moe", "vocab_size": 256, "hidden_size": 128, "intermediate_size": 128,
@@ -44,7 +45,7 @@ def planned(platform: str, kernels: str) -> tuple[Plan, object]:
     return dataclasses.replace(plan, num_pages=16), cfg
 
 
-@pytest.mark.parametrize("kernels", ["auto", "reference"])
+@pytest.mark.parametrize("kernels", sparing(["auto", "reference"], "auto"))
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
 def test_programs_lower_for_absent_hardware(platform: str, kernels: str) -> None:
     plan, cfg = planned(platform, kernels)

@@ -24,6 +24,8 @@ TOLERANCE = 2e-3
 OUTPUT = 10
 NATIVE = pytest.mark.skipif(not cpu.available(), reason="no C++ compiler")
 
+QUICK = ("llama", "gemma3_text", "qwen3_moe", "deepseek_v3")
+
 
 def cases() -> list[pytest.ParameterSet]:
     """Every case on both kernels; each family's first, in small steps, on those that are served."""
@@ -33,7 +35,7 @@ def cases() -> list[pytest.ParameterSet]:
         for kernels in ("native", "reference"):
             marks = [NATIVE] if kernels == "native" else []
             steps = 8 if name in FAMILIES and kernels == served else 32
-            if steps > 8:  # more programs, and more to compile in each
+            if steps > 8 or name not in QUICK:  # more programs, and more to compile in each
                 marks.append(pytest.mark.slow)
             out.append(pytest.param(name, kernels, steps, marks=marks, id=f"{name}-{kernels}"))
     return out

@@ -166,6 +166,7 @@ def test_both_forms_see_what_the_cache_keeps(settings, tolerance):
     np.testing.assert_allclose(found, states, rtol=0, atol=tolerance * np.abs(states).max())
 
 
+@pytest.mark.slow
 @pytest.mark.mesh
 def test_prompts_do_not_see_each_other_and_halves_change_no_bit():
     whole = case(**SPLIT)
@@ -180,6 +181,7 @@ def test_prompts_do_not_see_each_other_and_halves_change_no_bit():
     np.testing.assert_array_equal(pages_in_turn.k, pages.k)
 
 
+@pytest.mark.slow
 @pytest.mark.mesh
 def test_a_layer_gathers_latents_and_exchanges_answers():
     """Beside them a step sums its embeddings, and gathers last states and the scores of prompts."""

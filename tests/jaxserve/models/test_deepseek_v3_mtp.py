@@ -29,6 +29,7 @@ def ops(rows):
     return Ops(attend=packed(jnp.ones_like(rows[0]), rows[1]), dtype=jnp.float32)
 
 
+@pytest.mark.slow
 def test_it_learns_what_comes_after_the_next(trained):
     _, folder, _ = trained
     lines = runs.metrics(folder)

@@ -56,6 +56,7 @@ def logprobs(llm) -> np.ndarray:
     return np.array([step[p[i]].logprob for steps, p in told for i, step in enumerate(steps) if i])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernels", KERNELS)
 def test_a_cache_uses_the_scales_of_its_checkpoint(folders, kernels):
     """And loses about as much as one that finds its own; more where a lane grows past all seen."""

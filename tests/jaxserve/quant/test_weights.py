@@ -76,6 +76,7 @@ def test_it_takes_as_much_memory_as_planned(folder):
         assert "int8" in llm.plan.describe()
 
 
+@pytest.mark.slow
 def test_native_kernels_and_the_reference_agree(folder):
     with serve(folder, kernels="reference") as llm:
         want = tokens(llm)
@@ -96,6 +97,7 @@ def test_alone_or_in_a_batch(folder):
     assert alone == together
 
 
+@pytest.mark.slow
 def test_trained_weights_are_swapped_in_and_sleep_gives_them_back(tmp_path):
     old = write_checkpoint(tmp_path / "a", "qwen3", tokenizer=False)
     new = write_checkpoint(tmp_path / "b", "qwen3", tokenizer=False, seed=1)
