@@ -20,26 +20,44 @@ TARGETS = {
 }
 
 
+def rows(shipped: bool | None, *bodies: str) -> list[tuple[Op, str, Case]]:
+    """Every (op, body, case) for cases of one kind or both."""
+    return [
+        (op, body, case)
+        for op in OPS
+        for body in op.bodies
+        for case in op.cases
+        if body in (bodies or op.bodies) and body in (case.bodies or op.bodies)
+        if shipped in (None, case.shipped)
+    ]
+
+
+def parameter(op: Op, body: str, case: Case, *more: str, slow: bool):
+    name = "-".join((op.name, body, case.name, *more))
+    return pytest.param(op, body, case, *more, id=name, marks=[pytest.mark.slow] if slow else [])
+
+
+def words(op: Op, body: str, case: Case) -> set[str]:
+    return {op.name, body, *case.name.split("-")}
+
+
 def table(shipped: bool | None, *bodies: str, slow: tuple[str, ...] = ()):
-    """Parameters (op, body, case) for cases of one kind or both. `slow` names ops, bodies, or words
-    of cases."""
+    """Parameters (op, body, case). `slow` names ops, bodies, or words of cases."""
     return pytest.mark.parametrize(
         ("op", "body", "case"),
+        [parameter(*row, slow=bool(words(*row) & {*slow})) for row in rows(shipped, *bodies)],
+    )
+
+
+def compilations(*slow: str):
+    """Parameters (op, body, case, target): quick ones take turns with TPUs, two for each case."""
+    return pytest.mark.parametrize(
+        ("op", "body", "case", "target"),
         [
-            pytest.param(
-                op,
-                body,
-                case,
-                id=f"{op.name}-{body}-{case.name}",
-                marks=[pytest.mark.slow]
-                if {op.name, body, *case.name.split("-")} & {*slow}
-                else [],
-            )
-            for op in OPS
-            for body in op.bodies
-            for case in op.cases
-            if body in (bodies or op.bodies) and body in (case.bodies or op.bodies)
-            if shipped in (None, case.shipped)
+            parameter(*row, target, slow=bool(words(*row) & {*slow}) or target not in taken)
+            for turn, row in enumerate(rows(True, *PLATFORMS))
+            for taken in [TARGETS[row[1]][turn % 2 :: 2] or TARGETS[row[1]]]
+            for target in TARGETS[row[1]]
         ],
     )
 
@@ -112,11 +130,9 @@ def compiled():
 
 
 @pytest.mark.aot
-@table(True, *PLATFORMS, slow=("flash_attention", "flash_attention_gradient", "int4"))  # a minute
-def test_compiles_for_absent_hardware(op: Op, body: str, case: Case, compiled):
+@compilations("flash_attention", "flash_attention_gradient", "int4")  # a minute
+def test_compiles_for_absent_hardware(op: Op, body: str, case: Case, target: str, compiled):
     """With few temporaries, and with no more spills than spills.py says and gives reasons for."""
-    for target in TARGETS[body]:
-        found = compiled(op.name, body, case.name, target)
-        assert found.temporaries <= 0.1 * case.cost.bytes + 2**20, target
-        device = target.split(":")[0]
-        assert found.spills <= spills.most(op.name, body, case.name, device), target
+    found = compiled(op.name, body, case.name, target)
+    assert found.temporaries <= 0.1 * case.cost.bytes + 2**20
+    assert found.spills <= spills.most(op.name, body, case.name, target.split(":")[0])
