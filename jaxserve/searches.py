@@ -24,7 +24,7 @@ from jaxserve.intake import Intake, Prompt, as_prompts
 from jaxserve.paths.keeper import Keeper
 from jaxserve.paths.pool import EnginePool, ScoreOf
 from jaxserve.protocol import Cancelled, Event, Question
-from jaxserve.request import SamplingParams
+from jaxserve.request import RouteNoise, SamplingParams
 from reasoning.controllers import CONTROLLERS
 from reasoning.pool import run_pool
 from reasoning.questions import last_answer
@@ -214,6 +214,9 @@ class Searches:
         """
         scorer = self._scorer(scorer)
         _check(controller, spec)
+        for name, route in routes_of(controller).items():
+            if why := self.keeper.cannot_refine(route):
+                raise RequestError(why, f"settings.{name}")
 
         async def all_of_them() -> list[Any]:
             pool = self.pool(on_event)
@@ -291,6 +294,13 @@ def controller_of(name: str, settings: Mapping[str, Any] | None = None) -> Any:
         what, _, where = str(error).partition(" - at `$")
         path = f"settings{where.rstrip('`')}"
         raise RequestError(f"{name}: {path}: {what}", path) from None
+
+
+def routes_of(controller: Any) -> dict[str, RouteNoise]:
+    """How a controller has tokens refined, by the setting that says so; none if it never does."""
+    asked = {"route": getattr(controller, "route", None)}
+    asked["gen"] = getattr(getattr(controller, "gen", None), "route", None)
+    return {name: route for name, route in asked.items() if isinstance(route, RouteNoise)}
 
 
 def _check(controller: Any, spec: Speculator | None) -> None:

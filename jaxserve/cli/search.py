@@ -68,6 +68,7 @@ def run(args: argparse.Namespace) -> None:
     console = Console(highlight=False)
     task = None if args.task is None else _task(args.task, Path(args.model))
     problems = [] if task is None else _problems(task, args)
+    args.enable_route_noise |= _refines(controller)
     with load(args) as llm:
         if task is None:
             ways = {"step": args.step, "max_tokens": args.max_tokens, "seed": args.seed}
@@ -164,6 +165,13 @@ def _controller(args: argparse.Namespace) -> Any:
         except ValueError:
             settings[name] = value
     return controller_of(args.controller, settings)
+
+
+def _refines(controller: Any) -> bool:
+    """Whether it needs programs that the engine has only if they are asked for."""
+    from jaxserve.searches import routes_of
+
+    return any(route.K > 1 for route in routes_of(controller).values())
 
 
 def _task(name: str, folder: Path) -> Task:

@@ -19,7 +19,7 @@ from jaxserve.engine.engine import Engine
 from jaxserve.engine.sequence import Sequence as Seq
 from jaxserve.errors import EngineError
 from jaxserve.protocol import Capacity, Gen
-from jaxserve.request import CompletionOutput, RequestMetrics, SamplingParams
+from jaxserve.request import CompletionOutput, RequestMetrics, RouteNoise, SamplingParams
 
 
 @dataclass(frozen=True)
@@ -31,12 +31,14 @@ class Extension:
         stats: of each, as `sampler.observe`.
         routes: of each, the experts that were asked in every layer; empty if nobody notes them.
         error: why there are no more; None: it stopped of itself.
+        passes: that refining them took, beyond one for each.
     """
 
     tokens: list[int]
     stats: list[list[float]]
     error: BaseException | None = None
     routes: tuple[tuple[int, ...], ...] = ()
+    passes: int = 0
 
 
 class Path:
@@ -228,6 +230,7 @@ class Keeper:
         seq.max_len = min(self.max_model_len, len(tokens) + gen.max_tokens)
         seq.seed, seq.stop_ids, seq.priority = seed, stop_ids, priority
         seq.observed, seq.confidence_k = [], gen.topk_logprobs
+        seq.route = gen.route if gen.route is not None and gen.route.K > 1 else None
         seq.routes = [] if self._engine.runner.plan.notes_routes else None
         self._start(path, seq, partial(_ended, seq, done))
 
@@ -267,6 +270,24 @@ class Keeper:
             self._drop(path)
 
     # ---- on any thread ------------------------------------------------------------------
+
+    def cannot_refine(self, route: RouteNoise) -> str | None:
+        """Why tokens cannot be refined as is asked, and what to do; None: they can."""
+        runner = self._engine.runner
+        if route.K == 1:
+            return None
+        if not runner.plan.refines:
+            why = "the model has no experts to choose among; leave route out"
+            if runner.cfg.router is not None:
+                setting = "enable_route_noise=True (--enable-route-noise)"
+                why = f"the engine was started without the programs; start it with {setting}"
+            return f"route: tokens cannot be refined by several routings: {why}"
+        if (layers := runner.num_routers) <= 2 * route.spared:
+            return (
+                f"route: spared={route.spared} leaves none of the model's {layers} layers with "
+                f"experts to refine; the most is {(layers - 1) // 2}"
+            )
+        return None
 
     def capacity(self) -> Capacity:
         """A snapshot, which may be a step old."""
@@ -380,4 +401,4 @@ def _ended(
     error = last if isinstance(last, BaseException) else None
     tokens = seq.tokens[seq.prompt_len :]
     routes = tuple(map(tuple, seq.routes or ()))
-    done(Extension(tokens, seq.observed or [], error, routes))
+    done(Extension(tokens, seq.observed or [], error, routes, seq.passes))

@@ -138,10 +138,8 @@ class EnginePool:
         if record.running is not None:
             future.set_exception(SearchError(f"{n} is being extended; wait for that, or fork"))
             return future
-        if g.route is not None and g.route.K > 1:
-            future.set_exception(
-                SearchError("this engine has no router noise; use Gen(route=None)")
-            )
+        if g.route is not None and (why := self._keeper.cannot_refine(g.route)):
+            future.set_exception(SearchError(why))
             return future
         record.running, record.prio = future, prio
         query.ledger.calls += 1
@@ -318,6 +316,7 @@ class EnginePool:
         query, count = self._query(n), len(end.tokens)
         record.made += count
         spend(query.ledger, record.prio, count)
+        query.ledger.effective += end.passes
         query.ledger.peak_pages = max(query.ledger.peak_pages, self._keeper.pages_in_use())
         record.known = _longer(record.known, end, self._eos_ids)
         future, record.running = record.running, None
@@ -373,7 +372,7 @@ async def _confidence(pool: EnginePool, n: Node) -> float:
 def _step(end: Extension, g: Gen, eos_ids: frozenset[int]) -> Step:
     last = end.tokens[-1] if end.tokens else None
     reason = "end" if last in eos_ids else "stop" if last in g.stop else "length"
-    return Step(tuple(end.tokens), reason, *_columns(end))
+    return Step(tuple(end.tokens), reason, *_columns(end), passes=end.passes)
 
 
 def _columns(end: Extension) -> tuple[tuple[float, ...], ...]:

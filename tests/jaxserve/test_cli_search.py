@@ -33,7 +33,7 @@ class Kept:
 
 @pytest.fixture(scope="module")
 def llm() -> Iterator[LLM]:
-    with LLM(MODEL, progress=False) as llm:
+    with LLM(MODEL, progress=False, enable_route_noise=True) as llm:
         llm.wait_until_warm()
         yield llm
         assert llm.stats().num_free_pages == llm.stats().num_pages
@@ -89,6 +89,24 @@ def test_speculation_and_settings(capsys: pytest.CaptureFixture[str]):
     assert 0 < len(plain["distribution"]) <= 8
 
 
+def test_refined_tokens_have_the_engine_started_for_them(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, llm: LLM
+):
+    asked = list[bool]()
+
+    def load(args: Any) -> Kept:
+        asked.append(args.enable_route_noise)
+        return Kept(llm)
+
+    monkeypatch.setattr(search, "load", load)
+    beam = ["--controller", "beam", "--task", "modchain", "--json"]
+    plain = json.loads(said(capsys, *beam))
+    noise = '{"max_tokens": 64, "route": {"K": 3, "entropy_gate": 0, "spared": 0}}'
+    refined = json.loads(said(capsys, *beam, "--set", f"gen={noise}"))
+    assert asked == [False, True]
+    assert plain["ledger"]["effective"] == 0 < refined["ledger"]["effective"]
+
+
 def test_several_problems_are_a_line_each(capsys: pytest.CaptureFixture[str]):
     shown = said(capsys, "--task", "modchain", "--problems", "5", "--split", "test")
     lines = [line for line in shown.splitlines() if line]
@@ -130,6 +148,7 @@ def test_a_budget_and_a_scorer(capsys: pytest.CaptureFixture[str]):
         ([PROMPT, "--controller", "rebase", "--set", "width=x"], "settings.width: Expected `int`"),
         ([PROMPT, "--controller", "rebase", "--set", "width"], "settings.width: Expected `int`"),
         ([PROMPT, "--controller", "rebase", "--set", "width=0"], "must be positive"),
+        ([PROMPT, "--set", 'route={"K": 0}'], "K must be a whole number, 1 to 64"),
         (["--task", "chess"], "task 'chess' is not known; there are modchain"),
         ([PROMPT, "--task", "modchain"], "give either a prompt or --task"),
         ([], "give either a prompt or --task"),
