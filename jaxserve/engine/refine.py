@@ -121,9 +121,9 @@ def _in_order(
     known, positions = x.tokens[0, at], x.positions[0, at]
     tokens = jnp.where(known < 0, history[x.slots[at], positions], known)
     keys = jax.vmap(key)(drawing.seeds[order], drawing.lengths[order])
-    settings = (setting[order] for setting in (n.tau, n.reuse, n.mix, n.spared))
     tables, top = x.ragged.tables[order], drawing.confidence_k[order]
-    return Passes(K[order], tokens, positions, tables, keys, *settings, top)
+    tau, reuse, mix, spared = (setting[order] for setting in (n.tau, n.reuse, n.mix, n.spared))
+    return Passes(K[order], tokens, positions, tables, keys, tau, reuse, mix, spared, top)
 
 
 def _with_copies(plan: Plan, kv: KVCache, x: Passes) -> tuple[KVCache, Array]:

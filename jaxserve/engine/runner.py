@@ -249,7 +249,7 @@ class Runner:
         else:
             launched = self._launch_whole(steps, R)
         if self.reward_head is not None and any(
-            row.seq.rest is not None for step in steps for row in step.rows
+            row.seq.judged for step in steps for row in step.rows
         ):
             launched.evidence = self._judge(launched)
         return launched

@@ -43,6 +43,7 @@ class Sequence:
         reads: it computes the tokens it has, and draws none.
         priority: 0, or 1 for speculation: rows that fill what others leave (`Scheduler`).
         rest: of a search's path; pages it brings along are its own before it is begun.
+        judged: a reward head looks at its tokens.
         observed: of each drawn token, what `sampler.observe` says; None: nobody asks.
         routes: likewise, the experts that were asked in each layer, as bits.
         confidence_k: how many of the likeliest tokens the confidence looks at.
@@ -78,6 +79,7 @@ class Sequence:
     reads: bool = False
     priority: int = 0
     rest: Rest | None = None
+    judged: bool = False
     observed: list[list[float]] | None = None
     routes: list[list[int]] | None = None
     confidence_k: int = 1
