@@ -140,6 +140,20 @@ def test_a_budget_and_a_scorer(capsys: pytest.CaptureFixture[str]):
     assert shown["stopped"] == "budget" and shown["ledger"]["generated"] <= 60
 
 
+def test_scorers_that_are_made_for_it(capsys: pytest.CaptureFixture[str]):
+    task = ["--task", "modchain", "--problems", "6", "--controller", "rebase", "--json"]
+
+    def run(*more: str) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in said(capsys, *task, *more).splitlines()]
+
+    own, far = run(), run("--scorer-model", MODEL, "--scorer-latency", "0.001")
+    assert [r["answer"] for r in far] == [r["answer"] for r in own]
+    assert all(r["ledger"]["scorer"] > 0 for r in far)
+    knowing = run("--scorer", "oracle")
+    assert sum(r["correct"] for r in knowing) >= sum(r["correct"] for r in own)
+    assert sum(r["correct"] for r in knowing) >= 5
+
+
 @pytest.mark.parametrize(
     ("args", "says"),
     [
@@ -157,6 +171,9 @@ def test_a_budget_and_a_scorer(capsys: pytest.CaptureFixture[str]):
         ([PROMPT, "--controller", "beam"], "is 0 tokens of this model, and must be one"),
         ([PROMPT, "--controller", "beam", "--step", "1 2"], "step='1 2' is 2 tokens"),
         ([PROMPT, "--scorer", "nobody"], "scorer='nobody' is not known to this model"),
+        ([PROMPT, "--scorer", "oracle"], "scorer=oracle needs --task"),
+        ([PROMPT, "--scorer", "prm", "--scorer-model", MODEL], "either --scorer or --scorer-model"),
+        ([PROMPT, "--scorer-latency", "-1"], "scorer_latency must be at least 0"),
         ([PROMPT, "--speculate", "lossless"], "hyper grows a pool"),
         ([PROMPT, "--max-tokens", "999"], "max_tokens=999"),
     ],
