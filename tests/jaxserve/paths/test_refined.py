@@ -346,3 +346,39 @@ def test_engines_that_do_not_refine(model: str, remedy: str):
 def test_a_dense_model_is_refused_at_the_start():
     with pytest.raises(ConfigError, match="enable_route_noise=True, and the model has no experts"):
         LLM(MODELS / "recall-dense", enable_route_noise=True, **SMALL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model", "settings"),
+    [
+        ("countdown-moe", {}),
+        ("countdown-moe", {"kv_cache_dtype": "int4"}),
+        ("modchain-moe", {"kv_cache_dtype": "int8"}),
+        ("modchain-moe", {"kernels": "reference"}),
+        ("modchain-moe", {"enable_return_routed_experts": True}),
+    ],
+    ids=["latent", "latent-int4", "int8", "reference", "routes"],
+)
+def test_routings_without_noise_change_nothing_on_other_caches(model: str, settings: Any):
+    """And with noise they change something, though not what is cached."""
+    tiny = SMALL | {"max_num_seqs": 4, "max_num_batched_tokens": 8} | settings  # few programs
+    with LLM(MODELS / model, enable_route_noise=True, **tiny) as llm:
+        llm.wait_until_warm()
+        prompt = ids(llm, PROMPT if model == "modchain-moe" else "3 5 7 9 -> 24 :")
+        strong = replace(STRONG, tau=5.0)
+
+        async def work(pool: EnginePool) -> None:
+            plain = await grown(pool, prompt, [None] * 3, count=40)
+            still = await grown(pool, prompt, [STILL] * 3, count=40)
+            loud = await grown(pool, prompt, [strong] * 3, count=40)
+            for a, b in zip(plain, still, strict=True):
+                assert a.tokens == b.tokens and a.route_sketch == b.route_sketch
+                np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-4)
+            assert any(a.logprobs != b.logprobs for a, b in zip(plain, loud, strict=True))
+            spent = pool.ledger(2)
+            assert 0 < spent.effective <= 3 * spent.committed
+            again = await grown(pool, prompt, [None] * 3, count=40)
+            assert again == plain
+
+        drive(llm, work)
