@@ -44,6 +44,8 @@ class EngineConfig:
         reward_head: file of a reward head for searches, in the model's folder if it names no other;
             None: `reward_head.safetensors`, where there is one.
         enable_return_routed_experts: note which experts each token of a search's path visits.
+        enable_route_noise: let searches route a token in several ways and mix what comes of it
+            (`RouteNoise`, the setting `route` of hyper); has programs of its own.
         seed: of requests that bring none.
         enable_prefix_caching: reuse pages of equal prompt beginnings.
         decode_steps: tokens decoded per launch when every row decodes and none needs the host.
@@ -72,6 +74,7 @@ class EngineConfig:
     enable_dbo: bool = False
     reward_head: str | None = None
     enable_return_routed_experts: bool = False
+    enable_route_noise: bool = False
     seed: int = 0
     enable_prefix_caching: bool = True
     decode_steps: int = 1
@@ -124,6 +127,7 @@ _RULES: dict[str, _Rule] = {
     "eplb_step_interval": _COUNT,
     "enable_dbo": _FLAG,
     "enable_return_routed_experts": _FLAG,
+    "enable_route_noise": _FLAG,
     "reward_head": (str, lambda file: bool(file), "a file"),
     "seed": (Integral, lambda _: True, "a whole number"),
     "enable_prefix_caching": _FLAG,

@@ -58,6 +58,7 @@ class Plan:
             weights and cache.
         judges: a reward head looks at the hidden states of searches' paths.
         notes_routes: steps say which experts their tokens have visited.
+        refines: there are programs that route a token in several ways and mix what comes of it.
         unrolled: every layer is a stack of its own, where XLA would copy a slice of a stack before
             it uses it: on a GPU, and on CPU without native kernels.
     """
@@ -86,6 +87,7 @@ class Plan:
     interleaved: bool
     judges: bool = False
     notes_routes: bool = False
+    refines: bool = False
 
     @property
     def num_ranks(self) -> int:
@@ -124,6 +126,11 @@ class Plan:
         return pages if knows and pages < self.pages_per_seq else 0
 
     @property
+    def num_copies(self) -> int:
+        """Pages behind those that are handed out: while a token is refined, each row has one."""
+        return self.max_num_seqs if self.refines else 0
+
+    @property
     def compiler_options(self) -> dict[str, str | bool] | None:
         """What programs are compiled with beyond a compiler's defaults."""
         on_tpu = self.target.platform == "tpu"
@@ -150,7 +157,8 @@ class Plan:
         "forward" (tokens) and "sample" (sequences) make a step together; the first two serve the
         first token. "step" (sequences) is both in one, for steps that are mostly decoding, and
         "beginning" (tokens) is a "forward" for prompts alone, read from their first tokens.
-        "evidence" (tokens) is what a reward head says of a step's hidden states.
+        "evidence" (tokens) is what a reward head says of a step's hidden states. "refine" (tokens)
+        is a whole step with rows whose tokens are refined.
         """
         first = min(self.token_buckets, key=lambda t: abs(t - FIRST_BUCKET))
         small = self.step_tokens(self.row_buckets[-1])
@@ -166,6 +174,8 @@ class Plan:
             wanted += [("decode", r) for r in self.row_buckets]
         if self.judges:
             wanted += [("evidence", t) for t in self.token_buckets]
+        if self.refines:
+            wanted += [("refine", t) for t in self.token_buckets]
         return tuple(dict.fromkeys(wanted))
 
     @property
@@ -228,7 +238,7 @@ def resolve(
         calibrated=kv_calibrated, whole_scales=platform == "tpu",
     )  # fmt: skip
     sharing = parallelism.num_devices if platform == "cpu" else 1  # devices of one machine
-    total = (memory or memory_limit(device)) // sharing
+    total = (memory or memory_limit(device)) // sharing - _copies(config, max_seqs) * per_page
     max_len, num_pages = _cache(
         config, cfg.max_len, page_size, per_page, max_seqs, weights, platform, total
     )
@@ -251,7 +261,7 @@ def resolve(
         unrolled=platform == "gpu" or (kernels == "reference" and platform == "cpu"),
         decode_steps=decode_steps_of(config, parallelism),
         weight_bytes=weights,
-        kv_bytes=num_pages * per_page,
+        kv_bytes=(num_pages + _copies(config, max_seqs)) * per_page,
         parallelism=parallelism,
         splits_kv_heads=not latent,
         dispatch=dispatch_of(config, cfg, parallelism, target, quantization),
@@ -265,10 +275,20 @@ def for_searches(plan: Plan, config: EngineConfig, cfg: Any, *, judges: bool) ->
     Raises:
         ConfigError: routes are asked for where there are none, or on several devices.
     """
-    if config.enable_return_routed_experts and (cfg.router is None or plan.on_mesh):
-        why = "the model has no experts" if cfg.router is None else "tokens are on several devices"
-        raise ConfigError(f"enable_return_routed_experts=True, and {why}; leave it out")
-    return replace(plan, judges=judges, notes_routes=config.enable_return_routed_experts)
+    for name in ("enable_return_routed_experts", "enable_route_noise"):
+        if getattr(config, name) and (cfg.router is None or plan.on_mesh):
+            none = cfg.router is None
+            why = "the model has no experts" if none else "tokens are on several devices"
+            raise ConfigError(f"{name}=True, and {why}; leave it out")
+    return replace(
+        plan, judges=judges, notes_routes=config.enable_return_routed_experts,
+        refines=config.enable_route_noise,
+    )  # fmt: skip
+
+
+def _copies(config: EngineConfig, max_seqs: int) -> int:
+    """Pages that nobody is given: `Plan.num_copies`."""
+    return max_seqs if config.enable_route_noise else 0
 
 
 def _kernels(config: EngineConfig, platform: str) -> str:

@@ -12,31 +12,14 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any, Literal, Protocol
 
+from jaxserve.request import RouteNoise
+
 
 class Prio(IntEnum):
     """Who goes first: speculative rows fill what committed ones leave, and make way for them."""
 
     COMMIT = 0
     SPEC = 1
-
-
-@dataclass(frozen=True)
-class RouteNoise:
-    """Several routings of one token, mixed into one (HyPER's SingleToken, section 2.4).
-
-    Attributes:
-        K: routings of a token, the plain one among them; 1 is plain decoding.
-        tau: size of the Gumbel noise on router logits.
-        reuse: what an expert's logit loses once an earlier routing of the token has used it.
-        mix: temperature of the weights, by confidence, with which distributions are mixed.
-        entropy_gate: only tokens whose plain distribution has more nats than this are refined.
-    """
-
-    K: int = 4
-    tau: float = 0.3
-    reuse: float = 0.1
-    mix: float = 0.4
-    entropy_gate: float = 0.5
 
 
 @dataclass(frozen=True)
@@ -103,6 +86,9 @@ class Step:
         margins: between the likeliest token's log-probability and the next one's.
         confidences: mean negative log-probability of the likeliest k tokens (section 2.2): large
             where the distribution is peaked.
+        passes: over the model, beyond one for each token.
+
+    Of a token that was refined, all four are of the mixed distribution that it was drawn from.
     """
 
     tokens: tuple[int, ...]
@@ -111,6 +97,7 @@ class Step:
     entropies: tuple[float, ...] = ()
     margins: tuple[float, ...] = ()
     confidences: tuple[float, ...] = ()
+    passes: int = 0
 
 
 @dataclass(frozen=True)
@@ -169,7 +156,8 @@ class Ledger:
     Attributes:
         committed: tokens that the search used, `spec_hit` of which were made ahead of time.
         spec_waste: made ahead of time and thrown away, or still waiting to be used or not.
-        effective: passes over the model beyond one for each token: K routings of a token add K - 1.
+        effective: passes over the model beyond one for each token: K routings of a token add K - 1,
+            where the gate lets it in; a token that it keeps out has one pass and adds nothing.
         prefill: prompt tokens computed, those of probes among them.
         scorer: tokens that scorers have read or written.
         calls: extensions begun.

@@ -15,6 +15,9 @@ from jaxserve.errors import RequestError
 MAX_LOGPROBS = 20
 """Most alternatives reported beside a token; also OpenAI's limit."""
 
+MAX_ROUTINGS = 64
+"""Of one token."""
+
 FinishReason = Literal["stop", "length", "abort"]
 
 
@@ -45,6 +48,38 @@ class StructuredOutputs:
                 f"json_object; got {given}",
                 "structured_outputs",
             )
+
+
+@dataclass(frozen=True)
+class RouteNoise:
+    """Several routings of one token, mixed into one (HyPER's SingleToken, specification, 2.4).
+
+    Attributes:
+        K: routings of a token, the plain one among them; 1 is plain decoding.
+        tau: size of the Gumbel noise on router logits.
+        reuse: what an expert's logit loses once an earlier routing of the token has used it.
+        mix: temperature of the weights, by confidence, with which distributions are mixed.
+        entropy_gate: only tokens whose plain distribution has more nats than this are refined.
+        spared: layers with experts, at either end of the model, that route plainly.
+    """
+
+    K: int = 4
+    tau: float = 0.3
+    reuse: float = 0.1
+    mix: float = 0.4
+    entropy_gate: float = 0.5
+    spared: int = 1
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.K, Integral) and 1 <= self.K <= MAX_ROUTINGS):
+            raise ValueError(f"{self}: K must be a whole number, 1 to {MAX_ROUTINGS}")
+        if not (isinstance(self.spared, Integral) and self.spared >= 0):
+            raise ValueError(f"{self}: spared must be a whole number, at least 0")
+        for name in ("tau", "reuse", "entropy_gate"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{self}: {name} must be at least 0, and finite")
+        if not 0 < self.mix < math.inf:
+            raise ValueError(f"{self}: mix must be above 0, and finite")
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,10 @@ from jaxserve.engine.loop import EngineLoop
 from jaxserve.errors import RequestError
 from jaxserve.intake import Intake, Prompt, as_prompts
 from jaxserve.paths.keeper import Keeper
-from jaxserve.paths.pool import EnginePool, ScoreOf
+from jaxserve.paths.pool import EnginePool
+from jaxserve.paths.scorers import OtherModel, ScoreOf, Scorer
 from jaxserve.protocol import Cancelled, Event, Question
-from jaxserve.request import SamplingParams
+from jaxserve.request import RouteNoise, SamplingParams
 from reasoning.controllers import CONTROLLERS
 from reasoning.pool import run_pool
 from reasoning.questions import last_answer
@@ -89,14 +90,14 @@ class Searches:
 
     Attributes:
         prior: log-odds of the reward head before a path's first token; None: there is no head.
-        scorers: by name, besides "prm" and "confidence"; more may be put in at any time.
+        scorers: by name, besides those that every pool has; more may be put in at any time.
     """
 
     loop: EngineLoop
     keeper: Keeper
     intake: Intake
     prior: float | None
-    scorers: dict[str, ScoreOf] = field(default_factory=dict[str, ScoreOf])
+    scorers: dict[str, ScoreOf | Scorer] = field(default_factory=dict[str, Any])
 
     def search(
         self,
@@ -196,7 +197,7 @@ class Searches:
         budget: Budget | None = None,
         *,
         spec: Speculator | None = None,
-        scorer: str | None = None,
+        scorer: str | Scorer | Any = None,
         on_event: Callable[[Event], None] | None = None,
         return_exceptions: bool = False,
     ) -> Running:
@@ -205,18 +206,22 @@ class Searches:
         Args:
             controller: a `SearchPolicy` or a `PoolPolicy`; one serves all questions.
             spec: how a tree search runs ahead of itself.
-            scorer: of paths; None: the reward head, or confidence where there is none.
+            scorer: of paths: a name, a `Scorer`, or another `LLM` with a reward head; None: the
+                reward head, or confidence where there is none.
             on_event: is told what happens, on another thread.
             return_exceptions: errors stand in the place of results; otherwise the first is raised.
 
         Raises:
             RequestError: the controller is none, or a setting does not go with it.
         """
-        scorer = self._scorer(scorer)
+        scorer, scorers = self._scorer(scorer)
         _check(controller, spec)
+        for name, route in routes_of(controller).items():
+            if why := self.keeper.cannot_refine(route):
+                raise RequestError(why, f"settings.{name}")
 
         async def all_of_them() -> list[Any]:
-            pool = self.pool(on_event)
+            pool = self.pool(on_event, scorers, judged=scorer == "prm")
             coordinator = Coordinator()
             searches = [
                 self._one(controller, pool, question, budget, spec, scorer, coordinator)
@@ -226,14 +231,45 @@ class Searches:
 
         return Running(all_of_them())
 
-    def _scorer(self, asked: str | None) -> str:
+    def _scorer(self, asked: Any) -> tuple[str, dict[str, ScoreOf | Scorer]]:
+        """The name of a scorer, and all that there are."""
         usual = "confidence" if self.prior is None else "prm"
-        known = dict.fromkeys(["confidence", usual, *self.scorers])
-        if asked is not None and asked not in known:
+        if asked is None or isinstance(asked, str):
+            known = dict.fromkeys(["confidence", usual, "certainty", *self.scorers])
+            if asked is not None and asked not in known:
+                raise RequestError(
+                    f"scorer={asked!r} is not known to this model; it has {', '.join(known)}",
+                    "scorer",
+                )
+            return asked or usual, self.scorers
+        if isinstance(other := getattr(asked, "searches", None), Searches):
+            asked = other.as_scorer(self)
+        if not hasattr(asked, "session"):
             raise RequestError(
-                f"scorer={asked!r} is not known to this model; it has {', '.join(known)}", "scorer"
+                f"scorer={asked!r} is neither a name nor a Scorer nor an LLM", "scorer"
             )
-        return asked or usual
+        return asked.name, {**self.scorers, asked.name: asked}
+
+    def as_scorer(self, of: Searches, *, latency: float = 0.0) -> OtherModel:
+        """This model's reward head as a scorer of another one's paths.
+
+        Args:
+            latency: seconds that a batch of scores takes longer than it must.
+
+        Raises:
+            RequestError: there is no reward head.
+        """
+        if self.prior is None:
+            raise RequestError(
+                "scorer: that model has no reward head; load one with reward_head=FILE", "scorer"
+            )
+        ours, theirs = self.intake.tokenizer, of.intake.tokenizer
+
+        def translate(tokens: Sequence[int]) -> Sequence[int]:
+            return ours.encode(theirs.decode(tokens))
+
+        same = ours.has_words_of(theirs)
+        return OtherModel(self.pool, None if same else translate, latency)
 
     def _one(
         self,
@@ -251,10 +287,20 @@ class Searches:
             controller, pool, question, budget, spec=spec, scorer=scorer, coordinator=coordinator
         )
 
-    def pool(self, on_event: Callable[[Event], None] | None = None) -> EnginePool:
-        """Paths of the running event loop."""
-        eos_ids, prior = self.intake.tokenizer.eos_token_ids, self.prior or 0.0
-        return EnginePool(self.loop, self.keeper, eos_ids, prior, self.scorers, on_event)
+    def pool(
+        self,
+        on_event: Callable[[Event], None] | None = None,
+        scorers: Mapping[str, ScoreOf | Scorer] | None = None,
+        *,
+        judged: bool = True,
+    ) -> EnginePool:
+        """Paths of the running event loop; arguments are those of `EnginePool`."""
+        words, prior = self.intake.tokenizer, self.prior or 0.0
+        return EnginePool(
+            self.loop, self.keeper, words.eos_token_ids, prior,
+            self.scorers if scorers is None else scorers, on_event,
+            decode=words.decode, judged=judged,
+        )  # fmt: skip
 
 
 async def _together(searches: Sequence[Coroutine[Any, Any, T]], keep_errors: bool) -> list[Any]:
@@ -291,6 +337,13 @@ def controller_of(name: str, settings: Mapping[str, Any] | None = None) -> Any:
         what, _, where = str(error).partition(" - at `$")
         path = f"settings{where.rstrip('`')}"
         raise RequestError(f"{name}: {path}: {what}", path) from None
+
+
+def routes_of(controller: Any) -> dict[str, RouteNoise]:
+    """How a controller has tokens refined, by the setting that says so; none if it never does."""
+    asked = {"route": getattr(controller, "route", None)}
+    asked["gen"] = getattr(getattr(controller, "gen", None), "route", None)
+    return {name: route for name, route in asked.items() if isinstance(route, RouteNoise)}
 
 
 def _check(controller: Any, spec: Speculator | None) -> None:

@@ -42,16 +42,24 @@ class Router:
             raise ValueError(f"{self}: top_k must be within the experts of the chosen groups")
 
 
-def route(router: Router, logits: Array, bias: Array | None = None) -> tuple[Array, Array]:
+def route(
+    router: Router, logits: Array, bias: Array | None = None, noise: Array | None = None
+) -> tuple[Array, Array]:
     """Expert ids [T, A] int32 and weights [T, A] float32 for router logits [T, E].
 
     Args:
         bias: [E], added to the scores for the choice only, never to the weights (the
             auxiliary-loss-free balancing of DeepSeek-V3).
+        noise: [T, E], added to the logits, likewise for the choice only.
     """
+
+    def scored(logits: Array) -> Array:
+        return jax.nn.softmax(logits) if router.scoring == "softmax" else jax.nn.sigmoid(logits)
+
     logits = logits.astype(jnp.float32)
-    scores = jax.nn.softmax(logits) if router.scoring == "softmax" else jax.nn.sigmoid(logits)
-    choice = scores if bias is None else scores + bias.astype(jnp.float32)
+    scores = scored(logits)
+    choice = scores if noise is None else scored(logits + noise)
+    choice = choice if bias is None else choice + bias.astype(jnp.float32)
     if router.num_groups > 1:
         choice = _limit_to_groups(router, choice)
     ids = lax.top_k(choice, router.top_k)[1]

@@ -57,6 +57,17 @@ def label_steps(
     return [_labelled(task, *solution, n) for solution, n in zip(solutions, right, strict=True)]
 
 
+def step_oracle(task: Task, problems: Sequence[Problem]) -> Callable[[str, str], float]:
+    """What says, by the prompt of one of the problems and a path's text: 1 while every closed step
+    follows from the ones before it, else 0."""
+    by_prompt = {problem.prompt: problem for problem in problems}
+
+    def judge(prompt: str, text: str) -> float:
+        return float(all(task.grade(by_prompt[prompt], text).legal))
+
+    return judge
+
+
 def _legal_starts(task: Task, problem: Problem, solution: str) -> list[str]:
     """The solution up to each of its steps, while all are legal."""
     legal = task.grade(problem, solution).legal

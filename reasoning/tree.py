@@ -117,7 +117,7 @@ class Tree:
         del self.pending[grown.node]
         self.grown[grown.node] = grown
         self.children[grown.parent] = (*self.children.get(grown.parent, ()), grown.node)
-        self.tokens += len(grown.step.tokens)
+        self.tokens += len(grown.step.tokens) + grown.step.passes
 
     def look(self, node: Node) -> Grown | None:
         """The node, be it committed or ahead of its turn."""

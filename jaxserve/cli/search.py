@@ -10,7 +10,8 @@ import argparse
 import dataclasses
 import json
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -46,7 +47,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, default=4096, help="budget of a question")
     parser.add_argument("--step", help="text of the token that closes a step; else an empty line")
     parser.add_argument("--max-tokens", type=int, default=None, help="most tokens of a path")
-    parser.add_argument("--scorer", help="of paths: prm or confidence; prm if there is a head")
+    parser.add_argument(
+        "--scorer",
+        help="of paths: prm (if there is a head), confidence, certainty; oracle: whether the steps "
+        "of a task's problem are right",
+    )  # fmt: skip
+    parser.add_argument(
+        "--scorer-model", metavar="MODEL", help="another model, whose reward head scores paths"
+    )
+    parser.add_argument(
+        "--scorer-latency", type=float, default=0.0, metavar="SECONDS",
+        help="by which its scores come later than they could",
+    )  # fmt: skip
     parser.add_argument(
         "--speculate", choices=("lossless", "paper", "opportunistic"),
         help="run ahead of a tree search (SPEX), in this mode",
@@ -64,11 +76,13 @@ def run(args: argparse.Namespace) -> None:
     controller = _controller(args)
     budget = _or_refuse("tokens", lambda: Budget(tokens=args.tokens))
     spec = Speculator(mode=args.speculate) if args.speculate else None
-    options = {"budget": budget, "spec": spec, "scorer": args.scorer}
     console = Console(highlight=False)
     task = None if args.task is None else _task(args.task, Path(args.model))
     problems = [] if task is None else _problems(task, args)
-    with load(args) as llm:
+    args.enable_route_noise |= _refines(controller)
+    args.progress &= not args.json  # bars leave a line behind
+    with load(args) as llm, _scorer(args, llm, task, problems) as scorer:
+        options = {"budget": budget, "spec": spec, "scorer": scorer}
         if task is None:
             ways = {"step": args.step, "max_tokens": args.max_tokens, "seed": args.seed}
             found = llm.search(args.prompt, controller, **options, **ways)
@@ -164,6 +178,37 @@ def _controller(args: argparse.Namespace) -> Any:
         except ValueError:
             settings[name] = value
     return controller_of(args.controller, settings)
+
+
+@contextmanager
+def _scorer(
+    args: argparse.Namespace, llm: Any, task: Task | None, problems: Sequence[Problem]
+) -> Iterator[Any]:
+    """What scores paths, for as long as it is wanted."""
+    from jaxserve.llm import LLM
+    from jaxserve.paths.scorers import Oracle
+    from reasoning.step_labels import step_oracle
+
+    if args.scorer_latency < 0:
+        raise RequestError("scorer_latency must be at least 0", "scorer_latency")
+    if args.scorer_model is not None:
+        if args.scorer is not None:
+            raise RequestError("give either --scorer or --scorer-model", "scorer")
+        with LLM(args.scorer_model, progress=args.progress) as judge:
+            yield judge.searches.as_scorer(llm.searches, latency=args.scorer_latency)
+    elif args.scorer == "oracle":
+        if task is None:
+            raise RequestError("scorer=oracle needs --task: it knows nothing else", "scorer")
+        yield Oracle(step_oracle(task, problems), args.scorer_latency)
+    else:
+        yield args.scorer
+
+
+def _refines(controller: Any) -> bool:
+    """Whether it needs programs that the engine has only if they are asked for."""
+    from jaxserve.searches import routes_of
+
+    return any(route.K > 1 for route in routes_of(controller).values())
 
 
 def _task(name: str, folder: Path) -> Task:

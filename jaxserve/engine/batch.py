@@ -72,6 +72,17 @@ class SampleArrays(NamedTuple):
         return SampleInputs._make(fields)
 
 
+class NoiseArrays(NamedTuple):
+    """How each row [R] of a step is refined; as `RouteNoise`."""
+
+    K: Any  # int32; 1: it is not
+    spared: Any  # int32
+    tau: Any  # float32
+    reuse: Any  # float32
+    mix: Any  # float32
+    gate: Any  # float32
+
+
 class SlotTable:
     """Per-sequence settings and page tables, one row per slot, kept up as sequences come and go."""
 
@@ -183,6 +194,16 @@ def pack_sampling(step: Step, R: int, table: SlotTable) -> SampleArrays:
     bias = _rows(table.bias, index, R) if flags[1] else None
     mask = _masks(rows, R, table.vocab) if flags[2] else None
     return SampleArrays(ints, floats, flags, bias_ids, bias, mask)
+
+
+def pack_noise(step: Step, R: int) -> NoiseArrays:
+    """Arrays for refining the tokens that a step draws."""
+    ints, floats = np.ones((2, R), np.int32), np.ones((4, R), np.float32)
+    for r, row in enumerate(step.rows):
+        if (noise := row.seq.route) is not None and row.samples:
+            ints[:, r] = noise.K, noise.spared
+            floats[:, r] = noise.tau, noise.reuse, noise.mix, noise.entropy_gate
+    return NoiseArrays(*ints, *floats)
 
 
 def pack_stops(step: Step, R: int) -> np.ndarray:

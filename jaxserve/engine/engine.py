@@ -269,6 +269,7 @@ class Engine:
         tokens = np.atleast_2d(np.asarray(sampled.tokens)).tolist()  # [repeats, ranks * R]
         alternatives = [np.asarray(a) for a in sampled[1:5]] if launched.reports else None
         stats = np.asarray(sampled.stats).tolist() if launched.observes else None
+        passes = None if launched.passes is None else np.asarray(launched.passes).tolist()
         width = len(tokens[0]) // len(launched.steps)
         for rank, step in enumerate(launched.steps):
             for drawn in tokens[: step.repeats]:
@@ -277,6 +278,8 @@ class Engine:
                         seq = row.seq
                         if stats is not None and seq.observed is not None and not seq.finished:
                             seq.observed.append(stats[r])
+                        if passes is not None and not seq.finished:
+                            seq.passes += passes[r]
                         self._token(seq, drawn[r], r, alternatives)
 
     def _read_evidence(self, launched: Launched, evidence: Array) -> None:

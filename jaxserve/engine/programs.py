@@ -57,13 +57,20 @@ def forward_step(
     """
     x = arrays.unpack()
     hidden, kv = _hidden(plan, family, cfg, params, kv, history, x, begins=begins)
+    return left_behind(plan, family, cfg, params, hidden, kv, x), kv
+
+
+def left_behind(
+    plan: Plan, family: Family, cfg: Any, params: Any, hidden: Array, kv: KVCache, x: StepInputs
+) -> Forward:
+    """What a forward pass leaves that has ended with hidden states [T, D]."""
     last = hidden[jnp.pad(x.last, (0, plan.max_num_seqs - x.last.shape[0]))]
 
     def head(rows: Array) -> Array:
-        return _logits(plan, family, cfg, params, rows, jnp.int32(rows.shape[0]))
+        return logits_of(plan, family, cfg, params, rows, jnp.int32(rows.shape[0]))
 
     routes = None if kv.routes is None else kv.routes[:, : hidden.shape[0]]
-    return Forward(last, hidden, _score(head, hidden, x), routes), kv
+    return Forward(last, hidden, _score(head, hidden, x), routes)
 
 
 def sample_step(
@@ -79,7 +86,7 @@ def sample_step(
     x = arrays.unpack()
     num_rows = jnp.sum(x.lengths > 0, dtype=jnp.int32)
     rows = last[: x.lengths.shape[0]]
-    logits = _logits(plan, family, cfg, params, rows, num_rows)
+    logits = logits_of(plan, family, cfg, params, rows, num_rows)
     return sample(logits, history, x, **sampling_ops(plan, num_rows))
 
 
@@ -132,7 +139,7 @@ def decode_loop(
         known = jnp.where(i == 0, x.tokens, -1)
         inputs = x._replace(tokens=known, positions=x.positions + i, ragged=ragged)
         hidden, kv = _hidden(plan, family, cfg, params, kv, history, inputs)
-        logits = _logits(plan, family, cfg, params, hidden[x.last], ragged.num_seqs)
+        logits = logits_of(plan, family, cfg, params, hidden[x.last], ragged.num_seqs)
         drawing_now = drawing._replace(lengths=drawing.lengths + i)
         how = sampling_ops(plan, ragged.num_seqs)
         sampled, history = sample(logits, history, drawing_now, **how)
@@ -157,9 +164,7 @@ def _hidden(
     begins: bool = False,
 ) -> tuple[Array, KVCache]:
     """Hidden states [T, D] of a step's tokens, and the cache."""
-    drawn = history[x.slots, x.positions[0]][None]
-    tokens = jnp.where(x.tokens < 0, drawn, x.tokens)
-    params, T = _marked(plan, family, cfg, params), tokens.shape[1]
+    params, T = _marked(plan, family, cfg, params), x.tokens.shape[1]
 
     def operations(part: Ragged, first: Array | int, size: int) -> Ops:
         ops = serving_ops(plan, part, size)
@@ -170,14 +175,23 @@ def _hidden(
     if plan.interleaved and T > 1:
         ops = replace(ops, halves=halves(x.ragged, T, operations))
     if not begins:
-        hidden, kv = family.forward(cfg, params, tokens, x.positions, ops, kv)
-        return hidden[0], kv
+        return hidden_states(family, cfg, params, kv, history, x, ops)
     begun = Beginning(kv, jnp.zeros((T, cfg.kv_shape[1]), plan.activation_dtype))
-    hidden, begun = family.forward(cfg, params, tokens, x.positions, ops, begun)
-    return hidden[0], begun.kv
+    hidden, begun = hidden_states(family, cfg, params, begun, history, x, ops)
+    return hidden, begun.kv
 
 
-def _logits(
+def hidden_states(
+    family: Family, cfg: Any, params: Any, kv: Any, history: Array, x: StepInputs, ops: Ops
+) -> tuple[Array, Any]:
+    """Hidden states [T, D] of a step's tokens, and what is carried through the layers."""
+    drawn = history[x.slots, x.positions[0]][None]
+    tokens = jnp.where(x.tokens < 0, drawn, x.tokens)
+    hidden, kv = family.forward(cfg, params, tokens, x.positions, ops, kv)
+    return hidden[0], kv
+
+
+def logits_of(
     plan: Plan, family: Family, cfg: Any, params: Any, rows: Array, num_rows: Array
 ) -> Array:
     """Logits [R, V] of hidden states [R, D], of which the first `num_rows` are real."""

@@ -27,6 +27,7 @@ from jaxserve.engine.batch import (
     SlotTable,
     StepArrays,
     needs_history,
+    pack_noise,
     pack_sampling,
     pack_stops,
     pack_tokens,
@@ -39,7 +40,7 @@ from jaxserve.engine.signature import COPIES, empty_state, head, program
 from jaxserve.engine.spread import empty_states, everywhere, on_devices, spread, stacked
 from jaxserve.errors import EngineError
 from jaxserve.models.family import Family
-from jaxserve.models.parallel import by_stack, experts_of, with_experts
+from jaxserve.models.parallel import by_stack, expert_layers, experts_of, with_experts
 from jaxserve.models.reward_head import RewardHead
 from jaxserve.plan import Plan
 from moe.moving import sources
@@ -64,6 +65,7 @@ class Launched:
     forward: Forward | None  # None: a decode loop
     counts: list[tuple[Array, Future[np.ndarray]]] = field(default_factory=list)  # taken behind it
     evidence: Array | None = None  # [T], of a reward head, if some row's path asks for it
+    passes: Array | None = None  # [R], beyond the plain one, if some row is refined
 
     def wait(self) -> None:
         """Returns when the step has been computed.
@@ -93,6 +95,7 @@ class Runner:
         self.mesh = mesh  # None: there is one device
         self.params: Any = params  # None while asleep
         self.reward_head = reward_head
+        self.num_routers = len(expert_layers(params)) if plan.refines else 0
         self.tables = [SlotTable(plan, cfg.vocab) for _ in range(plan.num_ranks)]
         self._groupings = [Grouping(plan, t.tables) for t in self.tables if plan.group_pages]
         self._traced = plan  # what programs are compiled for now; only its kernels may differ
@@ -239,10 +242,14 @@ class Runner:
             self._copy([step.copies for step in steps])
         if steps[0].repeats > 1:
             return self._launch_decode(steps[0])
-        R = self._whole(steps)
-        launched = self._launch_parts(steps) if R is None else self._launch_whole(steps, R)
+        if any(row.samples and row.seq.route for step in steps for row in step.rows):
+            launched = self._launch_refined(steps)
+        elif (R := self._whole(steps)) is None:
+            launched = self._launch_parts(steps)
+        else:
+            launched = self._launch_whole(steps, R)
         if self.reward_head is not None and any(
-            row.seq.rest is not None for step in steps for row in step.rows
+            row.seq.judged for step in steps for row in step.rows
         ):
             launched.evidence = self._judge(launched)
         return launched
@@ -285,6 +292,19 @@ class Runner:
             head(self.params), forward.last, self.history, drawing
         )
         return Launched(steps, sampled, reports, observes, scored, forward)
+
+    def _launch_refined(self, steps: list[Step]) -> Launched:
+        """A step that refines tokens, on one device."""
+        (step,) = steps
+        T = next(t for t in self.plan.token_buckets if _fits(self.plan, t, step))
+        self._wait_for("refine", T)
+        R = self.plan.rows(T)
+        inputs, scored = self._packed(steps, T, R)
+        drawing, reports, observes = self._drawing(steps, R)
+        sampled, passes, forward, self.kv, self.history = self._programs["refine", T](
+            self.params, self.kv, self.history, inputs, drawing, pack_noise(step, R)
+        )
+        return Launched(steps, sampled, reports, observes, scored, forward, passes=passes)
 
     def _packed(self, steps: list[Step], T: int, R: int) -> tuple[StepArrays, bool]:
         """Arrays of a forward pass, and whether it scores prompts."""
@@ -428,6 +448,11 @@ def _settle_heap() -> None:
     """
     gc.collect()
     gc.freeze()
+
+
+def _fits(plan: Plan, tokens: int, step: Step) -> bool:
+    """Whether a bucket of so many tokens holds the step."""
+    return step.num_tokens <= tokens and len(step.rows) <= plan.rows(tokens)
 
 
 def _largest(steps: list[Step]) -> tuple[int, int]:

@@ -191,12 +191,20 @@ def observe(logits: Array, tokens: Array, k: Array) -> Array:
     total = jax.nn.logsumexp(logits, -1)
     chosen = jnp.take_along_axis(logits, jnp.maximum(tokens, 0)[:, None], -1)[:, 0]
     logprobs = logits - total[:, None]
-    entropy = -jnp.sum(jnp.where(logprobs > _LOW, jnp.exp(logprobs) * logprobs, 0.0), -1)
     top = lax.top_k(logprobs, min(MAX_LOGPROBS, logits.shape[-1]))[0]
-    among = jnp.arange(top.shape[-1]) < k[:, None]
-    mean = jnp.sum(jnp.where(among, top, 0.0), -1) / jnp.sum(among, -1, dtype=jnp.float32)
     margin = top[:, 0] - top[:, min(1, top.shape[-1] - 1)]
-    return jnp.stack([chosen - total, entropy, margin, -mean], -1)
+    return jnp.stack([chosen - total, entropy(logprobs), margin, confidence(top, k)], -1)
+
+
+def entropy(logprobs: Array) -> Array:
+    """Of each distribution [R, V], in nats: [R]."""
+    return -jnp.sum(jnp.where(logprobs > _LOW, jnp.exp(logprobs) * logprobs, 0.0), -1)
+
+
+def confidence(top: Array, k: Array) -> Array:
+    """Mean negative log-probability of the first k [R] of each row's likeliest [R, n]: [R]."""
+    among = jnp.arange(top.shape[-1]) < k[:, None]
+    return -(jnp.sum(jnp.where(among, top, 0.0), -1) / jnp.sum(among, -1, dtype=jnp.float32))
 
 
 def _no_logprobs(logits: Array, tokens: Array) -> tuple[Array, Array, Array, Array]:

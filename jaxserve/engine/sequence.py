@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from jaxserve.engine.generation import Generation
-from jaxserve.request import SamplingParams
+from jaxserve.request import RouteNoise, SamplingParams
 
 
 class Rest(Protocol):
@@ -43,9 +43,12 @@ class Sequence:
         reads: it computes the tokens it has, and draws none.
         priority: 0, or 1 for speculation: rows that fill what others leave (`Scheduler`).
         rest: of a search's path; pages it brings along are its own before it is begun.
+        judged: a reward head looks at its tokens.
         observed: of each drawn token, what `sampler.observe` says; None: nobody asks.
         routes: likewise, the experts that were asked in each layer, as bits.
         confidence_k: how many of the likeliest tokens the confidence looks at.
+        route: how its tokens are refined, if they are; `passes` beyond the plain ones were run for
+            those that it has drawn.
     """
 
     tokens: list[int]
@@ -76,9 +79,12 @@ class Sequence:
     reads: bool = False
     priority: int = 0
     rest: Rest | None = None
+    judged: bool = False
     observed: list[list[float]] | None = None
     routes: list[list[int]] | None = None
     confidence_k: int = 1
+    route: RouteNoise | None = None
+    passes: int = 0
 
     @property
     def length(self) -> int:

@@ -15,8 +15,9 @@ from jax.sharding import NamedSharding
 
 from jaxserve.cache import kv_cache
 from jaxserve.cache.kv_cache import KVCache
-from jaxserve.engine.batch import MAX_STOPS, SampleArrays, StepArrays
+from jaxserve.engine.batch import MAX_STOPS, NoiseArrays, SampleArrays, StepArrays
 from jaxserve.engine.programs import decode_loop, forward_step, sample_step, whole_step
+from jaxserve.engine.refine import refined_step
 from jaxserve.engine.sampler import MAX_BIAS
 from jaxserve.models.family import Family
 from jaxserve.models.parallel import experts_of
@@ -78,6 +79,8 @@ def program(plan: Plan, family: Family, cfg: Any, params: Any, kind: str, size: 
             (head(params), last, history, sample_arrays(size, cfg.vocab)),
             ("params", "state", "state", "host"), ("drawn", "state"),
         )  # fmt: skip
+    if kind == "refine":
+        return _refining(plan, model, (params, kv, history), size, cfg.vocab)
     if kind == "decode":
         drawing = sample_arrays(size, cfg.vocab), _ints((size, MAX_STOPS)), _ints(())
         return Program(
@@ -107,6 +110,18 @@ def program(plan: Plan, family: Family, cfg: Any, params: Any, kind: str, size: 
     return Program(kv_cache.copy_pages, (0,), (kv, pages, pages), ("kv", "host", "host"), ("kv",))
 
 
+def _refining(plan: Plan, model: tuple[Any, ...], state: Any, tokens: int, vocab: int) -> Program:
+    """A step of up to so many tokens, of which those that are drawn may be refined."""
+    R = plan.rows(tokens)
+    counts, floats = _ints((R,)), jax.ShapeDtypeStruct((R,), jnp.float32)
+    noise = NoiseArrays(counts, counts, *4 * (floats,))
+    return Program(
+        partial(refined_step, *model), (1, 2),
+        (*state, step_arrays(plan, tokens, R), sample_arrays(R, vocab), noise),
+        ("params", "kv", "state", *3 * ("host",)), ("drawn", "drawn", "state", "kv", "state"),
+    )  # fmt: skip
+
+
 def _take_load(plan: Plan, kv: KVCache) -> tuple[Any, KVCache]:
     """How often experts were asked for [1, L, E], and the cache that has counted nothing.
 
@@ -133,7 +148,7 @@ def empty_state(plan: Plan, cfg: Any, device: Any = None) -> tuple[KVCache, Arra
     """One rank's empty cache, and its history [max_num_seqs, max_model_len + 1] of no tokens."""
     kv = kv_cache.allocate(
         cfg.num_layers,
-        plan.num_pages,
+        plan.num_pages + plan.num_copies,
         plan.page_size,
         plan.kv_shape,
         plan.kv_dtype,

@@ -120,7 +120,8 @@ def moe_send(
     flat = x.reshape(-1, x.shape[-1])
     scores = ops.linear(flat.astype(jnp.float32), p.router)
     scores = add_bias(scores, getattr(p, "router_bias", None))
-    ids, weights = route(router, scores, getattr(p, "correction", None))
+    noise = ops.disturb(kv, i, scores)
+    ids, weights = route(router, scores, getattr(p, "correction", None), noise)
     kv = ops.record(kv, i, router, scores, ids)
     if isinstance(ops.experts, FarExperts):
         visit = ops.experts.send(flat, ids, weights, p.experts)

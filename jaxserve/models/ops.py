@@ -85,6 +85,11 @@ def unrecorded(kv: Any, layer: Array | int, router: Router, scores: Array, ids: 
     return kv
 
 
+def undisturbed(kv: Any, layer: Array | int, scores: Array) -> Array | None:
+    """No noise for a layer's tokens, whose router says scores [T, E]."""
+    return None
+
+
 @dataclass(frozen=True)
 class Halves:
     """Two halves of a step's tokens that take turns (jaxserve/models/interleaved.py).
@@ -130,6 +135,7 @@ class Ops:
         experts_on_rows: what `experts` is made of where rows come from other devices.
         lookup: see `embed` above.
         record: looks at every layer's routing, and returns `kv` with what it wants to keep.
+        disturb: noise [T, E] on a router's scores, for the choice of experts; None: there is none.
         layers: how a stack is run. "indexed": weights stay in their stack, so that none is copied
             (serving). "sliced": a scan takes its slices, so that gradients are stacked rather than
             summed over whole stacks (training). "recomputed": that, and a layer's activations are
@@ -149,6 +155,7 @@ class Ops:
     experts_on_rows: Callable[..., Array] = moe.experts.experts_on_rows
     lookup: Callable[..., Array] = embed
     record: Callable[..., Any] = unrecorded
+    disturb: Callable[..., Array | None] = undisturbed
     layers: Literal["indexed", "sliced", "recomputed"] = "indexed"
     halves: Halves | None = None
     spread: Spread | None = None

@@ -19,7 +19,7 @@ from jaxserve.engine.engine import Engine
 from jaxserve.engine.sequence import Sequence as Seq
 from jaxserve.errors import EngineError
 from jaxserve.protocol import Capacity, Gen
-from jaxserve.request import CompletionOutput, RequestMetrics, SamplingParams
+from jaxserve.request import CompletionOutput, RequestMetrics, RouteNoise, SamplingParams
 
 
 @dataclass(frozen=True)
@@ -31,29 +31,32 @@ class Extension:
         stats: of each, as `sampler.observe`.
         routes: of each, the experts that were asked in every layer; empty if nobody notes them.
         error: why there are no more; None: it stopped of itself.
+        passes: that refining them took, beyond one for each.
     """
 
     tokens: list[int]
     stats: list[list[float]]
     error: BaseException | None = None
     routes: tuple[tuple[int, ...], ...] = ()
+    passes: int = 0
 
 
 class Path:
     """A path's tokens, keys and evidence. Everything in it belongs to the engine's thread.
 
     A fork has nothing of its own until it is extended. The evidence of a reward head is kept as
-    running sums, from the first token that the path computes itself.
+    running sums, from the first token that the path computes itself, if the path is `judged`.
     """
 
     __slots__ = (
-        "_evidence", "_first", "_keeper", "_scores", "at", "computed", "dead", "held", "keys",
-        "pages", "parent", "published", "rank", "seq", "speculative", "tokens", "waiting",
+        "_evidence", "_first", "_keeper", "_scores", "at", "computed", "dead", "held", "judged",
+        "keys", "pages", "parent", "published", "rank", "seq", "speculative", "tokens", "waiting",
     )  # fmt: skip
 
     def __init__(self, keeper: Keeper, parent: Path | None, at: int, rank: int):
         self._keeper, self.parent, self.at, self.rank = keeper, parent, at, rank
         self.tokens: list[int] | None = None  # a fork's, until it is extended
+        self.judged = parent is not None and parent.judged
         self.pages: list[int] = []
         self.keys: list[bytes] = []
         self.computed = self.published = 0
@@ -156,9 +159,13 @@ class _Waiter:
             self._done(item)
 
 
+_CERTAIN = 1e9  # a bias that no logit outweighs
+
+
 @lru_cache(maxsize=256)
-def _params(temperature: float, top_p: float) -> SamplingParams:
-    return SamplingParams(temperature=temperature, top_p=top_p)
+def _params(temperature: float, top_p: float, forced: int | None = None) -> SamplingParams:
+    bias = {} if forced is None else {forced: _CERTAIN}
+    return SamplingParams(temperature=temperature, top_p=top_p, logit_bias=bias)
 
 
 class Keeper:
@@ -182,11 +189,11 @@ class Keeper:
 
     # ---- verbs --------------------------------------------------------------------------
 
-    def new_root(self, tokens: list[int]) -> Path:
+    def new_root(self, tokens: list[int], *, judged: bool = True) -> Path:
         """A path of a prompt; `read_root` is to follow. On any thread."""
         ranks = self._engine.ranks
         path = Path(self, None, 0, min(range(len(ranks)), key=lambda r: ranks[r].num_queued))
-        path.tokens = tokens
+        path.tokens, path.judged = tokens, judged and self._judges
         return path
 
     def read_root(self, path: Path) -> None:
@@ -208,10 +215,11 @@ class Keeper:
         priority: int,
         suffix: Sequence[int],
         done: Callable[[Extension], None],
+        forced: int | None = None,
     ) -> None:
-        """Draws a path's next tokens; behind `suffix`, if there is one."""
+        """Draws a path's next tokens, or one that is `forced`; behind `suffix`, if there is one."""
         if (source := _reading(path)) is not None:
-            again = partial(self.extend, path, gen, seed, stop_ids, priority, suffix, done)
+            again = partial(self.extend, path, gen, seed, stop_ids, priority, suffix, done, forced)
             source.waiting.append(again)
             return
         if path.dead or path.seq is not None:
@@ -224,17 +232,38 @@ class Keeper:
             done(Extension([], []))
             return
         path.speculative = bool(priority)
-        seq = self._sequence(path, tokens, _params(gen.temperature, gen.top_p))
+        seq = self._sequence(path, tokens, _params(gen.temperature, gen.top_p, forced))
         seq.max_len = min(self.max_model_len, len(tokens) + gen.max_tokens)
         seq.seed, seq.stop_ids, seq.priority = seed, stop_ids, priority
         seq.observed, seq.confidence_k = [], gen.topk_logprobs
+        seq.route = gen.route if gen.route is not None and gen.route.K > 1 else None
         seq.routes = [] if self._engine.runner.plan.notes_routes else None
         self._start(path, seq, partial(_ended, seq, done))
 
+    def weigh(
+        self, path: Path, suffix: Sequence[int], token: int, done: Callable[[Extension], None]
+    ) -> None:
+        """Has a fork say one token behind a suffix, so that it is known how likely that was; the
+        fork is given up."""
+
+        def end(extension: Extension) -> None:
+            done(extension)
+            self.release(path)
+
+        self.extend(path, Gen(1, 0.0), (0, 0), frozenset(), 0, suffix, end, forced=token)
+
+    def follow(self, path: Path, tokens: Sequence[int]) -> None:
+        """Lets a fork go on with tokens that somebody else has drawn."""
+        if (source := _reading(path)) is not None:
+            source.waiting.append(partial(self.follow, path, tokens))
+        else:
+            path.begin().extend(tokens)
+
     def score(self, path: Path, done: Callable[[float | Exception], None]) -> None:
         """Log-odds, without the prior, that a path is right so far; an error if nobody can say."""
-        if not self._judges:
-            done(EngineError("no reward head is loaded"))
+        if not path.judged:
+            why = "the search was begun with another scorer" if self._judges else "none is loaded"
+            done(EngineError(f"no reward head has looked at the path: {why}"))
             return
         if (source := _reading(path)) is not None:
             source.waiting.append(partial(self.score, path, done))
@@ -268,6 +297,24 @@ class Keeper:
 
     # ---- on any thread ------------------------------------------------------------------
 
+    def cannot_refine(self, route: RouteNoise) -> str | None:
+        """Why tokens cannot be refined as is asked, and what to do; None: they can."""
+        runner = self._engine.runner
+        if route.K == 1:
+            return None
+        if not runner.plan.refines:
+            why = "the model has no experts to choose among; leave route out"
+            if runner.cfg.router is not None:
+                setting = "enable_route_noise=True (--enable-route-noise)"
+                why = f"the engine was started without the programs; start it with {setting}"
+            return f"route: tokens cannot be refined by several routings: {why}"
+        if (layers := runner.num_routers) <= 2 * route.spared:
+            return (
+                f"route: spared={route.spared} leaves none of the model's {layers} layers with "
+                f"experts to refine; the most is {(layers - 1) // 2}"
+            )
+        return None
+
     def capacity(self) -> Capacity:
         """A snapshot, which may be a step old."""
         live = sum(len(rank.running) for rank in self._engine.ranks)
@@ -289,7 +336,7 @@ class Keeper:
         seq = Seq(
             tokens, len(tokens), params, None, self._root,  # type: ignore[arg-type]
             computed=min(path.computed, len(tokens) - 1), pages=path.pages, keys=path.keys,
-            published=path.published, rank=path.rank, rest=path,
+            published=path.published, rank=path.rank, rest=path, judged=path.judged,
         )  # fmt: skip
         path.pages, path.seq = [], seq
         return seq
@@ -380,4 +427,4 @@ def _ended(
     error = last if isinstance(last, BaseException) else None
     tokens = seq.tokens[seq.prompt_len :]
     routes = tuple(map(tuple, seq.routes or ()))
-    done(Extension(tokens, seq.observed or [], error, routes))
+    done(Extension(tokens, seq.observed or [], error, routes, seq.passes))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import math
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
@@ -20,6 +19,7 @@ from typing import Any
 from jaxserve.engine.loop import EngineLoop
 from jaxserve.errors import EngineError, RequestError
 from jaxserve.paths.keeper import Extension, Keeper, Path
+from jaxserve.paths.scorers import OWN, Batched, Said, ScoreOf, Scorer
 from jaxserve.protocol import (
     Cancelled,
     Capacity,
@@ -36,9 +36,6 @@ from jaxserve.protocol import (
     Step,
     StepDone,
 )
-
-ScoreOf = Callable[["EnginePool", Node], Awaitable[float]]
-"""What a scorer thinks of a path, in [0, 1]."""
 
 
 @dataclass
@@ -61,11 +58,11 @@ class _Record:
 @dataclass
 class _Query:
     seed: int
-    prompt_len: int
+    prompt: tuple[int, ...]
+    steps: int  # of the engine, when it began
     ledger: Ledger = field(default_factory=Ledger)
     events: asyncio.Queue[Event | None] = field(default_factory=asyncio.Queue[Event | None])
     nodes: dict[Node, _Record] = field(default_factory=dict[Node, _Record])
-    steps: int = 0  # of the engine, when it began
     closed: bool = False
 
 
@@ -76,8 +73,10 @@ class EnginePool:
         loop, keeper: the engine.
         eos_ids: tokens that end a text.
         prior: log-odds of a reward head for a path without tokens.
-        scorers: by name, besides "prm" (the reward head) and "confidence".
+        scorers: by name, besides "prm" (the reward head), "confidence" and "certainty".
         on_event: is told of every event, of all queries.
+        decode: from tokens to text, for scorers that read.
+        judged: whether the reward head looks at paths as they are made; "prm" needs that.
     """
 
     def __init__(
@@ -86,17 +85,27 @@ class EnginePool:
         keeper: Keeper,
         eos_ids: frozenset[int] = frozenset(),
         prior: float = 0.0,
-        scorers: Mapping[str, ScoreOf] | None = None,
+        scorers: Mapping[str, ScoreOf | Scorer] | None = None,
         on_event: Callable[[Event], None] | None = None,
+        *,
+        decode: Callable[[Sequence[int]], str] = repr,
+        judged: bool = True,
     ):
         self._loop, self._keeper = loop, keeper
         self._eos_ids, self._prior = eos_ids, prior
-        self._scorers = {"prm": _prm, "confidence": _confidence, **(scorers or {})}
+        self._decode, self._judged = decode, judged
+        self._scorers: dict[str, ScoreOf] = {
+            **OWN,
+            **{name: self._asked(scorer) for name, scorer in (scorers or {}).items()},
+        }  # fmt: skip
         self._on_event = on_event
         self._queries: dict[int, _Query] = {}
         self._arrived: deque[Callable[[], None]] = deque()
         self._awake = False
         self._asyncio = asyncio.get_running_loop()
+
+    def _asked(self, scorer: ScoreOf | Scorer) -> ScoreOf:
+        return scorer if callable(scorer) else Batched(scorer, self)
 
     # ---- paths --------------------------------------------------------------------------
 
@@ -112,9 +121,9 @@ class EnginePool:
             raise RequestError(f"a prompt has 1 to {longest} tokens, not {len(prompt)}", "prompt")
         if query in self._queries:
             raise SearchError(f"query {query} has begun already; give each a number of its own")
-        path = self._keeper.new_root(list(prompt))
+        path = self._keeper.new_root(list(prompt), judged=self._judged)
         self._loop.post(lambda _: self._keeper.read_root(path))
-        node, found = Node(query), _Query(seed, len(prompt), steps=self._loop.stats().num_steps)
+        node, found = Node(query), _Query(seed, tuple(prompt), self._loop.stats().num_steps)
         found.nodes[node] = _Record(path, None, PathStats(()))
         found.ledger.prefill = len(prompt)
         self._queries[query] = found
@@ -127,7 +136,7 @@ class EnginePool:
             return node
         record = self._record(parent)
         known = record.known if at is None else _first(record.known, at)
-        path = self._keeper.fork(record.path, query.prompt_len + known.n_tokens)
+        path = self._keeper.fork(record.path, len(query.prompt) + known.n_tokens)
         query.nodes[node] = _Record(path, parent, known)
         return node
 
@@ -138,10 +147,8 @@ class EnginePool:
         if record.running is not None:
             future.set_exception(SearchError(f"{n} is being extended; wait for that, or fork"))
             return future
-        if g.route is not None and g.route.K > 1:
-            future.set_exception(
-                SearchError("this engine has no router noise; use Gen(route=None)")
-            )
+        if g.route is not None and (why := self._keeper.cannot_refine(g.route)):
+            future.set_exception(SearchError(why))
             return future
         record.running, record.prio = future, prio
         query.ledger.calls += 1
@@ -178,7 +185,7 @@ class EnginePool:
         record, query = self._record(n), self._query(n)
         future: asyncio.Future[Step] = self._asyncio.create_future()
         future.add_done_callback(_looked_at)
-        path = self._keeper.fork(record.path, query.prompt_len + record.known.n_tokens)
+        path = self._keeper.fork(record.path, len(query.prompt) + record.known.n_tokens)
         node = Node(n.query, (*n.path, (-1, query.ledger.calls)))
         probe = _Record(path, n, record.known, running=future)
         query.nodes[node] = probe
@@ -192,6 +199,51 @@ class EnginePool:
 
         self._extend(node, probe, g, Prio.COMMIT, tuple(suffix), done)
         return future
+
+    def follow(self, parent: Node, index: int, tokens: Sequence[int]) -> Node:
+        """A fork that goes on with tokens which somebody else has drawn; a reward head may read it.
+
+        Raises:
+            RequestError: it would be longer than the context.
+        """
+        node = self.fork(parent, index)
+        query, record = self._query(node), self._record(node)
+        record.known = replace(record.known, tokens=(*record.known.tokens, *tokens))
+        length, longest = len(query.prompt) + record.known.n_tokens, self._keeper.max_model_len
+        if length > longest:
+            self.release(node)
+            raise RequestError(f"a path of {length} tokens is longer than {longest}", "prompt")
+        query.ledger.prefill += len(tokens)
+        self._loop.post(lambda _: self._keeper.follow(record.path, tokens))
+        return node
+
+    async def weigh(self, n: Node, suffix: Sequence[int], token: int) -> float:
+        """The log-probability of a token behind a suffix, on a fork that is thrown away.
+
+        Raises:
+            SearchError: the context has no room for it, or the engine failed.
+        """
+        record, query = self._record(n), self._query(n)
+        future: asyncio.Future[float] = self._asyncio.create_future()
+
+        def done(end: Extension) -> None:
+            if future.done():
+                return
+            if end.stats:
+                future.set_result(end.stats[0][0])
+            else:
+                why = end.error or "the context has no room for the question"
+                future.set_exception(SearchError(f"{n} cannot be asked: {why}"))
+
+        self.charge(n.query, len(suffix) + 1)
+        at = len(query.prompt) + record.known.n_tokens
+        path, answer = self._keeper.fork(record.path, at), partial(self._deliver, done)
+        self._loop.post(lambda _: self._keeper.weigh(path, tuple(suffix), token, answer))
+        return await future
+
+    def charge(self, query: int, tokens: int) -> None:
+        """Enters tokens that a scorer has read or written."""
+        self._queries[query].ledger.scorer += tokens
 
     # ---- ends ---------------------------------------------------------------------------
 
@@ -242,6 +294,9 @@ class EnginePool:
             self._loop.call(lambda _: None)  # what was running has ended by then
             self._drain()
             found.ledger.critical_steps = self._loop.stats().num_steps - found.steps
+        for scorer in self._scorers.values():
+            if isinstance(scorer, Batched):
+                scorer.close(query)
         return replace(found.ledger)
 
     # ---- what is known --------------------------------------------------------------------
@@ -251,6 +306,10 @@ class EnginePool:
         if record is None:
             raise DeadPathError(f"{n} never was; fork it first")
         return record.known
+
+    def said(self, n: Node) -> Said:
+        """The path as scorers are given it."""
+        return Said(n, self._query(n).prompt, self.stats(n).tokens, self._decode)
 
     async def events(self, query: int) -> AsyncIterator[Event]:
         found = self._queries[query]
@@ -318,6 +377,7 @@ class EnginePool:
         query, count = self._query(n), len(end.tokens)
         record.made += count
         spend(query.ledger, record.prio, count)
+        query.ledger.effective += end.passes
         query.ledger.peak_pages = max(query.ledger.peak_pages, self._keeper.pages_in_use())
         record.known = _longer(record.known, end, self._eos_ids)
         future, record.running = record.running, None
@@ -360,20 +420,10 @@ def spend(ledger: Ledger, prio: Prio, count: int) -> None:
         ledger.committed += count
 
 
-async def _prm(pool: EnginePool, n: Node) -> float:
-    return 1 / (1 + math.exp(-min(max(await pool.log_odds(n), -60.0), 60.0)))
-
-
-async def _confidence(pool: EnginePool, n: Node) -> float:
-    """The probability of the path's tokens, on geometric average."""
-    known = pool.stats(n)
-    return math.exp(known.logprob / max(known.n_tokens, 1))
-
-
 def _step(end: Extension, g: Gen, eos_ids: frozenset[int]) -> Step:
     last = end.tokens[-1] if end.tokens else None
     reason = "end" if last in eos_ids else "stop" if last in g.stop else "length"
-    return Step(tuple(end.tokens), reason, *_columns(end))
+    return Step(tuple(end.tokens), reason, *_columns(end), passes=end.passes)
 
 
 def _columns(end: Extension) -> tuple[tuple[float, ...], ...]:

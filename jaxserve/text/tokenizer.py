@@ -105,6 +105,11 @@ class Tokenizer:
         """Text of one token by itself, as logprobs print it; "" for an unknown id."""
         return self.decode([i], skip_special_tokens=False)
 
+    def has_words_of(self, other: Tokenizer) -> bool:
+        """Whether every id means the same token to both."""
+        ours, theirs = (t.backend.get_vocab(with_added_tokens=True) for t in (self, other))
+        return ours == theirs
+
     def check_vocab(self, model_vocab_size: int) -> None:
         """Raises CheckpointError if text could encode to ids that the model has no embedding for.
 

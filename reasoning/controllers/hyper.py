@@ -134,6 +134,8 @@ class HyPER:
             actions["multi"] = [Segment(unsure, *self.segment)]
         if self.route:
             actions["single"] = [Refine(unsure, self.route)]
+        if len(actions) > 2 and not branches:
+            del actions["branch"]  # with nothing to branch from, it would only keep others out
         choose = self.scores.choose
         return actions[choose(view, live, floor, self.window, self.width, set(actions))]
 

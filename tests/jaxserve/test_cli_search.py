@@ -33,7 +33,7 @@ class Kept:
 
 @pytest.fixture(scope="module")
 def llm() -> Iterator[LLM]:
-    with LLM(MODEL, progress=False) as llm:
+    with LLM(MODEL, progress=False, enable_route_noise=True) as llm:
         llm.wait_until_warm()
         yield llm
         assert llm.stats().num_free_pages == llm.stats().num_pages
@@ -89,6 +89,24 @@ def test_speculation_and_settings(capsys: pytest.CaptureFixture[str]):
     assert 0 < len(plain["distribution"]) <= 8
 
 
+def test_refined_tokens_have_the_engine_started_for_them(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, llm: LLM
+):
+    asked = list[bool]()
+
+    def load(args: Any) -> Kept:
+        asked.append(args.enable_route_noise)
+        return Kept(llm)
+
+    monkeypatch.setattr(search, "load", load)
+    beam = ["--controller", "beam", "--task", "modchain", "--json"]
+    plain = json.loads(said(capsys, *beam))
+    noise = '{"max_tokens": 64, "route": {"K": 3, "entropy_gate": 0, "spared": 0}}'
+    refined = json.loads(said(capsys, *beam, "--set", f"gen={noise}"))
+    assert asked == [False, True]
+    assert plain["ledger"]["effective"] == 0 < refined["ledger"]["effective"]
+
+
 def test_several_problems_are_a_line_each(capsys: pytest.CaptureFixture[str]):
     shown = said(capsys, "--task", "modchain", "--problems", "5", "--split", "test")
     lines = [line for line in shown.splitlines() if line]
@@ -122,6 +140,19 @@ def test_a_budget_and_a_scorer(capsys: pytest.CaptureFixture[str]):
     assert shown["stopped"] == "budget" and shown["ledger"]["generated"] <= 60
 
 
+def test_scorers_that_are_made_for_it(capsys: pytest.CaptureFixture[str]):
+    task = ["--task", "modchain", "--problems", "20", "--controller", "rebase", "--json"]
+
+    def run(*more: str) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in said(capsys, *task, *more).splitlines()]
+
+    own, far = run(), run("--scorer-model", MODEL, "--scorer-latency", "0.001")
+    assert [r["answer"] for r in far] == [r["answer"] for r in own]
+    assert all(r["ledger"]["scorer"] > 0 for r in far)
+    knowing, unsure = run("--scorer", "oracle"), run("--scorer", "confidence")
+    assert sum(r["correct"] for r in knowing) > sum(r["correct"] for r in unsure)
+
+
 @pytest.mark.parametrize(
     ("args", "says"),
     [
@@ -130,6 +161,7 @@ def test_a_budget_and_a_scorer(capsys: pytest.CaptureFixture[str]):
         ([PROMPT, "--controller", "rebase", "--set", "width=x"], "settings.width: Expected `int`"),
         ([PROMPT, "--controller", "rebase", "--set", "width"], "settings.width: Expected `int`"),
         ([PROMPT, "--controller", "rebase", "--set", "width=0"], "must be positive"),
+        ([PROMPT, "--set", 'route={"K": 0}'], "K must be a whole number, 1 to 64"),
         (["--task", "chess"], "task 'chess' is not known; there are modchain"),
         ([PROMPT, "--task", "modchain"], "give either a prompt or --task"),
         ([], "give either a prompt or --task"),
@@ -138,6 +170,9 @@ def test_a_budget_and_a_scorer(capsys: pytest.CaptureFixture[str]):
         ([PROMPT, "--controller", "beam"], "is 0 tokens of this model, and must be one"),
         ([PROMPT, "--controller", "beam", "--step", "1 2"], "step='1 2' is 2 tokens"),
         ([PROMPT, "--scorer", "nobody"], "scorer='nobody' is not known to this model"),
+        ([PROMPT, "--scorer", "oracle"], "scorer=oracle needs --task"),
+        ([PROMPT, "--scorer", "prm", "--scorer-model", MODEL], "either --scorer or --scorer-model"),
+        ([PROMPT, "--scorer-latency", "-1"], "scorer_latency must be at least 0"),
         ([PROMPT, "--speculate", "lossless"], "hyper grows a pool"),
         ([PROMPT, "--max-tokens", "999"], "max_tokens=999"),
     ],

@@ -66,6 +66,7 @@ WRONG: list[tuple[str, list[Any]]] = [
     ("eplb_step_interval", [0, -3, 1.5, "1"]),
     ("enable_dbo", [None, "yes", 2]),
     ("enable_return_routed_experts", [None, "yes"]),
+    ("enable_route_noise", [None, "yes"]),
     ("reward_head", ["", 1]),
     ("seed", [None, 1.5, "0"]),
     ("enable_prefix_caching", [None, "no", 2]),

@@ -1,6 +1,6 @@
 """Labels of steps: legal, and on a way to the answer."""
 
-from reasoning.step_labels import label_steps
+from reasoning.step_labels import label_steps, step_oracle
 from reasoning.tasks import ModChain, Problem
 
 TASK = ModChain(modulus=7, length=3)
@@ -57,3 +57,9 @@ def test_empty_steps_are_steps():
     (found,) = label_steps(TASK, [PROBLEM], generate, 1, 1)
     assert found.text == "2 3 4 : | |"
     assert found.labels == (False, False)
+
+
+def test_an_oracle_says_whether_all_steps_so_far_are_legal():
+    judge = step_oracle(TASK, [PROBLEM])
+    said = {"": 1, "2 3 = 6 ; 6 4 |": 1, "2 3 = 6 ; 6 4 | 6": 1, "2 3 = 5 ; 5 4 |": 0, "| |": 0}
+    assert {text: judge("2 3 4 :", text) for text in said} == said

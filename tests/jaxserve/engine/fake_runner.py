@@ -99,6 +99,7 @@ class FakeRunner:
         self.steps.append(step)
         kept = [[self._at(r.seq, i) for i in range(r.start, r.start + r.count)] for r in step.rows]
         blank = np.zeros((len(step.rows), MAX_LOGPROBS))
+        passes = [r.seq.route.K - 1 if r.samples and r.seq.route else 0 for r in step.rows]
         judged = [evidence(k) for row in kept for k in row] if self.reward_head else None
         return Launched(
             steps=steps,
@@ -108,6 +109,7 @@ class FakeRunner:
             scored=False,
             forward=Forward(None, np.concatenate(kept)[:, None] % 1000, None),
             evidence=judged,  # type: ignore[arg-type]
+            passes=np.array(passes) if any(passes) else None,  # type: ignore[arg-type]
         )
 
     def max_repeats(self, steps: list[Step]) -> int:

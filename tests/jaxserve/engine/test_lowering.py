@@ -42,7 +42,7 @@ def planned(platform: str, kernels: str) -> tuple[Plan, object]:
         max_num_seqs=8, max_num_batched_tokens=32, kernels=kernels, decode_steps=2
     )
     plan = resolve(config, HF, cfg, lambda *_: 2_000_000, AbsentDevice(platform))
-    return dataclasses.replace(plan, num_pages=16), cfg
+    return dataclasses.replace(plan, num_pages=16, refines=True), cfg
 
 
 @pytest.mark.parametrize("kernels", sparing(["auto", "reference"], "auto"))
@@ -58,7 +58,8 @@ def test_programs_lower_for_absent_hardware(platform: str, kernels: str) -> None
     declared = unstack(declared) if plan.unrolled else declared
     params = abstract(declared, cfg.sizes, plan.dtype)
     largest = {kind: (kind, size) for kind, size in sorted(plan.programs)}
-    assert set(largest) == {"forward", "sample", "step", "decode", "seed_history", "copy_pages"}
+    stepping = {"forward", "step", "decode", "refine"}
+    assert set(largest) == {*stepping, "sample", "seed_history", "copy_pages"}
     for kind, size in largest.values():
         made = program(plan, module, cfg, params, kind, size)
         exported = jax.export.export(
@@ -67,5 +68,5 @@ def test_programs_lower_for_absent_hardware(platform: str, kernels: str) -> None
             disabled_checks=[jax.export.DisabledSafetyCheck.custom_call(KERNEL["cuda"])],
         )(*made.arguments)
         assert exported.platforms == (platform,)
-        if kind in ("forward", "step", "decode"):
+        if kind in stepping:
             assert (KERNEL[platform] in exported.mlir_module()) == (kernels == "auto")

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from jaxserve.paths.keeper import Extension, Keeper, Path
-from jaxserve.protocol import Gen
+from jaxserve.protocol import Gen, RouteNoise
 from tests.jaxserve.engine.fake_runner import Bench, digest, evidence, expected
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2]
@@ -61,19 +61,23 @@ class Rig:
         return self.known[-1]
 
     def extend(
-        self, known: Known, count: int, *, priority: int = 0, stop: frozenset[int] = frozenset()
-    ) -> list[Extension]:
+        self, known: Known, count: int, *, priority: int = 0, stop: frozenset[int] = frozenset(),
+        route: RouteNoise | None = None,
+    ) -> list[Extension]:  # fmt: skip
         ends: list[Extension] = []
         known.running = True
-        done = partial(self._done, known, count, stop, ends)
+        g = Gen(count, route=route)
+        done = partial(self._done, known, g, stop, ends)
         seed = (known.seed, 0)
-        self.keeper.extend(known.path, Gen(count), seed, stop, priority, (), done)
+        self.keeper.extend(known.path, g, seed, stop, priority, (), done)
         return ends
 
     def _done(
-        self, known: Known, count: int, stop: frozenset[int], ends: list[Extension], end: Extension
+        self, known: Known, g: Gen, stop: frozenset[int], ends: list[Extension], end: Extension
     ) -> None:
         ends.append(end)
+        count = g.max_tokens
+        assert end.passes == (g.route.K - 1 if g.route else 0) * len(end.tokens)
         known.running = False
         self.counts["tokens"] += len(end.tokens)
         assert end.tokens == expected(known.tokens, len(end.tokens), known.seed)
@@ -328,7 +332,9 @@ def fuzz(rig: Rig, rng: Random, operations: int) -> None:
                 stop = frozenset(rng.sample(range(50), rng.choice([0, 5])))
                 known = rng.choice(idle[-12:])
                 if known not in roots:
-                    rig.extend(known, rng.randint(1, 9), priority=rng.choice([0, 0, 1]), stop=stop)
+                    route = rng.choice([None, None, RouteNoise(K=1), RouteNoise(K=3)])
+                    how = {"priority": rng.choice([0, 0, 1]), "stop": stop, "route": route}
+                    rig.extend(known, rng.randint(1, 9), **how)
             case "fork" if idle:
                 rig.fork(rng.choice(idle[-12:]))
             case "cut" if idle:

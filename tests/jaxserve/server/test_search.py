@@ -72,7 +72,7 @@ def live() -> Iterator[LiveServer]:
     with pytest.MonkeyPatch.context() as patch:
         for name, kind in mine.items():
             patch.setitem(CONTROLLERS, name, kind)
-        llm = LLM(MODEL, progress=False)
+        llm = LLM(MODEL, progress=False, enable_route_noise=True)
         llm.wait_until_warm()
         with LiveServer(llm, served_model_name="modchain") as server:
             yield server
@@ -124,6 +124,23 @@ def test_a_completion_is_answered_by_a_search(client: openai.OpenAI, controller:
     assert got.choices[0].text.endswith(f"; {found['answer']} |")
     assert again.choices[0].text == got.choices[0].text
     assert again.model_dump()["search"]["distribution"] == found["distribution"]
+
+
+def test_a_search_that_refines_tokens(client: openai.OpenAI):
+    noise = {"K": 3, "entropy_gate": 0.0, "spared": 0}
+    gen = {"max_tokens": 64, "route": noise}
+    trees = {"controller": "rebase", "settings": {"width": 4, "gen": gen}, "step": "|"}
+    often = {"gate": 0.0, "hysteresis": 0.0}
+    settings = {"route": noise, "scores": often, "novelty": 2.0}
+    pools = {"controller": "hyper", "settings": settings, "tokens": 60}
+    for search in (trees, pools):
+        got = client.chat.completions.create(**ASK, extra_body={"search": search})
+        found = got.model_dump()["search"]
+        spent = found["ledger"]
+        assert 0 < spent["effective"] <= 2 * spent["generated"]
+        if search is trees:
+            assert found["answer"] is not None
+            assert spent["effective"] == 2 * spent["generated"]
 
 
 def test_speculation_changes_no_answer(client: openai.OpenAI):
@@ -210,6 +227,9 @@ TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "ob
         (of("rebase", width=0), "search.settings"),
         (of("rebase", width=10**7), "search.settings.width"),
         (of("rebase", gen=1), "search.settings.gen"),
+        (of("hyper", route={"K": 0}), "search.settings.route"),
+        (of("hyper", route={"tau": -1.0}), "search.settings.route"),
+        (of("hyper", route={"spared": 2}), "search.settings.route"),
         (of("rebase", gen={"max_tokens": 0}), "search.settings.gen"),
         (of("beam", gen={"max_tokens": 9, "temperature": -1}), "search.settings.gen"),
         ({"search": {"tokens": 0}}, "search.tokens"),
