@@ -8,12 +8,10 @@ in the lossless mode, the policy lives through the same search.
 
 from __future__ import annotations
 
-import asyncio
 import itertools
-import math
 import statistics
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -31,6 +29,7 @@ from jaxserve.protocol import (
     StepDone,
 )
 from reasoning.answers import Answer, Candidate, is_decided, tally, vote
+from reasoning.inbox import Inbox
 from reasoning.result import Budget, Piece, Result, Stopped, next_query
 from reasoning.speculation import Coordinator, Guess, Speculator, shadow_predict
 from reasoning.tree import Expand, Grown, SearchPolicy, Tree, candidates
@@ -71,13 +70,6 @@ async def run_search(
         pool.close(number)
 
 
-async def _of(events: AsyncIterator[Event]) -> Event:
-    try:
-        return await anext(events)
-    except StopAsyncIteration:
-        raise SearchError("the pool closed the query while it was searched") from None
-
-
 @dataclass
 class _Flight:
     """A step that was begun.
@@ -114,47 +106,25 @@ class _Search:
         self.coordinator = coordinator or Coordinator()
         self.tree = Tree(pool.root(question.prompt, query=query, seed=question.seed))
         self.flights = dict[Node, _Flight]()
+        self.guesses = dict[Node, _Flight]()  # those of them that nobody has asked for
         self.held = dict[Node, None]()  # committed, with pages
+        self.refutes = type(policy).refuted is not SearchPolicy.refuted
         self.wasted = list[Grown]()
         self.began, self.policy_seconds = time.monotonic(), 0.0
         self.news = True  # since it last ran ahead
         self.asked, self.refused, self.speculated, self.hits = 0, False, 0, 0
 
     async def run(self) -> Result:
-        events = self.pool.events(self.query)
+        inbox = Inbox(self.pool.events(self.query), self.budget.seconds)
         try:
             self._ask()
             while (stopped := self._advance()) is None:
-                event = await self._next(events)
-                if event is None:
-                    stopped = "budget"
-                    break
-                self._take(event)
-        finally:
-            if isinstance(events, AsyncGenerator):
-                await events.aclose()
-        return self._result(stopped)
-
-    async def _next(self, events: AsyncIterator[Event]) -> Event | None:
-        """The next event; None once the time is over.
-
-        Only if it has to be waited for, the search runs ahead first: steps that end together are
-        one occasion to think.
-        """
-        if self.spec is None and self.budget.seconds == math.inf:
-            return await _of(events)
-        event = asyncio.ensure_future(_of(events))
-        try:
-            await asyncio.sleep(0)
-            if not event.done():
                 self._speculate()
-            left = self.budget.seconds - (time.monotonic() - self.began)
-            await asyncio.wait([event], timeout=None if left == math.inf else max(left, 0))
-            return await event if event.done() else None
+                for event in await inbox.wait():
+                    self._take(event)
         finally:
-            if not event.done():
-                event.cancel()
-                await asyncio.wait([event])
+            await inbox.close()
+        return self._result(stopped)
 
     # ---- what the policy sees
 
@@ -191,9 +161,12 @@ class _Search:
                 return None
             assert flight.grown is not None
             self.tree.commit(flight.grown)
-            self.held[flight.grown.node] = None
+            if flight.grown.finished:
+                self.pool.release(flight.grown.node)
+            elif self.refutes:
+                self.held[flight.grown.node] = None
             self._decide(self.policy.observe, self.tree, flight.grown)
-            if self._ask():  # only what it asks for rules anything out
+            if self._ask() and self.refutes:  # only what it asks for rules anything out
                 self._cancel_refuted()
                 self._release()
 
@@ -225,14 +198,16 @@ class _Search:
 
     def _release(self) -> None:
         """Gives back the pages of nodes that will have no more children."""
-        for node in list(self.held):
-            ended = self.tree.grown[node].finished
-            if ended or self._decide(self.policy.refuted, self.tree, Expand(node, _ANY)):
-                self.pool.release(node)
-                del self.held[node]
+        for expand in self._decide(self._refuted, [Expand(node, _ANY) for node in self.held]):
+            self.pool.release(expand.parent)
+            del self.held[expand.parent]
+
+    def _refuted(self, expands: Sequence[Expand]) -> list[Expand]:
+        return [expand for expand in expands if self.policy.refuted(self.tree, expand)]
 
     def _promote(self, flight: _Flight) -> None:
         flight.prio = Prio.COMMIT
+        del self.guesses[flight.expand.child]
         self.pool.promote(flight.expand.child)
         self.hits += 1
         if flight.guess is not None:
@@ -250,7 +225,9 @@ class _Search:
             expand.gen, stop=self.question.step, max_tokens=min(expand.gen.max_tokens, left)
         )
         child = self.pool.fork(expand.parent, expand.index)
-        self.flights[child] = _Flight(expand, prio, guess)
+        flight = self.flights[child] = _Flight(expand, prio, guess)
+        if prio is Prio.SPEC:
+            self.guesses[child] = flight
         self.pool.extend(child, gen, prio=prio)
 
     def _look(self, node: Node) -> Grown:
@@ -304,7 +281,7 @@ class _Search:
     # ---- speculation
 
     def flying(self) -> int:
-        return sum(f.prio == Prio.SPEC and f.grown is None for f in self.flights.values())
+        return sum(flight.grown is None for flight in self.guesses.values())
 
     def begin(self, guess: Guess) -> bool:
         """Runs ahead, unless the search has gone on since this seemed a good idea."""
@@ -314,7 +291,7 @@ class _Search:
             flight = self.flights.get(expand.parent)
             parent = flight.grown if flight else None
         known = expand.child in self.flights or parent is None or parent.finished
-        if known or self._decide(self.policy.refuted, self.tree, expand):
+        if known or (self.refutes and self._decide(self._refuted, [expand])):
             return False
         self.speculated += 1
         self._begin(expand, Prio.SPEC, guess)
@@ -347,15 +324,13 @@ class _Search:
         return {n: f.grown for n, f in self.flights.items() if f.grown and n not in grown}
 
     def _cancel_refuted(self) -> None:
-        if self.spec is None:
+        if not self.guesses or self.spec is None:
             return
         surplus_votes = self.spec.mode == "opportunistic"
-        for node, flight in list(self.flights.items()):
-            waiting = node in self.flights and flight.prio == Prio.SPEC
-            if surplus_votes and flight.grown and flight.grown.finished:
-                continue
-            if waiting and self._decide(self.policy.refuted, self.tree, flight.expand):
-                self._give_up(node)
+        for expand in self._decide(self._refuted, [f.expand for f in self.guesses.values()]):
+            flight = self.guesses.get(expand.child)  # None: given up with what it continues
+            if flight and not (surplus_votes and flight.grown and flight.grown.finished):
+                self._give_up(expand.child)
 
     def _give_up(self, node: Node) -> None:
         """Cancels a speculative step and all that was built on it."""
@@ -363,6 +338,7 @@ class _Search:
         depth = len(node.path)
         for child in [n for n in self.flights if n.path[:depth] == node.path]:
             flight = self.flights.pop(child)
+            self.guesses.pop(child, None)
             if flight.grown is not None:
                 self.wasted.append(flight.grown)
             if flight.guess is not None:
@@ -405,8 +381,8 @@ class _Search:
         surplus = self.spec is not None and self.spec.mode == "opportunistic"
         answer = self._surplus() if surplus else self._decide(self.policy.answer, self.tree)
         if stopped == "done":
-            for flight in self.flights.values():
-                if flight.prio == Prio.SPEC and flight.guess is not None:
+            for flight in self.guesses.values():
+                if flight.guess is not None:
                     self.coordinator.learn(self.policy, flight.guess, False)
         ledger = self.pool.close(self.query)
         return Result(
@@ -435,7 +411,7 @@ class _Search:
     def _pieces(self, stopped: Stopped) -> list[Piece]:
         text = self.question.text
         wasted = [*self.wasted]
-        wasted += [f.grown for f in self.flights.values() if f.prio == Prio.SPEC and f.grown]
+        wasted += [flight.grown for flight in self.guesses.values() if flight.grown]
         found = list[Piece]()
         for grown in [*self.tree.grown.values(), *wasted]:
             state = "live"
