@@ -206,12 +206,15 @@ class Capacity:
         ridge: rows at which a step begins to take longer with each.
         live_rows: rows that run.
         free_pages: pages that nobody holds.
+        doubles: so many rows take a step twice as long as it would take without any, as measured;
+            None: not known yet.
     """
 
     free_rows: int
     ridge: int
     live_rows: int
     free_pages: int
+    doubles: float | None = None
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from jaxserve.protocol import (
 from reasoning.answers import Answer, Candidate, is_decided, tally, vote
 from reasoning.inbox import Inbox
 from reasoning.result import Budget, Piece, Result, Stopped, next_query
-from reasoning.speculation import Coordinator, Guess, Speculator, shadow_predict
+from reasoning.speculation import Coordinator, Guess, Speculator, affordable, shadow_predict
 from reasoning.tree import Expand, Grown, SearchPolicy, Tree, candidates
 
 T = TypeVar("T")
@@ -302,9 +302,9 @@ class _Search:
         if spec is None or not spec.width or not self.news:
             return
         self.news = False
-        free = spec.width - self.flying()
         capacity = self.pool.capacity()
-        if free <= 0 or capacity.live_rows >= capacity.ridge:
+        free = min(spec.width - self.flying(), affordable(capacity))
+        if free <= 0:
             self.coordinator.leave(self)
             return
         guesses = self._decide(self._guesses, spec, free)

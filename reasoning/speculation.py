@@ -42,7 +42,7 @@ class Speculator:
     lookahead: int = 4
     slack: float = 1.03
     floor: float = 0.25
-    distant: float = 0.25
+    distant: float = 0.9
     patience: int = 32
     unscored: bool = False
     stop: Literal["never", "safe", "paper"] = "never"
@@ -221,8 +221,22 @@ class Coordinator:
 
 
 def price(capacity: Capacity, begun: int) -> float:
-    """What a row must be worth: nothing while it would be padding, everything at the ridge."""
-    if begun < capacity.free_rows:
-        return 0.0
+    """What a row must be worth for the engine to bring in more with it than without it.
+
+    With b rows, each of which is worth something, one more must be worth the part of a step's time
+    that they all add: b / (b + doubles) where a step of b rows takes time in proportion to
+    doubles + b. Until that has been measured a row is free while it would be padding, and costs
+    everything at the ridge.
+    """
     live = capacity.live_rows + begun
-    return live / capacity.ridge if live < capacity.ridge else float("inf")
+    padding = begun < capacity.free_rows
+    if live >= capacity.ridge and not padding:
+        return float("inf")
+    if capacity.doubles is not None:
+        return live / (live + capacity.doubles) if live else 0.0
+    return 0.0 if padding else live / capacity.ridge
+
+
+def affordable(capacity: Capacity) -> int:
+    """Rows that may be begun at all."""
+    return max(capacity.free_rows, capacity.ridge - capacity.live_rows)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import ClassVar, Literal, Protocol
 
 from jaxserve.protocol import Gen, Node, Step
@@ -35,9 +34,13 @@ class Expand:
     index: int
     gen: Gen = STEP
 
-    @cached_property
+    @property
     def child(self) -> Node:
-        return Node(self.parent.query, (*self.parent.path, (self.index, -1)))
+        found: Node | None = self.__dict__.get("_child")
+        if found is None:  # a cached property of Python 3.11 takes a lock
+            found = Node(self.parent.query, (*self.parent.path, (self.index, -1)))
+            self.__dict__["_child"] = found
+        return found
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from jax import Array
 from jaxserve.cache.page_manager import PageManager
 from jaxserve.engine.compile_watch import watch
 from jaxserve.engine.output import TokenText, advance, not_finite, token_logprobs
+from jaxserve.engine.pace import Pace
 from jaxserve.engine.programs import Forward
 from jaxserve.engine.runner import Launched, Runner
 from jaxserve.engine.sampler import Sampled
@@ -91,6 +92,8 @@ class Engine:
         self._rebalances = 0
         self._steps = self._prompt_tokens = self._output_tokens = self._shared_pages = 0
         self._host_seconds = 0.0
+        self.pace = Pace()
+        self._last_read: float | None = None  # None: the device has been idle since
         self._finished: Counter[str] = Counter()
 
     # ---- requests -----------------------------------------------------------------------
@@ -220,7 +223,7 @@ class Engine:
             launched = self._launch()
             self._host_seconds += time.perf_counter() - started
             if self._in_flight and (not launched or len(self._in_flight) >= _IN_FLIGHT):
-                self._read(self._in_flight.popleft())
+                self._read_next()
         except Exception as error:
             self._recover(error)
             raise
@@ -244,6 +247,16 @@ class Engine:
         self.after_step(self._steps)
         self._shared_pages += sum(step.shared_pages for step in steps)
         return True
+
+    def _read_next(self) -> None:
+        """Reads the oldest step, and the time since the one before it."""
+        launched = self._in_flight.popleft()
+        self._read(launched)
+        now, before = time.perf_counter(), self._last_read
+        rows = sum(len(step.rows) for step in launched.steps)
+        if before is not None and all(step.decodes for step in launched.steps):
+            self.pace.see(rows, now - before)
+        self._last_read = now if self._in_flight else None
 
     def _read(self, launched: Launched) -> None:
         """Waits for a step and hands its tokens out."""

@@ -72,6 +72,11 @@ class Step:
     groups: list[Group] | None = None
 
     @property
+    def decodes(self) -> bool:
+        """Whether every row is one token, and the launch draws no more for any."""
+        return self.num_tokens == len(self.rows) and self.repeats == 1 and not self.copies
+
+    @property
     def shared_pages(self) -> int:
         """Pages that rows of groups do not read again."""
         once = sum((g.end - g.first - 1) * g.pages for g in self.groups or ())

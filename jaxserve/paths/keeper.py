@@ -270,12 +270,14 @@ class Keeper:
 
     def capacity(self) -> Capacity:
         """A snapshot, which may be a step old."""
-        live = sum(len(rank.running) for rank in self._engine.ranks)
+        ranks = self._engine.ranks
+        live = sum(len(r.running) + len(r.waiting) + len(r.speculative) for r in ranks)
         return Capacity(
             free_rows=sum(rank.free_rows for rank in self._engine.ranks),
             ridge=sum(rank.ridge for rank in self._engine.ranks),
             live_rows=live,
             free_pages=sum(rank.pages.num_free for rank in self._engine.ranks),
+            doubles=self._engine.pace.doubles,
         )
 
     def pages_in_use(self) -> int:

@@ -96,6 +96,7 @@ class EnginePool:
         self._queries: dict[int, _Query] = {}
         self._arrived: deque[Callable[[], None]] = deque()
         self._awake = False
+        self._flying = 0  # extensions that the engine has, or is about to have
         self._asyncio = asyncio.get_running_loop()
 
     # ---- paths --------------------------------------------------------------------------
@@ -159,6 +160,7 @@ class EnginePool:
     ) -> None:
         seed = _words(self._query(n).seed, n.path)
         stops = self._eos_ids.union(g.stop)
+        self._flying += 1
         arguments = record.path, g, seed, stops, int(prio), suffix, partial(self._deliver, done)
         self._loop.post(lambda _: self._keeper.extend(*arguments))
 
@@ -258,7 +260,13 @@ class EnginePool:
             yield event
 
     def capacity(self) -> Capacity:
-        return self._keeper.capacity()
+        """A snapshot that knows of what the engine has not been told yet."""
+        found = self._keeper.capacity()
+        more = self._flying - found.live_rows
+        if more <= 0:
+            return found
+        free = max(found.free_rows - more, 0)
+        return replace(found, live_rows=self._flying, free_rows=free)
 
     def ledger(self, query: int) -> Ledger:
         return replace(self._queries[query].ledger)
@@ -316,6 +324,7 @@ class EnginePool:
         self, n: Node, record: _Record, g: Gen, end: Extension, *, silent: bool = False
     ) -> None:
         query, count = self._query(n), len(end.tokens)
+        self._flying -= 1
         record.made += count
         spend(query.ledger, record.prio, count)
         query.ledger.peak_pages = max(query.ledger.peak_pages, self._keeper.pages_in_use())
