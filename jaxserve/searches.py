@@ -30,7 +30,7 @@ from reasoning.pool import run_pool
 from reasoning.questions import last_answer
 from reasoning.result import Budget, Result
 from reasoning.search import run_search
-from reasoning.speculation import Coordinator, Speculator
+from reasoning.speculation import Coordinator, Speculator, Trust
 
 T = TypeVar("T")
 
@@ -97,6 +97,7 @@ class Searches:
     intake: Intake
     prior: float | None
     scorers: dict[str, ScoreOf] = field(default_factory=dict[str, ScoreOf])
+    trust: Trust = field(default_factory=Trust)  # in guesses, learned from all searches
 
     def search(
         self,
@@ -217,7 +218,7 @@ class Searches:
 
         async def all_of_them() -> list[Any]:
             pool = self.pool(on_event)
-            coordinator = Coordinator()
+            coordinator = Coordinator(trust=self.trust)
             searches = [
                 self._one(controller, pool, question, budget, spec, scorer, coordinator)
                 for question in questions

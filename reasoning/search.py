@@ -35,6 +35,7 @@ from reasoning.speculation import Coordinator, Guess, Speculator, affordable, sh
 from reasoning.tree import Expand, Grown, SearchPolicy, Tree, candidates
 
 T = TypeVar("T")
+_STALE = 8  # steps asked for since a guess was made
 _ANY = 1 << 30  # an index that no policy asks for: what is refuted of it is of every other one
 
 
@@ -112,6 +113,7 @@ class _Search:
         self.wasted = list[Grown]()
         self.began, self.policy_seconds = time.monotonic(), 0.0
         self.news = True  # since it last ran ahead
+        self.guessed_at = 0  # when so much had been asked for
         self.asked, self.refused, self.speculated, self.hits = 0, False, 0, 0
 
     async def run(self) -> Result:
@@ -192,9 +194,16 @@ class _Search:
             flight = self.flights.get(child)
             if flight is None:
                 self._begin(expand, Prio.COMMIT)
+                self._unforeseen(child)
             else:
                 self._promote(flight)
         return self.asked > before
+
+    def _unforeseen(self, child: Node) -> None:
+        """Withdraws what it has on offer if that said nothing of what is asked for now."""
+        offered = self.coordinator.offered(self)
+        if offered and all(guess.expand.child != child for guess in offered):
+            self.coordinator.leave(self)
 
     def _release(self) -> None:
         """Gives back the pages of nodes that will have no more children."""
@@ -298,6 +307,8 @@ class _Search:
         return True
 
     def _speculate(self) -> None:
+        """Begins what is worth it. Guesses that found no row wait for one, and are not made again
+        while they prove right."""
         spec = self.spec
         if spec is None or not spec.width or not self.news:
             return
@@ -305,10 +316,11 @@ class _Search:
         capacity = self.pool.capacity()
         free = min(spec.width - self.flying(), affordable(capacity))
         if free <= 0:
-            self.coordinator.leave(self)
             return
-        guesses = self._decide(self._guesses, spec, free)
-        self.coordinator.offer(self, guesses, spec)
+        if self.asked - self.guessed_at >= _STALE or not self.coordinator.offered(self):
+            self.guessed_at = self.asked
+            guesses = self._decide(self._guesses, spec, spec.width)
+            self.coordinator.offer(self, guesses, spec)
         self.coordinator.deal(capacity)
 
     def _guesses(self, spec: Speculator, count: int) -> list[Guess]:

@@ -153,25 +153,32 @@ class _Trust:
     misses: float = 0.0
 
     def learn(self, hit: bool, keep: float) -> None:
-        self.hits, self.misses = self.hits * keep + hit, self.misses * keep + (not hit)
+        self.fade(keep)
+        self.hits, self.misses = self.hits + hit, self.misses + (not hit)
+
+    def fade(self, keep: float) -> None:
+        self.hits, self.misses = self.hits * keep, self.misses * keep
+
+
+class Trust(dict[tuple[str, Bucket], _Trust]):
+    """What has become of guesses, by policy and kind."""
 
 
 @dataclass
 class Coordinator:
     """Deals rows out to the guesses of all searches of a pool, the likeliest gains first (T2).
 
-    Give the same one to searches that share a pool; what it has learned can go on to later ones.
+    Give the same one to searches that share a pool.
 
     Attributes:
         prior: hits, and misses, that every kind of guess begins with.
         keep: what is left of a hit or a miss when the next one is learned.
+        trust: what it has learned; coordinators of other pools may share that.
     """
 
     prior: tuple[float, float] = (3.0, 1.0)
     keep: float = 0.98
-    trust: dict[tuple[str, Bucket], _Trust] = field(
-        default_factory=dict[tuple[str, Bucket], _Trust]
-    )
+    trust: Trust = field(default_factory=Trust)
     _offers: dict[Seeker, list[tuple[float, Guess]]] = field(
         default_factory=dict[Seeker, list[tuple[float, Guess]]]
     )
@@ -197,10 +204,16 @@ class Coordinator:
             p = self.probability(seeker.policy, guess)
             if p >= spec.floor:
                 found.append((p * (1.0 if guess.distance <= 1 else spec.distant), guess))
+            elif seen := self.trust.get((seeker.policy.name, guess.bucket)):
+                seen.fade(self.keep)  # what is never tried is forgotten, and tried again
         self._offers[seeker] = sorted(found, key=lambda offer: offer[0])  # the best one last
 
     def leave(self, seeker: Seeker) -> None:
         self._offers.pop(seeker, None)
+
+    def offered(self, seeker: Seeker) -> list[Guess]:
+        """What this search still has to offer."""
+        return [guess for _, guess in self._offers.get(seeker, ())]
 
     def deal(self, capacity: Capacity) -> None:
         """Begins the best offers while they are worth their price."""

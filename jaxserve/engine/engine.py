@@ -22,7 +22,7 @@ from jax import Array
 
 from jaxserve.cache.page_manager import PageManager
 from jaxserve.engine.compile_watch import watch
-from jaxserve.engine.output import TokenText, advance, not_finite, token_logprobs
+from jaxserve.engine.output import TokenText, advance, goes_on, not_finite, token_logprobs
 from jaxserve.engine.pace import Pace
 from jaxserve.engine.programs import Forward
 from jaxserve.engine.runner import Launched, Runner
@@ -290,7 +290,10 @@ class Engine:
                         seq = row.seq
                         if stats is not None and seq.observed is not None and not seq.finished:
                             seq.observed.append(stats[r])
-                        self._token(seq, drawn[r], r, alternatives)
+                        if goes_on(seq, drawn[r]):
+                            self._counted(seq)
+                        else:
+                            self._token(seq, drawn[r], r, alternatives)
 
     def _read_evidence(self, launched: Launched, evidence: Array) -> None:
         found = np.asarray(evidence).tolist()
@@ -321,13 +324,17 @@ class Engine:
         except EngineError as error:  # its siblings have lost their reader
             self.fail(error, self._requests[seq.generation.request_id])
             return
-        self._output_tokens += 1
-        if len(seq.tokens) // self.runner.plan.page_size > seq.published:
-            self.ranks[seq.rank].publish(seq)
+        self._counted(seq)
         if delta.finished:
             self._end(seq, delta)
         else:
             seq.generation.put(delta)
+
+    def _counted(self, seq: Sequence) -> None:
+        """A token has come; its page may be full."""
+        self._output_tokens += 1
+        if len(seq.tokens) // self.runner.plan.page_size > seq.published:
+            self.ranks[seq.rank].publish(seq)
 
     def _read_prompt_logprobs(self, launched: Launched) -> None:
         assert launched.forward is not None, "decode loops score no prompts"

@@ -8,14 +8,15 @@ import math
 class Pace:
     """A line through the times of recent steps: seconds = base + each * rows.
 
-    Steps that were held up by something else are taken for `most` times what the line says at most.
+    Most steps take as long as the line says, and some are held up by something else: those are taken
+    for `most` times that.
 
     Attributes:
         doubles: base / each, the rows at which a step takes twice as long as it would without any;
             infinity where rows cost nothing, None until steps of different sizes have been seen.
     """
 
-    def __init__(self, keep: float = 0.995, least: int = 24, most: float = 2.0):
+    def __init__(self, keep: float = 0.995, least: int = 24, most: float = 1.25):
         self._keep, self._least, self._most = keep, least, most
         self._sums = (0.0, 0.0, 0.0, 0.0, 0.0)  # of weights, rows, seconds, and products
         self._base = self._each = 0.0

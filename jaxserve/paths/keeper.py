@@ -77,11 +77,15 @@ class Path:
 
     def see(self, start: int, evidence: Sequence[float]) -> None:
         """Notes what tokens from `start` on say; rows that are computed again say nothing new."""
-        known = self.num_judged - start
+        known = self._first + len(self._evidence) - start
         if 0 <= known < len(evidence):
-            total = self.log_odds(self.num_judged)
-            self._evidence += list(itertools.accumulate(evidence[known:], initial=total))[1:]
-            self._answer()
+            total = self.log_odds(known + start)
+            if len(evidence) == 1:
+                self._evidence.append(total + evidence[0])
+            else:
+                self._evidence += list(itertools.accumulate(evidence[known:], initial=total))[1:]
+            if self._scores:
+                self._answer()
 
     # ---- evidence -----------------------------------------------------------------------
 

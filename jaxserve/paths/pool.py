@@ -271,8 +271,10 @@ class EnginePool:
     def ledger(self, query: int) -> Ledger:
         return replace(self._queries[query].ledger)
 
-    async def log_odds(self, n: Node) -> float:
-        """Of a reward head, that the path is right so far.
+    def log_odds(
+        self, n: Node, as_: Callable[[float], float] = float
+    ) -> asyncio.Future[float]:
+        """Of a reward head, that the path is right so far; or what `as_` makes of that.
 
         Raises:
             SearchError: no reward head is loaded, or the engine failed.
@@ -286,11 +288,11 @@ class EnginePool:
             if isinstance(value, Exception):
                 future.set_exception(SearchError(str(value)))
             else:
-                future.set_result(value + self._prior)
+                future.set_result(as_(value + self._prior))
 
         answer = partial(self._deliver, done)
         self._loop.post(lambda _: self._keeper.score(record.path, answer))
-        return await future
+        return future
 
     def _query(self, n: Node) -> _Query:
         found = self._queries.get(n.query)
@@ -369,8 +371,13 @@ def spend(ledger: Ledger, prio: Prio, count: int) -> None:
         ledger.committed += count
 
 
-async def _prm(pool: EnginePool, n: Node) -> float:
-    return 1 / (1 + math.exp(-min(max(await pool.log_odds(n), -60.0), 60.0)))
+def _prm(pool: EnginePool, n: Node) -> asyncio.Future[float]:
+    """No task of its own: there is one for every step of a search."""
+    return pool.log_odds(n, _probability)
+
+
+def _probability(log_odds: float) -> float:
+    return 1 / (1 + math.exp(-min(max(log_odds, -60.0), 60.0)))
 
 
 async def _confidence(pool: EnginePool, n: Node) -> float:
