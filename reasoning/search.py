@@ -19,6 +19,7 @@ from jaxserve.protocol import (
     DeadPathError,
     Event,
     Failed,
+    Gen,
     Ledger,
     Node,
     PathPool,
@@ -36,6 +37,7 @@ from reasoning.tree import Expand, Grown, SearchPolicy, Tree, candidates
 
 T = TypeVar("T")
 _STALE = 8  # steps asked for since a guess was made
+_SHARE, _REST = 0.25, 3  # of a step's time, that guessing may take; occasions
 _ANY = 1 << 30  # an index that no policy asks for: what is refuted of it is of every other one
 
 
@@ -114,6 +116,9 @@ class _Search:
         self.began, self.policy_seconds = time.monotonic(), 0.0
         self.news = True  # since it last ran ahead
         self.guessed_at = 0  # when so much had been asked for
+        self.last_gen = Gen(1), Gen(1)  # as asked for, and as it was handed on
+        self.in_air = 0  # speculative steps that have not ended
+        self.rest = 0  # occasions to guess that are let go by, after a vain one
         self.asked, self.refused, self.speculated, self.hits = 0, False, 0, 0
 
     async def run(self) -> Result:
@@ -217,6 +222,7 @@ class _Search:
     def _promote(self, flight: _Flight) -> None:
         flight.prio = Prio.COMMIT
         del self.guesses[flight.expand.child]
+        self.in_air -= flight.grown is None
         self.pool.promote(flight.expand.child)
         self.hits += 1
         if flight.guess is not None:
@@ -230,14 +236,21 @@ class _Search:
     def _begin(self, expand: Expand, prio: Prio, guess: Guess | None = None) -> None:
         parent = self._look(expand.parent)
         left = self.question.max_tokens - parent.total
-        gen = replace(
-            expand.gen, stop=self.question.step, max_tokens=min(expand.gen.max_tokens, left)
-        )
+        gen = self._gen(expand.gen, min(expand.gen.max_tokens, left))
         child = self.pool.fork(expand.parent, expand.index)
         flight = self.flights[child] = _Flight(expand, prio, guess)
         if prio is Prio.SPEC:
             self.guesses[child] = flight
+            self.in_air += 1
         self.pool.extend(child, gen, prio=prio)
+
+    def _gen(self, asked: Gen, most: int) -> Gen:
+        """What is asked for, to the end of a step; siblings are asked for alike."""
+        last, gen = self.last_gen
+        if asked is not last or most != gen.max_tokens:
+            gen = replace(asked, stop=self.question.step, max_tokens=most)
+            self.last_gen = asked, gen
+        return gen
 
     def _look(self, node: Node) -> Grown:
         found = self.tree.grown.get(node)
@@ -254,13 +267,17 @@ class _Search:
             self._fail(flight, event.error)
         elif isinstance(event, StepDone):
             flight.grown = self._end_of(flight.expand, event.step)
+            self.in_air -= flight.prio is Prio.SPEC
             if self._decide(self.policy.wants_score, flight.grown):
                 self.news |= self.spec is not None and self.spec.unscored
                 self.pool.score(event.node, scorer=self.scorer, prio=flight.prio)
             else:
                 flight.complete = self.news = True
         elif flight.grown is not None and event.scorer == self.scorer:
-            flight.grown = replace(flight.grown, score=event.value)
+            g = flight.grown
+            flight.grown = Grown(
+                g.node, g.parent, g.step, event.value, g.answer, g.finished, g.total
+            )
             flight.complete = self.news = True
 
     def _end_of(self, expand: Expand, step: Step) -> Grown:
@@ -290,7 +307,7 @@ class _Search:
     # ---- speculation
 
     def flying(self) -> int:
-        return sum(flight.grown is None for flight in self.guesses.values())
+        return self.in_air
 
     def begin(self, guess: Guess) -> bool:
         """Runs ahead, unless the search has gone on since this seemed a good idea."""
@@ -318,17 +335,25 @@ class _Search:
         if free <= 0:
             return
         if self.asked - self.guessed_at >= _STALE or not self.coordinator.offered(self):
-            self.guessed_at = self.asked
-            guesses = self._decide(self._guesses, spec, spec.width)
+            if self.rest:
+                self.rest -= 1
+                return
+            self.guessed_at, began = self.asked, time.perf_counter()
+            guesses = self._decide(self._guesses, spec, free)
             self.coordinator.offer(self, guesses, spec)
+            took = time.perf_counter() - began
+            if not guesses and capacity.step is not None and took > _SHARE * capacity.step:
+                self.rest = _REST  # thinking would hold the engine up
         self.coordinator.deal(capacity)
 
-    def _guesses(self, spec: Speculator, count: int) -> list[Guess]:
+    def _guesses(self, spec: Speculator, free: int) -> list[Guess]:
+        """What it might ask for, looked for the longer the more rows there are for that."""
         ahead = self._ahead()
         if not spec.unscored:
             ahead = {node: grown for node, grown in ahead.items() if self.flights[node].complete}
+        spec = replace(spec, patience=min(spec.patience, 4 * free))
         replay = shadow_predict(self.policy, self.tree.clone(ahead), self.flights, spec)
-        return list(itertools.islice(replay, count))
+        return list(itertools.islice(replay, spec.width))
 
     def _ahead(self) -> dict[Node, Grown]:
         """Steps that have ended and are not committed, speculative or not."""
@@ -350,7 +375,8 @@ class _Search:
         depth = len(node.path)
         for child in [n for n in self.flights if n.path[:depth] == node.path]:
             flight = self.flights.pop(child)
-            self.guesses.pop(child, None)
+            if self.guesses.pop(child, None) is not None:
+                self.in_air -= flight.grown is None
             if flight.grown is not None:
                 self.wasted.append(flight.grown)
             if flight.guess is not None:

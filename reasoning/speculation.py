@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Literal, Protocol
 
 from jaxserve.protocol import Capacity, Node, Step
@@ -87,15 +88,19 @@ def shadow_predict(
         flying: what was begun, speculative or not.
     """
     shadow, idle, distance = tree.clone(), 0, 0
-    while shadow.pending and idle <= spec.patience:
-        node, expand = next(iter(shadow.pending.items()))
-        grown = shadow.ahead.get(node)
+    pending, ahead, lower = shadow.pending, shadow.ahead, spec.slack - 1
+    while pending and idle <= spec.patience:
+        node = next(iter(pending))
+        grown = ahead.get(node)
         if grown is None or grown.score is None:
-            grown = _guessed(shadow, expand, grown, spec.slack - 1)
+            grown = _guessed(shadow, pending[node], grown, lower)
             idle += 1
         shadow.commit(grown)
         policy.observe(shadow, grown)
-        wanted = [expand for expand in policy.ready(shadow) if shadow.ask(expand)]
+        wanted = policy.ready(shadow)
+        if not wanted:
+            continue
+        wanted = [expand for expand in wanted if shadow.ask(expand)]
         distance += bool(wanted)
         for rank, new in enumerate(wanted):
             if new.child not in flying and _can_begin(tree, new, spec.lookahead):
@@ -103,6 +108,12 @@ def shadow_predict(
                 parent = tree.look(new.parent)
                 scored = parent is not None and parent.score is not None
                 yield Guess(new, distance, rank, scored)
+
+
+@cache
+def _nothing(index: int) -> Step:
+    """A token that no text has, so that steps which are not there do not look alike."""
+    return Step((-1 - index,), "stop")
 
 
 def _guessed(tree: Tree, expand: Expand, ended: Grown | None, lower: float) -> Grown:
@@ -116,8 +127,7 @@ def _guessed(tree: Tree, expand: Expand, ended: Grown | None, lower: float) -> G
     score = max(score - lower, 0.0)
     if ended is not None:
         return replace(ended, score=score)
-    # A token that no text has, so that steps which are not there do not look alike.
-    return Grown(child, expand.parent, Step((-1 - expand.index,), "stop"), score)
+    return Grown(child, expand.parent, _nothing(expand.index), score)
 
 
 def _can_begin(tree: Tree, expand: Expand, lookahead: int) -> bool:

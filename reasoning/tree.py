@@ -36,11 +36,7 @@ class Expand:
 
     @property
     def child(self) -> Node:
-        found: Node | None = self.__dict__.get("_child")
-        if found is None:  # a cached property of Python 3.11 takes a lock
-            found = Node(self.parent.query, (*self.parent.path, (self.index, -1)))
-            self.__dict__["_child"] = found
-        return found
+        return self.parent.fork(self.index)
 
 
 @dataclass(frozen=True)
@@ -111,7 +107,8 @@ class Tree:
         if child in self.pending or child in self.grown:
             return False
         self.pending[child] = expand
-        self.reach = max(self.reach, child.depth)
+        if len(child.path) > self.reach:
+            self.reach = len(child.path)
         return True
 
     def commit(self, grown: Grown) -> None:

@@ -276,12 +276,14 @@ class Keeper:
         """A snapshot, which may be a step old."""
         ranks = self._engine.ranks
         live = sum(len(r.running) + len(r.waiting) + len(r.speculative) for r in ranks)
+        pace = self._engine.pace
         return Capacity(
             free_rows=sum(rank.free_rows for rank in self._engine.ranks),
             ridge=sum(rank.ridge for rank in self._engine.ranks),
             live_rows=live,
             free_pages=sum(rank.pages.num_free for rank in self._engine.ranks),
-            doubles=self._engine.pace.doubles,
+            doubles=pace.doubles,
+            step=pace.seconds(live) or None,
         )
 
     def pages_in_use(self) -> int:

@@ -122,7 +122,7 @@ class EnginePool:
         return node
 
     def fork(self, parent: Node, index: int, *, at: int | None = None) -> Node:
-        node = Node(parent.query, (*parent.path, (index, -1 if at is None else at)))
+        node = parent.fork(index, -1 if at is None else at)
         query = self._query(parent)
         if (found := query.nodes.get(node)) is not None and found.alive:
             return node
