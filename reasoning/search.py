@@ -32,12 +32,12 @@ from jaxserve.protocol import (
 from reasoning.answers import Answer, Candidate, is_decided, tally, vote
 from reasoning.inbox import Inbox
 from reasoning.result import Budget, Piece, Result, Stopped, next_query
-from reasoning.speculation import Coordinator, Guess, Speculator, affordable, shadow_predict
+from reasoning.speculation import Coordinator, Guess, Speculator, affordable, pays, shadow_predict
 from reasoning.tree import Expand, Grown, SearchPolicy, Tree, candidates
 
 T = TypeVar("T")
 _STALE = 8  # steps asked for since a guess was made
-_SHARE, _REST = 0.25, 3  # of a step's time, that guessing may take; occasions
+_USUAL = 8  # rows that a guess begins
 _ANY = 1 << 30  # an index that no policy asks for: what is refuted of it is of every other one
 
 
@@ -118,7 +118,7 @@ class _Search:
         self.guessed_at = 0  # when so much had been asked for
         self.last_gen = Gen(1), Gen(1)  # as asked for, and as it was handed on
         self.in_air = 0  # speculative steps that have not ended
-        self.rest = 0  # occasions to guess that are let go by, after a vain one
+        self.thought = 0.0  # seconds that guessing takes
         self.asked, self.refused, self.speculated, self.hits = 0, False, 0, 0
 
     async def run(self) -> Result:
@@ -335,15 +335,14 @@ class _Search:
         if free <= 0:
             return
         if self.asked - self.guessed_at >= _STALE or not self.coordinator.offered(self):
-            if self.rest:
-                self.rest -= 1
+            tokens = self.tree.tokens / len(self.tree.grown)
+            if not pays(capacity, min(free, _USUAL), tokens, self.thought):
                 return
             self.guessed_at, began = self.asked, time.perf_counter()
             guesses = self._decide(self._guesses, spec, free)
             self.coordinator.offer(self, guesses, spec)
             took = time.perf_counter() - began
-            if not guesses and capacity.step is not None and took > _SHARE * capacity.step:
-                self.rest = _REST  # thinking would hold the engine up
+            self.thought = took if not self.thought else 0.8 * self.thought + 0.2 * took
         self.coordinator.deal(capacity)
 
     def _guesses(self, spec: Speculator, free: int) -> list[Guess]:

@@ -263,3 +263,21 @@ def price(capacity: Capacity, begun: int) -> float:
 def affordable(capacity: Capacity) -> int:
     """Rows that may be begun at all."""
     return max(capacity.free_rows, capacity.ridge - capacity.live_rows)
+
+
+def pays(capacity: Capacity, rows: int, tokens: float, thought: float, hit: float = 0.9) -> bool:
+    """Whether guesses are worth the seconds that it takes to make them.
+
+    Of a step's time, base * (1 + b / doubles), each of b rows that are all used bears one part in b:
+    one more row that is used spares the others so much of the fixed part, and one that is not used
+    costs what it adds.
+
+    Args:
+        rows: that would be begun, for so many `tokens` each.
+    """
+    if capacity.step is None or capacity.doubles is None:
+        return True
+    live = max(capacity.live_rows, 1)
+    base = capacity.step / (1 + live / capacity.doubles)
+    spared = hit * base / live - (1 - hit) * base / capacity.doubles
+    return rows * tokens * spared > thought

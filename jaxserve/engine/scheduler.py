@@ -74,7 +74,7 @@ class Step:
     @property
     def decodes(self) -> bool:
         """Whether every row is one token, and the launch draws no more for any."""
-        return self.num_tokens == len(self.rows) and self.repeats == 1 and not self.copies
+        return self.num_tokens == len(self.rows) and self.repeats == 1
 
     @property
     def shared_pages(self) -> int:
