@@ -37,7 +37,6 @@ from reasoning.tree import Expand, Grown, SearchPolicy, Tree, candidates
 
 T = TypeVar("T")
 _STALE = 8  # steps asked for since a guess was made
-_USUAL = 8  # rows that a guess begins
 _ANY = 1 << 30  # an index that no policy asks for: what is refuted of it is of every other one
 
 
@@ -334,16 +333,21 @@ class _Search:
         free = min(spec.width - self.flying(), affordable(capacity))
         if free <= 0:
             return
-        if self.asked - self.guessed_at >= _STALE or not self.coordinator.offered(self):
-            tokens = self.tree.tokens / len(self.tree.grown)
-            if not pays(capacity, min(free, _USUAL), tokens, self.thought):
-                return
-            self.guessed_at, began = self.asked, time.perf_counter()
-            guesses = self._decide(self._guesses, spec, free)
-            self.coordinator.offer(self, guesses, spec)
-            took = time.perf_counter() - began
-            self.thought = took if not self.thought else 0.8 * self.thought + 0.2 * took
+        if self.asked - self.guessed_at < _STALE and self.coordinator.offered(self):
+            self.coordinator.deal(capacity)
+            return
+        tokens = self.tree.tokens / len(self.tree.grown)
+        trust, before = self.coordinator.trust, self.speculated
+        if not pays(capacity, min(free, trust.usual(self.policy)), tokens, self.thought):
+            trust.spared(self.policy)
+            return
+        self.guessed_at, began = self.asked, time.thread_time()
+        guesses = self._decide(self._guesses, spec, free)
+        self.coordinator.offer(self, guesses, spec)
+        took = time.thread_time() - began  # without what others do meanwhile
+        self.thought = took if not self.thought else 0.8 * self.thought + 0.2 * took
         self.coordinator.deal(capacity)
+        trust.tried(self.policy, self.speculated - before)
 
     def _guesses(self, spec: Speculator, free: int) -> list[Guess]:
         """What it might ask for, looked for the longer the more rows there are for that."""

@@ -171,7 +171,29 @@ class _Trust:
 
 
 class Trust(dict[tuple[str, Bucket], _Trust]):
-    """What has become of guesses, by policy and kind."""
+    """What has become of guesses, by policy and kind.
+
+    Attributes:
+        rows: by policy, how many rows are usually begun after guessing once.
+    """
+
+    USUAL = 8.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: dict[str, float] = {}
+
+    def usual(self, policy: SearchPolicy) -> float:
+        return self.rows.get(policy.name, self.USUAL)
+
+    def tried(self, policy: SearchPolicy, rows: int) -> None:
+        """So many rows came of guessing."""
+        self.rows[policy.name] = 0.75 * self.usual(policy) + 0.25 * rows
+
+    def spared(self, policy: SearchPolicy) -> None:
+        """No guess was made. What is never tried is forgotten, and tried again."""
+        usual = self.usual(policy)
+        self.rows[policy.name] = usual + 0.02 * (self.USUAL - usual)
 
 
 @dataclass
@@ -265,7 +287,7 @@ def affordable(capacity: Capacity) -> int:
     return max(capacity.free_rows, capacity.ridge - capacity.live_rows)
 
 
-def pays(capacity: Capacity, rows: int, tokens: float, thought: float, hit: float = 0.9) -> bool:
+def pays(capacity: Capacity, rows: float, tokens: float, thought: float, hit: float = 0.9) -> bool:
     """Whether guesses are worth the seconds that it takes to make them.
 
     Of a step's time, base * (1 + b / doubles), each of b rows that are all used bears one part in b:
