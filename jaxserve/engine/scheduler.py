@@ -202,7 +202,8 @@ class Scheduler:
         room = min(room, max(self.ridge, self._fill(len(step.rows))))
         for seq in later:
             if seq.slot >= 0 and len(step.rows) < room:
-                self._extend(seq, step, budget)
+                decodes = len(seq.tokens) + seq.in_flight - seq.computed == 1
+                (self._decode if decodes else self._extend)(seq, step, budget)
         while self.speculative and len(step.rows) < room and step.num_tokens < budget:
             if self.held or not self._slots or not self._admit(self.speculative, step, budget):
                 break
