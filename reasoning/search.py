@@ -34,6 +34,7 @@ from reasoning.inbox import Inbox
 from reasoning.result import Budget, Piece, Result, Stopped, next_query
 from reasoning.speculation import Coordinator, Guess, Speculator, affordable, pays, shadow_predict
 from reasoning.tree import Expand, Grown, SearchPolicy, Tree, candidates
+from reasoning.watchdog import limited
 
 T = TypeVar("T")
 _STALE = 8  # steps asked for since a guess was made
@@ -138,7 +139,7 @@ class _Search:
         """A question to the policy: its time is kept, and its failure is its own query's."""
         began = time.perf_counter()
         try:
-            return ask(*with_)
+            return limited(self.budget.decision, self.policy.name, ask, *with_)
         except SearchError:
             raise
         except Exception as error:
@@ -441,6 +442,7 @@ class _Search:
     def _notes(self, ledger: Ledger) -> dict[str, float]:
         return {
             "policy_seconds": self.policy_seconds,
+            "seconds": time.monotonic() - self.began,
             "steps": len(self.tree.grown) - 1,
             "tree_tokens": self.tree.tokens,
             "speculated": self.speculated,
