@@ -22,7 +22,7 @@ from jaxserve.engine.loop import EngineLoop
 from jaxserve.errors import RequestError
 from jaxserve.intake import Intake, Prompt, as_prompts
 from jaxserve.paths.keeper import Keeper
-from jaxserve.paths.pool import EnginePool, ScoreOf
+from jaxserve.paths.pool import EnginePool, ScoreOf, check_ids
 from jaxserve.protocol import Cancelled, Event, Question
 from jaxserve.request import SamplingParams
 from reasoning.controllers import CONTROLLERS
@@ -211,10 +211,15 @@ class Searches:
             return_exceptions: errors stand in the place of results; otherwise the first is raised.
 
         Raises:
-            RequestError: the controller is none, or a setting does not go with it.
+            RequestError: the controller is none, a setting does not go with it, or an id is no token.
         """
         scorer = self._scorer(scorer)
         _check(controller, spec)
+        vocab = self.intake.vocab
+        for question in questions:
+            check_ids("the prompt", question.prompt, vocab, "prompt")
+            check_ids("what closes a step", question.step, vocab, "step")
+        check_ids("the suffix of a probe", getattr(controller, "suffix", ()), vocab, "suffix")
 
         async def all_of_them() -> list[Any]:
             pool = self.pool(on_event)
@@ -255,7 +260,9 @@ class Searches:
     def pool(self, on_event: Callable[[Event], None] | None = None) -> EnginePool:
         """Paths of the running event loop."""
         eos_ids, prior = self.intake.tokenizer.eos_token_ids, self.prior or 0.0
-        return EnginePool(self.loop, self.keeper, eos_ids, prior, self.scorers, on_event)
+        return EnginePool(
+            self.loop, self.keeper, eos_ids, prior, self.scorers, on_event, self.intake.vocab
+        )
 
 
 async def _together(searches: Sequence[Coroutine[Any, Any, T]], keep_errors: bool) -> list[Any]:

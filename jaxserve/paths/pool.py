@@ -78,6 +78,7 @@ class EnginePool:
         prior: log-odds of a reward head for a path without tokens.
         scorers: by name, besides "prm" (the reward head) and "confidence".
         on_event: is told of every event, of all queries.
+        vocab: of the model; ids beyond it are refused. None: nobody knows.
     """
 
     def __init__(
@@ -88,8 +89,9 @@ class EnginePool:
         prior: float = 0.0,
         scorers: Mapping[str, ScoreOf] | None = None,
         on_event: Callable[[Event], None] | None = None,
+        vocab: int | None = None,
     ):
-        self._loop, self._keeper = loop, keeper
+        self._loop, self._keeper, self._vocab = loop, keeper, vocab
         self._eos_ids, self._prior = eos_ids, prior
         self._scorers = {"prm": _prm, "confidence": _confidence, **(scorers or {})}
         self._on_event = on_event
@@ -105,12 +107,13 @@ class EnginePool:
         """See `PathPool`.
 
         Raises:
-            RequestError: the prompt is empty, or as long as the context.
+            RequestError: the prompt is empty, or as long as the context, or no token of the model.
             SearchError: there is a query of that number.
         """
         longest = self._keeper.max_model_len - 1
         if not 0 < len(prompt) <= longest:
             raise RequestError(f"a prompt has 1 to {longest} tokens, not {len(prompt)}", "prompt")
+        check_ids("the prompt", prompt, self._vocab, "prompt")
         if query in self._queries:
             raise SearchError(f"query {query} has begun already; give each a number of its own")
         path = self._keeper.new_root(list(prompt))
@@ -178,6 +181,7 @@ class EnginePool:
 
     def probe(self, n: Node, suffix: Sequence[int], max_tokens: int) -> Awaitable[Step]:
         record, query = self._record(n), self._query(n)
+        check_ids("the suffix of a probe", suffix, self._vocab, "suffix")
         future: asyncio.Future[Step] = self._asyncio.create_future()
         future.add_done_callback(_looked_at)
         path = self._keeper.fork(record.path, query.prompt_len + record.known.n_tokens)
@@ -361,6 +365,22 @@ class EnginePool:
             query.events.put_nowait(event)
             if self._on_event is not None:
                 self._on_event(event)
+
+
+def check_ids(what: str, ids: Sequence[int], vocab: int | None, where: str) -> None:
+    """Refuses what is no token of a model, before its embedding is asked for it.
+
+    Raises:
+        RequestError: some id is none; its `param` is `where`.
+    """
+    for i, token in enumerate(ids):
+        if not isinstance(token, int) or token < 0 or (vocab is not None and token >= vocab):
+            last = "" if vocab is None else f" to {vocab - 1}"
+            raise RequestError(
+                f"{what} holds token {token!r} at place {i}; ids of this model go from 0{last}. "
+                "Encode the text with the model's own tokenizer",
+                where,
+            )
 
 
 def spend(ledger: Ledger, prio: Prio, count: int) -> None:
