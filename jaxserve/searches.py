@@ -1,7 +1,8 @@
 """Searches on a running engine: from prompts and a controller to results.
 
 Every call has a thread and an event loop of its own, so a controller that never returns holds up
-its own caller and nobody else. Searches of one call share a pool and a coordinator.
+its own caller and nobody else, until it is broken off (`reasoning.watchdog`). Searches of one call
+share a pool and a coordinator.
 """
 
 from __future__ import annotations
@@ -53,12 +54,17 @@ class Running:
         """`result` for an event loop. Cancelling this wait does not cancel the searches."""
         return await asyncio.wrap_future(self._found)
 
+    @property
+    def over(self) -> bool:
+        return self._found.done()
+
     def when_over(self, tell: Callable[[], None]) -> None:
         """Calls `tell` when they have ended, on their thread; at once if they have."""
         self._found.add_done_callback(lambda _: tell())
 
     def cancel(self) -> None:
-        """Has them end as soon as their controller lets them; their pages go back. Thread-safe.
+        """Has them end as soon as their controller lets them, or has been deciding for too long
+        (`Budget.decision`); their pages go back. Thread-safe.
 
         Does nothing to searches that have ended.
         """
