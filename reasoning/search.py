@@ -329,6 +329,8 @@ class _Search:
         spec = self.spec
         if spec is None or not spec.width or not self.news:
             return
+        if not spec.unscored and all(self.flights[node].grown for node in self.tree.pending):
+            return  # scores come at once, and with them a decision
         self.news = False
         capacity = self.pool.capacity()
         free = min(spec.width - self.flying(), affordable(capacity))
