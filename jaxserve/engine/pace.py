@@ -30,7 +30,7 @@ class Pace:
         n, x, y, xx, xy = n + 1, x + rows, y + seconds, xx + rows * rows, xy + rows * seconds
         self._sums = n, x, y, xx, xy
         spread = xx - x * x / n
-        if spread < n:  # rows that differ by less than one say nothing of what one costs
+        if spread < n * max(4.0, (0.2 * x / n) ** 2):  # steps of one size say nothing of a row
             self._base = (y - self._each * x) / n
         else:
             self._each = max((xy - x * y / n) / spread, 0.0)

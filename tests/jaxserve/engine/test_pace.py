@@ -53,3 +53,10 @@ def test_what_was_learned_stays_while_sizes_do_not_change_and_then_changes():
         rows = rng.randint(1, 32)
         pace.see(rows, 1e-3 + 2e-4 * rows)
     assert pace.doubles == pytest.approx(5, rel=0.1)
+
+
+def test_steps_of_nearly_one_size_leave_what_a_row_costs_alone():
+    pace, rng = seen(1e-3, 5e-5), Random(3)
+    for _ in range(3000):
+        pace.see(rng.choice([15, 16, 16, 16]), 1.8e-3 * rng.choice([0.9, 1.0, 1.0, 1.2]))
+    assert pace.doubles == pytest.approx(20, rel=0.25)
