@@ -217,7 +217,8 @@ class Searches:
             return_exceptions: errors stand in the place of results; otherwise the first is raised.
 
         Raises:
-            RequestError: the controller is none, a setting does not go with it, or an id is no token.
+            RequestError: the controller is none, a setting does not go with it, or an id is no
+                token.
         """
         scorer = self._scorer(scorer)
         _check(controller, spec)

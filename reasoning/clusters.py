@@ -1,4 +1,4 @@
-"""Texts that say nearly the same: average linkage over the cosine distance of what they consist of."""
+"""Texts that say nearly the same: average linkage over the cosine distance of their words."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import AsyncGenerator, AsyncIterator
+from typing import cast
 
 from jaxserve.protocol import Event, SearchError
 
@@ -62,4 +63,4 @@ class Inbox:
         self._reading.cancel()
         await asyncio.gather(self._reading, return_exceptions=True)
         if isinstance(self._events, AsyncGenerator):
-            await self._events.aclose()
+            await cast("AsyncGenerator[Event, None]", self._events).aclose()

@@ -36,8 +36,8 @@ class Budget:
             counted in the ledger and not here, so that it cannot change an answer.
         paths: forks that are extended.
         seconds: of wall time.
-        decision: seconds that the controller may take to decide once. A query whose controller takes
-            longer fails; it is no budget that an answer may come short of.
+        decision: seconds that the controller may take to decide once. A query whose controller
+            takes longer fails: there is no answer then.
     """
 
     tokens: int = 1 << 30

@@ -193,7 +193,7 @@ class Trust(dict[tuple[str, Bucket], _Trust]):
     def spared(self, policy: SearchPolicy) -> None:
         """No guess was made. What is never tried is forgotten, and tried again."""
         usual = self.usual(policy)
-        self.rows[policy.name] = usual + 0.02 * (self.USUAL - usual)
+        self.rows[policy.name] = usual + 0.002 * (self.USUAL - usual)
 
 
 @dataclass
@@ -290,7 +290,7 @@ def affordable(capacity: Capacity) -> int:
 def pays(capacity: Capacity, rows: float, tokens: float, thought: float, hit: float = 0.9) -> bool:
     """Whether guesses are worth the seconds that it takes to make them.
 
-    Of a step's time, base * (1 + b / doubles), each of b rows that are all used bears one part in b:
+    Of a step of base * (1 + b / doubles) seconds each of b rows that are used bears one part in b:
     one more row that is used spares the others so much of the fixed part, and one that is not used
     costs what it adds.
 

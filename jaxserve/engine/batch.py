@@ -126,9 +126,9 @@ def needs_history(seq: Sequence) -> bool:
 
 def pack_tokens(step: Step, T: int, R: int, table: SlotTable) -> StepArrays:
     """Arrays for the forward pass of a step whose rows have all been entered in `table`."""
-    if step.num_tokens == len(step.rows) and step.groups is None:
-        if all(row.seq.params.prompt_logprobs is None for row in step.rows):
-            return _pack_decoding(step.rows, T, R, table)
+    decodes = step.num_tokens == len(step.rows) and step.groups is None
+    if decodes and all(row.seq.params.prompt_logprobs is None for row in step.rows):
+        return _pack_decoding(step.rows, T, R, table)
     ids: list[int] = []
     positions: list[int] = []
     slots: list[int] = []

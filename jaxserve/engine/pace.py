@@ -8,8 +8,8 @@ import math
 class Pace:
     """A line through the times of recent steps: seconds = base + each * rows.
 
-    Most steps take as long as the line says, and some are held up by something else: those are taken
-    for `most` times that.
+    Most steps take as long as the line says, and some are held up by something else: those are
+    taken for `most` times that.
 
     Attributes:
         doubles: base / each, the rows at which a step takes twice as long as it would without any;

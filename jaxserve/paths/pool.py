@@ -275,9 +275,7 @@ class EnginePool:
     def ledger(self, query: int) -> Ledger:
         return replace(self._queries[query].ledger)
 
-    def log_odds(
-        self, n: Node, as_: Callable[[float], float] = float
-    ) -> asyncio.Future[float]:
+    def log_odds(self, n: Node, as_: Callable[[float], float] = float) -> asyncio.Future[float]:
         """Of a reward head, that the path is right so far; or what `as_` makes of that.
 
         Raises:

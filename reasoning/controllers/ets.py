@@ -17,7 +17,6 @@ from reasoning.tree import (
     Tree,
 )
 
-
 Kept = tuple[float, frozenset[int], tuple[Node, ...]]
 """Leaves, what they are worth, and the kinds among them."""
 
@@ -80,8 +79,8 @@ class Ets(LevelPolicy):
 
     Attributes:
         sharing: how much retained nodes cost; 0 is REBASE.
-        diversity: what all kinds of last steps together are worth beside the gains; each that is kept
-            brings its part. 0, as in SPEX's artifact: kinds do not matter.
+        diversity: what all kinds of last steps together are worth beside the gains; each that is
+            kept brings its part. 0, as in SPEX's artifact: kinds do not matter.
         alike: last steps within this cosine distance of each other, on average, are of one kind.
         temperature, depth, weight: as in `Rebase`.
     """

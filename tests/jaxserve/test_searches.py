@@ -228,10 +228,10 @@ def test_a_controller_that_raises_fails_alone(llm: LLM):
 
 
 @dataclass(frozen=True)
-class Stuck(SelfConsistency):
+class Looping(SelfConsistency):
     """Loops for ever after its first round."""
 
-    name: ClassVar[str] = "stuck"
+    name: ClassVar[str] = "looping"
 
     def step(self, view: PoolView) -> list[Action]:
         while True:
@@ -242,12 +242,12 @@ def test_a_controller_that_never_returns_fails_alone(llm: LLM):
     """Beside it another search comes to what it would alone, and requests are served."""
     alone = llm.search(PROMPT, SelfConsistency(paths=12), seed=5)
     question = llm.searches.question(PROMPT)
-    running = llm.searches.start([question], Stuck(), Budget(decision=2.0))
+    running = llm.searches.start([question], Looping(), Budget(decision=2.0))
     time.sleep(0.2)
     found = llm.search(PROMPT, SelfConsistency(paths=12), seed=5)
     (text,) = llm.generate(PROMPT, SamplingParams(max_tokens=4, temperature=0))
     assert not running.over, "it is stuck all the while"
-    with pytest.raises(SearchError, match="stuck has not decided within 2 s"):
+    with pytest.raises(SearchError, match="looping has not decided within 2 s, and"):
         running.result(30)
     assert (found.answer, found.distribution) == (alone.answer, alone.distribution)
     assert len(text.outputs[0].token_ids) == 4
@@ -255,7 +255,7 @@ def test_a_controller_that_never_returns_fails_alone(llm: LLM):
 
 def test_a_controller_that_never_returns_can_be_cancelled(llm: LLM):
     question = llm.searches.question(PROMPT)
-    running = llm.searches.start([question], Stuck(), Budget(decision=0.5))
+    running = llm.searches.start([question], Looping(), Budget(decision=0.5))
     time.sleep(0.1)
     running.cancel()
     with pytest.raises((Cancelled, SearchError)):
@@ -273,7 +273,9 @@ def test_ids_that_are_no_token_are_refused(llm: LLM, change: dict[str, Any], par
 
 
 def test_a_suffix_that_is_no_token_is_refused(llm: LLM):
-    with pytest.raises(RequestError, match="suffix of a probe holds token 4000 at place 1") as caught:
+    with pytest.raises(
+        RequestError, match="suffix of a probe holds token 4000 at place 1"
+    ) as caught:
         llm.search(PROMPT, Certaindex((3, 4000), paths=2, period=2))
     assert caught.value.param == "suffix"
 
