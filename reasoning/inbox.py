@@ -62,5 +62,6 @@ class Inbox:
             self._timer.cancel()
         self._reading.cancel()
         await asyncio.gather(self._reading, return_exceptions=True)
-        if isinstance(self._events, AsyncGenerator):
-            await cast("AsyncGenerator[Event, None]", self._events).aclose()
+        events: object = self._events
+        if isinstance(events, AsyncGenerator):
+            await cast("AsyncGenerator[Event, None]", events).aclose()

@@ -53,6 +53,7 @@ class _Record:
     known: PathStats
     prio: Prio = Prio.COMMIT
     alive: bool = True
+    flying: bool = False  # the engine has an extension of it, or is about to have one
     made: int = 0  # tokens of its own that count as its priority says
     running: asyncio.Future[Step] | None = None
     scoring: dict[str, asyncio.Future[float]] = field(default_factory=dict[str, Any])
@@ -98,7 +99,7 @@ class EnginePool:
         self._queries: dict[int, _Query] = {}
         self._arrived: deque[Callable[[], None]] = deque()
         self._awake = False
-        self._flying = 0  # extensions that the engine has, or is about to have
+        self._flying = 0  # records that are
         self._asyncio = asyncio.get_running_loop()
 
     # ---- paths --------------------------------------------------------------------------
@@ -163,6 +164,7 @@ class EnginePool:
     ) -> None:
         seed = _words(self._query(n).seed, n.path)
         stops = self._eos_ids.union(g.stop)
+        record.flying = True
         self._flying += 1
         arguments = record.path, g, seed, stops, int(prio), suffix, partial(self._deliver, done)
         self._loop.post(lambda _: self._keeper.extend(*arguments))
@@ -221,6 +223,7 @@ class EnginePool:
 
     def _end(self, n: Node, record: _Record) -> None:
         record.alive = False
+        self._land(record)
         self._loop.post(lambda _: self._keeper.cancel(record.path))
         cancelled = Cancelled(f"{n} was cancelled")
         if (running := record.running) is not None and not running.done():
@@ -228,6 +231,10 @@ class EnginePool:
             self._tell(n, Failed(n, cancelled))
         for scoring in record.scoring.values():
             scoring.cancel()
+
+    def _land(self, record: _Record) -> None:
+        self._flying -= record.flying
+        record.flying = False
 
     def release(self, n: Node) -> None:
         record = self._query(n).nodes.get(n)
@@ -328,7 +335,7 @@ class EnginePool:
         self, n: Node, record: _Record, g: Gen, end: Extension, *, silent: bool = False
     ) -> None:
         query, count = self._query(n), len(end.tokens)
-        self._flying -= 1
+        self._land(record)
         record.made += count
         spend(query.ledger, record.prio, count)
         query.ledger.peak_pages = max(query.ledger.peak_pages, self._keeper.pages_in_use())
