@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 
 
+_LEAST = 0.25  # of a usual step's time, for a step without rows: others' work can hide all of it
+
+
 class Pace:
     """A line through the times of recent steps: seconds = base + each * rows.
 
@@ -35,9 +38,11 @@ class Pace:
         else:
             self._each = max((xy - x * y / n) / spread, 0.0)
             self._base = (y - self._each * x) / n
+            if self._base < _LEAST * y / n:
+                self._base = _LEAST * y / n
+                self._each = (y / n - self._base) * n / x
             if n > self._least:
-                least = 0.05 * y / n  # a step of no rows takes some time
-                self.doubles = max(self._base, least) / self._each if self._each else math.inf
+                self.doubles = self._base / self._each if self._each else math.inf
 
     def seconds(self, rows: int) -> float:
         """What a step of so many rows takes."""

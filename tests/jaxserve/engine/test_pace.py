@@ -51,8 +51,8 @@ def test_what_was_learned_stays_while_sizes_do_not_change_and_then_changes():
     rng = Random(2)
     for _ in range(3000):
         rows = rng.randint(1, 32)
-        pace.see(rows, 1e-3 + 2e-4 * rows)
-    assert pace.doubles == pytest.approx(5, rel=0.1)
+        pace.see(rows, 1e-3 + 1.25e-4 * rows)
+    assert pace.doubles == pytest.approx(8, rel=0.1)
 
 
 def test_steps_of_nearly_one_size_leave_what_a_row_costs_alone():
@@ -60,3 +60,11 @@ def test_steps_of_nearly_one_size_leave_what_a_row_costs_alone():
     for _ in range(3000):
         pace.see(rng.choice([15, 16, 16, 16]), 1.8e-3 * rng.choice([0.9, 1.0, 1.0, 1.2]))
     assert pace.doubles == pytest.approx(20, rel=0.25)
+
+
+def test_some_of_a_step_is_fixed_whatever_times_say():
+    pace, rng = Pace(), Random(4)
+    for _ in range(400):
+        rows = rng.randint(1, 31)
+        pace.see(rows, 1e-4 * rows)
+    assert pace.doubles == pytest.approx(16 / 3, rel=0.2)
