@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-
 _LEAST = 0.25  # of a usual step's time, for a step without rows: others' work can hide all of it
 
 
