@@ -82,7 +82,7 @@ class Replay:
         return Node(query)
 
     def fork(self, parent: Node, index: int, *, at: int | None = None) -> Node:
-        node = Node(parent.query, (*parent.path, (index, -1 if at is None else at)))
+        node = parent.fork(index, -1 if at is None else at)
         if node not in self.texts:
             start = 0
             if not parent.path:

@@ -11,7 +11,10 @@ import itertools
 import statistics
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from jaxserve.protocol import Gen, Question
 from reasoning.controllers import CONTROLLERS
@@ -71,29 +74,91 @@ def equality(
 
 
 def wall_time(
-    llm: Any, questions: Sequence[Question], name: str, together: int, repeats: int = 10
+    llm: Any,
+    questions: Sequence[Question],
+    name: str,
+    together: int,
+    repeats: int = 10,
+    **settings: Any,
 ) -> dict[str, Any]:
-    """The same searches with speculation and without, in turn, so many queries at a time."""
-    policy = CONTROLLERS[name]()
-    took: dict[bool, list[float]] = {False: [], True: []}
-    steps: dict[bool, int] = {False: 0, True: 0}
-    for i in range(repeats):
+    """The same searches with speculation and without, in turn, so many queries at a time.
+
+    Seconds of the process's processors stand beside those of the wall, which others who share the
+    machine lengthen.
+    """
+    policy = CONTROLLERS[name](**settings)
+    runs: dict[bool, list[_Run]] = {False: [], True: []}
+    for i in range(-1, repeats):  # the first round warms up, and the measured costs of rows with it
         part = [questions[(i * together + j) % len(questions)] for j in range(together)]
         for fast in (False, True) if i % 2 else (True, False):
-            before, began = llm.stats().num_steps, time.perf_counter()
-            llm.search(part, policy, spec=Speculator() if fast else None)
-            took[fast].append(time.perf_counter() - began)
-            steps[fast] += llm.stats().num_steps - before
-    ratios = [a / b for a, b in zip(took[False], took[True], strict=True)]
+            run = _timed(llm, part, policy, Speculator() if fast else None)
+            if i >= 0:
+                runs[fast].append(run)
+    plain, fast = runs[False], runs[True]
+    wall = [a.wall / b.wall for a, b in zip(plain, fast, strict=True)]
+    cpu = [a.cpu / b.cpu for a, b in zip(plain, fast, strict=True)]
     return {
         "policy": name,
         "queries": together,
-        "wall_speedup": statistics.median(ratios),
-        "wall_speedups": [round(r, 3) for r in ratios],
-        "steps_speedup": steps[False] / steps[True],
-        "seconds": statistics.median(took[False]),
-        "p99_seconds": [max(took[False]), max(took[True])],
+        "wall_speedup": statistics.median(wall),
+        "wall_interval": median_interval(wall),
+        "wall_speedups": [round(r, 3) for r in wall],
+        "cpu_speedup": statistics.median(cpu),
+        "cpu_interval": median_interval(cpu),
+        "steps_speedup": sum(run.steps for run in plain) / sum(run.steps for run in fast),
+        "seconds": [_middle([run.wall for run in arm]) for arm in (plain, fast)],
+        "cpu_seconds": [_middle([run.cpu for run in arm]) for arm in (plain, fast)],
+        "per_minute": [60 * together / _middle([r.wall for r in arm]) for arm in (plain, fast)],
+        "p50_latency": [_quantile(arm, 0.5) for arm in (plain, fast)],
+        "p99_latency": [_quantile(arm, 0.99) for arm in (plain, fast)],
+        "p99_seconds": [max(run.wall for run in arm) for arm in (plain, fast)],
+        "hit_rate": statistics.mean(rate for run in fast for rate in run.hit_rates),
+        "waste_ratio": statistics.mean(ratio for run in fast for ratio in run.wastes),
+        "doubles": llm.searches.keeper.capacity().doubles,
+        "different": sum(a.found != b.found for a, b in zip(plain, fast, strict=True)),
     }
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One batch of queries; lists are by query."""
+
+    wall: float
+    cpu: float
+    steps: int
+    latencies: list[float]
+    hit_rates: list[float]
+    wastes: list[float]
+    found: list[Any]
+
+
+def _timed(llm: Any, part: Sequence[Question], policy: Any, spec: Speculator | None) -> _Run:
+    steps, cpu, began = llm.stats().num_steps, time.process_time(), time.perf_counter()
+    results = llm.search(part, policy, spec=spec)
+    wall, cpu = time.perf_counter() - began, time.process_time() - cpu
+    notes = [result.notes for result in results]
+    return _Run(
+        wall, cpu, llm.stats().num_steps - steps, [n["seconds"] for n in notes],
+        [n["hit_rate"] for n in notes], [n["waste_ratio"] for n in notes],
+        [committed(result) for result in results],
+    )  # fmt: skip
+
+
+def _middle(values: Sequence[float]) -> float:
+    return statistics.median(values)
+
+
+def _quantile(runs: Sequence[_Run], q: float) -> float:
+    """Of the latencies of all queries."""
+    found = sorted(latency for run in runs for latency in run.latencies)
+    return found[min(len(found) - 1, int(q * len(found)))]
+
+
+def median_interval(values: Sequence[float], draws: int = 10_000) -> list[float]:
+    """The 95 % bootstrap interval of a median."""
+    rng = np.random.default_rng(0)
+    found = np.median(np.array(values)[rng.integers(0, len(values), (draws, len(values)))], 1)
+    return [round(float(x), 3) for x in np.quantile(found, [0.025, 0.975])]
 
 
 def host_share(llm: Any, question: Question, rows: int = 64) -> dict[str, float]:

@@ -46,7 +46,7 @@ class Intake:
         abort: Callable[[str], None],
         num_processes: int = 1,
     ):
-        self._plan, self._vocab, self._tokenizer = plan, vocab, tokenizer
+        self._plan, self.vocab, self._tokenizer = plan, vocab, tokenizer
         self._seed, self._abort, self._num_processes = seed, abort, num_processes
         self.root = root_key(model_name, str(plan.dtype), plan.kv_taint)
         self._numbers = itertools.count()
@@ -134,9 +134,9 @@ class Intake:
         if not ids:
             raise RequestError("the prompt is empty; give at least one token", "prompt")
         for token in ids:
-            if not isinstance(token, int) or not 0 <= token < self._vocab:
+            if not isinstance(token, int) or not 0 <= token < self.vocab:
                 raise RequestError(
-                    f"the prompt holds token {token!r}; ids go from 0 to {self._vocab - 1}",
+                    f"the prompt holds token {token!r}; ids go from 0 to {self.vocab - 1}",
                     "prompt",
                 )
         context = self._plan.max_model_len
@@ -155,7 +155,7 @@ class Intake:
             )
         if params.stop and self._tokenizer is None:
             raise RequestError("stop needs a tokenizer; this engine serves token ids only", "stop")
-        check_sampling(params, self._vocab)
+        check_sampling(params, self.vocab)
         self._check_processes("embedding", pooling is not None)
         self._check_processes("prompt_logprobs", params.prompt_logprobs is not None)
 

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +142,7 @@ class Plan:
         """Sequences of the program for a bucket of tokens."""
         return min(num_tokens, self.max_num_seqs)
 
-    @property
+    @cached_property
     def row_buckets(self) -> tuple[int, ...]:
         """Sequences that a sampler has a program for; one, since a row of logits is long."""
         return tuple(sorted({1, *map(self.rows, self.token_buckets)}))

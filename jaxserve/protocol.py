@@ -61,13 +61,23 @@ class Node:
     query: int
     path: tuple[tuple[int, int], ...] = ()
     _hash: int = field(init=False, repr=False, compare=False)
+    _forks: dict[tuple[int, int], Node] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_hash", hash((self.query, self.path)))
+        object.__setattr__(self, "_forks", {})
 
     def __hash__(self) -> int:
         """Known beforehand: searches look nodes up all the time."""
         return self._hash
+
+    def fork(self, index: int, at: int = -1) -> Node:
+        """The handle of a fork: the same object each time, which is quicker to find than an equal
+        one."""
+        found = self._forks.get((index, at))
+        if found is None:
+            found = self._forks[index, at] = Node(self.query, (*self.path, (index, at)))
+        return found
 
     @property
     def depth(self) -> int:
@@ -194,12 +204,17 @@ class Capacity:
         ridge: rows at which a step begins to take longer with each.
         live_rows: rows that run.
         free_pages: pages that nobody holds.
+        doubles: so many rows take a step twice as long as it would take without any, as measured;
+            None: not known yet.
+        step: seconds of a step, likewise.
     """
 
     free_rows: int
     ridge: int
     live_rows: int
     free_pages: int
+    doubles: float | None = None
+    step: float | None = None
 
 
 @dataclass(frozen=True)

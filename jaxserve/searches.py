@@ -1,7 +1,8 @@
 """Searches on a running engine: from prompts and a controller to results.
 
 Every call has a thread and an event loop of its own, so a controller that never returns holds up
-its own caller and nobody else. Searches of one call share a pool and a coordinator.
+its own caller and nobody else, until it is broken off (`reasoning.watchdog`). Searches of one call
+share a pool and a coordinator.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from jaxserve.errors import RequestError
 from jaxserve.intake import Intake, Prompt, as_prompts
 from jaxserve.paths.keeper import Keeper
 from jaxserve.paths.pool import EnginePool
+from jaxserve.paths.records import check_ids
 from jaxserve.paths.scorers import OtherModel, ScoreOf, Scorer
 from jaxserve.protocol import Cancelled, Event, Question
 from jaxserve.request import RouteNoise, SamplingParams
@@ -31,7 +33,7 @@ from reasoning.pool import run_pool
 from reasoning.questions import last_answer
 from reasoning.result import Budget, Result
 from reasoning.search import run_search
-from reasoning.speculation import Coordinator, Speculator
+from reasoning.speculation import Coordinator, Speculator, Trust
 
 T = TypeVar("T")
 
@@ -54,12 +56,17 @@ class Running:
         """`result` for an event loop. Cancelling this wait does not cancel the searches."""
         return await asyncio.wrap_future(self._found)
 
+    @property
+    def over(self) -> bool:
+        return self._found.done()
+
     def when_over(self, tell: Callable[[], None]) -> None:
         """Calls `tell` when they have ended, on their thread; at once if they have."""
         self._found.add_done_callback(lambda _: tell())
 
     def cancel(self) -> None:
-        """Has them end as soon as their controller lets them; their pages go back. Thread-safe.
+        """Has them end as soon as their controller lets them, or has been deciding for too long
+        (`Budget.decision`); their pages go back. Thread-safe.
 
         Does nothing to searches that have ended.
         """
@@ -98,6 +105,7 @@ class Searches:
     intake: Intake
     prior: float | None
     scorers: dict[str, ScoreOf | Scorer] = field(default_factory=dict[str, Any])
+    trust: Trust = field(default_factory=Trust)  # in guesses, learned from all searches
 
     def search(
         self,
@@ -212,17 +220,23 @@ class Searches:
             return_exceptions: errors stand in the place of results; otherwise the first is raised.
 
         Raises:
-            RequestError: the controller is none, or a setting does not go with it.
+            RequestError: the controller is none, a setting does not go with it, or an id is no
+                token.
         """
         scorer, scorers = self._scorer(scorer)
         _check(controller, spec)
         for name, route in routes_of(controller).items():
             if why := self.keeper.cannot_refine(route):
                 raise RequestError(why, f"settings.{name}")
+        vocab = self.intake.vocab
+        for question in questions:
+            check_ids("the prompt", question.prompt, vocab, "prompt")
+            check_ids("what closes a step", question.step, vocab, "step")
+        check_ids("the suffix of a probe", getattr(controller, "suffix", ()), vocab, "suffix")
 
         async def all_of_them() -> list[Any]:
             pool = self.pool(on_event, scorers, judged=scorer == "prm")
-            coordinator = Coordinator()
+            coordinator = Coordinator(trust=self.trust)
             searches = [
                 self._one(controller, pool, question, budget, spec, scorer, coordinator)
                 for question in questions
@@ -299,7 +313,7 @@ class Searches:
         return EnginePool(
             self.loop, self.keeper, words.eos_token_ids, prior,
             self.scorers if scorers is None else scorers, on_event,
-            decode=words.decode, judged=judged,
+            vocab=self.intake.vocab, decode=words.decode, judged=judged,
         )  # fmt: skip
 
 

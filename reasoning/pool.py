@@ -26,6 +26,7 @@ from jaxserve.protocol import (
 )
 from reasoning.answers import Answer, Candidate, tally
 from reasoning.result import Budget, Piece, Result, Stopped, next_query
+from reasoning.watchdog import limited
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,22 @@ class PoolView:
     spent: int = 0
     rounds: int = 0
     memory: dict[str, Any] = field(default_factory=dict[str, Any])
+    _by_node: dict[Node, Path] = field(default_factory=dict[Node, Path], repr=False)
+
+    def add(self, path: Path) -> None:
+        """A path begins; the runner's."""
+        self.paths.append(path)
+        self._by_node[path.node] = path
+
+    def move(self, path: Path, node: Node) -> None:
+        """A path goes on as another node; the runner's."""
+        del self._by_node[path.node]
+        path.node = node
+        self._by_node[node] = path
+
+    def has(self, node: Node) -> bool:
+        """Whether it is a path, alive or dead."""
+        return node in self._by_node
 
     @property
     def live(self) -> list[Path]:
@@ -165,10 +182,10 @@ class PoolView:
         Raises:
             DeadPathError: there never was one.
         """
-        for path in self.paths:
-            if path.node == node:
-                return path
-        raise DeadPathError(f"{node} is no path of this search")
+        path = self._by_node.get(node)
+        if path is None:
+            raise DeadPathError(f"{node} is no path of this search")
+        return path
 
 
 class PoolPolicy(Protocol):
@@ -271,7 +288,7 @@ class _Search:
         """Lets the policy think, on the clock."""
         begun = time.perf_counter()
         try:
-            return question(self.view)
+            return limited(self.budget.decision, self.policy.name, question, self.view)
         except SearchError:
             raise
         except Exception as error:
@@ -320,9 +337,9 @@ class _Search:
         if self.view.left <= 0 or len(self.view.paths) >= self.budget.paths:
             return False
         node = self.pool.fork(parent, action.index, at=action.at)
-        if any(path.node == node for path in self.view.paths):
+        if self.view.has(node):
             raise SearchError(f"{action} begins a path that is there already")
-        self.view.paths.append(Path(node, action.parent, shared.n_tokens, shared))
+        self.view.add(Path(node, action.parent, shared.n_tokens, shared))
         return True
 
     def _alive(self, node: Node) -> Path:
@@ -381,7 +398,8 @@ class _Search:
                 self._let_go(node)
         self.aside.append(Path(path.node, path.parent, path.at, path.stats, "finished"))
         self._let_go(path.node)
-        path.node, path.parent, path.at = nodes[kept], path.node, at
+        path.parent, path.at = path.node, at
+        self.view.move(path, nodes[kept])
         self.generated -= len(steps[kept].tokens)  # `_grown` counts them
         self._grown(path, steps[kept], n)
 

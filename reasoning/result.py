@@ -36,14 +36,17 @@ class Budget:
             counted in the ledger and not here, so that it cannot change an answer.
         paths: forks that are extended.
         seconds: of wall time.
+        decision: seconds that the controller may take to decide once. A query whose controller
+            takes longer fails: there is no answer then.
     """
 
     tokens: int = 1 << 30
     paths: int = 1 << 30
     seconds: float = float("inf")
+    decision: float = 60.0
 
     def __post_init__(self):
-        if min(self.tokens, self.paths, self.seconds) <= 0:
+        if min(self.tokens, self.paths, self.seconds, self.decision) <= 0:
             raise ValueError(f"{self}: every part of a budget must be positive")
 
 

@@ -8,12 +8,10 @@ in the lossless mode, the policy lives through the same search.
 
 from __future__ import annotations
 
-import asyncio
 import itertools
-import math
 import statistics
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -21,6 +19,7 @@ from jaxserve.protocol import (
     DeadPathError,
     Event,
     Failed,
+    Gen,
     Ledger,
     Node,
     PathPool,
@@ -31,11 +30,14 @@ from jaxserve.protocol import (
     StepDone,
 )
 from reasoning.answers import Answer, Candidate, is_decided, tally, vote
+from reasoning.inbox import Inbox
 from reasoning.result import Budget, Piece, Result, Stopped, next_query
-from reasoning.speculation import Coordinator, Guess, Speculator, shadow_predict
+from reasoning.speculation import Coordinator, Guess, Speculator, affordable, pays, shadow_predict
 from reasoning.tree import Expand, Grown, SearchPolicy, Tree, candidates
+from reasoning.watchdog import limited
 
 T = TypeVar("T")
+_STALE = 8  # steps asked for since a guess was made
 _ANY = 1 << 30  # an index that no policy asks for: what is refuted of it is of every other one
 
 
@@ -69,13 +71,6 @@ async def run_search(
     finally:
         search.coordinator.leave(search)
         pool.close(number)
-
-
-async def _of(events: AsyncIterator[Event]) -> Event:
-    try:
-        return await anext(events)
-    except StopAsyncIteration:
-        raise SearchError("the pool closed the query while it was searched") from None
 
 
 @dataclass
@@ -114,47 +109,29 @@ class _Search:
         self.coordinator = coordinator or Coordinator()
         self.tree = Tree(pool.root(question.prompt, query=query, seed=question.seed))
         self.flights = dict[Node, _Flight]()
+        self.guesses = dict[Node, _Flight]()  # those of them that nobody has asked for
         self.held = dict[Node, None]()  # committed, with pages
+        self.refutes = type(policy).refuted is not SearchPolicy.refuted
         self.wasted = list[Grown]()
         self.began, self.policy_seconds = time.monotonic(), 0.0
         self.news = True  # since it last ran ahead
+        self.guessed_at = 0  # when so much had been asked for
+        self.last_gen = Gen(1), Gen(1)  # as asked for, and as it was handed on
+        self.in_air = 0  # speculative steps that have not ended
+        self.thought = 0.0  # seconds that guessing takes
         self.asked, self.refused, self.speculated, self.hits = 0, False, 0, 0
 
     async def run(self) -> Result:
-        events = self.pool.events(self.query)
+        inbox = Inbox(self.pool.events(self.query), self.budget.seconds)
         try:
             self._ask()
             while (stopped := self._advance()) is None:
-                event = await self._next(events)
-                if event is None:
-                    stopped = "budget"
-                    break
-                self._take(event)
-        finally:
-            if isinstance(events, AsyncGenerator):
-                await events.aclose()
-        return self._result(stopped)
-
-    async def _next(self, events: AsyncIterator[Event]) -> Event | None:
-        """The next event; None once the time is over.
-
-        Only if it has to be waited for, the search runs ahead first: steps that end together are
-        one occasion to think.
-        """
-        if self.spec is None and self.budget.seconds == math.inf:
-            return await _of(events)
-        event = asyncio.ensure_future(_of(events))
-        try:
-            await asyncio.sleep(0)
-            if not event.done():
                 self._speculate()
-            left = self.budget.seconds - (time.monotonic() - self.began)
-            await asyncio.wait([event], timeout=None if left == math.inf else max(left, 0))
-            return await event if event.done() else None
+                for event in await inbox.wait():
+                    self._take(event)
         finally:
-            if not event.done():
-                event.cancel()
-                await asyncio.wait([event])
+            await inbox.close()
+        return self._result(stopped)
 
     # ---- what the policy sees
 
@@ -162,7 +139,7 @@ class _Search:
         """A question to the policy: its time is kept, and its failure is its own query's."""
         began = time.perf_counter()
         try:
-            return ask(*with_)
+            return limited(self.budget.decision, self.policy.name, ask, *with_)
         except SearchError:
             raise
         except Exception as error:
@@ -191,9 +168,12 @@ class _Search:
                 return None
             assert flight.grown is not None
             self.tree.commit(flight.grown)
-            self.held[flight.grown.node] = None
+            if flight.grown.finished:
+                self.pool.release(flight.grown.node)
+            elif self.refutes:
+                self.held[flight.grown.node] = None
             self._decide(self.policy.observe, self.tree, flight.grown)
-            if self._ask():  # only what it asks for rules anything out
+            if self._ask() and self.refutes:  # only what it asks for rules anything out
                 self._cancel_refuted()
                 self._release()
 
@@ -219,20 +199,30 @@ class _Search:
             flight = self.flights.get(child)
             if flight is None:
                 self._begin(expand, Prio.COMMIT)
+                self._unforeseen(child)
             else:
                 self._promote(flight)
         return self.asked > before
 
+    def _unforeseen(self, child: Node) -> None:
+        """Withdraws what it has on offer if that said nothing of what is asked for now."""
+        offered = self.coordinator.offered(self)
+        if offered and all(guess.expand.child != child for guess in offered):
+            self.coordinator.leave(self)
+
     def _release(self) -> None:
         """Gives back the pages of nodes that will have no more children."""
-        for node in list(self.held):
-            ended = self.tree.grown[node].finished
-            if ended or self._decide(self.policy.refuted, self.tree, Expand(node, _ANY)):
-                self.pool.release(node)
-                del self.held[node]
+        for expand in self._decide(self._refuted, [Expand(node, _ANY) for node in self.held]):
+            self.pool.release(expand.parent)
+            del self.held[expand.parent]
+
+    def _refuted(self, expands: Sequence[Expand]) -> list[Expand]:
+        return [expand for expand in expands if self.policy.refuted(self.tree, expand)]
 
     def _promote(self, flight: _Flight) -> None:
         flight.prio = Prio.COMMIT
+        del self.guesses[flight.expand.child]
+        self.in_air -= flight.grown is None
         self.pool.promote(flight.expand.child)
         self.hits += 1
         if flight.guess is not None:
@@ -246,12 +236,21 @@ class _Search:
     def _begin(self, expand: Expand, prio: Prio, guess: Guess | None = None) -> None:
         parent = self._look(expand.parent)
         left = self.question.max_tokens - parent.total
-        gen = replace(
-            expand.gen, stop=self.question.step, max_tokens=min(expand.gen.max_tokens, left)
-        )
+        gen = self._gen(expand.gen, min(expand.gen.max_tokens, left))
         child = self.pool.fork(expand.parent, expand.index)
-        self.flights[child] = _Flight(expand, prio, guess)
+        flight = self.flights[child] = _Flight(expand, prio, guess)
+        if prio is Prio.SPEC:
+            self.guesses[child] = flight
+            self.in_air += 1
         self.pool.extend(child, gen, prio=prio)
+
+    def _gen(self, asked: Gen, most: int) -> Gen:
+        """What is asked for, to the end of a step; siblings are asked for alike."""
+        last, gen = self.last_gen
+        if asked is not last or most != gen.max_tokens:
+            gen = replace(asked, stop=self.question.step, max_tokens=most)
+            self.last_gen = asked, gen
+        return gen
 
     def _look(self, node: Node) -> Grown:
         found = self.tree.grown.get(node)
@@ -268,13 +267,17 @@ class _Search:
             self._fail(flight, event.error)
         elif isinstance(event, StepDone):
             flight.grown = self._end_of(flight.expand, event.step)
+            self.in_air -= flight.prio is Prio.SPEC
             if self._decide(self.policy.wants_score, flight.grown):
                 self.news |= self.spec is not None and self.spec.unscored
                 self.pool.score(event.node, scorer=self.scorer, prio=flight.prio)
             else:
                 flight.complete = self.news = True
         elif flight.grown is not None and event.scorer == self.scorer:
-            flight.grown = replace(flight.grown, score=event.value)
+            g = flight.grown
+            flight.grown = Grown(
+                g.node, g.parent, g.step, event.value, g.answer, g.finished, g.total
+            )
             flight.complete = self.news = True
 
     def _end_of(self, expand: Expand, step: Step) -> Grown:
@@ -304,7 +307,7 @@ class _Search:
     # ---- speculation
 
     def flying(self) -> int:
-        return sum(f.prio == Prio.SPEC and f.grown is None for f in self.flights.values())
+        return self.in_air
 
     def begin(self, guess: Guess) -> bool:
         """Runs ahead, unless the search has gone on since this seemed a good idea."""
@@ -314,32 +317,49 @@ class _Search:
             flight = self.flights.get(expand.parent)
             parent = flight.grown if flight else None
         known = expand.child in self.flights or parent is None or parent.finished
-        if known or self._decide(self.policy.refuted, self.tree, expand):
+        if known or (self.refutes and self._decide(self._refuted, [expand])):
             return False
         self.speculated += 1
         self._begin(expand, Prio.SPEC, guess)
         return True
 
     def _speculate(self) -> None:
+        """Begins what is worth it. Guesses that found no row wait for one, and are not made again
+        while they prove right."""
         spec = self.spec
         if spec is None or not spec.width or not self.news:
             return
+        if not spec.unscored and all(self.flights[node].grown for node in self.tree.pending):
+            return  # scores come at once, and with them a decision
         self.news = False
-        free = spec.width - self.flying()
         capacity = self.pool.capacity()
-        if free <= 0 or capacity.live_rows >= capacity.ridge:
-            self.coordinator.leave(self)
+        free = min(spec.width - self.flying(), affordable(capacity))
+        if free <= 0:
             return
+        if self.asked - self.guessed_at < _STALE and self.coordinator.offered(self):
+            self.coordinator.deal(capacity)
+            return
+        tokens = self.tree.tokens / len(self.tree.grown)
+        trust, before = self.coordinator.trust, self.speculated
+        if not pays(capacity, min(free, trust.usual(self.policy)), tokens, self.thought):
+            trust.spared(self.policy)
+            return
+        self.guessed_at, began = self.asked, time.thread_time()
         guesses = self._decide(self._guesses, spec, free)
         self.coordinator.offer(self, guesses, spec)
+        took = time.thread_time() - began  # without what others do meanwhile
+        self.thought = took if not self.thought else 0.8 * self.thought + 0.2 * took
         self.coordinator.deal(capacity)
+        trust.tried(self.policy, self.speculated - before)
 
-    def _guesses(self, spec: Speculator, count: int) -> list[Guess]:
+    def _guesses(self, spec: Speculator, free: int) -> list[Guess]:
+        """What it might ask for, looked for the longer the more rows there are for that."""
         ahead = self._ahead()
         if not spec.unscored:
             ahead = {node: grown for node, grown in ahead.items() if self.flights[node].complete}
+        spec = replace(spec, patience=min(spec.patience, 4 * free))
         replay = shadow_predict(self.policy, self.tree.clone(ahead), self.flights, spec)
-        return list(itertools.islice(replay, count))
+        return list(itertools.islice(replay, spec.width))
 
     def _ahead(self) -> dict[Node, Grown]:
         """Steps that have ended and are not committed, speculative or not."""
@@ -347,15 +367,13 @@ class _Search:
         return {n: f.grown for n, f in self.flights.items() if f.grown and n not in grown}
 
     def _cancel_refuted(self) -> None:
-        if self.spec is None:
+        if not self.guesses or self.spec is None:
             return
         surplus_votes = self.spec.mode == "opportunistic"
-        for node, flight in list(self.flights.items()):
-            waiting = node in self.flights and flight.prio == Prio.SPEC
-            if surplus_votes and flight.grown and flight.grown.finished:
-                continue
-            if waiting and self._decide(self.policy.refuted, self.tree, flight.expand):
-                self._give_up(node)
+        for expand in self._decide(self._refuted, [f.expand for f in self.guesses.values()]):
+            flight = self.guesses.get(expand.child)  # None: given up with what it continues
+            if flight and not (surplus_votes and flight.grown and flight.grown.finished):
+                self._give_up(expand.child)
 
     def _give_up(self, node: Node) -> None:
         """Cancels a speculative step and all that was built on it."""
@@ -363,6 +381,8 @@ class _Search:
         depth = len(node.path)
         for child in [n for n in self.flights if n.path[:depth] == node.path]:
             flight = self.flights.pop(child)
+            if self.guesses.pop(child, None) is not None:
+                self.in_air -= flight.grown is None
             if flight.grown is not None:
                 self.wasted.append(flight.grown)
             if flight.guess is not None:
@@ -405,8 +425,8 @@ class _Search:
         surplus = self.spec is not None and self.spec.mode == "opportunistic"
         answer = self._surplus() if surplus else self._decide(self.policy.answer, self.tree)
         if stopped == "done":
-            for flight in self.flights.values():
-                if flight.prio == Prio.SPEC and flight.guess is not None:
+            for flight in self.guesses.values():
+                if flight.guess is not None:
                     self.coordinator.learn(self.policy, flight.guess, False)
         ledger = self.pool.close(self.query)
         return Result(
@@ -424,6 +444,7 @@ class _Search:
     def _notes(self, ledger: Ledger) -> dict[str, float]:
         return {
             "policy_seconds": self.policy_seconds,
+            "seconds": time.monotonic() - self.began,
             "steps": len(self.tree.grown) - 1,
             "tree_tokens": self.tree.tokens,
             "speculated": self.speculated,
@@ -435,7 +456,7 @@ class _Search:
     def _pieces(self, stopped: Stopped) -> list[Piece]:
         text = self.question.text
         wasted = [*self.wasted]
-        wasted += [f.grown for f in self.flights.values() if f.prio == Prio.SPEC and f.grown]
+        wasted += [flight.grown for flight in self.guesses.values() if flight.grown]
         found = list[Piece]()
         for grown in [*self.tree.grown.values(), *wasted]:
             state = "live"

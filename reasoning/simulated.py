@@ -237,7 +237,7 @@ class SimulatedPool:
         return node
 
     def fork(self, parent: Node, index: int, *, at: int | None = None) -> Node:
-        node = Node(parent.query, (*parent.path, (index, -1 if at is None else at)))
+        node = parent.fork(index, -1 if at is None else at)
         query = self._queries.get(parent.query)
         above = query.paths.get(parent) if query else None
         known = query.paths.get(node) if query else None

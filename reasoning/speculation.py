@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Literal, Protocol
 
 from jaxserve.protocol import Capacity, Node, Step
@@ -42,7 +43,7 @@ class Speculator:
     lookahead: int = 4
     slack: float = 1.03
     floor: float = 0.25
-    distant: float = 0.25
+    distant: float = 0.9
     patience: int = 32
     unscored: bool = False
     stop: Literal["never", "safe", "paper"] = "never"
@@ -87,15 +88,19 @@ def shadow_predict(
         flying: what was begun, speculative or not.
     """
     shadow, idle, distance = tree.clone(), 0, 0
-    while shadow.pending and idle <= spec.patience:
-        node, expand = next(iter(shadow.pending.items()))
-        grown = shadow.ahead.get(node)
+    pending, ahead, lower = shadow.pending, shadow.ahead, spec.slack - 1
+    while pending and idle <= spec.patience:
+        node = next(iter(pending))
+        grown = ahead.get(node)
         if grown is None or grown.score is None:
-            grown = _guessed(shadow, expand, grown, spec.slack - 1)
+            grown = _guessed(shadow, pending[node], grown, lower)
             idle += 1
         shadow.commit(grown)
         policy.observe(shadow, grown)
-        wanted = [expand for expand in policy.ready(shadow) if shadow.ask(expand)]
+        wanted = policy.ready(shadow)
+        if not wanted:
+            continue
+        wanted = [expand for expand in wanted if shadow.ask(expand)]
         distance += bool(wanted)
         for rank, new in enumerate(wanted):
             if new.child not in flying and _can_begin(tree, new, spec.lookahead):
@@ -103,6 +108,12 @@ def shadow_predict(
                 parent = tree.look(new.parent)
                 scored = parent is not None and parent.score is not None
                 yield Guess(new, distance, rank, scored)
+
+
+@cache
+def _nothing(index: int) -> Step:
+    """A token that no text has, so that steps which are not there do not look alike."""
+    return Step((-1 - index,), "stop")
 
 
 def _guessed(tree: Tree, expand: Expand, ended: Grown | None, lower: float) -> Grown:
@@ -116,8 +127,7 @@ def _guessed(tree: Tree, expand: Expand, ended: Grown | None, lower: float) -> G
     score = max(score - lower, 0.0)
     if ended is not None:
         return replace(ended, score=score)
-    # A token that no text has, so that steps which are not there do not look alike.
-    return Grown(child, expand.parent, Step((-1 - expand.index,), "stop"), score)
+    return Grown(child, expand.parent, _nothing(expand.index), score)
 
 
 def _can_begin(tree: Tree, expand: Expand, lookahead: int) -> bool:
@@ -153,25 +163,54 @@ class _Trust:
     misses: float = 0.0
 
     def learn(self, hit: bool, keep: float) -> None:
-        self.hits, self.misses = self.hits * keep + hit, self.misses * keep + (not hit)
+        self.fade(keep)
+        self.hits, self.misses = self.hits + hit, self.misses + (not hit)
+
+    def fade(self, keep: float) -> None:
+        self.hits, self.misses = self.hits * keep, self.misses * keep
+
+
+class Trust(dict[tuple[str, Bucket], _Trust]):
+    """What has become of guesses, by policy and kind.
+
+    Attributes:
+        rows: by policy, how many rows are usually begun after guessing once.
+    """
+
+    USUAL = 8.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: dict[str, float] = {}
+
+    def usual(self, policy: SearchPolicy) -> float:
+        return self.rows.get(policy.name, self.USUAL)
+
+    def tried(self, policy: SearchPolicy, rows: int) -> None:
+        """So many rows came of guessing."""
+        self.rows[policy.name] = 0.75 * self.usual(policy) + 0.25 * rows
+
+    def spared(self, policy: SearchPolicy) -> None:
+        """No guess was made. What is never tried is forgotten, and tried again."""
+        usual = self.usual(policy)
+        self.rows[policy.name] = usual + 0.002 * (self.USUAL - usual)
 
 
 @dataclass
 class Coordinator:
     """Deals rows out to the guesses of all searches of a pool, the likeliest gains first (T2).
 
-    Give the same one to searches that share a pool; what it has learned can go on to later ones.
+    Give the same one to searches that share a pool.
 
     Attributes:
         prior: hits, and misses, that every kind of guess begins with.
         keep: what is left of a hit or a miss when the next one is learned.
+        trust: what it has learned; coordinators of other pools may share that.
     """
 
     prior: tuple[float, float] = (3.0, 1.0)
     keep: float = 0.98
-    trust: dict[tuple[str, Bucket], _Trust] = field(
-        default_factory=dict[tuple[str, Bucket], _Trust]
-    )
+    trust: Trust = field(default_factory=Trust)
     _offers: dict[Seeker, list[tuple[float, Guess]]] = field(
         default_factory=dict[Seeker, list[tuple[float, Guess]]]
     )
@@ -197,10 +236,16 @@ class Coordinator:
             p = self.probability(seeker.policy, guess)
             if p >= spec.floor:
                 found.append((p * (1.0 if guess.distance <= 1 else spec.distant), guess))
+            elif seen := self.trust.get((seeker.policy.name, guess.bucket)):
+                seen.fade(self.keep)  # what is never tried is forgotten, and tried again
         self._offers[seeker] = sorted(found, key=lambda offer: offer[0])  # the best one last
 
     def leave(self, seeker: Seeker) -> None:
         self._offers.pop(seeker, None)
+
+    def offered(self, seeker: Seeker) -> list[Guess]:
+        """What this search still has to offer."""
+        return [guess for _, guess in self._offers.get(seeker, ())]
 
     def deal(self, capacity: Capacity) -> None:
         """Begins the best offers while they are worth their price."""
@@ -221,8 +266,40 @@ class Coordinator:
 
 
 def price(capacity: Capacity, begun: int) -> float:
-    """What a row must be worth: nothing while it would be padding, everything at the ridge."""
-    if begun < capacity.free_rows:
-        return 0.0
+    """What a row must be worth for the engine to bring in more with it than without it.
+
+    With b rows, each of which is worth something, one more must be worth the part of a step's time
+    that they all add: b / (b + doubles) where a step of b rows takes time in proportion to
+    doubles + b. Until that has been measured a row is free while it would be padding, and costs
+    everything at the ridge.
+    """
     live = capacity.live_rows + begun
-    return live / capacity.ridge if live < capacity.ridge else float("inf")
+    padding = begun < capacity.free_rows
+    if live >= capacity.ridge and not padding:
+        return float("inf")
+    if capacity.doubles is not None:
+        return live / (live + capacity.doubles) if live else 0.0
+    return 0.0 if padding else live / capacity.ridge
+
+
+def affordable(capacity: Capacity) -> int:
+    """Rows that may be begun at all."""
+    return max(capacity.free_rows, capacity.ridge - capacity.live_rows)
+
+
+def pays(capacity: Capacity, rows: float, tokens: float, thought: float, hit: float = 0.9) -> bool:
+    """Whether guesses are worth the seconds that it takes to make them.
+
+    Of a step of base * (1 + b / doubles) seconds each of b rows that are used bears one part in b:
+    one more row that is used spares the others so much of the fixed part, and one that is not used
+    costs what it adds.
+
+    Args:
+        rows: that would be begun, for so many `tokens` each.
+    """
+    if capacity.step is None or capacity.doubles is None:
+        return True
+    live = max(capacity.live_rows, 1)
+    base = capacity.step / (1 + live / capacity.doubles)
+    spared = hit * base / live - (1 - hit) * base / capacity.doubles
+    return rows * tokens * spared > thought

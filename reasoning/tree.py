@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import ClassVar, Literal, Protocol
 
 from jaxserve.protocol import Gen, Node, Step
@@ -35,9 +34,9 @@ class Expand:
     index: int
     gen: Gen = STEP
 
-    @cached_property
+    @property
     def child(self) -> Node:
-        return Node(self.parent.query, (*self.parent.path, (self.index, -1)))
+        return self.parent.fork(self.index)
 
 
 @dataclass(frozen=True)
@@ -108,7 +107,8 @@ class Tree:
         if child in self.pending or child in self.grown:
             return False
         self.pending[child] = expand
-        self.reach = max(self.reach, child.depth)
+        if len(child.path) > self.reach:
+            self.reach = len(child.path)
         return True
 
     def commit(self, grown: Grown) -> None:

@@ -137,6 +137,9 @@ def needs_history(seq: Sequence) -> bool:
 
 def pack_tokens(step: Step, T: int, R: int, table: SlotTable) -> StepArrays:
     """Arrays for the forward pass of a step whose rows have all been entered in `table`."""
+    decodes = step.num_tokens == len(step.rows) and step.groups is None
+    if decodes and all(row.seq.params.prompt_logprobs is None for row in step.rows):
+        return _pack_decoding(step.rows, T, R, table)
     ids: list[int] = []
     positions: list[int] = []
     slots: list[int] = []
@@ -172,6 +175,21 @@ def pack_tokens(step: Step, T: int, R: int, table: SlotTable) -> StepArrays:
     tables = np.zeros((R, table.tables.shape[1]), np.int32)
     tables[:n] = table.tables[[row.seq.slot for row in step.rows]]
     return StepArrays(tokens, rows, tables, np.array((n, scored), np.int32))
+
+
+def _pack_decoding(rows: list[Row], T: int, R: int, table: SlotTable) -> StepArrays:
+    """`pack_tokens` of rows of one token each, which most steps are made of."""
+    n, slots = len(rows), [row.seq.slot for row in rows]
+    tokens, edges = np.zeros((4, T), np.int32), np.zeros((3, R + 1), np.int32)
+    starts = [row.start for row in rows]
+    known = [row.seq.tokens for row in rows]
+    tokens[0, :n] = [t[i] if i < len(t) else -1 for t, i in zip(known, starts, strict=True)]
+    tokens[1, :n], tokens[2, :n] = starts, slots
+    edges[0, : n + 1], edges[0, n + 1 :] = np.arange(n + 1), n
+    edges[1, :n], edges[2, :n] = tokens[1, :n] + 1, edges[0, :n]
+    tables = np.zeros((R, table.tables.shape[1]), np.int32)
+    tables[:n] = table.tables[slots]
+    return StepArrays(tokens, edges, tables, np.array((n, 0), np.int32))
 
 
 def pack_sampling(step: Step, R: int, table: SlotTable) -> SampleArrays:

@@ -22,7 +22,8 @@ from jax import Array
 
 from jaxserve.cache.page_manager import PageManager
 from jaxserve.engine.compile_watch import watch
-from jaxserve.engine.output import TokenText, advance, not_finite, token_logprobs
+from jaxserve.engine.output import TokenText, advance, goes_on, not_finite, token_logprobs
+from jaxserve.engine.pace import Pace
 from jaxserve.engine.programs import Forward
 from jaxserve.engine.runner import Launched, Runner
 from jaxserve.engine.sampler import Sampled
@@ -91,6 +92,8 @@ class Engine:
         self._rebalances = 0
         self._steps = self._prompt_tokens = self._output_tokens = self._shared_pages = 0
         self._host_seconds = 0.0
+        self.pace = Pace()
+        self._last_read: float | None = None  # None: the device has been idle since
         self._finished: Counter[str] = Counter()
 
     # ---- requests -----------------------------------------------------------------------
@@ -220,7 +223,7 @@ class Engine:
             launched = self._launch()
             self._host_seconds += time.perf_counter() - started
             if self._in_flight and (not launched or len(self._in_flight) >= _IN_FLIGHT):
-                self._read(self._in_flight.popleft())
+                self._read_next()
         except Exception as error:
             self._recover(error)
             raise
@@ -244,6 +247,16 @@ class Engine:
         self.after_step(self._steps)
         self._shared_pages += sum(step.shared_pages for step in steps)
         return True
+
+    def _read_next(self) -> None:
+        """Reads the oldest step, and the time since the one before it."""
+        launched = self._in_flight.popleft()
+        self._read(launched)
+        now, before = time.perf_counter(), self._last_read
+        rows = sum(len(step.rows) for step in launched.steps)
+        if before is not None and all(step.decodes for step in launched.steps):
+            self.pace.see(rows, now - before)
+        self._last_read = now if self._in_flight else None
 
     def _read(self, launched: Launched) -> None:
         """Waits for a step and hands its tokens out."""
@@ -280,7 +293,10 @@ class Engine:
                             seq.observed.append(stats[r])
                         if passes is not None and not seq.finished:
                             seq.passes += passes[r]
-                        self._token(seq, drawn[r], r, alternatives)
+                        if goes_on(seq, drawn[r]):
+                            self._counted(seq)
+                        else:
+                            self._token(seq, drawn[r], r, alternatives)
 
     def _read_evidence(self, launched: Launched, evidence: Array) -> None:
         found = np.asarray(evidence).tolist()
@@ -311,13 +327,17 @@ class Engine:
         except EngineError as error:  # its siblings have lost their reader
             self.fail(error, self._requests[seq.generation.request_id])
             return
-        self._output_tokens += 1
-        if len(seq.tokens) // self.runner.plan.page_size > seq.published:
-            self.ranks[seq.rank].publish(seq)
+        self._counted(seq)
         if delta.finished:
             self._end(seq, delta)
         else:
             seq.generation.put(delta)
+
+    def _counted(self, seq: Sequence) -> None:
+        """A token has come; its page may be full."""
+        self._output_tokens += 1
+        if len(seq.tokens) // self.runner.plan.page_size > seq.published:
+            self.ranks[seq.rank].publish(seq)
 
     def _read_prompt_logprobs(self, launched: Launched) -> None:
         assert launched.forward is not None, "decode loops score no prompts"

@@ -198,7 +198,7 @@ class Runner:
         """Most tokens, and most sequences, of a step that can run now."""
         most = self._ready("sample")[-1]
         parts = [(t, min(self.plan.rows(t), most)) for t in self._ready("forward")]
-        return max([*parts, *((self.plan.step_tokens(r), r) for r in self._ready("step"))])
+        return max([*parts, *((self.plan.step_tokens(r), r) for r in self._ready("step")[-1:])])
 
     def _compile(self, kind: str, size: int, *, hasty: bool = False) -> float:
         """Makes or replaces a program, `hasty` one that will not live; the seconds it took."""
@@ -318,19 +318,20 @@ class Runner:
         each = [pack_sampling(step, R, t) for step, t in zip(steps, self.tables, strict=True)]
         unused = self._unused_arrays(R)
 
-        def column(name: str) -> Any:
-            values = [getattr(arrays, name) for arrays in each]
+        def column(name: str, values: tuple[Any, ...]) -> Any:
             seen = next((v for v in values if v is not None), None)
             if seen is None:
                 return unused[name]
             return self._host([np.zeros_like(seen) if v is None else v for v in values])
 
-        drawing = SampleArrays(*map(column, SampleArrays._fields))
-        reports, observes = np.any([arrays.flags[3:] for arrays in each], axis=0).tolist()
-        return drawing, reports, observes
+        drawing = SampleArrays(*map(column, SampleArrays._fields, zip(*each, strict=True)))
+        flags = each[0].flags if len(each) == 1 else np.any([a.flags for a in each], axis=0)
+        return drawing, bool(flags[3]), bool(flags[4])
 
     def max_repeats(self, steps: list[Step]) -> int:
         """Tokens that a launch may draw for each row of a decoding step."""
+        if self.plan.decode_steps == 1:
+            return 1
         R = self._decode_bucket(steps[0])
         return self.plan.decode_steps if ("decode", R) in self._programs else 1
 

@@ -72,6 +72,11 @@ class Step:
     groups: list[Group] | None = None
 
     @property
+    def decodes(self) -> bool:
+        """Whether every row is one token, and the launch draws no more for any."""
+        return self.num_tokens == len(self.rows) and self.repeats == 1
+
+    @property
     def shared_pages(self) -> int:
         """Pages that rows of groups do not read again."""
         once = sum((g.end - g.first - 1) * g.pages for g in self.groups or ())
@@ -197,7 +202,8 @@ class Scheduler:
         room = min(room, max(self.ridge, self._fill(len(step.rows))))
         for seq in later:
             if seq.slot >= 0 and len(step.rows) < room:
-                self._extend(seq, step, budget)
+                decodes = len(seq.tokens) + seq.in_flight - seq.computed == 1
+                (self._decode if decodes else self._extend)(seq, step, budget)
         while self.speculative and len(step.rows) < room and step.num_tokens < budget:
             if self.held or not self._slots or not self._admit(self.speculative, step, budget):
                 break

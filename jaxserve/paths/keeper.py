@@ -80,11 +80,15 @@ class Path:
 
     def see(self, start: int, evidence: Sequence[float]) -> None:
         """Notes what tokens from `start` on say; rows that are computed again say nothing new."""
-        known = self.num_judged - start
+        known = self._first + len(self._evidence) - start
         if 0 <= known < len(evidence):
-            total = self.log_odds(self.num_judged)
-            self._evidence += list(itertools.accumulate(evidence[known:], initial=total))[1:]
-            self._answer()
+            total = self.log_odds(known + start)
+            if len(evidence) == 1:
+                self._evidence.append(total + evidence[0])
+            else:
+                self._evidence += list(itertools.accumulate(evidence[known:], initial=total))[1:]
+            if self._scores:
+                self._answer()
 
     # ---- evidence -----------------------------------------------------------------------
 
@@ -317,12 +321,16 @@ class Keeper:
 
     def capacity(self) -> Capacity:
         """A snapshot, which may be a step old."""
-        live = sum(len(rank.running) for rank in self._engine.ranks)
+        ranks = self._engine.ranks
+        live = sum(len(r.running) + len(r.waiting) + len(r.speculative) for r in ranks)
+        pace = self._engine.pace
         return Capacity(
             free_rows=sum(rank.free_rows for rank in self._engine.ranks),
             ridge=sum(rank.ridge for rank in self._engine.ranks),
             live_rows=live,
             free_pages=sum(rank.pages.num_free for rank in self._engine.ranks),
+            doubles=pace.doubles,
+            step=pace.seconds(live) or None,
         )
 
     def pages_in_use(self) -> int:

@@ -8,7 +8,6 @@ what the last rows of a query came to.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
@@ -19,6 +18,7 @@ from typing import Any
 from jaxserve.engine.loop import EngineLoop
 from jaxserve.errors import EngineError, RequestError
 from jaxserve.paths.keeper import Extension, Keeper, Path
+from jaxserve.paths.records import check_ids, first, longer, spend, step_of, words_of
 from jaxserve.paths.scorers import OWN, Batched, Said, ScoreOf, Scorer
 from jaxserve.protocol import (
     Cancelled,
@@ -50,6 +50,7 @@ class _Record:
     known: PathStats
     prio: Prio = Prio.COMMIT
     alive: bool = True
+    flying: bool = False  # the engine has an extension of it, or is about to have one
     made: int = 0  # tokens of its own that count as its priority says
     running: asyncio.Future[Step] | None = None
     scoring: dict[str, asyncio.Future[float]] = field(default_factory=dict[str, Any])
@@ -77,6 +78,7 @@ class EnginePool:
         on_event: is told of every event, of all queries.
         decode: from tokens to text, for scorers that read.
         judged: whether the reward head looks at paths as they are made; "prm" needs that.
+        vocab: of the model; ids beyond it are refused. None: nobody knows.
     """
 
     def __init__(
@@ -90,8 +92,9 @@ class EnginePool:
         *,
         decode: Callable[[Sequence[int]], str] = repr,
         judged: bool = True,
+        vocab: int | None = None,
     ):
-        self._loop, self._keeper = loop, keeper
+        self._loop, self._keeper, self._vocab = loop, keeper, vocab
         self._eos_ids, self._prior = eos_ids, prior
         self._decode, self._judged = decode, judged
         self._scorers: dict[str, ScoreOf] = {
@@ -102,6 +105,7 @@ class EnginePool:
         self._queries: dict[int, _Query] = {}
         self._arrived: deque[Callable[[], None]] = deque()
         self._awake = False
+        self._flying = 0  # records that are
         self._asyncio = asyncio.get_running_loop()
 
     def _asked(self, scorer: ScoreOf | Scorer) -> ScoreOf:
@@ -113,12 +117,13 @@ class EnginePool:
         """See `PathPool`.
 
         Raises:
-            RequestError: the prompt is empty, or as long as the context.
+            RequestError: the prompt is empty, or as long as the context, or no token of the model.
             SearchError: there is a query of that number.
         """
         longest = self._keeper.max_model_len - 1
         if not 0 < len(prompt) <= longest:
             raise RequestError(f"a prompt has 1 to {longest} tokens, not {len(prompt)}", "prompt")
+        check_ids("the prompt", prompt, self._vocab, "prompt")
         if query in self._queries:
             raise SearchError(f"query {query} has begun already; give each a number of its own")
         path = self._keeper.new_root(list(prompt), judged=self._judged)
@@ -130,12 +135,12 @@ class EnginePool:
         return node
 
     def fork(self, parent: Node, index: int, *, at: int | None = None) -> Node:
-        node = Node(parent.query, (*parent.path, (index, -1 if at is None else at)))
+        node = parent.fork(index, -1 if at is None else at)
         query = self._query(parent)
         if (found := query.nodes.get(node)) is not None and found.alive:
             return node
         record = self._record(parent)
-        known = record.known if at is None else _first(record.known, at)
+        known = record.known if at is None else first(record.known, at)
         path = self._keeper.fork(record.path, len(query.prompt) + known.n_tokens)
         query.nodes[node] = _Record(path, parent, known)
         return node
@@ -164,8 +169,10 @@ class EnginePool:
         suffix: Sequence[int],
         done: Callable[[Extension], None],
     ) -> None:
-        seed = _words(self._query(n).seed, n.path)
+        seed = words_of(self._query(n).seed, n.path)
         stops = self._eos_ids.union(g.stop)
+        record.flying = True
+        self._flying += 1
         arguments = record.path, g, seed, stops, int(prio), suffix, partial(self._deliver, done)
         self._loop.post(lambda _: self._keeper.extend(*arguments))
 
@@ -183,6 +190,7 @@ class EnginePool:
 
     def probe(self, n: Node, suffix: Sequence[int], max_tokens: int) -> Awaitable[Step]:
         record, query = self._record(n), self._query(n)
+        check_ids("the suffix of a probe", suffix, self._vocab, "suffix")
         future: asyncio.Future[Step] = self._asyncio.create_future()
         future.add_done_callback(_looked_at)
         path = self._keeper.fork(record.path, len(query.prompt) + record.known.n_tokens)
@@ -267,6 +275,7 @@ class EnginePool:
 
     def _end(self, n: Node, record: _Record) -> None:
         record.alive = False
+        self._land(record)
         self._loop.post(lambda _: self._keeper.cancel(record.path))
         cancelled = Cancelled(f"{n} was cancelled")
         if (running := record.running) is not None and not running.done():
@@ -274,6 +283,10 @@ class EnginePool:
             self._tell(n, Failed(n, cancelled))
         for scoring in record.scoring.values():
             scoring.cancel()
+
+    def _land(self, record: _Record) -> None:
+        self._flying -= record.flying
+        record.flying = False
 
     def release(self, n: Node) -> None:
         record = self._query(n).nodes.get(n)
@@ -317,13 +330,19 @@ class EnginePool:
             yield event
 
     def capacity(self) -> Capacity:
-        return self._keeper.capacity()
+        """A snapshot that knows of what the engine has not been told yet."""
+        found = self._keeper.capacity()
+        more = self._flying - found.live_rows
+        if more <= 0:
+            return found
+        free = max(found.free_rows - more, 0)
+        return replace(found, live_rows=self._flying, free_rows=free)
 
     def ledger(self, query: int) -> Ledger:
         return replace(self._queries[query].ledger)
 
-    async def log_odds(self, n: Node) -> float:
-        """Of a reward head, that the path is right so far.
+    def log_odds(self, n: Node, as_: Callable[[float], float] = float) -> asyncio.Future[float]:
+        """Of a reward head, that the path is right so far; or what `as_` makes of that.
 
         Raises:
             SearchError: no reward head is loaded, or the engine failed.
@@ -337,11 +356,11 @@ class EnginePool:
             if isinstance(value, Exception):
                 future.set_exception(SearchError(str(value)))
             else:
-                future.set_result(value + self._prior)
+                future.set_result(as_(value + self._prior))
 
         answer = partial(self._deliver, done)
         self._loop.post(lambda _: self._keeper.score(record.path, answer))
-        return await future
+        return future
 
     def _query(self, n: Node) -> _Query:
         found = self._queries.get(n.query)
@@ -375,11 +394,12 @@ class EnginePool:
         self, n: Node, record: _Record, g: Gen, end: Extension, *, silent: bool = False
     ) -> None:
         query, count = self._query(n), len(end.tokens)
+        self._land(record)
         record.made += count
         spend(query.ledger, record.prio, count)
         query.ledger.effective += end.passes
         query.ledger.peak_pages = max(query.ledger.peak_pages, self._keeper.pages_in_use())
-        record.known = _longer(record.known, end, self._eos_ids)
+        record.known = longer(record.known, end, self._eos_ids)
         future, record.running = record.running, None
         if future is None or future.done():
             return  # given up meanwhile
@@ -388,7 +408,7 @@ class EnginePool:
             future.set_exception(error)
             self._tell(n, Failed(n, error))
             return
-        step = _step(end, g, self._eos_ids)
+        step = step_of(end, g, self._eos_ids)
         future.set_result(step)
         if not silent:
             self._tell(n, StepDone(n, step))
@@ -410,65 +430,6 @@ class EnginePool:
             query.events.put_nowait(event)
             if self._on_event is not None:
                 self._on_event(event)
-
-
-def spend(ledger: Ledger, prio: Prio, count: int) -> None:
-    """Enters tokens that were drawn."""
-    if prio is Prio.SPEC:
-        ledger.spec_waste += count
-    else:
-        ledger.committed += count
-
-
-def _step(end: Extension, g: Gen, eos_ids: frozenset[int]) -> Step:
-    last = end.tokens[-1] if end.tokens else None
-    reason = "end" if last in eos_ids else "stop" if last in g.stop else "length"
-    return Step(tuple(end.tokens), reason, *_columns(end), passes=end.passes)
-
-
-def _columns(end: Extension) -> tuple[tuple[float, ...], ...]:
-    """Log-probabilities, entropies, margins and confidences."""
-    return tuple(zip(*end.stats, strict=True)) if end.stats else ((), (), (), ())
-
-
-def _longer(known: PathStats, end: Extension, eos_ids: frozenset[int]) -> PathStats:
-    if not end.tokens:
-        return known
-    logprobs, entropies, margins, confidences = _columns(end)
-    return replace(
-        known,
-        tokens=(*known.tokens, *end.tokens),
-        logprobs=(*known.logprobs, *logprobs),
-        entropies=(*known.entropies, *entropies),
-        margins=(*known.margins, *margins),
-        confidences=(*known.confidences, *confidences),
-        finished=end.tokens[-1] in eos_ids,
-        scores=None,
-        route_sketch=(*(known.route_sketch or ()), *end.routes) if end.routes else None,
-    )
-
-
-def _first(known: PathStats, count: int) -> PathStats:
-    """Of the first tokens of a path.
-
-    Raises:
-        SearchError: it has fewer.
-    """
-    if not 0 <= count <= known.n_tokens:
-        raise SearchError(f"at={count} must be within the {known.n_tokens} tokens of the path")
-    if count == known.n_tokens:
-        return known
-    return PathStats(
-        known.tokens[:count], known.logprobs[:count], known.entropies[:count],
-        known.margins[:count], known.confidences[:count],
-        route_sketch=known.route_sketch and known.route_sketch[:count],
-    )  # fmt: skip
-
-
-def _words(seed: int, path: tuple[tuple[int, int], ...]) -> tuple[int, int]:
-    """Two 32-bit words for the random numbers of a path."""
-    digest = hashlib.blake2b(repr((seed, path)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
 
 
 def _looked_at(future: asyncio.Future[Any]) -> None:

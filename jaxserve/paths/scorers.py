@@ -197,8 +197,13 @@ class OtherModel:
 # ---- what the engine knows anyway --------------------------------------------------------
 
 
-async def _prm(pool: EnginePool, n: Node) -> float:
-    return 1 / (1 + math.exp(-min(max(await pool.log_odds(n), -60.0), 60.0)))
+def _prm(pool: EnginePool, n: Node) -> asyncio.Future[float]:
+    """No task of its own: there is one for every step of a search."""
+    return pool.log_odds(n, _probability)
+
+
+def _probability(log_odds: float) -> float:
+    return 1 / (1 + math.exp(-min(max(log_odds, -60.0), 60.0)))
 
 
 async def _confidence(pool: EnginePool, n: Node) -> float:

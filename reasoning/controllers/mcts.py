@@ -30,13 +30,15 @@ def back_up(tree: Tree, way: Sequence[Node], reward: float) -> None:
 
 def best_bound(tree: Tree, parent: Node, explore: float) -> Node:
     """UCT: the child that brought in most on average, or of which too little is known to say."""
-    log = math.log(tree.visits[parent])
-
-    def bound(child: Node) -> float:
-        visits = tree.visits[child]
-        return tree.gains[child] / visits + explore * math.sqrt(log / visits)
-
-    return max(tree.children[parent], key=bound)
+    visits, gains = tree.visits, tree.gains
+    log = math.log(visits[parent])
+    found, best = parent, -math.inf
+    for child in tree.children[parent]:  # a loop: predictions come by here all the time
+        n = visits[child]
+        bound = gains[child] / n + explore * math.sqrt(log / n)
+        if bound > best:
+            found, best = child, bound
+    return found
 
 
 @dataclass(frozen=True)
@@ -92,8 +94,9 @@ class Mcts(SearchPolicy):
         return heaviest(self, tree, self.weight)
 
     def _pick(self, tree: Tree, parent: Node) -> Node:
+        visits = tree.visits
         for child in tree.children[parent]:
-            if child not in tree.visits:
+            if child not in visits:
                 return child
         return best_bound(tree, parent, self.explore)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -19,10 +20,11 @@ from jaxserve.searches import controller_of
 from reasoning.answers import vote
 from reasoning.controllers import CONTROLLERS
 from reasoning.controllers.best_of_n import BestOfN
+from reasoning.controllers.certaindex import Certaindex
 from reasoning.controllers.hyper import HyPER
 from reasoning.controllers.rebase import Rebase
 from reasoning.controllers.self_consistency import SelfConsistency
-from reasoning.pool import Action, Fork, PoolView
+from reasoning.pool import Action, Fork, PoolView, Probe
 from reasoning.questions import question_of
 from reasoning.result import Budget, Result
 from reasoning.speculation import Speculator
@@ -211,6 +213,69 @@ def test_a_controller_that_raises_fails_alone(llm: LLM):
     assert "give_up" in "".join(traceback.format_exception(caught.value)), "who raised is shown"
     thread.join(30)
     assert found["other"].answer == llm.search(PROMPT, SelfConsistency(paths=12), seed=5).answer
+
+
+@dataclass(frozen=True)
+class Looping(SelfConsistency):
+    """Loops for ever after its first round."""
+
+    name: ClassVar[str] = "looping"
+
+    def step(self, view: PoolView) -> list[Action]:
+        while True:
+            pass
+
+
+def test_a_controller_that_never_returns_fails_alone(llm: LLM):
+    """Beside it another search comes to what it would alone, and requests are served."""
+    alone = llm.search(PROMPT, SelfConsistency(paths=12), seed=5)
+    question = llm.searches.question(PROMPT)
+    running = llm.searches.start([question], Looping(), Budget(decision=2.0))
+    time.sleep(0.2)
+    found = llm.search(PROMPT, SelfConsistency(paths=12), seed=5)
+    (text,) = llm.generate(PROMPT, SamplingParams(max_tokens=4, temperature=0))
+    assert not running.over, "it is stuck all the while"
+    with pytest.raises(SearchError, match="looping has not decided within 2 s, and"):
+        running.result(30)
+    assert (found.answer, found.distribution) == (alone.answer, alone.distribution)
+    assert len(text.outputs[0].token_ids) == 4
+
+
+def test_a_controller_that_never_returns_can_be_cancelled(llm: LLM):
+    question = llm.searches.question(PROMPT)
+    running = llm.searches.start([question], Looping(), Budget(decision=0.5))
+    time.sleep(0.1)
+    running.cancel()
+    with pytest.raises((Cancelled, SearchError)):
+        running.result(30)
+
+
+@pytest.mark.parametrize(
+    ("change", "param"), [({"prompt": (3, 31)}, "prompt"), ({"step": (-1,)}, "step")]
+)
+def test_ids_that_are_no_token_are_refused(llm: LLM, change: dict[str, Any], param: str):
+    question = replace(llm.searches.question(PROMPT), **change)
+    with pytest.raises(RequestError, match="ids of this model go from 0 to 30") as caught:
+        llm.search(question, VOTE)
+    assert caught.value.param == param
+
+
+def test_a_suffix_that_is_no_token_is_refused(llm: LLM):
+    with pytest.raises(
+        RequestError, match="suffix of a probe holds token 4000 at place 1"
+    ) as caught:
+        llm.search(PROMPT, Certaindex((3, 4000), paths=2, period=2))
+    assert caught.value.param == "suffix"
+
+    @dataclass(frozen=True)
+    class Own(Certaindex):
+        """Asks with a suffix that nobody can see beforehand."""
+
+        def step(self, view: PoolView) -> list[Action]:
+            return [Probe(p.node, (99,), 2) for p in view.live]
+
+    with pytest.raises(RequestError, match="holds token 99"):
+        llm.search(PROMPT, Own(paths=2, period=2))
 
 
 def test_a_tree_policy_that_raises_is_named(llm: LLM):

@@ -72,7 +72,7 @@ class FakePool:
     def fork(self, parent: Node, index: int, *, at: int | None = None) -> Node:
         if parent in self.dead:
             raise DeadPathError(f"{parent} is gone")
-        node = Node(parent.query, (*parent.path, (index, -1 if at is None else at)))
+        node = parent.fork(index, -1 if at is None else at)
         if node not in self.grown:
             start = self.grown.get(parent, 0) if at is None else at
             self.grown[node], self.whole[node] = start, self._text(parent, index, start)

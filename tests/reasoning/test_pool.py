@@ -16,6 +16,7 @@ from reasoning.controllers.self_consistency import SelfConsistency
 from reasoning.pool import (
     Action,
     Fork,
+    Path,
     PoolView,
     Probe,
     Prune,
@@ -253,3 +254,40 @@ def test_extensions_have_no_stop_so_that_periods_cut_nothing():
     run(SelfConsistency(paths=1, period=5), Watched(THREE))
     assert [g.max_tokens for g in asked] == [5, 5] and not any(g.stop for g in asked)
     assert THREE[0].tokens[-1] == END
+
+
+def test_paths_are_found_where_they_went():
+    """Of segments one fork goes on as the path; its old node is no path any more."""
+    nodes = list[Node]()
+
+    def look(view: PoolView) -> list[Action]:
+        nodes.append(view.paths[0].node)
+        assert view.find(nodes[-1]) is view.paths[0]
+        assert view.has(nodes[-1])
+        if len(nodes) == 3:
+            with pytest.raises(DeadPathError, match="no path"):
+                view.find(nodes[1])
+        return [Segment(nodes[-1], 2, 2)]
+
+    pool = FakePool([text(4, 12)], branches=[text(4, 12), text(5, 12)])
+    run(Script([lambda _: [Fork(0)], look, look, look], period=2), pool)
+    assert len(set(nodes)) == 3
+
+
+def test_finding_a_path_takes_no_search():
+    view = PoolView(QUESTION, Budget())
+    for i in range(4000):
+        view.add(Path(Node(0, ((i, -1),))))
+    compared = list[Node]()
+
+    class Counted(Node):
+        def __eq__(self, other: object) -> bool:
+            compared.append(self)
+            return Node.__eq__(self, other)  # type: ignore[arg-type]
+
+        def __hash__(self) -> int:
+            return Node.__hash__(self)
+
+    with pytest.raises(DeadPathError):
+        view.find(Counted(0, ((4000, -1),)))
+    assert len(compared) < 10

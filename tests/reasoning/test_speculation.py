@@ -20,7 +20,16 @@ from reasoning.controllers.rebase import Rebase
 from reasoning.controllers.rest_mcts import RestMcts
 from reasoning.search import run_search
 from reasoning.simulated import Machine, SimulatedPool, Trees, question
-from reasoning.speculation import Coordinator, Guess, Speculator, price, shadow_predict
+from reasoning.speculation import (
+    Coordinator,
+    Guess,
+    Speculator,
+    Trust,
+    affordable,
+    pays,
+    price,
+    shadow_predict,
+)
 from reasoning.tree import Expand, Grown, Tree
 
 TREES = Trees(shallowest=3, deepest=5)
@@ -111,6 +120,64 @@ def test_a_price_for_each_load():
     assert price(Capacity(2, 8, 4, 0), 0) == 0.0, "padding is free"
     assert price(Capacity(2, 8, 4, 0), 2) == 6 / 8
     assert price(Capacity(0, 8, 8, 0), 0) == float("inf")
+
+
+def test_a_measured_price_is_the_share_that_rows_add():
+    half = Capacity(0, 64, 16, 0, doubles=16.0, step=1e-3)
+    assert price(half, 0) == 0.5
+    assert price(half, 16) == pytest.approx(2 / 3)
+    assert price(Capacity(0, 64, 16, 0, doubles=float("inf")), 8) == 0.0, "rows cost nothing"
+    assert price(Capacity(8, 64, 0, 0, doubles=16.0), 0) == 0.0
+    assert price(half, 48) == float("inf"), "there is no row"
+
+
+def test_rows_that_may_be_begun():
+    assert affordable(Capacity(2, 8, 4, 0)) == 4
+    assert affordable(Capacity(3, 8, 9, 0)) == 3
+    assert affordable(Capacity(0, 8, 9, 0)) == 0
+
+
+def test_thinking_pays_while_few_rows_bear_a_step():
+    """A thousandth of a second for eight rows of six tokens each."""
+    few = Capacity(0, 64, 4, 0, doubles=16.0, step=1e-3)
+    many = Capacity(0, 64, 48, 0, doubles=16.0, step=4e-3)
+    assert pays(few, 8, 6.0, 1e-3)
+    assert not pays(many, 8, 6.0, 1e-3)
+    assert not pays(few, 0.1, 6.0, 1e-3), "it usually begins next to nothing"
+    assert pays(Capacity(0, 64, 48, 0), 8, 6.0, 1e-3), "nothing is known of the cost"
+    assert not pays(Capacity(0, 64, 48, 0, doubles=4.0, step=1.0), 8, 6.0, 0.0, hit=0.5), (
+        "rows that miss cost more than those that hit spare"
+    )
+
+
+def test_vain_guessing_is_given_up_and_taken_up_again():
+    policy, trust = Rebase(4), Trust()
+    few = Capacity(0, 64, 16, 0, doubles=16.0, step=1e-3)
+
+    def worth() -> bool:
+        return pays(few, trust.usual(policy), 6.0, 3e-4)
+
+    assert worth()
+    for _ in range(12):
+        trust.tried(policy, 0)
+    assert not worth()
+    for _ in range(400):
+        trust.spared(policy)
+    assert worth()
+    assert trust.usual(Mcts()) == Trust.USUAL
+
+
+def test_kinds_that_are_never_tried_are_forgotten():
+    search, coordinator = Search(), Coordinator()
+    guess = Guess(Expand(Node(0), 0), 1, 0)
+    for _ in range(60):
+        coordinator.learn(search.policy, guess, False)
+    spec = Speculator(floor=0.25)
+    coordinator.offer(search, [guess], spec)
+    assert not coordinator.offered(search)
+    for _ in range(200):
+        coordinator.offer(search, [guess], spec)
+    assert coordinator.offered(search) == [guess]
 
 
 def test_hits_raise_trust_and_old_ones_fade():

@@ -93,3 +93,13 @@ def test_levels_that_were_left():
     tree.ask(Expand(a, 0))
     assert passed(tree, Expand(b, 0))
     assert not passed(tree, Expand(Expand(a, 0).child, 0)), "its parent is not committed"
+
+
+def test_a_fork_is_the_same_handle_each_time():
+    node = Node(3).fork(1).fork(2, 7)
+    assert node == Node(3, ((1, -1), (2, 7)))
+    assert hash(node) == hash(Node(3, ((1, -1), (2, 7))))
+    root = Node(3)
+    assert root.fork(1) is root.fork(1) is Expand(root, 1).child
+    assert root.fork(1) is not root.fork(1, 0)
+    assert repr(root.fork(1)) == "Node(query=3, path=((1, -1),))"

@@ -137,15 +137,18 @@ def test_ets_keeps_what_brute_force_would(data):
     leaves = [g.node for g in tree.level(3)]
     gains = {leaf: data.draw(st.integers(0, 8)) / 8 for leaf in leaves}
     cost = data.draw(st.integers(0, 6)) / 16
+    kinds = {leaf: data.draw(st.integers(0, 3)) for leaf in leaves}
+    prize = data.draw(st.integers(0, 4)) / 8
 
     def value(kept):
         held = {g.node for leaf in kept for g in tree.way(leaf)}
-        return sum(gains[leaf] for leaf in kept) - cost * len(held)
+        seen = {kinds[leaf] for leaf in kept}
+        return sum(gains[leaf] for leaf in kept) - cost * len(held) + prize * len(seen)
 
     subsets = itertools.chain.from_iterable(
         itertools.combinations(leaves, n) for n in range(1, len(leaves) + 1)
     )
-    kept = worth_keeping(tree, gains, cost)
+    kept = worth_keeping(tree, gains, cost, kinds, prize)
     assert kept
     best = max(map(value, subsets))
     assert value(kept) == pytest.approx(best) or best <= 0
@@ -158,6 +161,21 @@ def test_ets_without_a_price_is_rebase():
     feed(plain, tree, [0.9, 0.2, 0.5, 0.5, 0.5, 0.5][: sum(asks(plain, tree).values())])
     assert asks(free, tree) == asks(plain, tree)
     assert len(asks(Ets(6, sharing=2), tree)) < len(asks(plain, tree))
+
+
+def test_ets_pays_for_other_texts():
+    """Two good leaves that say the same, and a worse one that says something else."""
+    tree = Tree(ROOT)
+    feed(Ets(3), tree, [0.9, 0.9, 0.8], texts=[7, 7, 8])
+    assert set(asks(Ets(6, sharing=0.6), tree)) == {at(0), at(1)}
+    assert set(asks(Ets(6, sharing=0.6, diversity=0.4), tree)) == {at(0), at(1), at(2)}
+    assert set(asks(Ets(6, sharing=0.6, diversity=0.4, alike=1.0), tree)) == {at(0), at(1)}, (
+        "all of one kind"
+    )
+    gains = {at(0): 0.6, at(1): 0.3, at(2): 0.1}
+    kinds = {at(0): 0, at(1): 0, at(2): 1}
+    assert worth_keeping(tree, gains, 0.4) == {at(0)}
+    assert worth_keeping(tree, gains, 0.4, kinds, 0.5) == {at(0), at(2)}, "a twin brings nothing"
 
 
 def test_rollouts_take_children_in_turn_and_then_the_best_bound():
@@ -227,6 +245,7 @@ def test_best_first_jumps_to_the_best():
         lambda: Beam(5, 2),
         lambda: Dvts(5, 2),
         lambda: Ets(4, sharing=-1),
+        lambda: Ets(4, diversity=-1),
         lambda: Mcts(rollouts=0),
         lambda: RestMcts(branch=0),
         lambda: DepthFirst(answers=0),
@@ -234,5 +253,5 @@ def test_best_first_jumps_to_the_best():
     ],
 )
 def test_settings_without_meaning_are_refused(wrong):
-    with pytest.raises(ValueError, match="must be"):
+    with pytest.raises(ValueError, match="must"):
         wrong()

@@ -139,18 +139,18 @@ def test_a_refined_token_is_what_plain_arithmetic_makes_of_it(llm: LLM, route: R
         return [(await grown(pool, p, [route], cut=1, count=1))[0] for p in prompts]
 
     for prefix, found in zip(prompts, drive(llm, work), strict=True):
-        p = _mixture(llm, prefix, route, seed=_words(3))
+        p = _mixture(llm, prefix, route, seed=words_of(3))
         token = found.tokens[0]
         assert found.logprobs[0] == pytest.approx(np.log(p[token]), abs=1e-4)
         assert found.entropies[0] == pytest.approx(-np.sum(p * np.log(p)), abs=1e-4)
-        plain = _mixture(llm, prefix, RouteNoise(K=1), seed=_words(3))
+        plain = _mixture(llm, prefix, RouteNoise(K=1), seed=words_of(3))
         assert np.abs(p - plain).max() > 1e-3, "the test would not tell"
 
 
-def _words(seed: int) -> tuple[int, int]:
-    from jaxserve.paths.pool import _words
+def words_of(seed: int) -> tuple[int, int]:
+    from jaxserve.paths.records import words_of
 
-    return _words(seed, ((0, -1),))
+    return words_of(seed, ((0, -1),))
 
 
 def _mixture(llm: LLM, tokens: list[int], route: RouteNoise, seed: tuple[int, int]) -> np.ndarray:

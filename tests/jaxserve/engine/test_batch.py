@@ -1,0 +1,60 @@
+"""Steps of decoding rows, packed by columns, are what the general way would make of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from random import Random
+from typing import Any
+
+import numpy as np
+import pytest
+
+from jaxserve.engine.batch import SlotTable, pack_tokens
+from jaxserve.engine.scheduler import Row, Step
+from jaxserve.engine.sequence import Sequence
+from jaxserve.request import SamplingParams
+
+
+@dataclass(frozen=True)
+class Sizes:
+    max_num_seqs: int = 8
+    page_size: int = 4
+    pages_per_seq: int = 6
+
+
+def decoding(rng: Random, rows: int, **params: Any) -> tuple[Step, SlotTable]:
+    """Rows of one token each, some of which is still on the device."""
+    table, step = SlotTable(Sizes(), 50), Step()  # type: ignore[arg-type]
+    for slot in rng.sample(range(8), rows):
+        tokens = [rng.randrange(50) for _ in range(rng.randint(1, 20))]
+        start = len(tokens) - rng.randint(0, 1)
+        pages = [rng.randrange(30) for _ in range(6)]
+        seq = Sequence(tokens, 1, SamplingParams(**params), None, b"", pages=pages)  # type: ignore[arg-type]
+        seq.slot = slot
+        step.rows.append(Row(seq, start, 1, True))
+        step.num_tokens += 1
+        table.enter(step.rows[-1])
+    return step, table
+
+
+@pytest.mark.parametrize("rows", range(1, 9))
+def test_columns_are_what_the_general_way_makes(rows: int):
+    rng = Random(rows)
+    for _ in range(20):
+        step, table = decoding(rng, rows)
+        short = pack_tokens(step, 8, 8, table)
+        step.groups = []  # where kernels know groups, the general way is taken
+        long = pack_tokens(step, 8, 8, table)
+        assert short.rows.shape == (3, 9)
+        np.testing.assert_array_equal(short.rows, long.rows[:3])
+        for name in ("tokens", "tables", "counts"):
+            np.testing.assert_array_equal(getattr(short, name), getattr(long, name))
+            assert getattr(short, name).dtype == getattr(long, name).dtype
+    assert (short.tokens[0] == -1).any() or rows < 3, "some tokens are on the device"
+
+
+def test_prompts_that_are_scored_take_the_general_way():
+    step, table = decoding(Random(0), 2, prompt_logprobs=1)
+    for row in step.rows:
+        row.seq.prompt_len, row.seq.tokens, row.start = 5, [1, 2, 3, 4, 9], 2
+    assert pack_tokens(step, 8, 8, table).tokens[3, :2].tolist() == [4, 4], "targets"
