@@ -132,6 +132,19 @@ def faults(derivations: Iterable[tuple[Hashable, Set[Hashable]]]) -> dict[Hashab
     }
 
 
+def lead(derivations: Iterable[tuple[Hashable, Set[Hashable]]]) -> int:
+    """How many more false claims any answer would take than the best, known or yet to come.
+
+    That nobody has come to the right one yet takes a false claim in every derivation.
+    """
+    known = list(derivations)
+    if not known:
+        return 0
+    best, *others = sorted(faults(known).values())
+    unheard = _cover([frozenset[Hashable](claims) for _, claims in known])
+    return min([*others, unheard]) - best
+
+
 def _cover(sets: list[frozenset[Hashable]]) -> int:
     """Elements that it takes to hit every set; empty sets take one each."""
     open_sets: list[frozenset[Hashable]] = [s for s in sets if s]

@@ -32,10 +32,12 @@ class HyPER:
         paths: most paths in all.
         floor: least sure confidence of `window` tokens; None: that of the first `warmup` paths,
             whole, of which the share `keep` lies above it.
+        slip: nats against the odds of a token at which a path is given up as an unsure one is.
         alike: tokens by which ways of going on are told apart; 0: paths are never merged.
         novelty: a place is worth a branch while a fork is new with at least this probability.
         deep: how much cheap branches, late in a path, are preferred over ones that share little.
         fault: what a claim that an answer needs to be false takes from its vote, in nats.
+        safe: the search ends once any other answer takes so many more false claims; 0: never.
         trust: power of the mean score of an answer's finished paths by which its vote is
             multiplied, where `run_pool` was given a scorer; 0: scores are not looked at.
         segment: m tokens and k forks of a MultiToken action; None: never taken.
@@ -45,6 +47,7 @@ class HyPER:
     width: int = 2
     paths: int = 80
     floor: float | None = 3.5
+    slip: float = 1.5
     warmup: int = 16
     keep: float = 0.5
     window: int = 1
@@ -52,6 +55,7 @@ class HyPER:
     novelty: float = 0.05
     deep: float = 0.5
     fault: float = 1.0
+    safe: int = 0
     trust: float = 0.0
     vote: LengthConfidence = field(default_factory=LengthConfidence)
     segment: tuple[int, int] | None = None
@@ -70,23 +74,24 @@ class HyPER:
         return [Fork(i) for i in range(min(first, self.paths))]
 
     def step(self, view: PoolView) -> Sequence[Action]:
-        floor = self.threshold(view)
-        if floor is None:
+        if (floor := self.threshold(view)) is None:
             return []
-        known = self._survey(view, floor)
-        weak = view.dispensable([p for p in view.live if least_group(p.stats, self.window) < floor])
-        same = [p for p in view.live if p not in weak and self._repeats(view, known, p)]
-        live = [p for p in view.live if p not in weak and p not in same]
-        branches = self._branches(view, known, live)
-        if self._decided(view, known, live):
+        known, live = self._survey(view, floor), view.live
+        weak = view.dispensable([p for p in live if known.walks[p].lost])
+        merge = bool(self.alike) and view.question.state is not None
+        same = [p for p in live if merge and known.repeats(p, self.alike, self.novelty)]
+        gone = {*weak, *same}
+        live = [p for p in live if p not in gone]
+        if not (merge or self.fault) and self._decided(view, known, live):
             return [Stop(decided=True)]
+        branches = self._branches(view, known, live)
         if not live and not branches and weak and not self._derivations(known):
-            weak.remove(best := max(weak, key=lambda p: least_group(p.stats, self.window)))
-            live = [best]  # an unsure answer is better than none
-        actions: list[Action] = [Prune(p.node) for p in [*weak, *same]]
-        if not live:
-            return [*actions, *(branches or [Stop()])]
-        return [*actions, *self._act(view, live, floor, branches)]
+            live = [max(weak, key=lambda p: least_group(p.stats, self.window))]
+            gone -= {*live}  # an unsure answer is better than none
+        actions: list[Action] = [Prune(p.node) for p in view.live if p in gone]
+        if (self.safe and known.lead >= self.safe) or not (live or branches):
+            return [Stop()]
+        return [*actions, *(self._act(view, live, floor, branches) if live else branches)]
 
     def threshold(self, view: PoolView) -> float | None:
         """None while the warm-up runs."""
@@ -98,49 +103,39 @@ class HyPER:
         return percentile([least_group(p.stats, self.window) for p in full], 1 - self.keep)
 
     def _survey(self, view: PoolView, floor: float) -> Map:
-        return Survey(floor, self.window, max(self.alike, 1)).of(view)
+        slip = self.slip if floor > -math.inf else math.inf
+        return Survey(floor, self.window, max(self.alike, 1), slip).of(view)
 
     def _derivations(self, known: Map) -> list[Derivation]:
         return known.derivations() if self.alike else known.own
 
-    def _repeats(self, view: PoolView, known: Map, path: Path) -> bool:
-        if not self.alike or view.question.state is None:
-            return False
-        return known.repeats(view.paths.index(path), path, self.alike, self.novelty)
-
     def _branches(self, view: PoolView, known: Map, live: Sequence[Path]) -> list[Action]:
         """Forks of the places most worth it, as many as there is room and budget for."""
-        length = max(p.stats.n_tokens for p in view.paths)
-        left = view.left - sum(length - p.stats.n_tokens for p in live)
-        roots = sum(p.parent is None for p in view.paths)
+        room = min(self.width - len(live), self.paths - len(view.paths))
+        left = view.left - sum(known.length - p.stats.n_tokens for p in live)
+        roots = 1 + max(p.node.path[0][0] for p in view.paths)
         forks = list[Action]()
-        while len(forks) < min(self.width - len(live), self.paths - len(view.paths)):
-            place = max(known.places.values(), key=lambda p: p.worth(length, self.deep))
-            left -= length - place.at
-            if place.novelty < self.novelty or left < 0:
-                break
-            place.tries += 1
-            index = roots if place.node is None else len(view.paths) + len(forks)
-            roots += place.node is None
-            forks.append(Fork(index, place.node, place.at if place.node else None))
+        for place in known.worthwhile(room, left, self.novelty, self.deep):
+            if place.first is None:
+                forks.append(Fork(roots))
+                roots += 1
+            else:
+                forks.append(Fork(len(view.paths) + len(forks), place.first.node, place.at))
         return forks
 
     def _act(
         self, view: PoolView, live: list[Path], floor: float, branches: list[Action]
     ) -> list[Action]:
-        unsure = min(live, key=lambda p: p.stats.conf_group(self.window)).node
         actions: dict[str, list[Action]] = {"none": [], "branch": branches}
-        if self.segment:
-            actions["multi"] = [Segment(unsure, *self.segment)]
-        if self.route:
-            actions["single"] = [Refine(unsure, self.route)]
+        if self.segment or self.route:
+            unsure = min(live, key=lambda p: p.stats.conf_group(self.window)).node
+            actions |= {"multi": [Segment(unsure, *self.segment)]} if self.segment else {}
+            actions |= {"single": [Refine(unsure, self.route)]} if self.route else {}
         choose = self.scores.choose
         return actions[choose(view, live, floor, self.window, self.width, set(actions))]
 
     def _decided(self, view: PoolView, known: Map, live: Sequence[Path]) -> bool:
         """The safe test, where each path is one vote: no vote to come can change the winner."""
-        if self.fault or (self.alike and view.question.state is not None):
-            return False
         totals = weigh(self._derivations(known), self.vote, self.fault)
         return is_decided(totals, len(live) + self.paths - len(view.paths))
 
