@@ -110,12 +110,14 @@ class Map:
     Attributes:
         places: by state; () is the question.
         walks: of each path.
+        open: paths of which more may come.
         length: tokens of the longest path.
         own: one derivation for each sure path with an answer: the way it took itself.
     """
 
     places: dict[Hashable, Place] = field(default_factory=lambda: {(): Place(None, 0)})
     walks: dict[Path, Walk] = field(default_factory=dict[Path, Walk])
+    open: list[Path] = field(default_factory=list[Path])
     length: int = 0
     own: list[Derivation] = field(default_factory=list["Derivation"])
     _ways: list[Derivation] | None = None
@@ -241,15 +243,16 @@ class Survey:
     def of(self, view: PoolView) -> Map:
         """The graph of all sure steps, with what has been said since last time."""
         known: Map = view.memory.setdefault(f"map {self.floor}", Map())
-        for path in view.paths:
-            walk = known.walks.get(path) or known.walks.setdefault(path, Walk())
-            if not walk.over:
-                known.length = max(known.length, path.stats.n_tokens)
-                self._follow(known, path, walk, view.question)
+        fresh = view.paths[len(known.walks) :]
+        known.walks |= {path: Walk() for path in fresh}
+        known.open = [path for path in (*known.open, *fresh) if not known.walks[path].over]
+        for path in known.open:
+            self._follow(known, path, known.walks[path], view.question)
         return known
 
     def _follow(self, known: Map, path: Path, walk: Walk, question: Question) -> None:
-        tokens, n = path.stats.tokens, path.stats.n_tokens
+        tokens = path.stats.tokens
+        known.length = max(known.length, n := len(tokens))
         while walk.seen < n and not walk.over:
             ends = (i for i in range(walk.seen, n) if tokens[i] in question.step)
             end = next(ends, n - 1) + 1

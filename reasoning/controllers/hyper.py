@@ -22,14 +22,15 @@ from reasoning.derivations import Derivation, Map, Survey, trusting, weigh
 from reasoning.pool import Action, Fork, Path, PoolView, Prune, Refine, Segment, Stop
 from reasoning.signals import least_group, percentile
 
+Actions = Sequence[Action]
+
 
 @dataclass(frozen=True)
 class HyPER:
     """Defaults were chosen on modchain-moe's dev split; elsewhere, begin with `floor=None`.
 
     Attributes:
-        width: paths that the search begins with, and most that are live later.
-        paths: most paths in all.
+        width, paths: most that are live, and of them all; a search begins with `width`.
         floor: least sure confidence of `window` tokens; None: that of the first `warmup` paths,
             whole, of which the share `keep` lies above it.
         slip: nats against the odds of a token at which a path is given up as an unsure one is.
@@ -69,11 +70,11 @@ class HyPER:
         if min(self.width, self.paths, self.warmup, self.window, self.period) < 1:
             raise ValueError(f"{self}: counts must be positive")
 
-    def start(self, view: PoolView) -> Sequence[Action]:
+    def start(self, view: PoolView) -> Actions:
         first = self.width if self.floor is not None else max(self.width, self.warmup)
         return [Fork(i) for i in range(min(first, self.paths))]
 
-    def step(self, view: PoolView) -> Sequence[Action]:
+    def step(self, view: PoolView) -> Actions:
         if (floor := self.threshold(view)) is None:
             return []
         known, live = self._survey(view, floor), view.live
@@ -109,10 +110,10 @@ class HyPER:
     def _derivations(self, known: Map) -> list[Derivation]:
         return known.derivations() if self.alike else known.own
 
-    def _branches(self, view: PoolView, known: Map, live: Sequence[Path]) -> list[Action]:
+    def _branches(self, view: PoolView, known: Map, live: Sequence[Path]) -> Actions:
         """Forks of the places most worth it, as many as there is room and budget for."""
         room = min(self.width - len(live), self.paths - len(view.paths))
-        left = view.left - sum(known.length - p.stats.n_tokens for p in live)
+        left = view.left - sum(known.length - p.stats.n_tokens for p in live) if room > 0 else 0
         roots = 1 + max(p.node.path[0][0] for p in view.paths)
         forks = list[Action]()
         for place in known.worthwhile(room, left, self.novelty, self.deep):
@@ -123,10 +124,10 @@ class HyPER:
                 forks.append(Fork(len(view.paths) + len(forks), place.first.node, place.at))
         return forks
 
-    def _act(
-        self, view: PoolView, live: list[Path], floor: float, branches: list[Action]
-    ) -> list[Action]:
-        actions: dict[str, list[Action]] = {"none": [], "branch": branches}
+    def _act(self, view: PoolView, live: list[Path], floor: float, forks: Actions) -> Actions:
+        if not (forks or self.segment or self.route):
+            return []
+        actions: dict[str, Actions] = {"none": [], "branch": forks}
         if self.segment or self.route:
             unsure = min(live, key=lambda p: p.stats.conf_group(self.window)).node
             actions |= {"multi": [Segment(unsure, *self.segment)]} if self.segment else {}
