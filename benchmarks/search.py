@@ -26,9 +26,14 @@ from benchmarks.search_stats import Difference, Runs
 from reasoning.questions import question_of
 from reasoning.tasks import distinct
 
-MODEL = Path("models/modchain-moe")
+MODEL = Path("models/modchain-moe")  # unless another one is asked for
 PARTS = ("simulated", "engine", "accuracy")
-METHODS = ("hyper", "deepconf", "adaptive-consistency", "esc", "slim-sc")
+METHODS = ("hyper", "deepconf", "adaptive-consistency", "esc", "slim-sc", "hyper-prm")
+WITH_SCORES = "hyper-prm"  # HyPER that looks at a reward head's scores of whole paths
+RIVALS = {
+    "hyper": ("self-consistency", *METHODS[1:-1]),
+    WITH_SCORES: ("prm-vote", "best-of-n", "self-consistency", "deepconf"),
+}
 MATCHED = 16  # paths of plain sampling: where the summary compares accuracies
 REFERENCE = 64  # paths whose accuracy is to be had with fewer tokens
 
@@ -57,7 +62,7 @@ def simulated(args: argparse.Namespace, tell: Callable[..., None]) -> dict[str, 
 
 def engine(args: argparse.Namespace, tell: Callable[..., None], llm: Any) -> dict[str, Any]:
     """The real engine: equality of trees, cost of steps, wall time."""
-    task = task_of(MODEL)
+    task = task_of(args.model)
     count = 16 if args.quick else 64
     problems = distinct(task, "dev", args.seed, count)
     questions = [
@@ -76,7 +81,8 @@ def engine(args: argparse.Namespace, tell: Callable[..., None], llm: Any) -> dic
             tell(
                 "engine", "wall", **search_engine.wall_time(llm, questions, name, together, repeats)
             )
-    tell("engine", "controller", **search_engine.host_share(llm, questions[0]))
+    for line in search_engine.host_shares(llm, questions[:12]):
+        tell("engine", "controller", **line)
     high = 1 - 0.05 ** (1 / trees) if not different else None  # none of so many: rule of three
     return {
         "spex_lossless_equal": not different,
@@ -90,9 +96,11 @@ def engine(args: argparse.Namespace, tell: Callable[..., None], llm: Any) -> dic
 
 def accuracy(args: argparse.Namespace, tell: Callable[..., None], llm: Any) -> dict[str, Any]:
     """Accuracy against tokens, for every method on the same problems and seeds."""
-    budgets = BUDGETS if args.quick else EVERY
+    budgets = args.budgets or (BUDGETS if args.quick else EVERY)
     count, seeds = (args.problems or (150 if args.quick else 1000)), args.seeds or 1
-    field = Field.of(llm, task_of(MODEL), args.split, count, [args.seed + s for s in range(seeds)])
+    field = Field.of(
+        llm, task_of(args.model), args.split, count, [args.seed + s for s in range(seeds)]
+    )
     methods = dict(_measured(field, budgets, args.methods))
     for name, runs in methods.items():
         tokens, right = search_stats.curve(runs)
@@ -113,36 +121,48 @@ def _measured(
         yield name, search_methods.prefixes(field, paths, budgets, choose)
     yield "pass@k", search_methods.oracle(field, paths, budgets)
     for name in names:
-        yield name, search_methods.runs(field, name, budgets)
+        chosen = search_methods.settings_of(name)
+        if name == WITH_SCORES:
+            yield name, search_methods.runs(field, "hyper", budgets, chosen, scorer="prm")
+        else:
+            yield name, search_methods.runs(field, name, budgets, chosen)
 
 
 def _compared(
     methods: Mapping[str, Runs], field: Field, budgets: Sequence[int], tell: Callable[..., None]
 ) -> dict[str, Any]:
-    """HyPER against every other method, at every budget."""
-    others = [name for name in methods if name not in ("hyper", "pass@k")]
+    """HyPER against its rivals: accuracy at each budget, tokens at what `REFERENCE` reaches."""
     curves = dict(zip(methods, search_stats.bootstrap(list(methods.values())), strict=True))
-    gains = dict[str, Difference]()
-    for other in others:
+    gains = dict[tuple[str, str, int], Difference]()
+    savings = dict[tuple[str, str], Difference]()
+    at = budgets.index(REFERENCE)
+    for ours, other in _pairs(methods):
         for paths in budgets:
-            at = paths * field.path
-            gains[f"{other}@{paths}"] = search_stats.more_accurate(
-                curves["hyper"], curves[other], at
-            )
-    adjusted = search_stats.holm({name: d.p for name, d in gains.items()})
-    for name, d in gains.items():
-        other, paths = name.split("@")
-        tell("gain", other, paths=int(paths), **_said(d), holm_p=round(adjusted[name], 4))
-    saving = search_stats.fewer_tokens(
-        curves["hyper"], curves["self-consistency"], budgets.index(REFERENCE)
-    )
-    gain = gains[f"self-consistency@{MATCHED}"]
+            mine, theirs = curves[ours], curves[other]
+            gains[ours, other, paths] = search_stats.more_accurate(mine, theirs, paths * field.path)
+        savings[ours, other] = search_stats.fewer_tokens(curves[ours], curves[other], at)
+    adjusted = search_stats.holm({"@".join(map(str, key)): d.p for key, d in gains.items()})
+    for (ours, other, paths), d in gains.items():
+        p = round(adjusted[f"{ours}@{other}@{paths}"], 4)
+        tell("gain", other, ours=ours, paths=paths, **_said(d), holm_p=p)
+    for (ours, other), d in savings.items():
+        tell("saving", other, ours=ours, value=_finite(d.value),
+             interval=[_finite(d.low), _finite(d.high)])  # fmt: skip
+    gain = gains.get(("hyper", "self-consistency", MATCHED))
+    saving = savings.get(("hyper", "self-consistency"))
+    if gain is None or saving is None:
+        return {}
     return {
         "hyper_accuracy_gain_points": round(100 * gain.value, 2),
         "hyper_accuracy_gain_points_interval": _rounded(100 * np.array([gain.low, gain.high]), 2),
         "hyper_token_saving": _finite(saving.value),
         "hyper_token_saving_interval": [_finite(saving.low), _finite(saving.high)],
     }
+
+
+def _pairs(methods: Mapping[str, Runs]) -> Iterator[tuple[str, str]]:
+    for ours, others in RIVALS.items():
+        yield from ((ours, other) for other in others if {ours, other} <= methods.keys())
 
 
 def _finite(value: float) -> float | None:
@@ -187,14 +207,16 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="lines for programs alone")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--methods", nargs="+", default=METHODS)
+    parser.add_argument("--model", type=Path, default=MODEL)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
+    parser.add_argument("--budgets", nargs="+", type=int, help="in paths of plain sampling")
     parser.add_argument("--split", choices=("dev", "test"), default="test")
     parser.add_argument("--problems", type=int)
     parser.add_argument("--seeds", type=int)
     args = parser.parse_args()
 
     def tell(part: str, name: str, **figures: Any) -> None:
-        line = {"part": part, "name": name, **figures}
+        line = {"part": part, "name": name, "model": args.model.name, **figures}
         print(json.dumps(line), flush=True)
 
     found = dict[str, Any]()
@@ -203,12 +225,13 @@ def main() -> None:
     if {"engine", "accuracy"} & set(args.parts):
         from jaxserve import LLM
 
-        with LLM(MODEL, progress=False) as llm:
+        with LLM(args.model, progress=False) as llm:
             llm.wait_until_warm()
             for part in (engine, accuracy):
                 if part.__name__ in args.parts:
                     found |= _flat(part(args, tell, llm))
-    summary = {"name": "search", "seed": args.seed, "quick": args.quick, **found, **machine()}
+    asked = {key: getattr(args, key) for key in ("seed", "quick", "split", "problems", "seeds")}
+    summary = {"name": "search", "model": args.model.name, **asked, **found, **machine()}
     print(json.dumps(summary))
     if not args.json:
         print(json.dumps(summary, indent=2), file=sys.stderr)

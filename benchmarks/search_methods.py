@@ -6,8 +6,10 @@ Tokens are all that were generated: of pruned paths, probes, speculation and rep
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+import json
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +26,9 @@ BUDGETS = (4, 8, 16, 32, 64)
 """In paths of plain sampling; `EVERY` for the whole evaluation."""
 
 EVERY = (4, 8, 16, 32, 64, 128, 256)
+
+SETTINGS = Path(__file__).with_name("search_settings.json")
+"""Hyper-parameters by method, as `benchmarks.search_tuning` chose them on the dev split."""
 
 TOGETHER = 32  # problems searched at a time
 
@@ -71,22 +76,40 @@ class Field:
         return answer == self.task.answer(problem)
 
 
-def runs(field: Field, name: str, budgets: Sequence[int], **settings: Any) -> Runs:
+def settings_of(name: str) -> dict[str, Any]:
+    """What was chosen for a method on the dev split."""
+    return json.loads(SETTINGS.read_text()).get(name, {})
+
+
+def runs(
+    field: Field,
+    name: str,
+    budgets: Sequence[int],
+    settings: Mapping[str, Any],
+    scorer: str | None = None,
+) -> Runs:
     """A method under budgets of so many paths' tokens."""
     right, tokens = [], []
     for paths in budgets:
-        controller = CONTROLLERS[name](**_sized(name, paths), **settings)
-        found = field.search(controller, Budget(tokens=round(paths * field.path)))
+        controller = CONTROLLERS[name](**{**sized(name, paths), **settings})
+        budget = Budget(tokens=round(paths * field.path))
+        found = field.search(controller, budget, scorer=scorer)
         right.append(_right(field, found, lambda result: result.answer))
         tokens.append([[spent(r) for r in row] for row in found])
     return Runs(np.array(right), np.array(tokens, float))
 
 
-def _sized(name: str, paths: int) -> dict[str, Any]:
-    """What a budget of so many paths means to a method that counts paths."""
-    sized = {"deepconf": {"paths": paths, "warmup": min(16, max(paths // 2, 2))}}
+def sized(name: str, paths: int) -> dict[str, Any]:
+    """What a budget of so many paths means to a method that counts paths.
+
+    DeepConf and HyPER give paths up before their end, so a budget has room for more of them.
+    """
+    if name == "deepconf":
+        return {"paths": 2 * paths, "warmup": min(16, max(paths // 2, 2)), "batch": 1}
+    if name == "hyper":
+        return {"paths": max(4 * paths, 80)}
     counts = {"adaptive-consistency", "esc", "certaindex", "slim-sc", "best-of-n"}
-    return sized.get(name, {"paths": paths} if name in counts else {})
+    return {"paths": paths} if name in counts else {}
 
 
 def spent(result: Result) -> int:

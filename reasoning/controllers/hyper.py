@@ -116,12 +116,10 @@ class HyPER:
         left = view.left - sum(known.length - p.stats.n_tokens for p in live) if room > 0 else 0
         roots = 1 + max(p.node.path[0][0] for p in view.paths)
         forks = list[Action]()
-        for place in known.worthwhile(room, left, self.novelty, self.deep):
-            if place.first is None:
-                forks.append(Fork(roots))
-                roots += 1
-            else:
-                forks.append(Fork(len(view.paths) + len(forks), place.first.node, place.at))
+        places = known.worthwhile(room, left, self.novelty, self.deep)
+        for i, place in enumerate(places, len(view.paths)):
+            forks.append(Fork(i, place.first.node, place.at) if place.first else Fork(roots))
+            roots += place.first is None
         return forks
 
     def _act(self, view: PoolView, live: list[Path], floor: float, forks: Actions) -> Actions:
@@ -142,9 +140,8 @@ class HyPER:
 
     def aggregate(self, view: PoolView) -> Answer:
         floor = self.threshold(view)
-        known = self._derivations(self._survey(view, -math.inf if floor is None else floor))
-        if not known:  # nobody was sure
-            known = self._derivations(self._survey(view, -math.inf))
+        sure = self._derivations(self._survey(view, -math.inf if floor is None else floor))
+        known = sure or self._derivations(self._survey(view, -math.inf))
         totals = trusting(weigh(known, self.vote, self.fault), view.finished, self.trust)
         answer = next(iter(totals), None)
         saying = [p for p in view.finished if p.answer is not None and p.answer == answer]
