@@ -30,6 +30,7 @@ MODEL = Path("models/modchain-moe")  # unless another one is asked for
 PARTS = ("simulated", "engine", "accuracy")
 METHODS = ("hyper", "deepconf", "adaptive-consistency", "esc", "slim-sc", "hyper-prm")
 WITH_SCORES = "hyper-prm"  # HyPER that looks at a reward head's scores of whole paths
+WHOLE = ("adaptive-consistency", "esc")  # decide by whole paths, whose text is known already
 RIVALS = {
     "hyper": ("self-consistency", *METHODS[1:-1]),
     WITH_SCORES: ("prm-vote", "best-of-n", "self-consistency", "deepconf"),
@@ -122,7 +123,9 @@ def _measured(
     yield "pass@k", search_methods.oracle(field, paths, budgets)
     for name in names:
         chosen = search_methods.settings_of(name)
-        if name == WITH_SCORES:
+        if name in WHOLE:
+            yield name, search_methods.replayed(field, paths, name, budgets, chosen)
+        elif name == WITH_SCORES:
             yield name, search_methods.runs(field, "hyper", budgets, chosen, scorer="prm")
         else:
             yield name, search_methods.runs(field, name, budgets, chosen)

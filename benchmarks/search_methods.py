@@ -6,6 +6,7 @@ Tokens are all that were generated: of pruned paths, probes, speculation and rep
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,10 +15,12 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.replay import Replay, Text
 from benchmarks.search_stats import Runs
-from jaxserve.protocol import Question
+from jaxserve.protocol import Node, Question
 from reasoning.answers import Answer, Candidate, best_of, vote
 from reasoning.controllers import CONTROLLERS
+from reasoning.pool import run_pool
 from reasoning.questions import question_of
 from reasoning.result import Budget, Piece, Result
 from reasoning.tasks import Problem, Task, distinct
@@ -107,7 +110,7 @@ def sized(name: str, paths: int) -> dict[str, Any]:
     if name == "deepconf":
         return {"paths": 2 * paths, "warmup": min(16, max(paths // 2, 2)), "batch": 1}
     if name == "hyper":
-        return {"paths": max(4 * paths, 80)}
+        return {"paths": max(2 * paths, 80)}
     counts = {"adaptive-consistency", "esc", "certaindex", "slim-sc", "best-of-n"}
     return {"paths": paths} if name in counts else {}
 
@@ -159,6 +162,51 @@ def prefixes(
         right.append(_right(field, cut, lambda row: choose(row).answer))
         tokens.append([[sum(len(p.tokens) for p in row) for row in seeds] for seeds in cut])
     return Runs(np.array(right), np.array(tokens, float))
+
+
+def replayed(
+    field: Field,
+    paths: list[list[list[Piece]]],
+    name: str,
+    budgets: Sequence[int],
+    settings: Mapping[str, Any],
+) -> Runs:
+    """A method that looks at whole paths alone, on those that were sampled: the same answers."""
+
+    async def search(policy: Any, question: Question, known: Sequence[Piece], tokens: int) -> Any:
+        budget = Budget(tokens=tokens)
+        return await run_pool(policy, Replay(Sampled(known)), question, budget, query=0)
+
+    async def all_of_them() -> list[list[list[Any]]]:
+        grid = list[list[list[Any]]]()
+        for n in budgets:
+            policy = CONTROLLERS[name](**{**sized(name, n), **settings})
+            rows: list[list[Any]] = [[None] * len(field.seeds) for _ in field.problems]
+            for p, s, question in field.questions():
+                most = round(n * field.path)
+                rows[p][s] = await search(policy, question, paths[p][s], most)
+            grid.append(rows)
+        return grid
+
+    grid = asyncio.run(all_of_them())
+    right = [_right(field, rows, lambda result: result.answer) for rows in grid]
+    tokens = [[[r.notes["spent"] for r in row] for row in rows] for rows in grid]
+    return Runs(np.array(right), np.array(tokens, float))
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Whole paths as a replay's source; nobody kept what they were sure of."""
+
+    paths: Sequence[Piece]
+
+    def whole(self, index: int) -> Text:
+        tokens = self.paths[index].tokens
+        zeros = (0.0,) * len(tokens)
+        return Text(tokens, zeros, zeros, zeros, zeros)
+
+    def branch(self, parent: Text, at: int, node: Node) -> Text:
+        raise ValueError("whole paths alone were sampled")
 
 
 def oracle(field: Field, paths: list[list[list[Piece]]], budgets: Sequence[int]) -> Runs:
