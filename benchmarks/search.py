@@ -13,6 +13,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +116,7 @@ def _measured(
     paths = search_methods.sampled(field, max(budgets))
     plain: Mapping[str, Any] = {
         "self-consistency": search_methods.majority,
-        "prm-vote": search_methods.by_score,
+        "prm-vote": partial(search_methods.by_score, **search_methods.settings_of("prm-vote")),
         "best-of-n": search_methods.best,
     }
     for name, choose in plain.items():
@@ -126,6 +127,7 @@ def _measured(
         if name in WHOLE:
             yield name, search_methods.replayed(field, paths, name, budgets, chosen)
         elif name == WITH_SCORES:
+            chosen = search_methods.settings_of("hyper") | chosen
             yield name, search_methods.runs(field, "hyper", budgets, chosen, scorer="prm")
         else:
             yield name, search_methods.runs(field, name, budgets, chosen)

@@ -142,9 +142,9 @@ def majority(paths: Sequence[Piece]) -> Answer:
     return vote(Candidate(p.answer, node=p.node) for p in paths)
 
 
-def by_score(paths: Sequence[Piece]) -> Answer:
-    """The vote weighted by a reward head."""
-    return vote(Candidate(p.answer, p.score or 0.0, p.node) for p in paths)
+def by_score(paths: Sequence[Piece], power: float = 1.0) -> Answer:
+    """The vote weighted by a power of a reward head's scores."""
+    return vote(Candidate(p.answer, (p.score or 0.0) ** power, p.node) for p in paths)
 
 
 def best(paths: Sequence[Piece]) -> Answer:

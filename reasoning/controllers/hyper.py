@@ -53,10 +53,10 @@ class HyPER:
     keep: float = 0.5
     window: int = 1
     alike: int = 2
-    novelty: float = 0.05
+    novelty: float = 0.002
     deep: float = 0.5
     fault: float = 1.0
-    safe: int = 0
+    safe: int = 2
     trust: float = 0.0
     vote: LengthConfidence = field(default_factory=LengthConfidence)
     segment: tuple[int, int] | None = None

@@ -138,11 +138,13 @@ def test_a_branch_begins_at_a_sure_state_and_costs_the_rest():
 
 def test_branches_stop_where_nothing_new_is_to_be_expected():
     same = chain((30, 10), answer=2)
-    result = run(HyPER(width=1, paths=50), FakePool([same], branches=[same]))
+    result = run(HyPER(width=1, paths=50, novelty=0.05, safe=0), FakePool([same], branches=[same]))
     assert result.stopped == "done" and 2 <= result.notes["paths"] < 50
     forced = chain((30, 10), answer=2)
     forced = Text(forced.tokens, (SURE,) * len(forced.tokens))
-    result = run(HyPER(width=1, paths=50), FakePool([forced], branches=[forced]))
+    result = run(
+        HyPER(width=1, paths=50, novelty=0.05, safe=0), FakePool([forced], branches=[forced])
+    )
     assert result.notes["paths"] == 1, "one next token in effect: a fork would say the same"
 
 
