@@ -1,7 +1,8 @@
 """Searches, measured: `python -m benchmarks.search --quick --seed 0 --json`.
 
-Three parts. "simulated": speculation on engines whose clock counts steps, which repeats everywhere.
+Four parts. "simulated": speculation on engines whose clock counts steps, which repeats everywhere.
 "engine": the same searches on the shipped model, equal or not, and how long they take.
+"controller": what HyPER's own code takes of a step with 64 live paths.
 "accuracy": methods on held-out problems at six budgets and more, paired, with 95 % bootstrap
 intervals over problems and Holm's correction. One JSON line for each figure, and a summary at the
 end. Hyper-parameters were chosen on the dev split; this opens the test split.
@@ -28,7 +29,7 @@ from reasoning.questions import question_of
 from reasoning.tasks import distinct
 
 MODEL = Path("models/modchain-moe")  # unless another one is asked for
-PARTS = ("simulated", "engine", "accuracy")
+PARTS = ("simulated", "engine", "controller", "accuracy")
 METHODS = ("hyper", "deepconf", "adaptive-consistency", "esc", "slim-sc", "hyper-prm")
 WITH_SCORES = "hyper-prm"  # HyPER that looks at a reward head's scores of whole paths
 WHOLE = ("adaptive-consistency", "esc")  # decide by whole paths, whose text is known already
@@ -83,8 +84,6 @@ def engine(args: argparse.Namespace, tell: Callable[..., None], llm: Any) -> dic
             tell(
                 "engine", "wall", **search_engine.wall_time(llm, questions, name, together, repeats)
             )
-    for line in search_engine.host_shares(llm, questions[:12]):
-        tell("engine", "controller", **line)
     high = 1 - 0.05 ** (1 / trees) if not different else None  # none of so many: rule of three
     return {
         "spex_lossless_equal": not different,
@@ -93,6 +92,25 @@ def engine(args: argparse.Namespace, tell: Callable[..., None], llm: Any) -> dic
             "different": different,
             "rate_below": high,
         },
+    }
+
+
+def controller(args: argparse.Namespace, tell: Callable[..., None], llm: Any) -> dict[str, Any]:
+    """What HyPER's own code takes of a step with 64 live paths."""
+    task = task_of(args.model)
+    lines = list[dict[str, float]]()
+    for i, p in enumerate(distinct(task, "dev", args.seed, 41)):
+        question = question_of(task, p, llm.tokenizer, seed=args.seed + i, max_tokens=128)
+        lines.append(search_engine.host_share(llm, question))
+    for line in lines[1:]:  # the first one warms up
+        tell("controller", "hyper", **line)
+    middle = {key: float(np.median([line[key] for line in lines[1:]])) for key in lines[0]}
+    return {
+        "hyper_overhead_share": _interval([line["share"] for line in lines[1:]]),
+        "hyper_overhead_share_median": round(middle["share"], 4),
+        "hyper_ms_of_a_step": round(1e3 * middle["policy_seconds"] / middle["steps"], 4),
+        "step_ms": round(1e3 * middle["seconds"] / middle["steps"], 4),
+        "hyper_live_paths": round(middle["live"], 1),
     }
 
 
@@ -227,12 +245,12 @@ def main() -> None:
     found = dict[str, Any]()
     if "simulated" in args.parts:
         found |= _flat(simulated(args, tell))
-    if {"engine", "accuracy"} & set(args.parts):
+    if {"engine", "controller", "accuracy"} & set(args.parts):
         from jaxserve import LLM
 
         with LLM(args.model, progress=False) as llm:
             llm.wait_until_warm()
-            for part in (engine, accuracy):
+            for part in (engine, controller, accuracy):
                 if part.__name__ in args.parts:
                     found |= _flat(part(args, tell, llm))
     asked = {key: getattr(args, key) for key in ("seed", "quick", "split", "problems", "seeds")}

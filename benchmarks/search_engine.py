@@ -96,25 +96,23 @@ def wall_time(
     }
 
 
-def host_shares(
-    llm: Any, questions: Sequence[Question], rows: int = 64
-) -> Iterator[dict[str, float]]:
-    """What HyPER's own code costs beside the engine, with so many live paths, for each question.
+def host_share(llm: Any, question: Question, rows: int = 64) -> dict[str, float]:
+    """What HyPER's own code costs beside the engine, with so many live paths.
 
-    One path in all is live at a time for the rest of a search, so paths end with their first round
-    of branches. The first question warms up.
+    A search keeps its pool full, and is over when a path in every row has been replaced once.
     """
     policy = CONTROLLERS["hyper"](width=rows, paths=2 * rows, novelty=0.0, safe=0)
-    lines = [_host_share(llm, question, policy) for question in questions]
-    yield from lines[1:]
-
-
-def _host_share(llm: Any, question: Question, policy: Any) -> dict[str, float]:
     steps, began = llm.stats().num_steps, time.perf_counter()
     result = llm.search(question, policy)
     took, count = time.perf_counter() - began, llm.stats().num_steps - steps
     thought = result.notes["policy_seconds"]
-    return {"policy_seconds": thought, "seconds": took, "share": thought / took, "steps": count}
+    return {
+        "policy_seconds": thought,
+        "seconds": took,
+        "share": thought / took,
+        "steps": count,
+        "live": result.ledger.generated / count,
+    }
 
 
 def fork_costs(llm: Any, lengths: Sequence[int], forks: int = 2000) -> dict[int, dict[str, float]]:
