@@ -121,7 +121,8 @@ def accuracy(args: argparse.Namespace, tell: Callable[..., None], llm: Any) -> d
     field = Field.of(
         llm, task_of(args.model), args.split, count, [args.seed + s for s in range(seeds)]
     )
-    methods = dict(_measured(field, budgets, args.methods))
+    scorer = "prm" if (args.model / "reward_head.safetensors").is_file() else None
+    methods = dict(_measured(field, budgets, args.methods, scorer))
     for name, runs in methods.items():
         tokens, right = search_stats.curve(runs)
         tell("accuracy", name, tokens=_rounded(tokens), accuracy=_rounded(right, 4))
@@ -129,24 +130,25 @@ def accuracy(args: argparse.Namespace, tell: Callable[..., None], llm: Any) -> d
 
 
 def _measured(
-    field: Field, budgets: Sequence[int], names: Sequence[str]
+    field: Field, budgets: Sequence[int], names: Sequence[str], scorer: str | None
 ) -> Iterator[tuple[str, Runs]]:
-    paths = search_methods.sampled(field, max(budgets))
-    plain: Mapping[str, Any] = {
-        "self-consistency": search_methods.majority,
+    """Every method; without a reward head, those that ask none."""
+    paths = search_methods.sampled(field, max(budgets), scorer)
+    plain: dict[str, Any] = {"self-consistency": search_methods.majority}
+    scored: Mapping[str, Any] = {
         "prm-vote": partial(search_methods.by_score, **search_methods.settings_of("prm-vote")),
         "best-of-n": search_methods.best,
     }
-    for name, choose in plain.items():
+    for name, choose in (plain | (scored if scorer else {})).items():
         yield name, search_methods.prefixes(field, paths, budgets, choose)
     yield "pass@k", search_methods.oracle(field, paths, budgets)
-    for name in names:
+    for name in names if scorer else [name for name in names if name != WITH_SCORES]:
         chosen = search_methods.settings_of(name)
         if name in WHOLE:
             yield name, search_methods.replayed(field, paths, name, budgets, chosen)
         elif name == WITH_SCORES:
             chosen = search_methods.settings_of("hyper") | chosen
-            yield name, search_methods.runs(field, "hyper", budgets, chosen, scorer="prm")
+            yield name, search_methods.runs(field, "hyper", budgets, chosen, scorer)
         else:
             yield name, search_methods.runs(field, name, budgets, chosen)
 

@@ -122,7 +122,7 @@ def spent(result: Result) -> int:
 # ---- plain sampling, which is run once for all budgets ---------------------------------------
 
 
-def sampled(field: Field, most: int, scorer: str = "prm") -> list[list[list[Piece]]]:
+def sampled(field: Field, most: int, scorer: str | None = "prm") -> list[list[list[Piece]]]:
     """Paths of every problem and seed with their scores [problem][seed][path]."""
     found = field.search(CONTROLLERS["best-of-n"](paths=most), Budget(), scorer=scorer)
     return [[_paths(result) for result in row] for row in found]
