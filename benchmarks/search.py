@@ -37,6 +37,7 @@ RIVALS = {
     "hyper": ("self-consistency", *METHODS[1:-1]),
     WITH_SCORES: ("prm-vote", "best-of-n", "self-consistency", "deepconf"),
 }
+SLACK = 1.01  # plain paths are a little longer or shorter than their mean
 MATCHED = 16  # paths of plain sampling: where the summary compares accuracies
 REFERENCE = 64  # paths whose accuracy is to be had with fewer tokens
 
@@ -123,6 +124,11 @@ def accuracy(args: argparse.Namespace, tell: Callable[..., None], llm: Any) -> d
     )
     scorer = "prm" if (args.model / "reward_head.safetensors").is_file() else None
     methods = dict(_measured(field, budgets, args.methods, scorer))
+    if args.keep:
+        whole = {
+            f"{name} {key}": x for name, runs in methods.items() for key, x in vars(runs).items()
+        }
+        np.savez_compressed(args.keep, **whole)
     for name, runs in methods.items():
         tokens, right = search_stats.curve(runs)
         tell("accuracy", name, tokens=_rounded(tokens), accuracy=_rounded(right, 4))
@@ -164,7 +170,8 @@ def _compared(
     for ours, other in _pairs(methods):
         for paths in budgets:
             mine, theirs = curves[ours], curves[other]
-            gains[ours, other, paths] = search_stats.more_accurate(mine, theirs, paths * field.path)
+            cost = SLACK * paths * field.path
+            gains[ours, other, paths] = search_stats.more_accurate(mine, theirs, cost)
         savings[ours, other] = search_stats.fewer_tokens(curves[ours], curves[other], at)
     adjusted = search_stats.holm({"@".join(map(str, key)): d.p for key, d in gains.items()})
     for (ours, other, paths), d in gains.items():
@@ -236,6 +243,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--budgets", nargs="+", type=int, help="in paths of plain sampling")
     parser.add_argument("--split", choices=("dev", "test"), default="test")
+    parser.add_argument("--keep", type=Path, help="a file for what came of every single search")
     parser.add_argument("--problems", type=int)
     parser.add_argument("--seeds", type=int)
     args = parser.parse_args()
