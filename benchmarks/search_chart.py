@@ -34,7 +34,7 @@ def chart(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, panels = pyplot.subplots(
-        1, len(found), figsize=(6 * len(found), 4.5), layout="constrained", squeeze=False
+        1, len(found), figsize=(2 + 5 * len(found), 4.5), layout="constrained", squeeze=False
     )
     for axes, (model, lines) in zip(panels[0], found.items(), strict=True):
         for line in lines:
@@ -47,7 +47,8 @@ def chart(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
         axes.set_xlabel("tokens for a problem")
         axes.set_ylabel("accuracy")
         axes.grid(alpha=0.3)
-    panels[0][0].legend(fontsize="small")
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", fontsize="small")
     figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)
 

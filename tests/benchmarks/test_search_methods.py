@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from benchmarks import search_methods, search_tuning
+from benchmarks import search_ablations, search_chart, search_methods, search_tuning
 from benchmarks.pool_search import ideal
 from benchmarks.search import RIVALS, WHOLE
 from benchmarks.search_methods import SETTINGS, Field, sized
@@ -91,3 +91,35 @@ def test_the_best_trial_is_kept_and_other_methods_stay(tmp_path, monkeypatch):
     ]
     search_tuning.keep_best(lines)
     assert json.loads(file.read_text()) == {"esc": {"window": 9}, "hyper": {"safe": 2}}
+
+
+def test_every_ablation_differs_from_the_whole_by_what_its_name_says():
+    chosen = search_methods.settings_of("hyper")
+    whole = CONTROLLERS["hyper"](**chosen)
+    for name, change in search_ablations.ARMS.items():
+        arm = CONTROLLERS["hyper"](**{**chosen, **change})
+        assert (arm == whole) == (name == "whole"), name
+    there = field(4, (0,))
+    never = search_methods.runs(there, "hyper", (8,), chosen | {"novelty": 2.0, "width": 3})
+    assert (
+        never.tokens.max()
+        <= 3 * there.path
+        < search_methods.runs(there, "hyper", (8,), chosen | {"safe": 0}).tokens.max()
+    )
+
+
+def test_a_chart_has_a_panel_for_each_model(tmp_path):
+    pytest.importorskip("matplotlib")
+    file = tmp_path / "lines.jsonl"
+    lines = [
+        {"part": "accuracy", "name": name, "model": model, "tokens": [10, 20], "accuracy": [0.1, y]}
+        for model, y in (("one", 0.2), ("two", 0.3))
+        for name in ("hyper", "pass@k")
+    ]
+    file.write_text("".join(json.dumps(line) + "\n" for line in [*lines, {"part": "gain"}]))
+    found = search_chart.curves([file])
+    assert [len(part) for part in found.values()] == [2, 2] and list(found) == ["one", "two"]
+    search_chart.chart(found, tmp_path / "a.svg")
+    search_chart.chart(found, tmp_path / "b.svg")
+    drawn = (tmp_path / "a.svg").read_text()
+    assert drawn == (tmp_path / "b.svg").read_text() and "pass@k" in drawn
