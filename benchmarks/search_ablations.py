@@ -52,7 +52,7 @@ ARMS: Mapping[str, Mapping[str, Any]] = {
     "unsure paths go on": {"floor": 0.0},
     "slips count": {"slip": float("inf")},
     "never safe": {"safe": 0},
-    "no faults": {"fault": 0.0},
+    "no supports": {"support": 0.0},
     "longer counts more": {"vote": LengthConfidence(length_sign=1)},
     "longer counts less": {"vote": LengthConfidence(length_sign=-1)},
 }

@@ -110,7 +110,7 @@ def sized(name: str, paths: int) -> dict[str, Any]:
     if name == "deepconf":
         return {"paths": 2 * paths, "warmup": min(16, max(paths // 2, 2)), "batch": 1}
     if name == "hyper":
-        return {"paths": max(2 * paths, 80)}
+        return {"paths": 16 * paths}
     counts = {"adaptive-consistency", "esc", "certaindex", "slim-sc", "best-of-n"}
     return {"paths": paths} if name in counts else {}
 

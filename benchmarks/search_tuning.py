@@ -31,15 +31,16 @@ from benchmarks.search_methods import SETTINGS, Field, sized
 from benchmarks.search_stats import Runs
 from reasoning.controllers import CONTROLLERS
 
-SEARCH = {"novelty": 0.01, "safe": 2}
+RECORDED = 128  # paths of a question, at least, that a bank holds
+SEARCH = {"novelty": 0.002, "safe": 2, "floor": 3.25}
 TRIALS: Mapping[str, Sequence[Mapping[str, Any]]] = {
     "hyper": [
-        {"novelty": 0.05, "safe": 0},
-        {"novelty": 0.01, "safe": 0},
         SEARCH,
+        SEARCH | {"safe": 1},
         SEARCH | {"safe": 3},
-        SEARCH | {"novelty": 0.002},
-        SEARCH | {"floor": 3.25},
+        SEARCH | {"novelty": 0.01},
+        SEARCH | {"novelty": 0.0005},
+        SEARCH | {"floor": 3.5},
         SEARCH | {"deep": 1.0},
         SEARCH | {"alike": 3},
     ],
@@ -96,7 +97,8 @@ def trial(name: str, settings: Mapping[str, Any], asked: Sequence[Sequence[Asked
     """A method at every budget of plain paths, for each seed."""
     right, tokens = list[list[np.ndarray]](), list[list[np.ndarray]]()
     for paths in BUDGETS:
-        policy = CONTROLLERS[name](**{**sized(name, paths), **settings})
+        size = {key: min(n, RECORDED) for key, n in sized(name, paths).items()}
+        policy = CONTROLLERS[name](**{**size, **settings})
         cells = [run(policy, questions, paths * LENGTH) for questions in asked]
         right.append([cell[0] for cell in cells])
         tokens.append([cell[1] for cell in cells])

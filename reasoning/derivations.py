@@ -13,7 +13,7 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from jaxserve.protocol import Question
-from reasoning.answers import Candidate, LengthConfidence, faults, lead, tally
+from reasoning.answers import Candidate, LengthConfidence, lead, supports, tally
 from reasoning.pool import Path, PoolView
 from reasoning.signals import groups
 
@@ -125,7 +125,7 @@ class Map:
 
     @property
     def lead(self) -> int:
-        """How many more claims than the best answer any other one would have to call false."""
+        """By how many claims the best supported answer is ahead."""
         if self._lead is None:
             self._lead = lead((d.answer, d.claims) for d in self.derivations())
         return self._lead
@@ -195,21 +195,21 @@ def _derivation(moves: Sequence[Move]) -> Derivation:
 
 
 def weigh(
-    known: Sequence[Derivation], vote: LengthConfidence, fault: float
+    known: Sequence[Derivation], vote: LengthConfidence, support: float
 ) -> dict[Hashable, float]:
-    """The weight behind each answer, heaviest first: a vote, less what the answer would cost.
+    """The weight behind each answer, heaviest first: a vote, and how well the answer is supported.
 
     Args:
-        fault: nats for each claim that must be false if the answer is right, counted from the
-            answer that needs the fewest; 0: a vote alone.
+        support: nats for each claim that must be false for no derivation of the answer to stand,
+            counted from the best supported one; 0: a vote alone.
     """
     weights = vote.weights([d.length for d in known], [d.least for d in known])
     totals = tally(Candidate(d.answer, w) for d, w in zip(known, weights, strict=True))
-    if not fault or not totals:
+    if not support or not totals:
         return totals
-    false = faults((d.answer, d.claims) for d in known)
-    fewest = min(false.values())
-    totals = {a: w * math.exp(-fault * (false[a] - fewest)) for a, w in totals.items()}
+    found = supports((d.answer, d.claims) for d in known)
+    most = max(found.values())
+    totals = {a: w * math.exp(support * (found[a] - most)) for a, w in totals.items()}
     return dict(sorted(totals.items(), key=lambda item: -item[1]))
 
 

@@ -5,7 +5,7 @@ have said from the same state. Then one of four actions is taken, by scores that
 exploring to exploiting as the search goes on (specification, section 2.3): branch from a sure
 state that is likely to go on in a new way, grow unsure paths by the best of several segments,
 refine their tokens by several routings, or nothing. Derivations are voted on by length and
-confidence, less what an answer would have to call false (`reasoning.answers.faults`).
+confidence, and by how much of what an answer rests on may be false (`reasoning.answers.supports`).
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class HyPER:
         alike: tokens by which ways of going on are told apart; 0: paths are never merged.
         novelty: a place is worth a branch while a fork is new with at least this probability.
         deep: how much cheap branches, late in a path, are preferred over ones that share little.
-        fault: what a claim that an answer needs to be false takes from its vote, in nats.
-        safe: the search ends once any other answer takes so many more false claims; 0: never.
+        support: nats that an answer gains by each claim that must be false for it to fall.
+        safe: the search ends once the best supported answer leads by so many claims; 0: never.
         trust: power of the mean score of an answer's finished paths by which its vote is
             multiplied, where `run_pool` was given a scorer; 0: scores are not looked at.
         segment: m tokens and k forks of a MultiToken action; None: never taken.
@@ -46,8 +46,8 @@ class HyPER:
     """
 
     width: int = 2
-    paths: int = 80
-    floor: float | None = 3.5
+    paths: int = 512
+    floor: float | None = 3.25
     slip: float = 1.5
     warmup: int = 16
     keep: float = 0.5
@@ -55,7 +55,7 @@ class HyPER:
     alike: int = 2
     novelty: float = 0.002
     deep: float = 0.5
-    fault: float = 1.0
+    support: float = 1.0
     safe: int = 2
     trust: float = 0.0
     vote: LengthConfidence = field(default_factory=LengthConfidence)
@@ -83,7 +83,7 @@ class HyPER:
         same = [p for p in live if merge and known.repeats(p, self.alike, self.novelty)]
         gone = {*weak, *same}
         live = [p for p in live if p not in gone]
-        if not (merge or self.fault) and self._decided(view, known, live):
+        if not (merge or self.support) and self._decided(view, known, live):
             return [Stop(decided=True)]
         branches = self._branches(view, known, live)
         if not live and not branches and weak and not self._derivations(known):
@@ -135,14 +135,14 @@ class HyPER:
 
     def _decided(self, view: PoolView, known: Map, live: Sequence[Path]) -> bool:
         """The safe test, where each path is one vote: no vote to come can change the winner."""
-        totals = weigh(self._derivations(known), self.vote, self.fault)
+        totals = weigh(self._derivations(known), self.vote, self.support)
         return is_decided(totals, len(live) + self.paths - len(view.paths))
 
     def aggregate(self, view: PoolView) -> Answer:
         floor = self.threshold(view)
         sure = self._derivations(self._survey(view, -math.inf if floor is None else floor))
         known = sure or self._derivations(self._survey(view, -math.inf))
-        totals = trusting(weigh(known, self.vote, self.fault), view.finished, self.trust)
+        totals = trusting(weigh(known, self.vote, self.support), view.finished, self.trust)
         answer = next(iter(totals), None)
         saying = [p for p in view.finished if p.answer is not None and p.answer == answer]
         best = max(saying, key=lambda p: least_group(p.stats, self.window), default=None)

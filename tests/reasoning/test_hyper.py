@@ -162,9 +162,9 @@ def test_a_shared_error_counts_once():
         Derivation(3, frozenset({(5,), (6,)}), 1.0, 5),
         Derivation(3, frozenset({(7,)}), 1.0, 5),
     ]
-    plain, fair = (weigh(known, LengthConfidence(), fault) for fault in (0.0, 1.0))
+    plain, fair = (weigh(known, LengthConfidence(), support) for support in (0.0, 1.0))
     assert next(iter(plain)) == 2 and next(iter(fair)) == 3
-    assert fair[2] / fair[3] == pytest.approx(1.5 / 2.718281828), "two faults against one"
+    assert fair[2] / fair[3] == pytest.approx(1.5 / 2.718281828), "a support of one against two"
     assert weigh([], LengthConfidence(), 1.0) == {}
 
 
@@ -174,7 +174,7 @@ def test_how_far_the_best_answer_leads_is_counted_in_false_claims():
     assert lead([(2, {a, b})]) == 1, "one claim may be false, and nobody knows the answer"
     assert lead([(2, {a, b}), (2, {b, c})]) == 1, "they share one"
     assert lead([(2, {a}), (2, {b}), (2, {c})]) == 3
-    assert lead([(2, {a}), (2, {b}), (3, {c})]) == 1, "another answer takes two, this one takes one"
+    assert lead([(2, {a}), (2, {b}), (3, {c})]) == 1 and lead([(2, {a}), (3, {b})]) == 0
 
 
 def test_a_search_ends_once_its_answer_is_safe():
@@ -332,7 +332,7 @@ def test_refinement_and_segments_are_off_unless_asked_for():
 
 def test_the_safe_test_stops_a_plain_vote_that_is_decided():
     same = [text(4)]
-    policy = HyPER(width=4, paths=5, alike=0, fault=0.0, period=8)
+    policy = HyPER(width=4, paths=5, alike=0, support=0.0, period=8)
     result = run(policy, FakePool(same), QUESTION)
     assert result.stopped == "decided" and result.answer == 4 and result.notes["paths"] == 4
 
