@@ -51,7 +51,7 @@ METHODS: Mapping[str, Callable[[int], PoolPolicy]] = {
     "deepconf, floor": lambda n: DeepConf(paths=2 * n, floor=3.5, window=1, period=4, batch=1),
     "hyper": lambda n: HyPER(),
     "hyper, no states": lambda n: HyPER(alike=0),
-    "hyper, no faults": lambda n: HyPER(fault=0),
+    "hyper, no supports": lambda n: HyPER(support=0),
     "hyper, no branches": lambda n: HyPER(novelty=2.0, width=n),
 }
 

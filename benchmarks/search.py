@@ -1,7 +1,8 @@
 """Searches, measured: `python -m benchmarks.search --quick --seed 0 --json`.
 
-Three parts. "simulated": speculation on engines whose clock counts steps, which repeats everywhere.
+Four parts. "simulated": speculation on engines whose clock counts steps, which repeats everywhere.
 "engine": the same searches on the shipped model, equal or not, and how long they take.
+"controller": what HyPER's own code takes of a step with 64 live paths.
 "accuracy": methods on held-out problems at six budgets and more, paired, with 95 % bootstrap
 intervals over problems and Holm's correction. One JSON line for each figure, and a summary at the
 end. Hyper-parameters were chosen on the dev split; this opens the test split.
@@ -13,6 +14,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +28,16 @@ from benchmarks.search_stats import Difference, Runs
 from reasoning.questions import question_of
 from reasoning.tasks import distinct
 
-MODEL = Path("models/modchain-moe")
-PARTS = ("simulated", "engine", "accuracy")
-METHODS = ("hyper", "deepconf", "adaptive-consistency", "esc", "slim-sc")
+MODEL = Path("models/modchain-moe")  # unless another one is asked for
+PARTS = ("simulated", "engine", "controller", "accuracy")
+METHODS = ("hyper", "deepconf", "adaptive-consistency", "esc", "slim-sc", "hyper-prm")
+WITH_SCORES = "hyper-prm"  # HyPER that looks at a reward head's scores of whole paths
+WHOLE = ("adaptive-consistency", "esc")  # decide by whole paths, whose text is known already
+RIVALS = {
+    "hyper": ("self-consistency", *METHODS[1:-1]),
+    WITH_SCORES: ("prm-vote", "best-of-n", "self-consistency", "deepconf"),
+}
+SLACK = 1.01  # plain paths are a little longer or shorter than their mean
 MATCHED = 16  # paths of plain sampling: where the summary compares accuracies
 REFERENCE = 64  # paths whose accuracy is to be had with fewer tokens
 
@@ -57,7 +66,7 @@ def simulated(args: argparse.Namespace, tell: Callable[..., None]) -> dict[str, 
 
 def engine(args: argparse.Namespace, tell: Callable[..., None], llm: Any) -> dict[str, Any]:
     """The real engine: equality of trees, cost of steps, wall time."""
-    task = task_of(MODEL)
+    task = task_of(args.model)
     count = 16 if args.quick else 64
     problems = distinct(task, "dev", args.seed, count)
     questions = [
@@ -76,7 +85,6 @@ def engine(args: argparse.Namespace, tell: Callable[..., None], llm: Any) -> dic
             tell(
                 "engine", "wall", **search_engine.wall_time(llm, questions, name, together, repeats)
             )
-    tell("engine", "controller", **search_engine.host_share(llm, questions[0]))
     high = 1 - 0.05 ** (1 / trees) if not different else None  # none of so many: rule of three
     return {
         "spex_lossless_equal": not different,
@@ -88,12 +96,39 @@ def engine(args: argparse.Namespace, tell: Callable[..., None], llm: Any) -> dic
     }
 
 
+def controller(args: argparse.Namespace, tell: Callable[..., None], llm: Any) -> dict[str, Any]:
+    """What HyPER's own code takes of a step with 64 live paths."""
+    task = task_of(args.model)
+    lines = list[dict[str, float]]()
+    for i, p in enumerate(distinct(task, "dev", args.seed, 41)):
+        question = question_of(task, p, llm.tokenizer, seed=args.seed + i, max_tokens=128)
+        lines.append(search_engine.host_share(llm, question))
+    for line in lines[1:]:  # the first one warms up
+        tell("controller", "hyper", **line)
+    middle = {key: float(np.median([line[key] for line in lines[1:]])) for key in lines[0]}
+    return {
+        "hyper_overhead_share": _interval([line["share"] for line in lines[1:]]),
+        "hyper_overhead_share_median": round(middle["share"], 4),
+        "hyper_ms_of_a_step": round(1e3 * middle["policy_seconds"] / middle["steps"], 4),
+        "step_ms": round(1e3 * middle["seconds"] / middle["steps"], 4),
+        "hyper_live_paths": round(middle["live"], 1),
+    }
+
+
 def accuracy(args: argparse.Namespace, tell: Callable[..., None], llm: Any) -> dict[str, Any]:
     """Accuracy against tokens, for every method on the same problems and seeds."""
-    budgets = BUDGETS if args.quick else EVERY
+    budgets = args.budgets or (BUDGETS if args.quick else EVERY)
     count, seeds = (args.problems or (150 if args.quick else 1000)), args.seeds or 1
-    field = Field.of(llm, task_of(MODEL), args.split, count, [args.seed + s for s in range(seeds)])
-    methods = dict(_measured(field, budgets, args.methods))
+    field = Field.of(
+        llm, task_of(args.model), args.split, count, [args.seed + s for s in range(seeds)]
+    )
+    scorer = "prm" if (args.model / "reward_head.safetensors").is_file() else None
+    methods = dict(_measured(field, budgets, args.methods, scorer))
+    if args.keep:
+        whole = {
+            f"{name} {key}": x for name, runs in methods.items() for key, x in vars(runs).items()
+        }
+        np.savez_compressed(args.keep, **whole)
     for name, runs in methods.items():
         tokens, right = search_stats.curve(runs)
         tell("accuracy", name, tokens=_rounded(tokens), accuracy=_rounded(right, 4))
@@ -101,48 +136,65 @@ def accuracy(args: argparse.Namespace, tell: Callable[..., None], llm: Any) -> d
 
 
 def _measured(
-    field: Field, budgets: Sequence[int], names: Sequence[str]
+    field: Field, budgets: Sequence[int], names: Sequence[str], scorer: str | None
 ) -> Iterator[tuple[str, Runs]]:
-    paths = search_methods.sampled(field, max(budgets))
-    plain: Mapping[str, Any] = {
-        "self-consistency": search_methods.majority,
-        "prm-vote": search_methods.by_score,
+    """Every method; without a reward head, those that ask none."""
+    paths = search_methods.sampled(field, max(budgets), scorer)
+    plain: dict[str, Any] = {"self-consistency": search_methods.majority}
+    scored: Mapping[str, Any] = {
+        "prm-vote": partial(search_methods.by_score, **search_methods.settings_of("prm-vote")),
         "best-of-n": search_methods.best,
     }
-    for name, choose in plain.items():
+    for name, choose in (plain | (scored if scorer else {})).items():
         yield name, search_methods.prefixes(field, paths, budgets, choose)
     yield "pass@k", search_methods.oracle(field, paths, budgets)
-    for name in names:
-        yield name, search_methods.runs(field, name, budgets)
+    for name in names if scorer else [name for name in names if name != WITH_SCORES]:
+        chosen = search_methods.settings_of(name)
+        if name in WHOLE:
+            yield name, search_methods.replayed(field, paths, name, budgets, chosen)
+        elif name == WITH_SCORES:
+            chosen = search_methods.settings_of("hyper") | chosen
+            yield name, search_methods.runs(field, "hyper", budgets, chosen, scorer)
+        else:
+            yield name, search_methods.runs(field, name, budgets, chosen)
 
 
 def _compared(
     methods: Mapping[str, Runs], field: Field, budgets: Sequence[int], tell: Callable[..., None]
 ) -> dict[str, Any]:
-    """HyPER against every other method, at every budget."""
-    others = [name for name in methods if name not in ("hyper", "pass@k")]
+    """HyPER against its rivals: accuracy at each budget, tokens at what `REFERENCE` reaches."""
     curves = dict(zip(methods, search_stats.bootstrap(list(methods.values())), strict=True))
-    gains = dict[str, Difference]()
-    for other in others:
+    gains = dict[tuple[str, str, int], Difference]()
+    savings = dict[tuple[str, str], Difference]()
+    at = budgets.index(REFERENCE)
+    for ours, other in _pairs(methods):
         for paths in budgets:
-            at = paths * field.path
-            gains[f"{other}@{paths}"] = search_stats.more_accurate(
-                curves["hyper"], curves[other], at
-            )
-    adjusted = search_stats.holm({name: d.p for name, d in gains.items()})
-    for name, d in gains.items():
-        other, paths = name.split("@")
-        tell("gain", other, paths=int(paths), **_said(d), holm_p=round(adjusted[name], 4))
-    saving = search_stats.fewer_tokens(
-        curves["hyper"], curves["self-consistency"], budgets.index(REFERENCE)
-    )
-    gain = gains[f"self-consistency@{MATCHED}"]
+            mine, theirs = curves[ours], curves[other]
+            cost = SLACK * paths * field.path
+            gains[ours, other, paths] = search_stats.more_accurate(mine, theirs, cost)
+        savings[ours, other] = search_stats.fewer_tokens(curves[ours], curves[other], at)
+    adjusted = search_stats.holm({"@".join(map(str, key)): d.p for key, d in gains.items()})
+    for (ours, other, paths), d in gains.items():
+        p = round(adjusted[f"{ours}@{other}@{paths}"], 4)
+        tell("gain", other, ours=ours, paths=paths, **_said(d), holm_p=p)
+    for (ours, other), d in savings.items():
+        tell("saving", other, ours=ours, value=_finite(d.value),
+             interval=[_finite(d.low), _finite(d.high)])  # fmt: skip
+    gain = gains.get(("hyper", "self-consistency", MATCHED))
+    saving = savings.get(("hyper", "self-consistency"))
+    if gain is None or saving is None:
+        return {}
     return {
         "hyper_accuracy_gain_points": round(100 * gain.value, 2),
         "hyper_accuracy_gain_points_interval": _rounded(100 * np.array([gain.low, gain.high]), 2),
         "hyper_token_saving": _finite(saving.value),
         "hyper_token_saving_interval": [_finite(saving.low), _finite(saving.high)],
     }
+
+
+def _pairs(methods: Mapping[str, Runs]) -> Iterator[tuple[str, str]]:
+    for ours, others in RIVALS.items():
+        yield from ((ours, other) for other in others if {ours, other} <= methods.keys())
 
 
 def _finite(value: float) -> float | None:
@@ -187,28 +239,32 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="lines for programs alone")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--methods", nargs="+", default=METHODS)
+    parser.add_argument("--model", type=Path, default=MODEL)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
+    parser.add_argument("--budgets", nargs="+", type=int, help="in paths of plain sampling")
     parser.add_argument("--split", choices=("dev", "test"), default="test")
+    parser.add_argument("--keep", type=Path, help="a file for what came of every single search")
     parser.add_argument("--problems", type=int)
     parser.add_argument("--seeds", type=int)
     args = parser.parse_args()
 
     def tell(part: str, name: str, **figures: Any) -> None:
-        line = {"part": part, "name": name, **figures}
+        line = {"part": part, "name": name, "model": args.model.name, **figures}
         print(json.dumps(line), flush=True)
 
     found = dict[str, Any]()
     if "simulated" in args.parts:
         found |= _flat(simulated(args, tell))
-    if {"engine", "accuracy"} & set(args.parts):
+    if {"engine", "controller", "accuracy"} & set(args.parts):
         from jaxserve import LLM
 
-        with LLM(MODEL, progress=False) as llm:
+        with LLM(args.model, progress=False) as llm:
             llm.wait_until_warm()
-            for part in (engine, accuracy):
+            for part in (engine, controller, accuracy):
                 if part.__name__ in args.parts:
                     found |= _flat(part(args, tell, llm))
-    summary = {"name": "search", "seed": args.seed, "quick": args.quick, **found, **machine()}
+    asked = {key: getattr(args, key) for key in ("seed", "quick", "split", "problems", "seeds")}
+    summary = {"name": "search", "model": args.model.name, **asked, **found, **machine()}
     print(json.dumps(summary))
     if not args.json:
         print(json.dumps(summary, indent=2), file=sys.stderr)

@@ -162,13 +162,22 @@ def median_interval(values: Sequence[float], draws: int = 10_000) -> list[float]
 
 
 def host_share(llm: Any, question: Question, rows: int = 64) -> dict[str, float]:
-    """What a pool controller's own code costs beside the engine, with so many live paths."""
-    policy = CONTROLLERS["hyper"](width=rows, paths=4 * rows, novelty=0.0)
+    """What HyPER's own code costs beside the engine, with so many live paths.
+
+    A search keeps its pool full, and is over when a path in every row has been replaced once.
+    """
+    policy = CONTROLLERS["hyper"](width=rows, paths=2 * rows, novelty=0.0, safe=0)
     steps, began = llm.stats().num_steps, time.perf_counter()
     result = llm.search(question, policy)
     took, count = time.perf_counter() - began, llm.stats().num_steps - steps
     thought = result.notes["policy_seconds"]
-    return {"policy_seconds": thought, "seconds": took, "share": thought / took, "steps": count}
+    return {
+        "policy_seconds": thought,
+        "seconds": took,
+        "share": thought / took,
+        "steps": count,
+        "live": result.ledger.generated / count,
+    }
 
 
 def fork_costs(llm: Any, lengths: Sequence[int], forks: int = 2000) -> dict[int, dict[str, float]]:

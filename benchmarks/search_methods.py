@@ -6,16 +6,21 @@ Tokens are all that were generated: of pruned paths, probes, speculation and rep
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+import asyncio
+import json
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmarks.replay import Replay, Text
 from benchmarks.search_stats import Runs
-from jaxserve.protocol import Question
+from jaxserve.protocol import Node, Question
 from reasoning.answers import Answer, Candidate, best_of, vote
 from reasoning.controllers import CONTROLLERS
+from reasoning.pool import run_pool
 from reasoning.questions import question_of
 from reasoning.result import Budget, Piece, Result
 from reasoning.tasks import Problem, Task, distinct
@@ -24,6 +29,9 @@ BUDGETS = (4, 8, 16, 32, 64)
 """In paths of plain sampling; `EVERY` for the whole evaluation."""
 
 EVERY = (4, 8, 16, 32, 64, 128, 256)
+
+SETTINGS = Path(__file__).with_name("search_settings.json")
+"""Hyper-parameters by method, as `benchmarks.search_tuning` chose them on the dev split."""
 
 TOGETHER = 32  # problems searched at a time
 
@@ -71,22 +79,40 @@ class Field:
         return answer == self.task.answer(problem)
 
 
-def runs(field: Field, name: str, budgets: Sequence[int], **settings: Any) -> Runs:
+def settings_of(name: str) -> dict[str, Any]:
+    """What was chosen for a method on the dev split."""
+    return json.loads(SETTINGS.read_text()).get(name, {})
+
+
+def runs(
+    field: Field,
+    name: str,
+    budgets: Sequence[int],
+    settings: Mapping[str, Any],
+    scorer: str | None = None,
+) -> Runs:
     """A method under budgets of so many paths' tokens."""
     right, tokens = [], []
     for paths in budgets:
-        controller = CONTROLLERS[name](**_sized(name, paths), **settings)
-        found = field.search(controller, Budget(tokens=round(paths * field.path)))
+        controller = CONTROLLERS[name](**{**sized(name, paths), **settings})
+        budget = Budget(tokens=round(paths * field.path))
+        found = field.search(controller, budget, scorer=scorer)
         right.append(_right(field, found, lambda result: result.answer))
         tokens.append([[spent(r) for r in row] for row in found])
     return Runs(np.array(right), np.array(tokens, float))
 
 
-def _sized(name: str, paths: int) -> dict[str, Any]:
-    """What a budget of so many paths means to a method that counts paths."""
-    sized = {"deepconf": {"paths": paths, "warmup": min(16, max(paths // 2, 2))}}
+def sized(name: str, paths: int) -> dict[str, Any]:
+    """What a budget of so many paths means to a method that counts paths.
+
+    DeepConf and HyPER give paths up before their end, so a budget has room for more of them.
+    """
+    if name == "deepconf":
+        return {"paths": 2 * paths, "warmup": min(16, max(paths // 2, 2)), "batch": 1}
+    if name == "hyper":
+        return {"paths": 16 * paths}
     counts = {"adaptive-consistency", "esc", "certaindex", "slim-sc", "best-of-n"}
-    return sized.get(name, {"paths": paths} if name in counts else {})
+    return {"paths": paths} if name in counts else {}
 
 
 def spent(result: Result) -> int:
@@ -96,7 +122,7 @@ def spent(result: Result) -> int:
 # ---- plain sampling, which is run once for all budgets ---------------------------------------
 
 
-def sampled(field: Field, most: int, scorer: str = "prm") -> list[list[list[Piece]]]:
+def sampled(field: Field, most: int, scorer: str | None = "prm") -> list[list[list[Piece]]]:
     """Paths of every problem and seed with their scores [problem][seed][path]."""
     found = field.search(CONTROLLERS["best-of-n"](paths=most), Budget(), scorer=scorer)
     return [[_paths(result) for result in row] for row in found]
@@ -116,9 +142,9 @@ def majority(paths: Sequence[Piece]) -> Answer:
     return vote(Candidate(p.answer, node=p.node) for p in paths)
 
 
-def by_score(paths: Sequence[Piece]) -> Answer:
-    """The vote weighted by a reward head."""
-    return vote(Candidate(p.answer, p.score or 0.0, p.node) for p in paths)
+def by_score(paths: Sequence[Piece], power: float = 1.0) -> Answer:
+    """The vote weighted by a power of a reward head's scores."""
+    return vote(Candidate(p.answer, (p.score or 0.0) ** power, p.node) for p in paths)
 
 
 def best(paths: Sequence[Piece]) -> Answer:
@@ -136,6 +162,51 @@ def prefixes(
         right.append(_right(field, cut, lambda row: choose(row).answer))
         tokens.append([[sum(len(p.tokens) for p in row) for row in seeds] for seeds in cut])
     return Runs(np.array(right), np.array(tokens, float))
+
+
+def replayed(
+    field: Field,
+    paths: list[list[list[Piece]]],
+    name: str,
+    budgets: Sequence[int],
+    settings: Mapping[str, Any],
+) -> Runs:
+    """A method that looks at whole paths alone, on those that were sampled: the same answers."""
+
+    async def search(policy: Any, question: Question, known: Sequence[Piece], tokens: int) -> Any:
+        budget = Budget(tokens=tokens)
+        return await run_pool(policy, Replay(Sampled(known)), question, budget, query=0)
+
+    async def all_of_them() -> list[list[list[Any]]]:
+        grid = list[list[list[Any]]]()
+        for n in budgets:
+            policy = CONTROLLERS[name](**{**sized(name, n), **settings})
+            rows: list[list[Any]] = [[None] * len(field.seeds) for _ in field.problems]
+            for p, s, question in field.questions():
+                most = round(n * field.path)
+                rows[p][s] = await search(policy, question, paths[p][s], most)
+            grid.append(rows)
+        return grid
+
+    grid = asyncio.run(all_of_them())
+    right = [_right(field, rows, lambda result: result.answer) for rows in grid]
+    tokens = [[[r.notes["spent"] for r in row] for row in rows] for rows in grid]
+    return Runs(np.array(right), np.array(tokens, float))
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Whole paths as a replay's source; nobody kept what they were sure of."""
+
+    paths: Sequence[Piece]
+
+    def whole(self, index: int) -> Text:
+        tokens = self.paths[index].tokens
+        zeros = (0.0,) * len(tokens)
+        return Text(tokens, zeros, zeros, zeros, zeros)
+
+    def branch(self, parent: Text, at: int, node: Node) -> Text:
+        raise ValueError("whole paths alone were sampled")
 
 
 def oracle(field: Field, paths: list[list[list[Piece]]], budgets: Sequence[int]) -> Runs:

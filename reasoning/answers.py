@@ -112,24 +112,24 @@ class LengthConfidence:
         ]
 
 
-def faults(derivations: Iterable[tuple[Hashable, Set[Hashable]]]) -> dict[Hashable, int]:
-    """For each answer, how many claims must be false if it is right, at least.
+def supports(derivations: Iterable[tuple[Hashable, Set[Hashable]]]) -> dict[Hashable, int]:
+    """For each answer, how many claims must be false for none of its derivations to stand.
 
-    A derivation is an answer and the claims that it rests on. If one answer is right, so is all
-    that its derivations claim, and every derivation of another answer holds a false claim. Paths
-    that share a claim share its error, so a claim that many wrong paths rest on counts once, where
-    a vote counts it as often as it was repeated. A derivation of which every claim is cleared is a
-    coincidence, and counts as a fault of its own. (Greedy set cover: exact where it matters, within
-    a logarithm otherwise.)
+    A derivation is an answer and the claims that it rests on. Paths that share a claim share its
+    error: an answer that a hundred of them came to by one false claim has a support of one, where
+    a vote counts a hundred, while a right answer is reached by ways that have nothing in common.
+    (Greedy set cover: exact where it matters, within a logarithm otherwise.)
     """
-    known = {(answer, frozenset[Hashable](claims)) for answer, claims in derivations}
-    cleared = dict[Hashable, set[Hashable]]()
-    for answer, claims in known:
-        cleared.setdefault(answer, set()).update(claims)
-    return {
-        answer: _cover([claims - right for other, claims in known if other != answer])
-        for answer, right in cleared.items()
-    }
+    known = dict[Hashable, set[frozenset[Hashable]]]()
+    for answer, claims in derivations:
+        known.setdefault(answer, set()).add(frozenset(claims))
+    return {answer: _cover(list(sets)) for answer, sets in known.items()}
+
+
+def lead(derivations: Iterable[tuple[Hashable, Set[Hashable]]]) -> int:
+    """By how many claims the best supported answer is ahead of the next, or of none."""
+    ranked = sorted(supports(derivations).values(), reverse=True)
+    return ranked[0] - (ranked[1] if len(ranked) > 1 else 0) if ranked else 0
 
 
 def _cover(sets: list[frozenset[Hashable]]) -> int:

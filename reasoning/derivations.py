@@ -11,12 +11,11 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 
-from jaxserve.protocol import Node, PathStats, Question
-from reasoning.answers import Candidate, LengthConfidence, faults, tally
+from jaxserve.protocol import Question
+from reasoning.answers import Candidate, LengthConfidence, lead, supports, tally
 from reasoning.pool import Path, PoolView
-from reasoning.signals import groups, step_ends
+from reasoning.signals import groups
 
 MOST_DERIVATIONS = 256  # of one pool: their number grows with the product of what can be swapped
 
@@ -43,19 +42,18 @@ class Place:
     """A state, as the pool knows it.
 
     Attributes:
-        node, at: a path that has reached it, surely, and after how many tokens.
-        first: number of that path in the pool.
+        first, at: the path that reached it first, surely, and after how many tokens; None for the
+            question itself.
         tries: paths that went on from here.
-        ways: how they did: the first tokens of each.
+        ways: how they did: the first tokens of each, and the first path to do so.
         width: how many next tokens there are, in effect; 0 before anybody went on.
         moves: steps from here that were sure enough, each once.
     """
 
-    node: Node | None
+    first: Path | None
     at: int
-    first: int
     tries: int = 0
-    ways: dict[tuple[int, ...], int] = field(default_factory=dict[tuple[int, ...], int])
+    ways: dict[tuple[int, ...], Path] = field(default_factory=dict[tuple[int, ...], Path])
     width: float = 0.0
     moves: dict[tuple[Hashable, bool], Move] = field(
         default_factory=dict[tuple[Hashable, bool], Move]
@@ -84,32 +82,89 @@ class Derivation:
 
 
 @dataclass
+class Walk:
+    """How far a path has been followed through the graph.
+
+    Attributes:
+        state, start: that it reached last, and after how many tokens.
+        seen: tokens looked at.
+        least: the least confidence of the step that is open.
+        moves: the steps so far.
+        lost: it said something unsure or against the odds; what follows is no part of the graph.
+        over: nothing more is to come.
+    """
+
+    state: Hashable = ()
+    start: int = 0
+    seen: int = 0
+    least: float = math.inf
+    moves: list[Move] = field(default_factory=list[Move])
+    lost: bool = False
+    over: bool = False
+
+
+@dataclass
 class Map:
     """A pool as a graph.
 
     Attributes:
         places: by state; () is the question.
-        here: the state that each path reached last, and after how many tokens.
+        walks: of each path.
+        open: paths of which more may come.
+        length: tokens of the longest path.
         own: one derivation for each sure path with an answer: the way it took itself.
     """
 
-    places: dict[Hashable, Place]
-    here: dict[Node, tuple[Hashable, int]]
+    places: dict[Hashable, Place] = field(default_factory=lambda: {(): Place(None, 0)})
+    walks: dict[Path, Walk] = field(default_factory=dict[Path, Walk])
+    open: list[Path] = field(default_factory=list[Path])
+    length: int = 0
     own: list[Derivation] = field(default_factory=list["Derivation"])
+    _ways: list[Derivation] | None = None
+    _lead: int | None = None
 
-    def repeats(self, number: int, path: Path, alike: int, novelty: float) -> bool:
-        """Whether earlier paths have been where it is, and went on as it does or is likely to."""
-        state, at = self.here[path.node]
-        place, began = self.places[state], path.stats.tokens[at:]
-        if place.first >= number:
+    @property
+    def lead(self) -> int:
+        """By how many claims the best supported answer is ahead."""
+        if self._lead is None:
+            self._lead = lead((d.answer, d.claims) for d in self.derivations())
+        return self._lead
+
+    def worthwhile(self, most: int, left: int, novelty: float, deep: float) -> list[Place]:
+        """Where forks are best begun, at most so many and within so many tokens; places may recur.
+
+        Args:
+            novelty: the least that is worth it.
+            deep: as `Place.worth` takes it.
+        """
+        found = list[Place]()
+        while len(found) < most:
+            place = max(self.places.values(), key=lambda p: p.worth(self.length, deep))
+            left -= self.length - place.at
+            if place.novelty < novelty or left < 0:
+                break
+            place.tries += 1  # so that the next fork looks elsewhere
+            found.append(place)
+        for place in found:
+            place.tries -= 1  # a path counts itself once it has gone on
+        return found
+
+    def repeats(self, path: Path, alike: int, novelty: float) -> bool:
+        """Whether others have been where it is first, and went on as it does or is likely to."""
+        walk = self.walks[path]
+        place, began = self.places[walk.state], path.stats.tokens[walk.start :]
+        if place.first is path:
             return False
         if len(began) >= alike:
-            return place.ways.get(began[:alike], number) < number
-        return at > path.at and place.novelty < novelty
+            return place.ways.get(began[:alike], path) is not path
+        return walk.start > path.at and place.novelty < novelty
 
     def derivations(self) -> list[Derivation]:
-        """Every way to an answer, those of early paths first."""
-        return [d for d, _ in zip(self._from((), []), range(MOST_DERIVATIONS), strict=False)]
+        """Every way to an answer, in the order in which steps became known."""
+        if self._ways is None:
+            ways = zip(self._from((), []), range(MOST_DERIVATIONS), strict=False)
+            self._ways = [d for d, _ in ways]
+        return self._ways
 
     def _from(self, state: Hashable, moves: list[Move]) -> Iterator[Derivation]:
         place = self.places.get(state)
@@ -122,6 +177,16 @@ class Map:
             else:
                 yield from self._from(move.end, done)
 
+    def move(self, walk: Walk, move: Move) -> None:
+        """A walk goes on by a step."""
+        known = self.places[walk.state].moves
+        if (move.end, move.last) not in known:
+            known[move.end, move.last] = move
+            self._ways = self._lead = None
+        walk.moves.append(move)
+        if move.last:
+            self.own.append(_derivation(walk.moves))
+
 
 def _derivation(moves: Sequence[Move]) -> Derivation:
     claims = frozenset(m.claim for m in moves if not m.last)
@@ -130,21 +195,21 @@ def _derivation(moves: Sequence[Move]) -> Derivation:
 
 
 def weigh(
-    known: Sequence[Derivation], vote: LengthConfidence, fault: float
+    known: Sequence[Derivation], vote: LengthConfidence, support: float
 ) -> dict[Hashable, float]:
-    """The weight behind each answer, heaviest first: a vote, less what the answer would cost.
+    """The weight behind each answer, heaviest first: a vote, and how well the answer is supported.
 
     Args:
-        fault: nats for each claim that must be false if the answer is right, counted from the
-            answer that needs the fewest; 0: a vote alone.
+        support: nats for each claim that must be false for no derivation of the answer to stand,
+            counted from the best supported one; 0: a vote alone.
     """
     weights = vote.weights([d.length for d in known], [d.least for d in known])
     totals = tally(Candidate(d.answer, w) for d, w in zip(known, weights, strict=True))
-    if not fault or not totals:
+    if not support or not totals:
         return totals
-    false = faults((d.answer, d.claims) for d in known)
-    fewest = min(false.values())
-    totals = {a: w * math.exp(-fault * (false[a] - fewest)) for a, w in totals.items()}
+    found = supports((d.answer, d.claims) for d in known)
+    most = max(found.values())
+    totals = {a: w * math.exp(support * (found[a] - most)) for a, w in totals.items()}
     return dict(sorted(totals.items(), key=lambda item: -item[1]))
 
 
@@ -166,88 +231,66 @@ class Survey:
     Attributes:
         floor: least confidence of any `window` tokens of a sure step.
         alike: how many tokens tell ways of going on apart.
+        slip: nats by which a token may be less likely than tokens of its distribution are on
+            average. One beyond was drawn against the odds: the model does not hold it to be true.
     """
 
     floor: float
-    window: int
-    alike: int
+    window: int = 1
+    alike: int = 2
+    slip: float = math.inf
 
     def of(self, view: PoolView) -> Map:
-        """The graph of all sure steps; what a path says behind an unsure one is no part of it."""
-        known = Map({(): Place(None, 0, -1)}, {})
-        for number, path in enumerate(view.paths):
-            self._walk(known, number, path, self._parts(view, path))
+        """The graph of all sure steps, with what has been said since last time."""
+        known: Map = view.memory.setdefault(f"map {self.floor}", Map())
+        fresh = view.paths[len(known.walks) :]
+        known.walks |= {path: Walk() for path in fresh}
+        known.open = [path for path in (*known.open, *fresh) if not known.walks[path].over]
+        for path in known.open:
+            self._follow(known, path, known.walks[path], view.question)
         return known
 
-    def _parts(self, view: PoolView, path: Path) -> list[_Part]:
-        """The path's steps; those of a path that has not grown are kept from last time."""
-        kept: dict[Node, tuple[int, list[_Part]]] = view.memory.setdefault("parts", {})
-        size, parts = kept.get(path.node, (-1, []))
-        if size != path.stats.n_tokens:
-            parts = _split(path.stats, view.question, self.window)
-            kept[path.node] = path.stats.n_tokens, parts
-        return parts
+    def _follow(self, known: Map, path: Path, walk: Walk, question: Question) -> None:
+        tokens = path.stats.tokens
+        known.length = max(known.length, n := len(tokens))
+        while walk.seen < n and not walk.over:
+            ends = (i for i in range(walk.seen, n) if tokens[i] in question.step)
+            end = next(ends, n - 1) + 1
+            closed = tokens[end - 1] in question.step
+            self._go_on(known.places[walk.state], path, walk, end, closed)
+            if closed and not walk.lost:
+                state = _state(question, tokens, end)
+                step = tokens[walk.start : end]
+                known.move(walk, Move(_claim(step, state), state, walk.least, len(step)))
+                walk.state, walk.start, walk.least = state, end, math.inf
+                known.places.setdefault(state, Place(path, end))
+        if path.state == "finished" and not walk.over:
+            rest = tokens[walk.start :]
+            if path.answer is not None:
+                known.move(walk, Move(rest, path.answer, walk.least, len(rest), last=True))
+        walk.over |= path.state != "live"
 
-    def _walk(self, known: Map, number: int, path: Path, parts: Sequence[_Part]) -> None:
-        state: tuple[int, ...] = ()
-        moves = list[Move]()
-        known.here[path.node] = ((), 0)
-        answer = path.answer if path.state == "finished" else None
-        for part in parts:
-            place = known.places[state]
-            if part.start >= path.at:  # what was inherited is the parent's
+    def _go_on(self, place: Place, path: Path, walk: Walk, end: int, closed: bool) -> None:
+        """Looks at the open step's tokens up to `end`."""
+        stats, start, seen = path.stats, walk.start, walk.seen
+        if start >= path.at:  # what was inherited is the parent's
+            if seen == start:
                 place.tries += 1
-                place.width = max(place.width, part.width)
-                if part.state is not None or len(part.tokens) >= self.alike:
-                    place.ways.setdefault(part.tokens[: self.alike], number)
-            if part.least < self.floor:
-                return
-            size = len(part.tokens)
-            if part.state is None:
-                if answer is not None:
-                    move = Move(part.tokens, answer, part.least, size, last=True)
-                    place.moves.setdefault((answer, True), move)
-                    known.own.append(_derivation([*moves, move]))
-                return
-            move = Move(_claim(part.tokens, part.state), part.state, part.least, size)
-            place.moves.setdefault((part.state, False), move)
-            moves.append(move)
-            state, end = part.state, part.start + size
-            known.places.setdefault(state, Place(path.node, end, number))
-            known.here[path.node] = (state, end)
-        if answer is not None:  # its text ended with a closed step
-            end = Move((), answer, math.inf, 0, last=True)
-            known.places[state].moves.setdefault((answer, True), end)
-            known.own.append(_derivation([*moves, end]))
-
-
-@dataclass(frozen=True)
-class _Part:
-    """A step of a path: closed, with the state behind it, or still open."""
-
-    start: int
-    tokens: tuple[int, ...]
-    least: float
-    width: float  # of its first token's distribution: how many there are, in effect
-    state: tuple[int, ...] | None
-
-
-def _split(stats: PathStats, question: Question, window: int) -> list[_Part]:
-    tokens = stats.tokens
-    closed = step_ends(tokens, question.step)
-    bounds = [0, *closed]
-    if bounds[-1] < len(tokens):
-        bounds.append(len(tokens))
-    return [
-        _Part(
-            start,
-            tokens[start:end],
-            min(groups(stats.confidences[start:end], window), default=math.inf),
-            math.exp(stats.entropies[start]) if stats.entropies else 1.0,
-            _state(question, tokens, end) if n < len(closed) else None,
-        )
-        for n, (start, end) in enumerate(pairwise(bounds))
-    ]
+                width = math.exp(stats.entropies[start]) if stats.entropies else 1.0
+                place.width = max(place.width, width)
+            if closed or end - start >= self.alike:
+                place.ways.setdefault(stats.tokens[start : min(start + self.alike, end)], path)
+        whole = seen - start >= self.window  # windows up to here count as they are
+        since = max(seen - self.window + 1, start) if whole else start
+        least = min(groups(stats.confidences[since:end], self.window), default=math.inf)
+        walk.least = min(walk.least, least) if whole else least
+        odds = zip(stats.logprobs[seen:end], stats.entropies[seen:end], strict=False)
+        slipped = any(p + h < -self.slip for p, h in odds)
+        if slipped and start >= path.at:  # it does not show where the model would go
+            place.tries -= 1
+            place.ways = {way: first for way, first in place.ways.items() if first is not path}
+        walk.seen = end
+        walk.over = walk.lost = slipped or walk.least < self.floor
 
 
 def _state(question: Question, tokens: tuple[int, ...], end: int) -> tuple[int, ...]:

@@ -165,6 +165,8 @@ class PoolView:
 
         What a live path says is what it said to its last probe.
         """
+        if not paths:
+            return []
         said = {p: p.probes[-1].answer if p.probes else None for p in self.live}
         said |= {p: p.answer for p in self.finished}
         leaders = list(tally(Candidate(answer) for answer in said.values()))[:2]

@@ -37,7 +37,7 @@ def question_of(
         if not tokens or tokens[-1] != step:
             return None
         places = [i for i, token in enumerate(tokens) if token in separator]
-        return tuple(tokens[places[-1] + 1 : -1]) if places else None
+        return tuple(tokens[places[-1] + 1 :]) if places else None
 
     (step,) = words.encode(STEP, add_special_tokens=False)
     prompt = tuple(words.encode(problem.prompt))

@@ -29,8 +29,8 @@ def answer_entropy(totals: Mapping[Hashable, float]) -> float:
 
 def groups(confidences: Sequence[float], window: int) -> list[float]:
     """Mean confidence of every `window` tokens in a row; of all, where there are fewer."""
-    if not confidences:
-        return []
+    if window == 1 or not confidences:
+        return list(confidences)
     n = min(window, len(confidences))
     whole = sum(confidences[:n])
     means = [whole / n]
@@ -73,10 +73,15 @@ def spikes(entropies: Sequence[float], gate: float) -> float:
     return sum(e > gate for e in entropies) / len(entropies) if entropies else 0.0
 
 
-def redundancy(paths: Sequence[PathStats], window: int, n: int = 3) -> float:
-    """Mean likeness of all pairs, from 0 to 1; 0 for fewer than two paths."""
-    pairs = [likeness(a, b, window, n) for a, b in combinations(paths, 2)]
-    return statistics.fmean(pairs) if pairs else 0.0
+def redundancy(paths: Sequence[PathStats], window: int, n: int = 3, most: int = 32) -> float:
+    """Mean likeness of all pairs, from 0 to 1; 0 for fewer than two paths.
+
+    Of a large pool it is that of `most` pairs or fewer, at even distances among all: pairs grow
+    with the square of the pool, and a round has no time for them.
+    """
+    pairs = list(combinations(paths, 2))
+    some = pairs[:: -(-len(pairs) // most)] if pairs else []
+    return statistics.fmean([likeness(a, b, window, n) for a, b in some]) if some else 0.0
 
 
 def likeness(a: PathStats, b: PathStats, window: int, n: int = 3) -> float:

@@ -5,7 +5,7 @@ have said from the same state. Then one of four actions is taken, by scores that
 exploring to exploiting as the search goes on (specification, section 2.3): branch from a sure
 state that is likely to go on in a new way, grow unsure paths by the best of several segments,
 refine their tokens by several routings, or nothing. Derivations are voted on by length and
-confidence, less what an answer would have to call false (`reasoning.answers.faults`).
+confidence, and by how much of what an answer rests on may be false (`reasoning.answers.supports`).
 """
 
 from __future__ import annotations
@@ -22,20 +22,23 @@ from reasoning.derivations import Derivation, Map, Survey, trusting, weigh
 from reasoning.pool import Action, Fork, Path, PoolView, Prune, Refine, Segment, Stop
 from reasoning.signals import least_group, percentile
 
+Actions = Sequence[Action]
+
 
 @dataclass(frozen=True)
 class HyPER:
     """Defaults were chosen on modchain-moe's dev split; elsewhere, begin with `floor=None`.
 
     Attributes:
-        width: paths that the search begins with, and most that are live later.
-        paths: most paths in all.
+        width, paths: most that are live, and of them all; a search begins with `width`.
         floor: least sure confidence of `window` tokens; None: that of the first `warmup` paths,
             whole, of which the share `keep` lies above it.
+        slip: nats against the odds of a token at which a path is given up as an unsure one is.
         alike: tokens by which ways of going on are told apart; 0: paths are never merged.
         novelty: a place is worth a branch while a fork is new with at least this probability.
         deep: how much cheap branches, late in a path, are preferred over ones that share little.
-        fault: what a claim that an answer needs to be false takes from its vote, in nats.
+        support: nats that an answer gains by each claim that must be false for it to fall.
+        safe: the search ends once the best supported answer leads by so many claims; 0: never.
         trust: power of the mean score of an answer's finished paths by which its vote is
             multiplied, where `run_pool` was given a scorer; 0: scores are not looked at.
         segment: m tokens and k forks of a MultiToken action; None: never taken.
@@ -43,15 +46,17 @@ class HyPER:
     """
 
     width: int = 2
-    paths: int = 80
-    floor: float | None = 3.5
+    paths: int = 512
+    floor: float | None = 3.25
+    slip: float = 1.5
     warmup: int = 16
     keep: float = 0.5
     window: int = 1
     alike: int = 2
-    novelty: float = 0.05
+    novelty: float = 0.002
     deep: float = 0.5
-    fault: float = 1.0
+    support: float = 1.0
+    safe: int = 2
     trust: float = 0.0
     vote: LengthConfidence = field(default_factory=LengthConfidence)
     segment: tuple[int, int] | None = None
@@ -65,28 +70,29 @@ class HyPER:
         if min(self.width, self.paths, self.warmup, self.window, self.period) < 1:
             raise ValueError(f"{self}: counts must be positive")
 
-    def start(self, view: PoolView) -> Sequence[Action]:
+    def start(self, view: PoolView) -> Actions:
         first = self.width if self.floor is not None else max(self.width, self.warmup)
         return [Fork(i) for i in range(min(first, self.paths))]
 
-    def step(self, view: PoolView) -> Sequence[Action]:
-        floor = self.threshold(view)
-        if floor is None:
+    def step(self, view: PoolView) -> Actions:
+        if (floor := self.threshold(view)) is None:
             return []
-        known = self._survey(view, floor)
-        weak = view.dispensable([p for p in view.live if least_group(p.stats, self.window) < floor])
-        same = [p for p in view.live if p not in weak and self._repeats(view, known, p)]
-        live = [p for p in view.live if p not in weak and p not in same]
-        branches = self._branches(view, known, live)
-        if self._decided(view, known, live):
+        known, live = self._survey(view, floor), view.live
+        weak = view.dispensable([p for p in live if known.walks[p].lost])
+        merge = bool(self.alike) and view.question.state is not None
+        same = [p for p in live if merge and known.repeats(p, self.alike, self.novelty)]
+        gone = {*weak, *same}
+        live = [p for p in live if p not in gone]
+        if not (merge or self.support) and self._decided(view, known, live):
             return [Stop(decided=True)]
+        branches = self._branches(view, known, live)
         if not live and not branches and weak and not self._derivations(known):
-            weak.remove(best := max(weak, key=lambda p: least_group(p.stats, self.window)))
-            live = [best]  # an unsure answer is better than none
-        actions: list[Action] = [Prune(p.node) for p in [*weak, *same]]
-        if not live:
-            return [*actions, *(branches or [Stop()])]
-        return [*actions, *self._act(view, live, floor, branches)]
+            live = [max(weak, key=lambda p: least_group(p.stats, self.window))]
+            gone -= {*live}  # an unsure answer is better than none
+        actions: list[Action] = [Prune(p.node) for p in view.live if p in gone]
+        if (self.safe and known.lead >= self.safe) or not (live or branches):
+            return [Stop()]
+        return [*actions, *(self._act(view, live, floor, branches) if live else branches)]
 
     def threshold(self, view: PoolView) -> float | None:
         """None while the warm-up runs."""
@@ -98,60 +104,46 @@ class HyPER:
         return percentile([least_group(p.stats, self.window) for p in full], 1 - self.keep)
 
     def _survey(self, view: PoolView, floor: float) -> Map:
-        return Survey(floor, self.window, max(self.alike, 1)).of(view)
+        slip = self.slip if floor > -math.inf else math.inf
+        return Survey(floor, self.window, max(self.alike, 1), slip).of(view)
 
     def _derivations(self, known: Map) -> list[Derivation]:
         return known.derivations() if self.alike else known.own
 
-    def _repeats(self, view: PoolView, known: Map, path: Path) -> bool:
-        if not self.alike or view.question.state is None:
-            return False
-        return known.repeats(view.paths.index(path), path, self.alike, self.novelty)
-
-    def _branches(self, view: PoolView, known: Map, live: Sequence[Path]) -> list[Action]:
+    def _branches(self, view: PoolView, known: Map, live: Sequence[Path]) -> Actions:
         """Forks of the places most worth it, as many as there is room and budget for."""
-        length = max(p.stats.n_tokens for p in view.paths)
-        left = view.left - sum(length - p.stats.n_tokens for p in live)
-        roots = sum(p.parent is None for p in view.paths)
+        room = min(self.width - len(live), self.paths - len(view.paths))
+        left = view.left - sum(known.length - p.stats.n_tokens for p in live) if room > 0 else 0
+        roots = 1 + max(p.node.path[0][0] for p in view.paths)
         forks = list[Action]()
-        while len(forks) < min(self.width - len(live), self.paths - len(view.paths)):
-            place = max(known.places.values(), key=lambda p: p.worth(length, self.deep))
-            left -= length - place.at
-            if place.novelty < self.novelty or left < 0:
-                break
-            place.tries += 1
-            index = roots if place.node is None else len(view.paths) + len(forks)
-            roots += place.node is None
-            forks.append(Fork(index, place.node, place.at if place.node else None))
+        places = known.worthwhile(room, left, self.novelty, self.deep)
+        for i, place in enumerate(places, len(view.paths)):
+            forks.append(Fork(i, place.first.node, place.at) if place.first else Fork(roots))
+            roots += place.first is None
         return forks
 
-    def _act(
-        self, view: PoolView, live: list[Path], floor: float, branches: list[Action]
-    ) -> list[Action]:
-        unsure = min(live, key=lambda p: p.stats.conf_group(self.window)).node
-        actions: dict[str, list[Action]] = {"none": [], "branch": branches}
-        if self.segment:
-            actions["multi"] = [Segment(unsure, *self.segment)]
-        if self.route:
-            actions["single"] = [Refine(unsure, self.route)]
-        if len(actions) > 2 and not branches:
-            del actions["branch"]  # with nothing to branch from, it would only keep others out
+    def _act(self, view: PoolView, live: list[Path], floor: float, forks: Actions) -> Actions:
+        if not (forks or self.segment or self.route):
+            return []
+        actions: dict[str, Actions] = {"none": []}
+        actions |= {"branch": forks} if forks else {}  # it would only keep others out
+        if self.segment or self.route:
+            unsure = min(live, key=lambda p: p.stats.conf_group(self.window)).node
+            actions |= {"multi": [Segment(unsure, *self.segment)]} if self.segment else {}
+            actions |= {"single": [Refine(unsure, self.route)]} if self.route else {}
         choose = self.scores.choose
         return actions[choose(view, live, floor, self.window, self.width, set(actions))]
 
     def _decided(self, view: PoolView, known: Map, live: Sequence[Path]) -> bool:
         """The safe test, where each path is one vote: no vote to come can change the winner."""
-        if self.fault or (self.alike and view.question.state is not None):
-            return False
-        totals = weigh(self._derivations(known), self.vote, self.fault)
+        totals = weigh(self._derivations(known), self.vote, self.support)
         return is_decided(totals, len(live) + self.paths - len(view.paths))
 
     def aggregate(self, view: PoolView) -> Answer:
         floor = self.threshold(view)
-        known = self._derivations(self._survey(view, -math.inf if floor is None else floor))
-        if not known:  # nobody was sure
-            known = self._derivations(self._survey(view, -math.inf))
-        totals = trusting(weigh(known, self.vote, self.fault), view.finished, self.trust)
+        sure = self._derivations(self._survey(view, -math.inf if floor is None else floor))
+        known = sure or self._derivations(self._survey(view, -math.inf))
+        totals = trusting(weigh(known, self.vote, self.support), view.finished, self.trust)
         answer = next(iter(totals), None)
         saying = [p for p in view.finished if p.answer is not None and p.answer == answer]
         best = max(saying, key=lambda p: least_group(p.stats, self.window), default=None)

@@ -14,9 +14,9 @@ from reasoning.answers import (
     Candidate,
     LengthConfidence,
     best_of,
-    faults,
     is_decided,
     ranks,
+    supports,
     tally,
     vote,
     winner,
@@ -70,16 +70,12 @@ def test_without_a_sign_confidence_decides_alone():
         LengthConfidence(length_sign=2)  # pyright: ignore[reportArgumentType]
 
 
-def test_faults_are_claims_that_must_be_false():
-    known = [("x", {1, 2}), ("x", {1, 3}), ("y", {4}), ("z", {5, 1})]
-    assert faults(known) == {"x": 2, "y": 1, "z": 3}
-    # If y is right, 1 being false explains x and z. If z is right, 1 is true: 2, 3 and 4 are false.
-    assert faults([("x", {1})]) == {"x": 0}
-    assert faults([]) == {}
-
-
-def test_a_contradiction_that_no_claim_explains_is_a_fault():
-    assert faults([("x", {1, 2}), ("y", {1})]) == {"x": 1, "y": 1}
+def test_support_is_what_must_be_false_for_an_answer_to_fall():
+    known = [("x", {1, 2}), ("x", {1, 3}), ("y", {4}), ("y", {5}), ("z", {5, 1})]
+    assert supports(known) == {"x": 1, "y": 2, "z": 1}, "a shared claim is one error"
+    many = [("x", {1, n}) for n in range(2, 50)]
+    assert supports(many) == {"x": 1}, "however often it is repeated"
+    assert supports([("x", set())]) == {"x": 1} and supports([]) == {}
 
 
 @given(
@@ -87,8 +83,8 @@ def test_a_contradiction_that_no_claim_explains_is_a_fault():
         st.tuples(st.sampled_from("xyz"), st.frozensets(st.integers(0, 5), min_size=1)), max_size=6
     )
 )
-def test_faults_do_not_depend_on_order_or_repetition(known):
-    assert faults(known) == faults([*reversed(known), *known])
+def test_support_does_not_depend_on_order_or_repetition(known):
+    assert supports(known) == supports([*reversed(known), *known])
 
 
 def test_decided_means_that_no_vote_to_come_can_matter():

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
+from random import Random
 
 import pytest
 
 from jaxserve.protocol import Node, PathStats, Question, RouteNoise, Step
-from reasoning.answers import LengthConfidence
+from reasoning.answers import LengthConfidence, lead
 from reasoning.controllers.hyper import HyPER
 from reasoning.controllers.hyper_scores import Scores
 from reasoning.derivations import Derivation, Survey, weigh
-from reasoning.pool import Path, PoolView, Probed, Prune, run_pool
+from reasoning.pool import Path, PoolView, Probed, Prune, first, run_pool
 from reasoning.result import Budget, Result
+from reasoning.signals import groups, likeness, redundancy
 from tests.reasoning.fake_pool import END, QUESTION, STEP, FakePool, Text, read, text
 
 SURE, FREE, LOST = 9.0, 4.0, 1.0  # confidences; the fake's entropies are 0, 1 and 4 nats
@@ -135,11 +138,13 @@ def test_a_branch_begins_at_a_sure_state_and_costs_the_rest():
 
 def test_branches_stop_where_nothing_new_is_to_be_expected():
     same = chain((30, 10), answer=2)
-    result = run(HyPER(width=1, paths=50), FakePool([same], branches=[same]))
+    result = run(HyPER(width=1, paths=50, novelty=0.05, safe=0), FakePool([same], branches=[same]))
     assert result.stopped == "done" and 2 <= result.notes["paths"] < 50
     forced = chain((30, 10), answer=2)
     forced = Text(forced.tokens, (SURE,) * len(forced.tokens))
-    result = run(HyPER(width=1, paths=50), FakePool([forced], branches=[forced]))
+    result = run(
+        HyPER(width=1, paths=50, novelty=0.05, safe=0), FakePool([forced], branches=[forced])
+    )
     assert result.notes["paths"] == 1, "one next token in effect: a fork would say the same"
 
 
@@ -157,10 +162,105 @@ def test_a_shared_error_counts_once():
         Derivation(3, frozenset({(5,), (6,)}), 1.0, 5),
         Derivation(3, frozenset({(7,)}), 1.0, 5),
     ]
-    plain, fair = (weigh(known, LengthConfidence(), fault) for fault in (0.0, 1.0))
+    plain, fair = (weigh(known, LengthConfidence(), support) for support in (0.0, 1.0))
     assert next(iter(plain)) == 2 and next(iter(fair)) == 3
-    assert fair[2] / fair[3] == pytest.approx(1.5 / 2.718281828), "two faults against one"
+    assert fair[2] / fair[3] == pytest.approx(1.5 / 2.718281828), "a support of one against two"
     assert weigh([], LengthConfidence(), 1.0) == {}
+
+
+def test_how_far_the_best_answer_leads_is_counted_in_false_claims():
+    a, b, c = (1,), (2,), (3,)
+    assert lead([]) == 0
+    assert lead([(2, {a, b})]) == 1, "one claim may be false, and nobody knows the answer"
+    assert lead([(2, {a, b}), (2, {b, c})]) == 1, "they share one"
+    assert lead([(2, {a}), (2, {b}), (2, {c})]) == 3
+    assert lead([(2, {a}), (2, {b}), (3, {c})]) == 1 and lead([(2, {a}), (3, {b})]) == 0
+
+
+def test_a_search_ends_once_its_answer_is_safe():
+    """Three ways to 2 with no claim in common."""
+    texts = [chain((30 + 2 * i, 10 + i), (31 + 2 * i, 20 + i), answer=2) for i in range(3)]
+    ended = {
+        safe: run(HyPER(width=1, safe=safe, novelty=1e-3), FakePool(texts, branches=texts))
+        for safe in (2, 3)
+    }
+    assert ended[2].notes["spent"] < ended[3].notes["spent"]
+    assert ended[2].stopped == "done" and ended[2].answer == ended[3].answer == 2
+
+
+def test_a_slip_is_no_step_and_its_path_is_given_up():
+    """Its text goes on as surely as others do, but one token of it was drawn against the odds."""
+    good, slip = chain((30, 10), (31, 11), answer=2), chain((32, 12), (34, 13), answer=3)
+
+    class Slippery(FakePool):
+        def stats(self, n):
+            said = super().stats(n)
+            odds = tuple(-4.0 if t == 34 else 0.0 for t in said.tokens)
+            return replace(said, logprobs=odds, entropies=(1.0,) * len(odds))
+
+    policy = HyPER(width=2, paths=2, novelty=1e-9)
+    result = run(policy, Slippery([good, slip]))
+    assert [p.state for p in result.tree[1:]] == ["finished", "pruned"]
+    assert result.distribution.keys() == {2}
+    kept = run(replace(policy, slip=3.5), Slippery([good, slip]))
+    assert kept.distribution.keys() == {2, 3}, "three nats are within 3.5"
+
+    view = seen(good, slip)
+    odds = tuple(-4.0 if t == 34 else 0.0 for t in slip.tokens)
+    view.paths[1].stats = replace(view.paths[1].stats, logprobs=odds)
+    known = Survey(3.0, 1, 2, 1.5).of(view)
+    assert known.places[()].tries == 2 and (13, STEP) not in known.places
+    place = known.places[12, STEP]
+    assert place.tries == 0 and not place.ways, "nor does it count as a try"
+
+
+def test_a_graph_that_grows_is_the_graph_of_the_whole():
+    """Token by token or at once: the same places, ways and derivations."""
+    rng = Random(0)
+    texts = [
+        chain(*[(30 + rng.randrange(4), 10 * d + rng.randrange(3)) for d in (1, 2, 3)],
+              answer=2 + i % 2, lost=rng.choice([None, None, 1]))
+        for i in range(12)
+    ]  # fmt: skip
+    whole, slow = seen(*texts), seen(*texts, finished=False)
+    full = [path.stats for path in slow.paths]
+    for n in range(max(len(s.tokens) for s in full) + 1):
+        for path, stats in zip(slow.paths, full, strict=True):
+            path.stats = first(stats, n)
+            if n >= stats.n_tokens and path.state == "live":
+                path.state, path.answer = "finished", CHAIN.read(stats.tokens)
+        grown = Survey(3.0).of(slow)
+    known = Survey(3.0).of(whole)
+
+    def shape(m):
+        return {s: (p.tries, set(p.ways), p.width, set(p.moves)) for s, p in m.places.items()}
+
+    assert shape(grown) == shape(known) and grown.length == known.length
+    answers = [sorted(d.answer for d in m.derivations()) for m in (grown, known)]
+    assert answers[0] == answers[1] and len(answers[0]) > 3
+    assert Survey(3.0).of(whole) is known, "kept from round to round"
+
+
+@pytest.mark.parametrize("window", [1, 2, 3, 5])
+def test_the_least_of_a_step_is_that_of_its_windows_however_it_grows(window):
+    t = Text((30, 31, 32, 33, 34, 35, STEP, 10, STEP), (9, 4, 8, 2, 9, 9, 9, 5, 9))
+    view = seen(t, finished=False)
+    full = view.paths[0].stats
+    for n in (1, 2, 4, 5, 7):
+        view.paths[0].stats = first(full, n)
+        known = Survey(-1.0, window).of(view)
+    (move,) = known.places[()].moves.values()
+    assert move.least == pytest.approx(min(groups(t.confidences[:7], window)))
+
+
+def test_the_likeness_of_a_large_pool_is_that_of_some_of_its_pairs():
+    few = [PathStats((i, i, 5)) for i in range(4)]
+    pairs = [likeness(a, b, 3, 1) for i, a in enumerate(few) for b in few[i + 1 :]]
+    assert redundancy(few, 3, 1) == pytest.approx(sum(pairs) / 6)
+    many = [PathStats((7, 7, 7)) for _ in range(80)]
+    assert redundancy(many, 3) == 1.0
+    halves = [PathStats((i % 2,) * 3) for i in range(80)]
+    assert redundancy(halves, 3) == pytest.approx(0.5, abs=0.2)
 
 
 def test_scores_count_where_they_are_trusted():
@@ -232,7 +332,7 @@ def test_refinement_and_segments_are_off_unless_asked_for():
 
 def test_the_safe_test_stops_a_plain_vote_that_is_decided():
     same = [text(4)]
-    policy = HyPER(width=4, paths=5, alike=0, fault=0.0, period=8)
+    policy = HyPER(width=4, paths=5, alike=0, support=0.0, period=8)
     result = run(policy, FakePool(same), QUESTION)
     assert result.stopped == "decided" and result.answer == 4 and result.notes["paths"] == 4
 

@@ -54,6 +54,8 @@ def test_states_are_what_is_left_of_a_closed_step():
     other = question.state(words.encode("3 2 = 6 ; 6 5 |"))
     assert one == other != question.state(words.encode("2 3 = 6 ; 5 6 |"))
     assert question.state(words.encode("2 3 = 6 ; 6")) is None
+    step = words.encode("2 3 = 6 ; 6 5 |")
+    assert one is not None and tuple(step[-len(one) :]) == one, "a step ends with its state"
 
 
 @pytest.mark.parametrize(
