@@ -63,7 +63,9 @@ def ablations(field: Field) -> Iterator[dict[str, Any]]:
     chosen = search_methods.settings_of("hyper")
     whole = search_methods.runs(field, "hyper", BUDGETS, chosen)
     for name, change in ARMS.items():
-        arm = search_methods.runs(field, "hyper", BUDGETS, chosen | change) if change else whole
+        arm = (
+            search_methods.runs(field, "hyper", BUDGETS, chosen | dict(change)) if change else whole
+        )
         tokens, right = search_stats.curve(arm)
         ours, theirs = search_stats.bootstrap([arm, whole])
         lost = [search_stats.difference(ours[:, 1, b] - theirs[:, 1, b]) for b in range(3)]

@@ -18,7 +18,7 @@ import numpy as np
 
 from jaxserve.protocol import Gen, Question
 from reasoning.controllers import CONTROLLERS
-from reasoning.result import Result
+from reasoning.result import Budget, Result
 from reasoning.speculation import Speculator
 
 POLICIES = ("mcts", "rebase", "beam", "dvts", "ets", "rest-mcts", "dfs", "best-first")
@@ -164,11 +164,12 @@ def median_interval(values: Sequence[float], draws: int = 10_000) -> list[float]
 def host_share(llm: Any, question: Question, rows: int = 64) -> dict[str, float]:
     """What HyPER's own code costs beside the engine, with so many live paths.
 
-    A search keeps its pool full, and is over when a path in every row has been replaced once.
+    It keeps its pool full, whether there is anything new to find or not, until it has spent what
+    so many plain paths of ModChain have.
     """
-    policy = CONTROLLERS["hyper"](width=rows, paths=2 * rows, novelty=0.0, safe=0)
+    policy = CONTROLLERS["hyper"](width=rows, paths=1 << 20, novelty=0.0, safe=0)
     steps, began = llm.stats().num_steps, time.perf_counter()
-    result = llm.search(question, policy)
+    result = llm.search(question, policy, Budget(tokens=35 * rows))
     took, count = time.perf_counter() - began, llm.stats().num_steps - steps
     thought = result.notes["policy_seconds"]
     return {

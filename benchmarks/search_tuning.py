@@ -76,7 +76,7 @@ def tune_scored(field: Field) -> Iterator[tuple[str, Mapping[str, Any], Runs]]:
     """The curve of each trial with a reward head."""
     hyper = search_methods.settings_of("hyper")
     for settings in SCORED["hyper-prm"]:
-        found = search_methods.runs(field, "hyper", BUDGETS, hyper | settings, scorer="prm")
+        found = search_methods.runs(field, "hyper", BUDGETS, hyper | dict(settings), scorer="prm")
         yield "hyper-prm", settings, found
     paths = search_methods.sampled(field, BUDGETS[-1])
     for settings in SCORED["prm-vote"]:

@@ -8,11 +8,12 @@ follows it is likely to be new.
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from jaxserve.protocol import Question
+from jaxserve.protocol import Node, Question
 from reasoning.answers import Candidate, LengthConfidence, lead, supports, tally
 from reasoning.pool import Path, PoolView
 from reasoning.signals import groups
@@ -110,6 +111,7 @@ class Map:
     Attributes:
         places: by state; () is the question.
         walks: of each path.
+        nodes: the same, by the node that a path began as.
         open: paths of which more may come.
         length: tokens of the longest path.
         own: one derivation for each sure path with an answer: the way it took itself.
@@ -117,6 +119,7 @@ class Map:
 
     places: dict[Hashable, Place] = field(default_factory=lambda: {(): Place(None, 0)})
     walks: dict[Path, Walk] = field(default_factory=dict[Path, Walk])
+    nodes: dict[Node, Walk] = field(default_factory=dict[Node, Walk])
     open: list[Path] = field(default_factory=list[Path])
     length: int = 0
     own: list[Derivation] = field(default_factory=list["Derivation"])
@@ -138,12 +141,16 @@ class Map:
             deep: as `Place.worth` takes it.
         """
         found = list[Place]()
+        places = list(self.places.values()) if most > 0 else []
+        heap = [(-place.worth(self.length, deep), i) for i, place in enumerate(places)]
+        heapq.heapify(heap)
         while len(found) < most:
-            place = max(self.places.values(), key=lambda p: p.worth(self.length, deep))
+            place = places[i := heap[0][1]]
             left -= self.length - place.at
             if place.novelty < novelty or left < 0:
                 break
             place.tries += 1  # so that the next fork looks elsewhere
+            heapq.heapreplace(heap, (-place.worth(self.length, deep), i))
             found.append(place)
         for place in found:
             place.tries -= 1  # a path counts itself once it has gone on
@@ -176,6 +183,15 @@ class Map:
                 yield _derivation(done)
             else:
                 yield from self._from(move.end, done)
+
+    def behind(self, path: Path) -> Walk:
+        """A walk that begins where a path was forked, if that is behind a step of its parent's."""
+        parent, at = self.nodes.get(path.parent, Walk()) if path.parent else Walk(), 0
+        for n, move in enumerate(parent.moves, 1):
+            at += move.size
+            if at == path.at and not move.last:
+                return Walk(move.end, at, at, moves=parent.moves[:n])
+        return Walk()
 
     def move(self, walk: Walk, move: Move) -> None:
         """A walk goes on by a step."""
@@ -244,7 +260,9 @@ class Survey:
         """The graph of all sure steps, with what has been said since last time."""
         known: Map = view.memory.setdefault(f"map {self.floor}", Map())
         fresh = view.paths[len(known.walks) :]
-        known.walks |= {path: Walk() for path in fresh}
+        for path in fresh:
+            walk = known.walks[path] = known.nodes[path.node] = known.behind(path)
+            known.length = max(known.length, walk.start)
         known.open = [path for path in (*known.open, *fresh) if not known.walks[path].over]
         for path in known.open:
             self._follow(known, path, known.walks[path], view.question)

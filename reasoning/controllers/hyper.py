@@ -114,9 +114,9 @@ class HyPER:
         """Forks of the places most worth it, as many as there is room and budget for."""
         room = min(self.width - len(live), self.paths - len(view.paths))
         left = view.left - sum(known.length - p.stats.n_tokens for p in live) if room > 0 else 0
-        roots = 1 + max(p.node.path[0][0] for p in view.paths)
-        forks = list[Action]()
-        places = known.worthwhile(room, left, self.novelty, self.deep)
+        places, forks = known.worthwhile(room, left, self.novelty, self.deep), list[Action]()
+        anew = any(place.first is None for place in places)
+        roots = 1 + max(p.node.path[0][0] for p in view.paths) if anew else 0
         for i, place in enumerate(places, len(view.paths)):
             forks.append(Fork(i, place.first.node, place.at) if place.first else Fork(roots))
             roots += place.first is None
