@@ -36,10 +36,13 @@ def chart(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
     figure, panels = pyplot.subplots(
         1, len(found), figsize=(2 + 5 * len(found), 4.5), layout="constrained", squeeze=False
     )
+    names = dict.fromkeys(line["name"] for lines in found.values() for line in lines)
+    color = {name: f"C{i}" for i, name in enumerate(names)}
     for axes, (model, lines) in zip(panels[0], found.items(), strict=True):
         for line in lines:
             ours, ceiling = line["name"].startswith("hyper"), line["name"] == "pass@k"
             axes.plot(line["tokens"], line["accuracy"], label=line["name"],
+                      color=color[line["name"]],
                       marker="." if not ceiling else "", linewidth=2.5 if ours else 1.2,
                       linestyle=":" if ceiling else "-")  # fmt: skip
         axes.set_xscale("log")
