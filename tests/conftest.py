@@ -17,7 +17,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
+
+hypothesis.settings.register_profile("jaxserve", deadline=None)  # first calls compile
+hypothesis.settings.load_profile("jaxserve")
 
 _DEVICES = "JAX_NUM_CPU_DEVICES"
 _DEFAULTS = {

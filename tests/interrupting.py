@@ -17,6 +17,7 @@ def interrupted(begun: Callable[[], object]) -> Iterator[None]:
 
     Pressed again each second, as a user would. Python drops one that comes while it collects
     garbage, as JAX has a callback there, in which nothing can be raised: none is collected here.
+    Where tests run in a shell's background, Python was told to ignore it, and is told otherwise.
     """
     main = threading.main_thread().ident
     assert main is not None
@@ -30,6 +31,7 @@ def interrupted(begun: Callable[[], object]) -> Iterator[None]:
                 wait = 1.0
 
     hand = threading.Thread(target=press)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     gc.disable()
     hand.start()
     try:
@@ -41,3 +43,4 @@ def interrupted(begun: Callable[[], object]) -> Iterator[None]:
     finally:
         hand.join()
         gc.enable()
+        signal.signal(signal.SIGINT, before)
