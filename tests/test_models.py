@@ -27,7 +27,6 @@ SHIPPED = sorted(path.parent for path in MODELS.glob("*/config.json"))
 NAMES = [folder.name for folder in SHIPPED]
 BOUNDS = {  # of pass@1; what the issue of a search experiment needs
     "modchain-moe": (0.35, 0.65),
-    "modchain-moe-misled": (0.25, 0.55),
     "countdown-moe": (0.25, 0.80),
     "recall-dense": (0.75, 1.00),
 }
