@@ -25,10 +25,14 @@ class Line:
     row: int
 
 
-def lines(tree: Sequence[Piece]) -> list[Line]:
-    """A row for each piece, children below their parent in the order in which they were made."""
+def lines(tree: Sequence[Piece], most: int = MOST) -> list[Line]:
+    """A row for each piece, children below their parent in the order in which they were made.
+
+    Args:
+        most: rows. Of a larger tree, what led to answers is shown before the rest.
+    """
     children: dict[object, list[Piece]] = {}
-    for piece in tree:
+    for piece in tree if len(tree) <= most else _notable(tree, most):
         children.setdefault(piece.parent, []).append(piece)
     drawn, waiting = list[Line](), [(piece, 0) for piece in reversed(children.get(None, []))]
     while waiting:
@@ -41,11 +45,23 @@ def lines(tree: Sequence[Piece]) -> list[Line]:
     return drawn
 
 
+def _notable(tree: Sequence[Piece], most: int) -> list[Piece]:
+    known, kept = {piece.node: piece for piece in tree}, set[object]()
+    for piece in sorted(tree, key=lambda p: p.answer is None):
+        way, above = list[object](), piece
+        while above is not None and above.node not in kept:
+            way.append(above.node)
+            above = known.get(above.parent) if above.parent is not None else None
+        if len(kept) + len(way) <= most:
+            kept.update(way)
+    return [piece for piece in tree if piece.node in kept]
+
+
 def svg(tree: Sequence[Piece], answer: Hashable | None) -> str:
     """The tree as an SVG element; what a piece says appears when it is pointed at."""
-    drawn = lines(tree)
-    shown, hidden = drawn[:MOST], max(len(drawn) - MOST, 0)
-    scale = (WIDTH - 8 * MARGIN) / max(max((line.end for line in drawn), default=0), 1)
+    shown = lines(tree)
+    hidden = len(tree) - len(shown)
+    scale = (WIDTH - 8 * MARGIN) / max(max((line.end for line in shown), default=0), 1)
     rows = {line.piece.node: line.row for line in shown}
     parts = list[str]()
     for line in shown:

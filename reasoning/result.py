@@ -164,18 +164,18 @@ class Result:
         return table
 
     def _rich_tree(self, most: int = 40) -> Tree:
-        """The first pieces; a search may have thousands."""
+        """So many pieces; a search may have thousands."""
         from rich.tree import Tree
 
         whole = Tree("question", guide_style="dim")
         at = dict[Node | None, Tree]()
-        drawn = drawing.lines(self.tree)
-        for line in drawn[:most]:
+        drawn = drawing.lines(self.tree, most)
+        for line in drawn:
             piece = line.piece
             above = at.get(piece.parent, whole)
             at[piece.node] = whole if piece.parent is None else above.add(_label(piece))
-        if len(drawn) > most:
-            whole.add(f"[dim]and {len(drawn) - most} more[/]")
+        if len(self.tree) > len(drawn):
+            whole.add(f"[dim]and {len(self.tree) - len(drawn)} more[/]")
         return whole
 
 

@@ -96,3 +96,10 @@ def test_results_of_searches_show_themselves():
 def test_budgets_are_positive(field: str):
     with pytest.raises(ValueError, match="positive"):
         Budget(**{field: 0})
+
+
+def test_of_a_large_tree_ways_to_answers_are_drawn():
+    dead = [piece((i, -1), state="pruned") for i in range(300)]
+    way, end = piece((300, -1), state="pruned"), piece((300, -1), (0, -1), answer=7)
+    drawn = [line.piece for line in drawing.lines([piece(), *dead, way, end], 40)]
+    assert len(drawn) == 40 and drawn[-2:] == [way, end]
