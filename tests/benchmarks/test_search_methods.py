@@ -109,7 +109,6 @@ def test_every_ablation_differs_from_the_whole_by_what_its_name_says():
 
 
 def test_a_chart_has_a_panel_for_each_model(tmp_path):
-    pytest.importorskip("matplotlib")
     file = tmp_path / "lines.jsonl"
     lines = [
         {"part": "accuracy", "name": name, "model": model, "tokens": [10, 20], "accuracy": [0.1, y]}

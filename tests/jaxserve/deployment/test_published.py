@@ -58,7 +58,6 @@ def test_figures_of_compiled_programs_have_their_column():
 
 
 def test_a_chart_is_drawn(tmp_path):
-    pytest.importorskip("matplotlib")
     cloudmatrix.chart(ROWS, tmp_path / "chart.svg")
     text = (tmp_path / "chart.svg").read_text()
     assert "<svg" in text
