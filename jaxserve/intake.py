@@ -14,7 +14,7 @@ from jaxserve.engine.generation import Generation
 from jaxserve.engine.sequence import Sequence as Seq
 from jaxserve.errors import RequestError
 from jaxserve.plan import Plan
-from jaxserve.request import RequestMetrics, SamplingParams
+from jaxserve.request import RequestMetrics, SamplingParams, check_ids
 from jaxserve.text.chat import render_chat
 from jaxserve.text.detokenize import Detokenizer
 from jaxserve.text.grammar import compile_grammar
@@ -133,12 +133,7 @@ class Intake:
         """Refuses what cannot be honoured, as `sequences` does."""
         if not ids:
             raise RequestError("the prompt is empty; give at least one token", "prompt")
-        for token in ids:
-            if not isinstance(token, int) or not 0 <= token < self.vocab:
-                raise RequestError(
-                    f"the prompt holds token {token!r}; ids go from 0 to {self.vocab - 1}",
-                    "prompt",
-                )
+        check_ids("the prompt", ids, self.vocab, "prompt")
         context = self._plan.max_model_len
         room = context - len(ids)
         if room < (0 if pooling else 1):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import reprlib
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any, Literal
@@ -248,3 +248,19 @@ class EmbeddingOutput:
 
     embedding: list[float]
     prompt_token_ids: list[int]
+
+
+def check_ids(what: str, ids: Iterable[int], vocab: int | None, where: str) -> None:
+    """Refuses what is no token of a model, before its embedding is asked for it.
+
+    Raises:
+        RequestError: some id is none; its `param` is `where`.
+    """
+    for i, token in enumerate(ids):
+        if not isinstance(token, int) or token < 0 or (vocab is not None and token >= vocab):
+            last = "" if vocab is None else f" to {vocab - 1}"
+            raise RequestError(
+                f"{what} holds token {token!r}; ids go from 0{last}. It is number {i}; encode the "
+                "text with the model's own tokenizer",
+                where,
+            )

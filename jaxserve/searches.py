@@ -24,10 +24,9 @@ from jaxserve.errors import RequestError
 from jaxserve.intake import Intake, Prompt, as_prompts
 from jaxserve.paths.keeper import Keeper
 from jaxserve.paths.pool import EnginePool
-from jaxserve.paths.records import check_ids
 from jaxserve.paths.scorers import OtherModel, ScoreOf, Scorer
 from jaxserve.protocol import Cancelled, Event, Question
-from jaxserve.request import RouteNoise, SamplingParams
+from jaxserve.request import RouteNoise, SamplingParams, check_ids
 from reasoning.controllers import CONTROLLERS
 from reasoning.pool import run_pool
 from reasoning.questions import last_answer

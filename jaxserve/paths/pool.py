@@ -18,7 +18,7 @@ from typing import Any
 from jaxserve.engine.loop import EngineLoop
 from jaxserve.errors import EngineError, RequestError
 from jaxserve.paths.keeper import Extension, Keeper, Path
-from jaxserve.paths.records import check_ids, first, longer, spend, step_of, words_of
+from jaxserve.paths.records import first, longer, spend, step_of, words_of
 from jaxserve.paths.scorers import OWN, Batched, Said, ScoreOf, Scorer
 from jaxserve.protocol import (
     Cancelled,
@@ -36,6 +36,7 @@ from jaxserve.protocol import (
     Step,
     StepDone,
 )
+from jaxserve.request import check_ids
 
 
 @dataclass

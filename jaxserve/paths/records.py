@@ -3,28 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import replace
 
-from jaxserve.errors import RequestError
 from jaxserve.paths.keeper import Extension
 from jaxserve.protocol import Gen, Ledger, PathStats, Prio, SearchError, Step
-
-
-def check_ids(what: str, ids: Sequence[int], vocab: int | None, where: str) -> None:
-    """Refuses what is no token of a model, before its embedding is asked for it.
-
-    Raises:
-        RequestError: some id is none; its `param` is `where`.
-    """
-    for i, token in enumerate(ids):
-        if not isinstance(token, int) or token < 0 or (vocab is not None and token >= vocab):
-            last = "" if vocab is None else f" to {vocab - 1}"
-            raise RequestError(
-                f"{what} holds token {token!r} at place {i}; ids of this model go from 0{last}. "
-                "Encode the text with the model's own tokenizer",
-                where,
-            )
 
 
 def spend(ledger: Ledger, prio: Prio, count: int) -> None:

@@ -255,14 +255,15 @@ def test_a_controller_that_never_returns_can_be_cancelled(llm: LLM):
 )
 def test_ids_that_are_no_token_are_refused(llm: LLM, change: dict[str, Any], param: str):
     question = replace(llm.searches.question(PROMPT), **change)
-    with pytest.raises(RequestError, match="ids of this model go from 0 to 30") as caught:
+    with pytest.raises(RequestError, match=r"token (31|-1); ids go from 0 to 30") as caught:
         llm.search(question, VOTE)
     assert caught.value.param == param
 
 
 def test_a_suffix_that_is_no_token_is_refused(llm: LLM):
     with pytest.raises(
-        RequestError, match="suffix of a probe holds token 4000 at place 1"
+        RequestError,
+        match=r"suffix of a probe holds token 4000; ids go from 0 to 30\. It is number 1;",
     ) as caught:
         llm.search(PROMPT, Certaindex((3, 4000), paths=2, period=2))
     assert caught.value.param == "suffix"
