@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,9 +32,9 @@ from jaxserve.protocol import (
 from jaxserve.train.data import Batch
 from jaxserve.train.loss import training_ops
 from jaxserve.train.reward import judged
+from tests.jaxserve.paths.driving import PROMPT, drive, ids
 
 MODEL = Path(__file__).parents[3] / "models/modchain-moe"
-PROMPT = "12 9 2 4 5 :"
 
 
 @pytest.fixture(scope="module")
@@ -42,26 +42,6 @@ def llm() -> Iterator[LLM]:
     with LLM(MODEL, progress=False) as llm:
         llm.wait_until_warm()
         yield llm
-
-
-def drive(llm: LLM, work: Callable[[EnginePool], Coroutine[Any, Any, Any]]) -> Any:
-    """Runs a search by hand; afterwards no page is held and nothing was compiled."""
-
-    async def run() -> Any:
-        return await work(llm.searches.pool())
-
-    before = llm.stats()
-    found = asyncio.run(run())
-    assert llm.drain(10)
-    after = llm.stats()
-    assert after.num_free_pages == after.num_pages
-    assert after.compiles_after_warmup == before.compiles_after_warmup
-    return found
-
-
-def ids(llm: LLM, text: str = PROMPT, special: bool = True) -> list[int]:
-    assert llm.tokenizer is not None
-    return llm.tokenizer.encode(text, add_special_tokens=special)
 
 
 def test_greedy_paths_say_what_generate_says(llm: LLM):

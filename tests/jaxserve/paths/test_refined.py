@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,9 +21,9 @@ from jaxserve.paths.pool import EnginePool
 from jaxserve.protocol import Cancelled, Gen, Node, PathStats, Prio, RouteNoise, SearchError
 from jaxserve.train.data import Batch
 from jaxserve.train.loss import training_ops
+from tests.jaxserve.paths.driving import PROMPT, drive, ids
 
 MODELS = Path(__file__).parents[3] / "models"
-PROMPT = "12 9 2 4 5 :"
 SMALL: dict[str, Any] = {"max_num_seqs": 16, "max_num_batched_tokens": 32, "progress": False}
 STRONG = RouteNoise(K=4, tau=2.0, reuse=1.0, mix=0.4, entropy_gate=0.0, spared=0)
 STILL = replace(STRONG, tau=0.0, reuse=0.0)
@@ -34,31 +34,6 @@ def llm() -> Iterator[LLM]:
     with LLM(MODELS / "modchain-moe", enable_route_noise=True, num_pages=96, **SMALL) as llm:
         llm.wait_until_warm()
         yield llm
-
-
-def drive(llm: LLM, work: Callable[[EnginePool], Coroutine[Any, Any, Any]]) -> Any:
-    """Runs a search by hand; afterwards no page is held and nothing was compiled."""
-
-    async def run() -> Any:
-        pool = llm.searches.pool()
-        try:
-            return await work(pool)
-        finally:
-            for query in list(pool._queries):
-                pool.close(query)
-
-    before = llm.stats()
-    found = asyncio.run(run())
-    assert llm.drain(10)
-    after = llm.stats()
-    assert after.num_free_pages == after.num_pages
-    assert after.compiles_after_warmup == before.compiles_after_warmup
-    return found
-
-
-def ids(llm: LLM, text: str = PROMPT) -> list[int]:
-    assert llm.tokenizer is not None
-    return llm.tokenizer.encode(text)
 
 
 async def grown(
