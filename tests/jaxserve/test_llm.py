@@ -7,7 +7,6 @@ import gc
 import itertools
 import re
 import threading
-import time
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -21,7 +20,7 @@ from jaxserve import LLM, SamplingParams
 from jaxserve.errors import EngineError, RequestError
 from jaxserve.request import CompletionOutput, RequestOutput, StructuredOutputs
 from tests.interrupting import interrupted
-from tests.jaxserve.engine.engines import checkpoint, serve
+from tests.jaxserve.engine.engines import checkpoint, dawdle, serve
 
 PROMPT = "The quick brown fox"
 IM_START = 3  # a special token that ends nothing
@@ -45,14 +44,7 @@ def llm(served: LLM) -> Iterator[LLM]:
 @pytest.fixture
 def slow(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> LLM:
     """The model at 20 ms a step, so that there is time to interfere."""
-    launch = llm._runner.launch
-
-    def launch_slowly(step: Any) -> Any:
-        time.sleep(0.02)
-        return launch(step)
-
-    monkeypatch.setattr(llm._runner, "launch", launch_slowly)
-    return llm
+    return dawdle(llm, monkeypatch)
 
 
 def ask(llm: LLM, prompt: Any = PROMPT, **params: Any) -> RequestOutput:
@@ -444,10 +436,8 @@ def test_sleep_waits_for_nobody(slow: LLM):
     assert generation.result().outputs[0].finish_reason == "abort"
 
 
-def test_shutdown_fails_what_runs_and_may_be_repeated():
-    llm = serve()
-    launch = llm._runner.launch
-    llm._runner.launch = lambda step: (time.sleep(0.02), launch(step))[1]  # type: ignore[method-assign]
+def test_shutdown_fails_what_runs_and_may_be_repeated(monkeypatch: pytest.MonkeyPatch):
+    llm = dawdle(serve(), monkeypatch)
     generation = llm.submit([7, 8, 9], SamplingParams(ignore_eos=True))
     llm.shutdown()
     llm.shutdown()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import shutil
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,18 @@ def checkpoint(model_type: str = "qwen3") -> Path:
 def serve(folder: Path | None = None, **settings: Any) -> LLM:
     """A served model of few and small programs."""
     return LLM(folder or checkpoint(), **{**SETTINGS, **settings})
+
+
+def dawdle(llm: LLM, monkeypatch: Any, seconds: float = 0.02) -> LLM:
+    """The same model at so many seconds a step, so that there is time to interfere."""
+    launch = llm._runner.launch
+
+    def launch_slowly(step: Any) -> Any:
+        time.sleep(seconds)
+        return launch(step)
+
+    monkeypatch.setattr(llm._runner, "launch", launch_slowly)
+    return llm
 
 
 class Limited:

@@ -11,7 +11,7 @@ import pytest
 
 from jaxserve import SamplingParams
 from jaxserve.errors import ConfigError, EngineError
-from tests.jaxserve.engine.engines import serve
+from tests.jaxserve.engine.engines import dawdle, serve
 
 PROMPTS = [[5, 6, 7, 8] * n for n in (1, 4, 9)]
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
@@ -83,8 +83,9 @@ def test_requests_that_have_begun_end_with_the_weights_they_began_with(llm):
     assert stats.num_free_pages == stats.num_pages
 
 
-def test_several_swaps_wait_for_one_another(llm):
+def test_several_swaps_wait_for_one_another(llm, monkeypatch):
     trees = [jax.tree.map(np.array, other(llm.params, f)) for f in (-1.0, 2.0)]
+    dawdle(llm, monkeypatch)
     busy = llm.submit([5, 6, 7], dataclasses.replace(GREEDY, max_tokens=80))
     while not llm.stats().num_running:  # who only waits may begin with new weights
         time.sleep(0.001)
@@ -121,9 +122,11 @@ def test_wrong_trees_are_refused_by_the_name_of_a_leaf(llm):
     assert said(llm)[0] == before
 
 
-def test_waiting_for_ever_can_be_avoided_and_shut_down_answers():
-    llm = serve()
+def test_waiting_for_ever_can_be_avoided_and_shut_down_answers(monkeypatch):
+    llm = dawdle(serve(), monkeypatch, 0.1)
     busy = llm.submit([5, 6, 7], dataclasses.replace(GREEDY, max_tokens=100))
+    while not llm.stats().num_running:  # else nobody is waited for
+        time.sleep(0.001)
     tree = jax.tree.map(np.array, llm.params)
     with pytest.raises(TimeoutError):
         llm.load_params(tree, timeout=0)
