@@ -23,7 +23,7 @@ import numpy as np
 from benchmarks import search_engine, search_methods, search_simulated, search_stats
 from benchmarks.reason_eval import task_of
 from benchmarks.records import machine
-from benchmarks.search_methods import BUDGETS, EVERY, Field
+from benchmarks.search_methods import BUDGETS, EVERY, PATH, Field
 from benchmarks.search_stats import Difference, Runs
 from reasoning.questions import question_of
 from reasoning.tasks import distinct
@@ -117,11 +117,10 @@ def controller(args: argparse.Namespace, tell: Callable[..., None], llm: Any) ->
 
 def accuracy(args: argparse.Namespace, tell: Callable[..., None], llm: Any) -> dict[str, Any]:
     """Accuracy against tokens, for every method on the same problems and seeds."""
-    budgets = args.budgets or (BUDGETS if args.quick else EVERY)
+    budgets = _budgets(args)
     count, seeds = (args.problems or (150 if args.quick else 1000)), args.seeds or 1
-    field = Field.of(
-        llm, task_of(args.model), args.split, count, [args.seed + s for s in range(seeds)]
-    )
+    numbers = [args.seed + s for s in range(seeds)]
+    field = Field.of(llm, task_of(args.model), args.split, count, numbers, tuple(args.share))
     scorer = "prm" if (args.model / "reward_head.safetensors").is_file() else None
     methods = dict(_measured(field, budgets, args.methods, scorer))
     if args.keep:
@@ -129,10 +128,27 @@ def accuracy(args: argparse.Namespace, tell: Callable[..., None], llm: Any) -> d
             f"{name} {key}": x for name, runs in methods.items() for key, x in vars(runs).items()
         }
         np.savez_compressed(args.keep, **whole)
+    return judged(methods, budgets, tell)
+
+
+def joined(files: Sequence[Path]) -> dict[str, Runs]:
+    """What several runs have kept of the same methods: shares of the same problems."""
+    parts = [dict(np.load(file)) for file in files]
+    if any(part.keys() != parts[0].keys() for part in parts):
+        raise SystemExit("--join: the files are of different methods")
+    names = dict.fromkeys(key.rpartition(" ")[0] for key in parts[0])
+    whole = {key: np.concatenate([part[key] for part in parts], 1) for key in parts[0]}
+    return {name: Runs(whole[f"{name} right"], whole[f"{name} tokens"]) for name in names}
+
+
+def judged(
+    methods: Mapping[str, Runs], budgets: Sequence[int], tell: Callable[..., None]
+) -> dict[str, Any]:
+    """Curves and differences; the figures of a summary."""
     for name, runs in methods.items():
         tokens, right = search_stats.curve(runs)
         tell("accuracy", name, tokens=_rounded(tokens), accuracy=_rounded(right, 4))
-    return _compared(methods, field, budgets, tell)
+    return _compared(methods, budgets, tell)
 
 
 def _measured(
@@ -160,7 +176,7 @@ def _measured(
 
 
 def _compared(
-    methods: Mapping[str, Runs], field: Field, budgets: Sequence[int], tell: Callable[..., None]
+    methods: Mapping[str, Runs], budgets: Sequence[int], tell: Callable[..., None]
 ) -> dict[str, Any]:
     """HyPER against its rivals: accuracy at each budget, tokens at what `REFERENCE` reaches."""
     curves = dict(zip(methods, search_stats.bootstrap(list(methods.values())), strict=True))
@@ -170,7 +186,7 @@ def _compared(
     for ours, other in _pairs(methods):
         for paths in budgets:
             mine, theirs = curves[ours], curves[other]
-            cost = SLACK * paths * field.path
+            cost = SLACK * paths * PATH
             gains[ours, other, paths] = search_stats.more_accurate(mine, theirs, cost)
         savings[ours, other] = search_stats.fewer_tokens(curves[ours], curves[other], at)
     adjusted = search_stats.holm({"@".join(map(str, key)): d.p for key, d in gains.items()})
@@ -195,6 +211,10 @@ def _compared(
 def _pairs(methods: Mapping[str, Runs]) -> Iterator[tuple[str, str]]:
     for ours, others in RIVALS.items():
         yield from ((ours, other) for other in others if {ours, other} <= methods.keys())
+
+
+def _budgets(args: argparse.Namespace) -> Sequence[int]:
+    return args.budgets or (BUDGETS if args.quick else EVERY)
 
 
 def _finite(value: float) -> float | None:
@@ -244,6 +264,11 @@ def main() -> None:
     parser.add_argument("--budgets", nargs="+", type=int, help="in paths of plain sampling")
     parser.add_argument("--split", choices=("dev", "test"), default="test")
     parser.add_argument("--keep", type=Path, help="a file for what came of every single search")
+    parser.add_argument(
+        "--share", nargs=2, type=int, default=(0, 1), metavar=("I", "N"),
+        help="of the problems, the I-th of N parts, counted from 0: for --keep",
+    )  # fmt: skip
+    parser.add_argument("--join", nargs="+", type=Path, help="measures nothing: judges kept shares")
     parser.add_argument("--problems", type=int)
     parser.add_argument("--seeds", type=int)
     args = parser.parse_args()
@@ -253,9 +278,11 @@ def main() -> None:
         print(json.dumps(line), flush=True)
 
     found = dict[str, Any]()
-    if "simulated" in args.parts:
+    if "simulated" in args.parts and not args.join:
         found |= _flat(simulated(args, tell))
-    if {"engine", "controller", "accuracy"} & set(args.parts):
+    if args.join:
+        found |= _flat(judged(joined(args.join), _budgets(args), tell))
+    elif {"engine", "controller", "accuracy"} & set(args.parts):
         from jaxserve import LLM
 
         with LLM(args.model, progress=False) as llm:

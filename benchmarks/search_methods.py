@@ -33,6 +33,9 @@ EVERY = (4, 8, 16, 32, 64, 128, 256)
 SETTINGS = Path(__file__).with_name("search_settings.json")
 """Hyper-parameters by method, as `benchmarks.search_tuning` chose them on the dev split."""
 
+PATH = 35.0
+"""Tokens of a plain path, on average: what a budget of one path is."""
+
 TOGETHER = 32  # problems searched at a time
 
 
@@ -41,26 +44,35 @@ class Field:
     """Where methods meet.
 
     Attributes:
-        path: tokens of a plain path, on average: what a budget of one path is.
+        first: number of the first problem, where others are measured elsewhere.
     """
 
     llm: Any
     task: Task
     problems: tuple[Problem, ...]
     seeds: tuple[int, ...]
-    path: float = 35.0
+    first: int = 0
 
     @staticmethod
-    def of(llm: Any, task: Task, split: Any, count: int, seeds: Sequence[int]) -> Field:
+    def of(
+        llm: Any,
+        task: Task,
+        split: Any,
+        count: int,
+        seeds: Sequence[int],
+        share: tuple[int, int] = (0, 1),
+    ) -> Field:
+        """Share i of n, counted from 0, of a draw of `count` problems."""
         problems = tuple(distinct(task, split, 1000 + min(seeds), count))
-        return Field(llm, task, problems, tuple(seeds))
+        start, end = (count * i // share[1] for i in (share[0], share[0] + 1))
+        return Field(llm, task, problems[start:end], tuple(seeds), start)
 
     def questions(self) -> Iterator[tuple[int, int, Question]]:
         """Problem, seed, question."""
         words, most = self.llm.tokenizer, self.llm.max_model_len // 2
         for s, seed in enumerate(self.seeds):
             for p, problem in enumerate(self.problems):
-                own = 1_000_003 * seed + p
+                own = 1_000_003 * seed + self.first + p
                 yield p, s, question_of(self.task, problem, words, seed=own, max_tokens=most)
 
     def search(self, controller: Any, budget: Budget, **options: Any) -> list[list[Result]]:
@@ -95,7 +107,7 @@ def runs(
     right, tokens = [], []
     for paths in budgets:
         controller = CONTROLLERS[name](**{**sized(name, paths), **settings})
-        budget = Budget(tokens=round(paths * field.path))
+        budget = Budget(tokens=round(paths * PATH))
         found = field.search(controller, budget, scorer=scorer)
         right.append(_right(field, found, lambda result: result.answer))
         tokens.append([[spent(r) for r in row] for row in found])
@@ -183,7 +195,7 @@ def replayed(
             policy = CONTROLLERS[name](**{**sized(name, n), **settings})
             rows: list[list[Any]] = [[None] * len(field.seeds) for _ in field.problems]
             for p, s, question in field.questions():
-                most = round(n * field.path)
+                most = round(n * PATH)
                 rows[p][s] = await search(policy, question, paths[p][s], most)
             grid.append(rows)
         return grid

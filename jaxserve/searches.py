@@ -14,7 +14,7 @@ from collections.abc import Callable, Coroutine, Hashable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, TypeVar
 
 import msgspec
@@ -24,7 +24,7 @@ from jaxserve.errors import RequestError
 from jaxserve.intake import Intake, Prompt, as_prompts
 from jaxserve.paths.keeper import Keeper
 from jaxserve.paths.pool import EnginePool
-from jaxserve.paths.scorers import OtherModel, ScoreOf, Scorer
+from jaxserve.paths.scorers import Asked, OtherModel, ScoreOf, Scorer, SelfEvaluation
 from jaxserve.protocol import Cancelled, Event, Question
 from jaxserve.request import RouteNoise, SamplingParams, check_ids
 from reasoning.controllers import CONTROLLERS
@@ -204,7 +204,7 @@ class Searches:
         budget: Budget | None = None,
         *,
         spec: Speculator | None = None,
-        scorer: str | Scorer | Any = None,
+        scorer: str | Scorer | Asked | Any = None,
         on_event: Callable[[Event], None] | None = None,
         return_exceptions: bool = False,
     ) -> Running:
@@ -213,8 +213,9 @@ class Searches:
         Args:
             controller: a `SearchPolicy` or a `PoolPolicy`; one serves all questions.
             spec: how a tree search runs ahead of itself.
-            scorer: of paths: a name, a `Scorer`, or another `LLM` with a reward head; None: the
-                reward head, or confidence where there is none.
+            scorer: of paths: a name, a `Scorer`, what the model is `Asked` about its own reasoning,
+                or another `LLM` with a reward head; None: the reward head, or confidence where
+                there is none.
             on_event: is told what happens, on another thread.
             return_exceptions: errors stand in the place of results; otherwise the first is raised.
 
@@ -247,8 +248,14 @@ class Searches:
     def _scorer(self, asked: Any) -> tuple[str, dict[str, ScoreOf | Scorer]]:
         """The name of a scorer, and all that there are."""
         usual = "confidence" if self.prior is None else "prm"
+        if asked == SelfEvaluation.name and asked not in self.scorers:
+            asked = Asked()
+        if isinstance(asked, Asked):
+            encode = partial(self.intake.tokenizer.encode, add_special_tokens=False)
+            asked = SelfEvaluation.asking(asked, encode)
         if asked is None or isinstance(asked, str):
-            known = dict.fromkeys(["confidence", usual, "certainty", *self.scorers])
+            own = ["confidence", usual, "certainty", SelfEvaluation.name]
+            known = dict.fromkeys([*own, *self.scorers])
             if asked is not None and asked not in known:
                 raise RequestError(
                     f"scorer={asked!r} is not known to this model; it has {', '.join(known)}",
@@ -338,18 +345,27 @@ def controller_of(name: str, settings: Mapping[str, Any] | None = None) -> Any:
             f"controller {name!r} is not known; there are {', '.join(CONTROLLERS)}", "controller"
         )
     kind, given = CONTROLLERS[name], dict(settings or {})
-    fields = [field.name for field in dataclasses.fields(kind)]
-    if unknown := sorted(given.keys() - set(fields)):
-        raise RequestError(
-            f"{name} has no setting {unknown[0]!r}; it has {', '.join(fields)}",
-            f"settings.{unknown[0]}",
-        )
     try:
-        return msgspec.convert(given, kind)
+        made = msgspec.convert(given, kind)
     except msgspec.ValidationError as error:
         what, _, where = str(error).partition(" - at `$")
         path = f"settings{where.rstrip('`')}"
         raise RequestError(f"{name}: {path}: {what}", path) from None
+    _refuse_unknown(name, given, made)
+    return made
+
+
+def _refuse_unknown(name: str, given: Mapping[str, Any], made: Any, path: str = "settings") -> None:
+    """Refuses keys that no dataclass has a field for, however deep they lie."""
+    fields = [field.name for field in dataclasses.fields(made)]
+    for key, value in given.items():
+        if key not in fields:
+            raise RequestError(
+                f"{name} has no setting {key!r} in {path}; it has {', '.join(fields)}",
+                f"{path}.{key}",
+            )
+        if isinstance(value, Mapping) and dataclasses.is_dataclass(inner := getattr(made, key)):
+            _refuse_unknown(name, value, inner, f"{path}.{key}")
 
 
 def routes_of(controller: Any) -> dict[str, RouteNoise]:

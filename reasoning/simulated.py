@@ -170,6 +170,7 @@ class _Row:
     ticks: int  # engine steps that it takes
     order: int
     future: asyncio.Future[Step]
+    passes: int = 1  # over the model, for a token
     ran: int = 0
 
     def made(self) -> int:
@@ -266,7 +267,8 @@ class SimulatedPool:
         path.score = made.score
         ticks = len(tokens) if self._jitter is None else self._jitter.randint(1, 4 * len(tokens))
         query.ledger.calls += 1
-        self._rows.append(_Row(path, step, ticks, next(self._orders), future))
+        passes = 1 if g.route is None else g.route.K
+        self._rows.append(_Row(path, step, ticks, next(self._orders), future, passes))
         return future
 
     def score(self, n: Node, *, scorer: str = "prm", prio: Prio = Prio.COMMIT) -> Awaitable[float]:
@@ -389,7 +391,7 @@ class SimulatedPool:
         """Runs engine steps until the next extension or score ends."""
         self._rows.sort(key=lambda row: (row.path.prio, row.order))
         running = self._rows[: self.machine.slots]
-        cost = self.machine.cost(len(running))
+        cost = self.machine.cost(sum(row.passes for row in running))
         due = min((wait.due for wait in self._scores), default=math.inf)
         if running:
             count = min(row.ticks - row.ran for row in running)
@@ -414,6 +416,7 @@ class SimulatedPool:
         row.ran += count
         new = row.step.tokens[before : row.made()]
         path.tokens += new
+        query.ledger.effective += len(new) * (row.passes - 1)
         if path.prio == Prio.COMMIT:
             query.ledger.committed += len(new)
         else:

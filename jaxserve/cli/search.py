@@ -49,8 +49,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-tokens", type=int, default=None, help="most tokens of a path")
     parser.add_argument(
         "--scorer",
-        help="of paths: prm (if there is a head), confidence, certainty; oracle: whether the steps "
-        "of a task's problem are right",
+        help="of paths: prm (if there is a head), confidence, certainty, self-evaluation; oracle: "
+        "whether the steps of a task's problem are right",
+    )  # fmt: skip
+    parser.add_argument(
+        "--ask", nargs=3, metavar=("QUESTION", "YES", "NO"),
+        help="score paths by how likely the model answers YES rather than NO, a token each",
     )  # fmt: skip
     parser.add_argument(
         "--scorer-model", metavar="MODEL", help="another model, whose reward head scores paths"
@@ -186,14 +190,16 @@ def _scorer(
 ) -> Iterator[Any]:
     """What scores paths, for as long as it is wanted."""
     from jaxserve.llm import LLM
-    from jaxserve.paths.scorers import Oracle
+    from jaxserve.paths.scorers import Asked, Oracle
     from reasoning.step_labels import step_oracle
 
     if args.scorer_latency < 0:
         raise RequestError("scorer_latency must be at least 0", "scorer_latency")
-    if args.scorer_model is not None:
-        if args.scorer is not None:
-            raise RequestError("give either --scorer or --scorer-model", "scorer")
+    if len([way for way in (args.scorer, args.scorer_model, args.ask) if way is not None]) > 1:
+        raise RequestError("give one of --scorer, --scorer-model and --ask", "scorer")
+    if args.ask is not None:
+        yield Asked(*args.ask)
+    elif args.scorer_model is not None:
         with LLM(args.scorer_model, progress=args.progress) as judge:
             yield judge.searches.as_scorer(llm.searches, latency=args.scorer_latency)
     elif args.scorer == "oracle":

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+from jaxserve.errors import RequestError
 from jaxserve.protocol import Gen, Node, SearchError
 
 if TYPE_CHECKING:
@@ -130,6 +131,15 @@ class Batched:
 
 
 @dataclass(frozen=True)
+class Asked:
+    """What a model is asked about its own reasoning, and the two answers that are weighed."""
+
+    question: str = "\n\nIs the reasoning above correct? Answer yes or no:"
+    yes: str = " yes"
+    no: str = " no"
+
+
+@dataclass(frozen=True)
 class SelfEvaluation:
     """The model's own opinion: p(yes) / (p(yes) + p(no)) behind a question about what it said.
 
@@ -143,6 +153,33 @@ class SelfEvaluation:
     no: int
     latency: float = 0.0
     name: ClassVar[str] = "self-evaluation"
+
+    @classmethod
+    def asking(cls, asked: Asked, encode: Callable[[str], Sequence[int]]) -> SelfEvaluation:
+        """The opinion that a question in words asks for.
+
+        Raises:
+            RequestError: the question is no token of this model, or an answer is not one of its
+                own.
+        """
+        suffix = tuple(encode(asked.question))
+        if not suffix:
+            raise RequestError(
+                f"scorer.question={asked.question!r} has no token of this model; ask something",
+                "scorer.question",
+            )
+        said = dict[str, int]()
+        for name in ("yes", "no"):
+            text, ids = getattr(asked, name), encode(getattr(asked, name))
+            if len(ids) != 1 or ids[0] in said.values():
+                raise RequestError(
+                    f"scorer.{name}={text!r} is {len(ids)} tokens of this model ({list(ids)}); "
+                    "both answers must be one token, and different ones: give words of its "
+                    "vocabulary",
+                    f"scorer.{name}",
+                )
+            said[name] = ids[0]
+        return cls(suffix, said["yes"], said["no"])
 
     def session(self, pool: EnginePool) -> Session:
         return _Together(partial(self._opinion, pool))

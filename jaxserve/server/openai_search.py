@@ -9,8 +9,22 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct, UnsetType
 
+from jaxserve.paths.scorers import Asked
 from jaxserve.server.sampling import Positive
 from jaxserve.server.wire import TokenId
+
+
+class SelfEvaluated(Struct, kw_only=True, forbid_unknown_fields=True):
+    """A scorer: how likely the model answers `yes` rather than `no` to a question about a path.
+
+    Attributes:
+        question: that follows the path's text.
+        yes, no: each a single token of the model.
+    """
+
+    question: str = Asked.question
+    yes: str = Asked.yes
+    no: str = Asked.no
 
 
 class SearchOptions(Struct, kw_only=True, forbid_unknown_fields=True):
@@ -22,7 +36,8 @@ class SearchOptions(Struct, kw_only=True, forbid_unknown_fields=True):
         tokens, paths, seconds: what may be spent.
         step: text of the token that closes a step, or the ids of such tokens; an empty line if a
             controller needs steps and this says nothing.
-        scorer: of paths; the reward head if there is one, else confidence.
+        scorer: of paths: "prm", "confidence", "certainty" or "self-evaluation", or what the model
+            is to be asked about them; the reward head if there is one, else confidence.
         speculate: runs ahead of a search over steps, in this mode.
         seed: of everything that is drawn; the request's `seed`, or 0.
     """
@@ -33,7 +48,7 @@ class SearchOptions(Struct, kw_only=True, forbid_unknown_fields=True):
     paths: Positive | None = None
     seconds: Annotated[float, Meta(gt=0)] | None = None
     step: str | list[TokenId] | None = None
-    scorer: str | None = None
+    scorer: str | SelfEvaluated | None = None
     speculate: Literal["lossless", "paper", "opportunistic"] | None = None
     seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
 

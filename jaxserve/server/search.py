@@ -19,6 +19,7 @@ from msgspec import Struct
 from starlette.responses import Response
 
 from jaxserve.errors import EngineError, RequestError
+from jaxserve.paths.scorers import Asked
 from jaxserve.protocol import Cancelled, Event, Failed, Question, Scored, SearchError, StepDone
 from jaxserve.request import CompletionOutput, SamplingParams
 from jaxserve.searches import Running, Searches, controller_of
@@ -35,7 +36,13 @@ from jaxserve.server.openai import (
     PromptTokensDetails,
     Usage,
 )
-from jaxserve.server.openai_search import SearchEvent, SearchLedger, SearchOptions, SearchReport
+from jaxserve.server.openai_search import (
+    SearchEvent,
+    SearchLedger,
+    SearchOptions,
+    SearchReport,
+    SelfEvaluated,
+)
 from jaxserve.server.parsing import PLAIN, Reader
 from jaxserve.server.pieces import Parsed, new_id
 from jaxserve.server.sampling import constraint_field
@@ -259,9 +266,12 @@ async def _begin(
     most = min(options.paths or 1 << 30, server.limits.max_choices)
     budget = Budget(options.tokens, most, options.seconds or float("inf"))
     spec = Speculator(mode=options.speculate) if options.speculate else None
+    scorer = options.scorer
+    if isinstance(scorer, SelfEvaluated):
+        scorer = Asked(scorer.question, scorer.yes, scorer.no)
     with _named():
         running = server.llm.searches.start(
-            [question], controller, budget, spec=spec, scorer=options.scorer, on_event=tell
+            [question], controller, budget, spec=spec, scorer=scorer, on_event=tell
         )
     search = _Search(exchange, reader, prompt, running)
     running.when_over(lambda: tell(None))

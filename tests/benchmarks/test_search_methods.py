@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from benchmarks import search_ablations, search_chart, search_methods, search_tuning
 from benchmarks.pool_search import ideal
-from benchmarks.search import RIVALS, WHOLE
-from benchmarks.search_methods import SETTINGS, Field, sized
+from benchmarks.search import RIVALS, WHOLE, joined
+from benchmarks.search_methods import PATH, SETTINGS, Field, sized
+from benchmarks.search_stats import Runs
 from jaxserve.protocol import Node, Question
 from reasoning.controllers import CONTROLLERS
 from reasoning.controllers.best_of_n import BestOfN
@@ -55,7 +57,7 @@ def test_a_method_of_whole_paths_is_the_same_on_sampled_ones(name):
     ran = search_methods.runs(there, name, (4, 16), settings)
     again = search_methods.replayed(there, paths, name, (4, 16), settings)
     assert np.array_equal(ran.right, again.right) and np.array_equal(ran.tokens, again.tokens)
-    assert ran.tokens[0].max() <= 4 * there.path < ran.tokens[1].max()
+    assert ran.tokens[0].max() <= 4 * PATH < ran.tokens[1].max()
 
 
 def test_branches_of_sampled_paths_are_refused():
@@ -103,7 +105,7 @@ def test_every_ablation_differs_from_the_whole_by_what_its_name_says():
     never = search_methods.runs(there, "hyper", (8,), chosen | {"novelty": 2.0, "width": 3})
     assert (
         never.tokens.max()
-        <= 3 * there.path
+        <= 3 * PATH
         < search_methods.runs(there, "hyper", (8,), chosen | {"safe": 0}).tokens.max()
     )
 
@@ -122,3 +124,21 @@ def test_a_chart_has_a_panel_for_each_model(tmp_path):
     search_chart.chart(found, tmp_path / "b.svg")
     drawn = (tmp_path / "a.svg").read_text()
     assert drawn == (tmp_path / "b.svg").read_text() and "pass@k" in drawn
+
+
+def test_shares_of_a_field_are_the_whole_again(tmp_path):
+    whole = Field.of(None, ModChain(), "dev", 7, (3, 4))
+    parts = [Field.of(None, ModChain(), "dev", 7, (3, 4), (i, 3)) for i in range(3)]
+    assert sum((part.problems for part in parts), ()) == whole.problems
+    assert [part.first for part in parts] == [0, 2, 4]
+    rng, files = np.random.default_rng(0), list[Path]()
+    runs = Runs(rng.integers(0, 2, (2, 7, 2)), rng.random((2, 7, 2)))
+    for i, part in enumerate(parts):
+        cut = slice(part.first, part.first + len(part.problems))
+        files.append(tmp_path / f"{i}.npz")
+        np.savez(files[-1], **{"a b right": runs.right[:, cut], "a b tokens": runs.tokens[:, cut]})
+    (found,) = joined(files).values()
+    assert np.array_equal(found.right, runs.right) and np.array_equal(found.tokens, runs.tokens)
+    np.savez(files[0], other=np.zeros(1))
+    with pytest.raises(SystemExit, match="different methods"):
+        joined(files)

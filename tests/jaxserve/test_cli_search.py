@@ -149,6 +149,8 @@ def test_scorers_that_are_made_for_it(capsys: pytest.CaptureFixture[str]):
     own, far = run(), run("--scorer-model", MODEL, "--scorer-latency", "0.001")
     assert [r["answer"] for r in far] == [r["answer"] for r in own]
     assert all(r["ledger"]["scorer"] > 0 for r in far)
+    asked = run("--ask", "|", "4", "9")
+    assert all(r["ledger"]["scorer"] > 0 for r in asked)
     knowing, unsure = run("--scorer", "oracle"), run("--scorer", "confidence")
     assert sum(r["correct"] for r in knowing) > sum(r["correct"] for r in unsure)
 
@@ -157,7 +159,10 @@ def test_scorers_that_are_made_for_it(capsys: pytest.CaptureFixture[str]):
     ("args", "says"),
     [
         ([PROMPT, "--controller", "nobody"], "controller 'nobody' is not known; there are "),
-        ([PROMPT, "--controller", "rebase", "--set", "wide=2"], "no setting 'wide'; it has width"),
+        (
+            [PROMPT, "--controller", "rebase", "--set", "wide=2"],
+            "no setting 'wide' in settings; it has",
+        ),
         ([PROMPT, "--controller", "rebase", "--set", "width=x"], "settings.width: Expected `int`"),
         ([PROMPT, "--controller", "rebase", "--set", "width"], "settings.width: Expected `int`"),
         ([PROMPT, "--controller", "rebase", "--set", "width=0"], "must be positive"),
@@ -171,7 +176,12 @@ def test_scorers_that_are_made_for_it(capsys: pytest.CaptureFixture[str]):
         ([PROMPT, "--controller", "beam", "--step", "1 2"], "step='1 2' is 2 tokens"),
         ([PROMPT, "--scorer", "nobody"], "scorer='nobody' is not known to this model"),
         ([PROMPT, "--scorer", "oracle"], "scorer=oracle needs --task"),
-        ([PROMPT, "--scorer", "prm", "--scorer-model", MODEL], "either --scorer or --scorer-model"),
+        (
+            [PROMPT, "--scorer", "prm", "--scorer-model", MODEL],
+            "one of --scorer, --scorer-model",
+        ),
+        ([PROMPT, "--ask", "| 4", "|", "|"], "both answers must be one token, and different"),
+        ([PROMPT, "--scorer", "self-evaluation"], "give words of its vocabulary"),
         ([PROMPT, "--scorer-latency", "-1"], "scorer_latency must be at least 0"),
         ([PROMPT, "--speculate", "lossless"], "hyper grows a pool"),
         ([PROMPT, "--max-tokens", "999"], "max_tokens=999"),

@@ -14,6 +14,7 @@ from jaxserve.protocol import (
     Failed,
     Gen,
     Prio,
+    RouteNoise,
     Scored,
     SearchError,
     StepDone,
@@ -112,6 +113,19 @@ def test_wide_steps_and_scores_take_their_time():
         assert pool.now == before + 7
 
     go(run())
+
+
+def test_several_routings_of_a_token_are_several_rows():
+    async def run(K):
+        pool = SimulatedPool(DEEP, Machine(slots=4, ridge=2))
+        node = pool.fork(pool.root((1,), query=0, seed=0), 0)
+        pool.extend(node, Gen(10_000, stop=(STOP,), route=RouteNoise(K)))
+        (event,) = await until(pool, 0, 1)
+        assert pool.ledger(0).effective == (K - 1) * len(event.step.tokens)
+        return event.step.tokens, pool.close(0).critical_steps
+
+    (plain, few), (refined, many) = go(run(1)), go(run(4))
+    assert refined == plain and many == 2 * few
 
 
 def test_promotion_never_starts_work_again():

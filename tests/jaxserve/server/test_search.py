@@ -195,6 +195,20 @@ def test_a_stream_tells_what_happens(live: LiveServer, client: openai.OpenAI):
     assert usage["choices"] == [] and usage["usage"]["completion_tokens"] > 0
 
 
+def test_the_model_may_be_asked_for_its_opinion(client: openai.OpenAI):
+    scorer = {"question": "|", "yes": "4", "no": "9"}
+    search = {"controller": "best-of-n", "settings": {"paths": 3}, "scorer": scorer}
+    stream = client.completions.create(
+        model="modchain", prompt=PROMPT, stream=True, extra_body={"search": search}
+    )
+    chunks = [chunk.model_dump() for chunk in stream]
+    events = [chunk["search_event"] for chunk in chunks if chunk.get("search_event")]
+    scores = {tuple(e["path"][0]): e for e in events if e["kind"] == "score"}
+    assert len(scores) == 3 and {e["scorer"] for e in scores.values()} == {"self-evaluation"}
+    assert all(0 < e["score"] < 1 for e in scores.values())
+    assert chunks[-1]["search"]["ledger"]["scorer"] > 0
+
+
 def test_a_stream_of_completions_has_their_shape(client: openai.OpenAI):
     stream = client.completions.create(
         model="modchain", prompt=PROMPT, stream=True, extra_body={"search": {"step": "|"}}
@@ -231,6 +245,8 @@ TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "ob
         (of("hyper", route={"tau": -1.0}), "search.settings.route"),
         (of("hyper", route={"spared": 2}), "search.settings.route"),
         (of("rebase", gen={"max_tokens": 0}), "search.settings.gen"),
+        (of("rebase", gen={"max_tokens": 5, "top_q": 1}), "search.settings.gen.top_q"),
+        (of("hyper", vote={"lenght": 1.0}), "search.settings.vote.lenght"),
         (of("beam", gen={"max_tokens": 9, "temperature": -1}), "search.settings.gen"),
         ({"search": {"tokens": 0}}, "search.tokens"),
         ({"search": {"tokens": "many"}}, "search.tokens"),
@@ -239,6 +255,10 @@ TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "ob
         ({"search": {"step": "| 5"}}, "search.step"),
         ({"search": {"controller": "beam"}}, "search.step"),
         ({"search": {"scorer": "nobody"}}, "search.scorer"),
+        ({"search": {"scorer": "self-evaluation"}}, "search.scorer.no"),
+        ({"search": {"scorer": {"yes": "4", "no": "4"}}}, "search.scorer.no"),
+        ({"search": {"scorer": {"question": ""}}}, "search.scorer.question"),
+        ({"search": {"scorer": {"ask": "?"}}}, "search.scorer.ask"),
         ({"search": {"speculate": "lossless"}}, "search.speculate"),
         ({"search": {"speculate": "wild"}}, "search.speculate"),
         ({"search": {"seed": 1}, "seed": 2}, "seed"),
