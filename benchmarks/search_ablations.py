@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from benchmarks import search_methods, search_stats
 from benchmarks.reason_eval import task_of
 from benchmarks.records import machine
 from benchmarks.search_methods import Field
+from jaxserve.protocol import RouteNoise
 from reasoning.answers import LengthConfidence
 from reasoning.controllers.hyper_scores import Scores
 from reasoning.pool import PoolView
@@ -49,6 +50,7 @@ ARMS: Mapping[str, Mapping[str, Any]] = {
     "always branches": {"scores": Ready()},
     "no phase": {"scores": Timeless()},
     "with segments": {"segment": (6, 2)},
+    "with refined tokens": {"route": RouteNoise(spared=0)},
     "unsure paths go on": {"floor": 0.0},
     "slips count": {"slip": float("inf")},
     "never safe": {"safe": 0},
@@ -58,11 +60,12 @@ ARMS: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-def ablations(field: Field) -> Iterator[dict[str, Any]]:
+def ablations(field: Field, arms: Sequence[str] = tuple(ARMS)) -> Iterator[dict[str, Any]]:
     """A line for each arm: its curve, and what it loses to the whole at every budget."""
     chosen = search_methods.settings_of("hyper")
     whole = search_methods.runs(field, "hyper", BUDGETS, chosen)
-    for name, change in ARMS.items():
+    for name in arms:
+        change = ARMS[name]
         arm = (
             search_methods.runs(field, "hyper", BUDGETS, chosen | dict(change)) if change else whole
         )
@@ -85,12 +88,13 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=MODEL)
     parser.add_argument("--problems", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     args = parser.parse_args()
     about = {"model": args.model.name, "problems": args.problems, "budgets": BUDGETS}
-    with LLM(args.model, progress=False) as llm:
+    with LLM(args.model, progress=False, enable_route_noise=True) as llm:
         llm.wait_until_warm()
         field = Field.of(llm, task_of(args.model), "dev", args.problems, [args.seed])
-        for line in ablations(field):
+        for line in ablations(field, args.arms):
             print(json.dumps({"name": "search-ablation", **about, **line, **machine()}), flush=True)
 
 

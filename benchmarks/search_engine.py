@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -164,12 +165,14 @@ def median_interval(values: Sequence[float], draws: int = 10_000) -> list[float]
 def host_share(llm: Any, question: Question, rows: int = 64) -> dict[str, float]:
     """What HyPER's own code costs beside the engine, with so many live paths.
 
-    It keeps its pool full, whether there is anything new to find or not, until it has spent what
-    so many plain paths of ModChain have.
+    It keeps its pool full, whether there is anything new to find or not: no path is given up, so
+    that every one is looked at to its end, and another begins where one has ended, until what twice
+    as many plain paths of ModChain have is spent.
     """
-    policy = CONTROLLERS["hyper"](width=rows, paths=1 << 20, novelty=0.0, safe=0)
+    everybody = {"floor": -math.inf, "alike": 0, "novelty": 0.0, "safe": 0}
+    policy = CONTROLLERS["hyper"](width=rows, paths=1 << 20, **everybody)
     steps, began = llm.stats().num_steps, time.perf_counter()
-    result = llm.search(question, policy, Budget(tokens=35 * rows))
+    result = llm.search(question, policy, Budget(tokens=70 * rows))
     took, count = time.perf_counter() - began, llm.stats().num_steps - steps
     thought = result.notes["policy_seconds"]
     return {

@@ -12,6 +12,7 @@ import heapq
 import math
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import add
 
 from jaxserve.protocol import Node, Question
 from reasoning.answers import Candidate, LengthConfidence, lead, supports, tally
@@ -272,8 +273,7 @@ class Survey:
         tokens = path.stats.tokens
         known.length = max(known.length, n := len(tokens))
         while walk.seen < n and not walk.over:
-            ends = (i for i in range(walk.seen, n) if tokens[i] in question.step)
-            end = next(ends, n - 1) + 1
+            end = _end(tokens, walk.seen, question.step)
             closed = tokens[end - 1] in question.step
             self._go_on(known.places[walk.state], path, walk, end, closed)
             if closed and not walk.lost:
@@ -291,24 +291,38 @@ class Survey:
     def _go_on(self, place: Place, path: Path, walk: Walk, end: int, closed: bool) -> None:
         """Looks at the open step's tokens up to `end`."""
         stats, start, seen = path.stats, walk.start, walk.seen
-        if start >= path.at:  # what was inherited is the parent's
-            if seen == start:
-                place.tries += 1
-                width = math.exp(stats.entropies[start]) if stats.entropies else 1.0
-                place.width = max(place.width, width)
-            if closed or end - start >= self.alike:
-                place.ways.setdefault(stats.tokens[start : min(start + self.alike, end)], path)
-        whole = seen - start >= self.window  # windows up to here count as they are
-        since = max(seen - self.window + 1, start) if whole else start
-        least = min(groups(stats.confidences[since:end], self.window), default=math.inf)
-        walk.least = min(walk.least, least) if whole else least
-        odds = zip(stats.logprobs[seen:end], stats.entropies[seen:end], strict=False)
-        slipped = any(p + h < -self.slip for p, h in odds)
-        if slipped and start >= path.at:  # it does not show where the model would go
+        fresh = start >= path.at  # what was inherited is the parent's
+        if fresh and seen == start:
+            place.tries += 1
+            width = math.exp(stats.entropies[start]) if stats.entropies else 1.0
+            place.width = max(place.width, width)
+        if fresh and (closed or end - start >= self.alike):
+            place.ways.setdefault(stats.tokens[start : min(start + self.alike, end)], path)
+        walk.least = self._least(stats.confidences, walk, end)
+        odds = map(add, stats.logprobs[seen:end], stats.entropies[seen:end])
+        slipped = min(odds, default=0.0) < -self.slip
+        if slipped and fresh:  # it does not show where the model would go
             place.tries -= 1
             place.ways = {way: first for way, first in place.ways.items() if first is not path}
         walk.seen = end
         walk.over = walk.lost = slipped or walk.least < self.floor
+
+    def _least(self, confidences: Sequence[float], walk: Walk, end: int) -> float:
+        """The least confidence of the open step, with its tokens up to `end`."""
+        start, seen = walk.start, walk.seen
+        if self.window == 1:
+            return min(walk.least, min(confidences[seen:end], default=math.inf))
+        whole = seen - start >= self.window  # windows up to here count as they are
+        since = max(seen - self.window + 1, start) if whole else start
+        least = min(groups(confidences[since:end], self.window), default=math.inf)
+        return min(walk.least, least) if whole else least
+
+
+def _end(tokens: tuple[int, ...], since: int, closers: Sequence[int]) -> int:
+    """How many tokens there are up to the next one that closes a step; all, if none does."""
+    fresh = tokens[since:]
+    ends = [fresh.index(token) for token in closers if token in fresh]
+    return since + min(ends) + 1 if ends else len(tokens)
 
 
 def _state(question: Question, tokens: tuple[int, ...], end: int) -> tuple[int, ...]:
