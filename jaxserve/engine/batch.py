@@ -203,7 +203,8 @@ def pack_sampling(step: Step, R: int, table: SlotTable) -> SampleArrays:
     ints[:n], floats[:n] = table.ints[index], table.floats[index]
     ints[:n, 1] = [row.start + row.count for row in rows]
     ints[n:, 0] = table.tables.shape[0]  # out of range: nothing is recorded
-    floats[n:, 3], ints[n:, 6] = 1.0, 1
+    floats[n:, 1] = floats[n:, 3] = 1.0  # else top-p is looked for, of nothing, in all rows
+    ints[n:, 6] = 1
     if not all(drawing := [row.samples for row in rows]):
         idle = np.flatnonzero(~np.array(drawing))
         ints[idle, 0], floats[idle, 0] = table.tables.shape[0], 0.0

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jaxserve.engine.batch import SlotTable, pack_tokens
+from jaxserve.engine.batch import SlotTable, pack_sampling, pack_tokens
 from jaxserve.engine.scheduler import Row, Step
 from jaxserve.engine.sequence import Sequence
 from jaxserve.request import SamplingParams
@@ -58,3 +58,13 @@ def test_prompts_that_are_scored_take_the_general_way():
     for row in step.rows:
         row.seq.prompt_len, row.seq.tokens, row.start = 5, [1, 2, 3, 4, 9], 2
     assert pack_tokens(step, 8, 8, table).tokens[3, :2].tolist() == [4, 4], "targets"
+
+
+@pytest.mark.parametrize("rows", [1, 5, 8])
+def test_padding_asks_for_nothing(rows: int):
+    """A feature that no row uses is skipped (`sampler.sample`), so padding must not use one."""
+    step, table = decoding(Random(rows), rows, temperature=1.0)
+    x = pack_sampling(step, 8, table).unpack()
+    assert (x.temperature[rows:] == 0).all() and (x.top_k == 0).all()
+    assert (x.top_p == 1).all() and (x.min_p == 0).all() and (x.repetition == 1).all()
+    assert not any((x.use_penalties, x.use_bias, x.use_mask, x.use_logprobs, x.use_stats))
