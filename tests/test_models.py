@@ -27,9 +27,11 @@ SHIPPED = sorted(path.parent for path in MODELS.glob("*/config.json"))
 NAMES = [folder.name for folder in SHIPPED]
 BOUNDS = {  # of pass@1; what the issue of a search experiment needs
     "modchain-moe": (0.35, 0.65),
+    "modchain-moe-misled": (0.25, 0.55),
     "countdown-moe": (0.25, 0.80),
     "recall-dense": (0.75, 1.00),
 }
+REASONERS = [name for name in NAMES if name != "recall-dense"]
 
 shipped = pytest.mark.parametrize("folder", SHIPPED, ids=NAMES)
 
@@ -78,7 +80,7 @@ def test_it_is_about_as_good_as_its_card_says(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sparing(["modchain-moe", "countdown-moe"], "modchain-moe"))
+@pytest.mark.parametrize("name", sparing(REASONERS, "modchain-moe"))
 def test_reward_heads_tell_right_from_wrong(name):
     folder = MODELS / name
     with LLM(folder, progress=False) as llm:
