@@ -83,6 +83,15 @@ class RouteNoise:
 
 
 @dataclass(frozen=True)
+class Asked:
+    """What a model is asked about its own reasoning, and the two answers that are weighed."""
+
+    question: str = "\n\nIs the reasoning above correct? Answer yes or no:"
+    yes: str = " yes"
+    no: str = " no"
+
+
+@dataclass(frozen=True)
 class SamplingParams:
     """How to sample one request. Every field changes what is sampled; none is ignored.
 

@@ -24,9 +24,9 @@ from jaxserve.errors import RequestError
 from jaxserve.intake import Intake, Prompt, as_prompts
 from jaxserve.paths.keeper import Keeper
 from jaxserve.paths.pool import EnginePool
-from jaxserve.paths.scorers import Asked, OtherModel, ScoreOf, Scorer, SelfEvaluation
+from jaxserve.paths.scorers import OtherModel, ScoreOf, Scorer, SelfEvaluation
 from jaxserve.protocol import Cancelled, Event, Question
-from jaxserve.request import RouteNoise, SamplingParams, check_ids
+from jaxserve.request import Asked, RouteNoise, SamplingParams, check_ids
 from reasoning.controllers import CONTROLLERS
 from reasoning.pool import run_pool
 from reasoning.questions import last_answer

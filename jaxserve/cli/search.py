@@ -190,7 +190,8 @@ def _scorer(
 ) -> Iterator[Any]:
     """What scores paths, for as long as it is wanted."""
     from jaxserve.llm import LLM
-    from jaxserve.paths.scorers import Asked, Oracle
+    from jaxserve.paths.scorers import Oracle
+    from jaxserve.request import Asked
     from reasoning.step_labels import step_oracle
 
     if args.scorer_latency < 0:

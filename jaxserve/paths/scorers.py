@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from jaxserve.errors import RequestError
 from jaxserve.protocol import Gen, Node, SearchError
+from jaxserve.request import Asked
 
 if TYPE_CHECKING:
     from jaxserve.paths.pool import EnginePool
@@ -128,15 +129,6 @@ class Batched:
 
     def close(self, query: int) -> None:
         self._session.close(query)
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What a model is asked about its own reasoning, and the two answers that are weighed."""
-
-    question: str = "\n\nIs the reasoning above correct? Answer yes or no:"
-    yes: str = " yes"
-    no: str = " no"
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct, UnsetType
 
-from jaxserve.paths.scorers import Asked
+from jaxserve.request import Asked
 from jaxserve.server.sampling import Positive
 from jaxserve.server.wire import TokenId
 

@@ -19,9 +19,8 @@ from msgspec import Struct
 from starlette.responses import Response
 
 from jaxserve.errors import EngineError, RequestError
-from jaxserve.paths.scorers import Asked
 from jaxserve.protocol import Cancelled, Event, Failed, Question, Scored, SearchError, StepDone
-from jaxserve.request import CompletionOutput, SamplingParams
+from jaxserve.request import Asked, CompletionOutput, SamplingParams
 from jaxserve.searches import Running, Searches, controller_of
 from jaxserve.server.errors import ApiError, as_api_error
 from jaxserve.server.openai import (
