@@ -310,8 +310,6 @@ class Survey:
     def _least(self, confidences: Sequence[float], walk: Walk, end: int) -> float:
         """The least confidence of the open step, with its tokens up to `end`."""
         start, seen = walk.start, walk.seen
-        if self.window == 1:
-            return min(walk.least, min(confidences[seen:end], default=math.inf))
         whole = seen - start >= self.window  # windows up to here count as they are
         since = max(seen - self.window + 1, start) if whole else start
         least = min(groups(confidences[since:end], self.window), default=math.inf)
