@@ -133,12 +133,17 @@ def accuracy(args: argparse.Namespace, tell: Callable[..., None], llm: Any) -> d
 
 def joined(files: Sequence[Path]) -> dict[str, Runs]:
     """What several runs have kept of the same methods: shares of the same problems."""
-    parts = [dict(np.load(file)) for file in files]
+    parts = [_kept(file) for file in files]
     if any(part.keys() != parts[0].keys() for part in parts):
         raise SystemExit("--join: the files are of different methods")
     names = dict.fromkeys(key.rpartition(" ")[0] for key in parts[0])
     whole = {key: np.concatenate([part[key] for part in parts], 1) for key in parts[0]}
     return {name: Runs(whole[f"{name} right"], whole[f"{name} tokens"]) for name in names}
+
+
+def _kept(file: Path) -> dict[str, np.ndarray]:
+    with np.load(file) as arrays:
+        return dict(arrays)
 
 
 def judged(
@@ -278,17 +283,18 @@ def main() -> None:
         print(json.dumps(line), flush=True)
 
     found = dict[str, Any]()
-    if "simulated" in args.parts and not args.join:
-        found |= _flat(simulated(args, tell))
+    parts = set[str]() if args.join else set(args.parts)
     if args.join:
         found |= _flat(judged(joined(args.join), _budgets(args), tell))
-    elif {"engine", "controller", "accuracy"} & set(args.parts):
+    if "simulated" in parts:
+        found |= _flat(simulated(args, tell))
+    if {"engine", "controller", "accuracy"} & parts:
         from jaxserve import LLM
 
         with LLM(args.model, progress=False) as llm:
             llm.wait_until_warm()
             for part in (engine, controller, accuracy):
-                if part.__name__ in args.parts:
+                if part.__name__ in parts:
                     found |= _flat(part(args, tell, llm))
     asked = {key: getattr(args, key) for key in ("seed", "quick", "split", "problems", "seeds")}
     summary = {"name": "search", "model": args.model.name, **asked, **found, **machine()}
