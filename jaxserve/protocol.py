@@ -84,7 +84,7 @@ class Node:
         return len(self.path)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Step:
     """What one extension added to a path.
 
@@ -110,7 +110,7 @@ class Step:
     passes: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class PathStats:
     """All that is known of a path; means are over its own tokens, without the prompt.
 

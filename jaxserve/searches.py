@@ -215,7 +215,7 @@ class Searches:
             spec: how a tree search runs ahead of itself.
             scorer: of paths: a name, a `Scorer`, what the model is `Asked` about its own reasoning,
                 or another `LLM` with a reward head; None: the reward head, or confidence where
-                there is none.
+                there is none, and nobody for a controller that does not look at scores.
             on_event: is told what happens, on another thread.
             return_exceptions: errors stand in the place of results; otherwise the first is raised.
 
@@ -223,11 +223,12 @@ class Searches:
             RequestError: the controller is none, a setting does not go with it, or an id is no
                 token.
         """
-        scorer, scorers = self._scorer(scorer)
         _check(controller, spec)
-        for name, route in routes_of(controller).items():
+        looks = hasattr(controller, "ready") or getattr(controller, "scored", True)
+        name, scorers = self._scorer(scorer) if looks or scorer is not None else (None, {})
+        for setting, route in routes_of(controller).items():
             if why := self.keeper.cannot_refine(route):
-                raise RequestError(why, f"settings.{name}")
+                raise RequestError(why, f"settings.{setting}")
         vocab = self.intake.vocab
         for question in questions:
             check_ids("the prompt", question.prompt, vocab, "prompt")
@@ -235,10 +236,10 @@ class Searches:
         check_ids("the suffix of a probe", getattr(controller, "suffix", ()), vocab, "suffix")
 
         async def all_of_them() -> list[Any]:
-            pool = self.pool(on_event, scorers, judged=scorer == "prm")
+            pool = self.pool(on_event, scorers, judged=name == "prm")
             coordinator = Coordinator(trust=self.trust)
             searches = [
-                self._one(controller, pool, question, budget, spec, scorer, coordinator)
+                self._one(controller, pool, question, budget, spec, name, coordinator)
                 for question in questions
             ]
             return await _together(searches, return_exceptions)
@@ -298,11 +299,12 @@ class Searches:
         question: Question,
         budget: Budget | None,
         spec: Speculator | None,
-        scorer: str,
+        scorer: str | None,
         coordinator: Coordinator,
     ) -> Coroutine[Any, Any, Result]:
         if not hasattr(controller, "ready"):
             return run_pool(controller, pool, question, budget or Budget(), scorer=scorer)
+        assert scorer is not None, "trees are looked at by their scores"
         return run_search(
             controller, pool, question, budget, spec=spec, scorer=scorer, coordinator=coordinator
         )

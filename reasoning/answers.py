@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Literal
 
 from jaxserve.protocol import Node
@@ -77,10 +79,8 @@ def ranks(values: Sequence[float]) -> list[float]:
 
     What is left of a scale that means nothing outside its query.
     """
-    n = len(values)
-    return [
-        (sum(v < x for v in values) + (sum(v == x for v in values) + 1) / 2) / n for x in values
-    ]
+    ordered, n = sorted(values), len(values)
+    return [(bisect_left(ordered, x) + bisect_right(ordered, x) + 1) / (2 * n) for x in values]
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def _cover(sets: list[frozenset[Hashable]]) -> int:
     open_sets: list[frozenset[Hashable]] = [s for s in sets if s]
     count = len(sets) - len(open_sets)
     while open_sets:
-        seen: Counter[Hashable] = Counter(x for s in open_sets for x in s)
+        seen: Counter[Hashable] = Counter(chain.from_iterable(open_sets))
         most = max(seen.values())
         best = min((x for x, n in seen.items() if n == most), key=repr)  # sets have no order
         open_sets = [s for s in open_sets if best not in s]

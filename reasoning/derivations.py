@@ -12,7 +12,7 @@ import heapq
 import math
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from operator import add
+from typing import NamedTuple
 
 from jaxserve.protocol import Node, Question
 from reasoning.answers import Candidate, LengthConfidence, lead, supports, tally
@@ -22,8 +22,7 @@ from reasoning.signals import groups
 MOST_DERIVATIONS = 256  # of one pool: their number grows with the product of what can be swapped
 
 
-@dataclass(frozen=True)
-class Move:
+class Move(NamedTuple):
     """A closed step, or the end of a text.
 
     Attributes:
@@ -39,7 +38,7 @@ class Move:
     last: bool = False
 
 
-@dataclass
+@dataclass(slots=True)
 class Place:
     """A state, as the pool knows it.
 
@@ -64,13 +63,15 @@ class Place:
     @property
     def novelty(self) -> float:
         """How likely one more fork goes on as none did before; an estimate, in [0, 1]."""
-        if not self.tries or not self.ways:
+        ways = len(self.ways)
+        if not ways or not self.tries or ways >= self.width:
             return 0.0
-        return max(1 - len(self.ways) / self.width, 0.0) * len(self.ways) / self.tries
+        return (1 - ways / self.width) * ways / self.tries
 
     def worth(self, length: int, deep: float) -> float:
         """Of one more fork, where paths have so many tokens: novelty, by what is left to pay."""
-        return self.novelty * max(length - self.at, 1) ** -deep
+        fresh = self.novelty
+        return fresh * max(length - self.at, 1) ** -deep if fresh else 0.0
 
 
 @dataclass(frozen=True)
@@ -83,12 +84,12 @@ class Derivation:
     length: int
 
 
-@dataclass
+@dataclass(slots=True)
 class Walk:
     """How far a path has been followed through the graph.
 
     Attributes:
-        state, start: that it reached last, and after how many tokens.
+        place, start: that it reached last, and after how many tokens.
         seen: tokens looked at.
         least: the least confidence of the step that is open.
         moves: the steps so far.
@@ -96,7 +97,7 @@ class Walk:
         over: nothing more is to come.
     """
 
-    state: Hashable = ()
+    place: Place
     start: int = 0
     seen: int = 0
     least: float = math.inf
@@ -113,7 +114,7 @@ class Map:
         places: by state; () is the question.
         walks: of each path.
         nodes: the same, by the node that a path began as.
-        open: paths of which more may come.
+        open: walks of which more may come.
         length: tokens of the longest path.
         own: one derivation for each sure path with an answer: the way it took itself.
     """
@@ -121,7 +122,7 @@ class Map:
     places: dict[Hashable, Place] = field(default_factory=lambda: {(): Place(None, 0)})
     walks: dict[Path, Walk] = field(default_factory=dict[Path, Walk])
     nodes: dict[Node, Walk] = field(default_factory=dict[Node, Walk])
-    open: list[Path] = field(default_factory=list[Path])
+    open: list[tuple[Path, Walk]] = field(default_factory=list[tuple[Path, "Walk"]])
     length: int = 0
     own: list[Derivation] = field(default_factory=list["Derivation"])
     _ways: list[Derivation] | None = None
@@ -160,7 +161,7 @@ class Map:
     def repeats(self, path: Path, alike: int, novelty: float) -> bool:
         """Whether others have been where it is first, and went on as it does or is likely to."""
         walk = self.walks[path]
-        place, began = self.places[walk.state], path.stats.tokens[walk.start :]
+        place, began = walk.place, path.stats.tokens[walk.start :]
         if place.first is path:
             return False
         if len(began) >= alike:
@@ -187,16 +188,16 @@ class Map:
 
     def behind(self, path: Path) -> Walk:
         """A walk that begins where a path was forked, if that is behind a step of its parent's."""
-        parent, at = self.nodes.get(path.parent, Walk()) if path.parent else Walk(), 0
-        for n, move in enumerate(parent.moves, 1):
+        parent, at = self.nodes.get(path.parent) if path.parent else None, 0
+        for n, move in enumerate(parent.moves if parent else (), 1):
             at += move.size
-            if at == path.at and not move.last:
-                return Walk(move.end, at, at, moves=parent.moves[:n])
-        return Walk()
+            if parent and at == path.at and not move.last:
+                return Walk(self.places[move.end], at, at, moves=parent.moves[:n])
+        return Walk(self.places[()])
 
     def move(self, walk: Walk, move: Move) -> None:
         """A walk goes on by a step."""
-        known = self.places[walk.state].moves
+        known = walk.place.moves
         if (move.end, move.last) not in known:
             known[move.end, move.last] = move
             self._ways = self._lead = None
@@ -260,67 +261,85 @@ class Survey:
     def of(self, view: PoolView) -> Map:
         """The graph of all sure steps, with what has been said since last time."""
         known: Map = view.memory.setdefault(f"map {self.floor}", Map())
-        fresh = view.paths[len(known.walks) :]
-        for path in fresh:
+        for path in view.paths[len(known.walks) :]:
             walk = known.walks[path] = known.nodes[path.node] = known.behind(path)
             known.length = max(known.length, walk.start)
-        known.open = [path for path in (*known.open, *fresh) if not known.walks[path].over]
-        for path in known.open:
-            self._follow(known, path, known.walks[path], view.question)
+            known.open.append((path, walk))
+        for path, walk in known.open:
+            self._follow(known, path, walk, view.question)
+        known.open = [(path, walk) for path, walk in known.open if not walk.over]
         return known
 
     def _follow(self, known: Map, path: Path, walk: Walk, question: Question) -> None:
-        tokens = path.stats.tokens
-        known.length = max(known.length, n := len(tokens))
+        tokens, closers = path.stats.tokens, question.step
+        if (n := len(tokens)) > known.length:
+            known.length = n
         while walk.seen < n and not walk.over:
-            end = _end(tokens, walk.seen, question.step)
-            closed = tokens[end - 1] in question.step
-            self._go_on(known.places[walk.state], path, walk, end, closed)
+            closed = self._go_on(path, walk, closers)
             if closed and not walk.lost:
+                end = walk.seen
                 state = _state(question, tokens, end)
                 step = tokens[walk.start : end]
                 known.move(walk, Move(_claim(step, state), state, walk.least, len(step)))
-                walk.state, walk.start, walk.least = state, end, math.inf
-                known.places.setdefault(state, Place(path, end))
+                if (place := known.places.get(state)) is None:
+                    place = known.places[state] = Place(path, end)
+                walk.place, walk.start, walk.least = place, end, math.inf
         if path.state == "finished" and not walk.over:
             rest = tokens[walk.start :]
             if path.answer is not None:
                 known.move(walk, Move(rest, path.answer, walk.least, len(rest), last=True))
         walk.over |= path.state != "live"
 
-    def _go_on(self, place: Place, path: Path, walk: Walk, end: int, closed: bool) -> None:
-        """Looks at the open step's tokens up to `end`."""
+    def _go_on(self, path: Path, walk: Walk, closers: Sequence[int]) -> bool:
+        """Looks at the open step's tokens, to its end or as far as there are any; whether it is
+        closed."""
         stats, start, seen = path.stats, walk.start, walk.seen
+        tokens, logprobs, entropies = stats.tokens, stats.logprobs, stats.entropies
+        told, single = bool(entropies), self.window == 1  # some pools report tokens alone
+        i, closed, slipped, least = seen, False, False, walk.least
+        for i in range(seen, len(tokens)):
+            if told:
+                if logprobs[i] + entropies[i] < -self.slip:
+                    slipped = True
+                if single and stats.confidences[i] < least:
+                    least = stats.confidences[i]
+            if tokens[i] in closers:
+                closed = True
+                break
+        walk.seen = end = i + 1
         fresh = start >= path.at  # what was inherited is the parent's
-        if fresh and seen == start:
+        if fresh and seen - start < self.alike:
+            self._count(walk.place, path, start, seen, end, closed)
+        if not single:
+            least = self._least_group(stats.confidences, least, start, seen, end)
+        walk.least = least
+        if slipped and fresh:  # it does not show where the model would go
+            walk.place.tries -= 1
+            ways = walk.place.ways.items()
+            walk.place.ways = {way: first for way, first in ways if first is not path}
+        walk.over = walk.lost = slipped or least < self.floor
+        return closed
+
+    def _count(
+        self, place: Place, path: Path, start: int, seen: int, end: int, closed: bool
+    ) -> None:
+        """Enters how a path goes on from a place, as far as that is said."""
+        stats = path.stats
+        if seen == start:
             place.tries += 1
             width = math.exp(stats.entropies[start]) if stats.entropies else 1.0
             place.width = max(place.width, width)
-        if fresh and (closed or end - start >= self.alike):
+        if closed or end - start >= self.alike:
             place.ways.setdefault(stats.tokens[start : min(start + self.alike, end)], path)
-        walk.least = self._least(stats.confidences, walk, end)
-        odds = map(add, stats.logprobs[seen:end], stats.entropies[seen:end])
-        slipped = min(odds, default=0.0) < -self.slip
-        if slipped and fresh:  # it does not show where the model would go
-            place.tries -= 1
-            place.ways = {way: first for way, first in place.ways.items() if first is not path}
-        walk.seen = end
-        walk.over = walk.lost = slipped or walk.least < self.floor
 
-    def _least(self, confidences: Sequence[float], walk: Walk, end: int) -> float:
-        """The least confidence of the open step, with its tokens up to `end`."""
-        start, seen = walk.start, walk.seen
+    def _least_group(
+        self, confidences: Sequence[float], least: float, start: int, seen: int, end: int
+    ) -> float:
+        """The least confidence of the open step, with its tokens from `seen` up to `end`."""
         whole = seen - start >= self.window  # windows up to here count as they are
         since = max(seen - self.window + 1, start) if whole else start
-        least = min(groups(confidences[since:end], self.window), default=math.inf)
-        return min(walk.least, least) if whole else least
-
-
-def _end(tokens: tuple[int, ...], since: int, closers: Sequence[int]) -> int:
-    """How many tokens there are up to the next one that closes a step; all, if none does."""
-    fresh = tokens[since:]
-    ends = [fresh.index(token) for token in closers if token in fresh]
-    return since + min(ends) + 1 if ends else len(tokens)
+        found = min(groups(confidences[since:end], self.window), default=math.inf)
+        return min(least, found) if whole else found
 
 
 def _state(question: Question, tokens: tuple[int, ...], end: int) -> tuple[int, ...]:

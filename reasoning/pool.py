@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Hashable, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -93,7 +93,7 @@ class Probed:
     at: int
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Path:
     """What is known of a path. Policies read it; the runner alone writes.
 
@@ -196,6 +196,8 @@ class PoolPolicy(Protocol):
     Attributes:
         period: tokens of a round.
         branching: forks paths that are finished or pruned; only then do they keep their pages.
+        scored: looks at `Path.score`. It may be left out, and then is taken for true; where it is
+            not, finished paths are scored only if whoever searches names a scorer.
     """
 
     @property
@@ -270,6 +272,7 @@ class _Search:
         self.plans: dict[Node, Refine | Segment] = {}  # for the coming round
         self.probes: list[Probe] = []
         self.aside: list[Path] = []  # of segments: forks not kept, and beginnings that go on
+        self.gen = Gen(policy.period)  # that was asked for last
         self.refused = False  # a fork, for want of budget
         self.begun = time.monotonic()
         self.thinking = 0.0
@@ -358,7 +361,7 @@ class _Search:
     async def _round(self) -> None:
         """Extends every live path, within what is left, and sees what came of it."""
         view, left = self.view, self.view.left
-        work = list[Coroutine[None, None, None]]()
+        plain, work = list[tuple[Path, int, Awaitable[Step]]](), list[Awaitable[Any]]()
         for probe in self.probes:
             if most := min(probe.max_tokens, left):
                 left -= most
@@ -376,16 +379,21 @@ class _Search:
             each = 1 if route is None else route.K
             if n := min(self.policy.period, most, left // each):
                 left -= n * each
-                work.append(self._extend(path, n, route))
-        before = view.finished
-        await asyncio.gather(*work)
+                gen = self._gen(n) if route is None else Gen(n, route=route)
+                plain.append((path, n, self.pool.extend(path.node, gen)))
+        before = set(view.finished)
+        steps = await asyncio.gather(*[step for _, _, step in plain], *work)
+        for (path, n, _), step in zip(plain, steps, strict=False):
+            self._grown(path, step, n)
         view.rounds += 1
         view.spent = self.generated + self.pool.ledger(self.query).effective
         await self._closed([p for p in view.finished if p not in before])
 
-    async def _extend(self, path: Path, n: int, route: RouteNoise | None) -> None:
-        step = await self.pool.extend(path.node, Gen(n, route=route))
-        self._grown(path, step, n)
+    def _gen(self, n: int) -> Gen:
+        """The same for all that ask for as much: a round of many paths makes one."""
+        if n != self.gen.max_tokens:
+            self.gen = Gen(n)
+        return self.gen
 
     async def _segment(self, path: Path, k: int, n: int) -> None:
         at = path.stats.n_tokens

@@ -36,8 +36,8 @@ def question_of(
         """What a step says is left: all that steps after it go by."""
         if not tokens or tokens[-1] != step:
             return None
-        places = [i for i, token in enumerate(tokens) if token in separator]
-        return tuple(tokens[places[-1] + 1 :]) if places else None
+        last = next((i for i in reversed(range(len(tokens))) if tokens[i] in separator), None)
+        return None if last is None else tuple(tokens[last + 1 :])
 
     (step,) = words.encode(STEP, add_special_tokens=False)
     prompt = tuple(words.encode(problem.prompt))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Hashable, Mapping, Sequence
-from itertools import combinations, pairwise
+from itertools import combinations, islice, pairwise
 from typing import Any
 
 from jaxserve.protocol import PathStats
@@ -27,10 +27,10 @@ def answer_entropy(totals: Mapping[Hashable, float]) -> float:
     return max(-sum(p * math.log(p) for p in shares), 0.0)
 
 
-def groups(confidences: Sequence[float], window: int) -> list[float]:
+def groups(confidences: Sequence[float], window: int) -> Sequence[float]:
     """Mean confidence of every `window` tokens in a row; of all, where there are fewer."""
     if window == 1 or not confidences:
-        return list(confidences)
+        return confidences
     n = min(window, len(confidences))
     whole = sum(confidences[:n])
     means = [whole / n]
@@ -79,9 +79,10 @@ def redundancy(paths: Sequence[PathStats], window: int, n: int = 3, most: int = 
     Of a large pool it is that of `most` pairs or fewer, at even distances among all: pairs grow
     with the square of the pool, and a round has no time for them.
     """
-    pairs = list(combinations(paths, 2))
-    some = pairs[:: -(-len(pairs) // most)] if pairs else []
-    return statistics.fmean([likeness(a, b, window, n) for a, b in some]) if some else 0.0
+    if len(paths) < 2:
+        return 0.0
+    some = islice(combinations(paths, 2), None, None, -(-math.comb(len(paths), 2) // most))
+    return statistics.fmean([likeness(a, b, window, n) for a, b in some])
 
 
 def likeness(a: PathStats, b: PathStats, window: int, n: int = 3) -> float:

@@ -99,34 +99,52 @@ class SlotTable:
         self.bias = np.zeros((S, MAX_BIAS), np.float32)
         self.flags = np.zeros((S, 5), bool)  # penalties, bias, mask, logprobs, stats
 
-    def enter(self, row: Row) -> bool:
-        """Brings the row's slot up to date; True if the sequence has just moved in."""
+    def enter(self, rows: list[Row]) -> list[Sequence]:
+        """Brings the slots of a step's rows up to date; the sequences that have just moved in."""
+        moved_in = [row.seq for row in rows if self._enter(row)]
+        if moved_in:
+            self._settings(moved_in)
+        return moved_in
+
+    def _enter(self, row: Row) -> bool:
+        """Brings a row's page table up to date; whether its sequence has just moved in."""
         seq, slot, pages = row.seq, row.seq.slot, row.seq.pages
         first = row.start // self._page_size
         moved_in = self._owner[slot] is not seq or self._stay[slot] != seq.stay
         if moved_in:
             self._owner[slot], self._stay[slot], first = seq, seq.stay, 0
-            self._settings(seq)
         elif self._entered[slot] == len(pages) and self.tables[slot, first] == pages[first]:
             return False  # neither grown nor copied on write
         self.tables[slot, first : len(pages)] = pages[first:]
         self._entered[slot] = len(pages)
         return moved_in
 
-    def _settings(self, seq: Sequence) -> None:
-        p, i = seq.params, seq.slot
-        low, high = np.array(seq.seed, np.uint32).view(np.int32)
-        self.ints[i] = i, 0, seq.prompt_len, p.top_k, low, high, seq.confidence_k
-        self.floats[i] = (
-            p.temperature, p.top_p, p.min_p,
-            p.repetition_penalty, p.presence_penalty, p.frequency_penalty,
-        )  # fmt: skip
-        self.bias_ids[i] = self.vocab
-        for j, (token, value) in enumerate(p.logit_bias.items()):
-            self.bias_ids[i, j], self.bias[i, j] = token, value
-        masked = seq.matcher is not None or p.min_tokens > 0
-        observed, reported = seq.observed is not None, p.logprobs is not None
-        self.flags[i] = needs_history(seq), bool(p.logit_bias), masked, reported, observed
+    def _settings(self, seqs: list[Sequence]) -> None:
+        """Writes those of sequences that move in: all at once, since each write into an array costs
+        a microsecond, and a search may begin a step with all its paths."""
+        slots = [seq.slot for seq in seqs]
+        ints = [(s.slot, 0, s.prompt_len, s.params.top_k, *s.seed, s.confidence_k) for s in seqs]
+        self.ints[slots] = np.array(ints, np.int64).astype(np.int32)  # words of seeds wrap around
+        self.floats[slots] = [
+            (
+                p.temperature, p.top_p, p.min_p,
+                p.repetition_penalty, p.presence_penalty, p.frequency_penalty,
+            )
+            for p in (seq.params for seq in seqs)
+        ]  # fmt: skip
+        self.flags[slots] = [_flags(seq) for seq in seqs]
+        self.bias_ids[slots] = self.vocab
+        for seq in seqs:
+            for j, (token, value) in enumerate(seq.params.logit_bias.items()):
+                self.bias_ids[seq.slot, j], self.bias[seq.slot, j] = token, value
+
+
+def _flags(seq: Sequence) -> tuple[bool, ...]:
+    """As `SlotTable.flags`."""
+    p = seq.params
+    masked = seq.matcher is not None or p.min_tokens > 0
+    reported, observed = p.logprobs is not None, seq.observed is not None
+    return needs_history(seq), bool(p.logit_bias), masked, reported, observed
 
 
 def needs_history(seq: Sequence) -> bool:

@@ -265,7 +265,7 @@ class Runner:
         """Brings the tables of slots up to date, and histories that sampling will look at; puts
         rows of one prefix side by side."""
         for rank, (step, table) in enumerate(zip(steps, self.tables, strict=True)):
-            moved_in = [row.seq for row in step.rows if table.enter(row)]
+            moved_in = table.enter(step.rows)
             for seq in moved_in:
                 if needs_history(seq):
                     self._seed(rank, seq)

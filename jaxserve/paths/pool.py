@@ -39,7 +39,7 @@ from jaxserve.protocol import (
 from jaxserve.request import check_ids
 
 
-@dataclass
+@dataclass(slots=True)
 class _Record:
     """What has been delivered of a path.
 
@@ -53,6 +53,7 @@ class _Record:
     alive: bool = True
     flying: bool = False  # the engine has an extension of it, or is about to have one
     made: int = 0  # tokens of its own that count as its priority says
+    seed: tuple[int, int] | None = None  # once it has been extended
     running: asyncio.Future[Step] | None = None
     scoring: dict[str, asyncio.Future[float]] = field(default_factory=dict[str, Any])
 
@@ -149,13 +150,10 @@ class EnginePool:
     def extend(self, n: Node, g: Gen, *, prio: Prio = Prio.COMMIT) -> Awaitable[Step]:
         record, query = self._record(n), self._query(n)
         future: asyncio.Future[Step] = self._asyncio.create_future()
-        future.add_done_callback(_looked_at)
         if record.running is not None:
-            future.set_exception(SearchError(f"{n} is being extended; wait for that, or fork"))
-            return future
+            return _failed(future, f"{n} is being extended; wait for that, or fork")
         if g.route is not None and (why := self._keeper.cannot_refine(g.route)):
-            future.set_exception(SearchError(why))
-            return future
+            return _failed(future, why)
         record.running, record.prio = future, prio
         query.ledger.calls += 1
         self._extend(n, record, g, prio, (), partial(self._extended, n, record, g))
@@ -170,11 +168,13 @@ class EnginePool:
         suffix: Sequence[int],
         done: Callable[[Extension], None],
     ) -> None:
-        seed = words_of(self._query(n).seed, n.path)
-        stops = self._eos_ids.union(g.stop)
+        if record.seed is None:
+            record.seed = words_of(self._query(n).seed, n.path)
+        stops = self._eos_ids.union(g.stop) if g.stop else self._eos_ids
         record.flying = True
         self._flying += 1
-        arguments = record.path, g, seed, stops, int(prio), suffix, partial(self._deliver, done)
+        answer = partial(self._deliver, done)
+        arguments = record.path, g, record.seed, stops, int(prio), suffix, answer
         self._loop.post(lambda _: self._keeper.extend(*arguments))
 
     def score(self, n: Node, *, scorer: str = "prm", prio: Prio = Prio.COMMIT) -> Awaitable[float]:
@@ -193,7 +193,6 @@ class EnginePool:
         record, query = self._record(n), self._query(n)
         check_ids("the suffix of a probe", suffix, self._vocab, "suffix")
         future: asyncio.Future[Step] = self._asyncio.create_future()
-        future.add_done_callback(_looked_at)
         path = self._keeper.fork(record.path, len(query.prompt) + record.known.n_tokens)
         node = Node(n.query, (*n.path, (-1, query.ledger.calls)))
         probe = _Record(path, n, record.known, running=future)
@@ -280,7 +279,7 @@ class EnginePool:
         self._loop.post(lambda _: self._keeper.cancel(record.path))
         cancelled = Cancelled(f"{n} was cancelled")
         if (running := record.running) is not None and not running.done():
-            running.set_exception(cancelled)
+            _fail(running, cancelled)
             self._tell(n, Failed(n, cancelled))
         for scoring in record.scoring.values():
             scoring.cancel()
@@ -400,16 +399,16 @@ class EnginePool:
         spend(query.ledger, record.prio, count)
         query.ledger.effective += end.passes
         query.ledger.peak_pages = max(query.ledger.peak_pages, self._keeper.pages_in_use())
-        record.known = longer(record.known, end, self._eos_ids)
+        step = step_of(end, g, self._eos_ids)
+        record.known = longer(record.known, step, end.routes)
         future, record.running = record.running, None
         if future is None or future.done():
             return  # given up meanwhile
         if end.error is not None:
             error = SearchError(f"{n} cannot be extended: {end.error}")
-            future.set_exception(error)
+            _fail(future, error)
             self._tell(n, Failed(n, error))
             return
-        step = step_of(end, g, self._eos_ids)
         future.set_result(step)
         if not silent:
             self._tell(n, StepDone(n, step))
@@ -433,7 +432,12 @@ class EnginePool:
                 self._on_event(event)
 
 
-def _looked_at(future: asyncio.Future[Any]) -> None:
-    """Results may be read as events instead."""
-    if not future.cancelled():
-        future.exception()
+def _fail(future: asyncio.Future[Any], error: Exception) -> None:
+    """Ends a future that nobody need look at: what became of it may be read as an event instead."""
+    future.set_exception(error)
+    future.exception()
+
+
+def _failed(future: asyncio.Future[Step], why: str) -> asyncio.Future[Step]:
+    _fail(future, SearchError(why))
+    return future

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import replace
 
 from jaxserve.paths.keeper import Extension
 from jaxserve.protocol import Gen, Ledger, PathStats, Prio, SearchError, Step
@@ -20,28 +19,23 @@ def spend(ledger: Ledger, prio: Prio, count: int) -> None:
 def step_of(end: Extension, g: Gen, eos_ids: frozenset[int]) -> Step:
     last = end.tokens[-1] if end.tokens else None
     reason = "end" if last in eos_ids else "stop" if last in g.stop else "length"
-    return Step(tuple(end.tokens), reason, *columns(end), passes=end.passes)
+    columns = zip(*end.stats, strict=True) if end.stats else ()
+    return Step(tuple(end.tokens), reason, *columns, passes=end.passes)
 
 
-def columns(end: Extension) -> tuple[tuple[float, ...], ...]:
-    """Log-probabilities, entropies, margins and confidences."""
-    return tuple(zip(*end.stats, strict=True)) if end.stats else ((), (), (), ())
-
-
-def longer(known: PathStats, end: Extension, eos_ids: frozenset[int]) -> PathStats:
-    if not end.tokens:
+def longer(known: PathStats, step: Step, routes: tuple[tuple[int, ...], ...] = ()) -> PathStats:
+    """Of a path, once it has gone on by a step; `routes` are of its tokens, if they are noted."""
+    if not step.tokens:
         return known
-    logprobs, entropies, margins, confidences = columns(end)
-    return replace(
-        known,
-        tokens=(*known.tokens, *end.tokens),
-        logprobs=(*known.logprobs, *logprobs),
-        entropies=(*known.entropies, *entropies),
-        margins=(*known.margins, *margins),
-        confidences=(*known.confidences, *confidences),
-        finished=end.tokens[-1] in eos_ids,
-        scores=None,
-        route_sketch=(*(known.route_sketch or ()), *end.routes) if end.routes else None,
+    return PathStats(
+        known.tokens + step.tokens,
+        known.logprobs + step.logprobs,
+        known.entropies + step.entropies,
+        known.margins + step.margins,
+        known.confidences + step.confidences,
+        None,
+        step.reason == "end",
+        (*(known.route_sketch or ()), *routes) if routes else None,
     )
 
 

@@ -26,6 +26,7 @@ class AdaptiveConsistency:
     period: int = 64
     name: ClassVar[str] = "adaptive-consistency"
     branching: ClassVar[bool] = False
+    scored: ClassVar[bool] = False
 
     def __post_init__(self):
         if min(self.paths, self.batch, self.period) < 1 or not 0.5 <= self.sure <= 1:

@@ -34,6 +34,7 @@ class Certaindex:
     period: int = 64
     name: ClassVar[str] = "certaindex"
     branching: ClassVar[bool] = False
+    scored: ClassVar[bool] = False
 
     def __post_init__(self):
         if min(self.paths, self.equal, self.max_tokens, self.period) < 1:

@@ -41,6 +41,7 @@ class DeepConf:
     period: int = 16
     name: ClassVar[str] = "deepconf"
     branching: ClassVar[bool] = False
+    scored: ClassVar[bool] = False
 
     def __post_init__(self):
         if min(self.paths, self.warmup, self.window, self.batch, self.period) < 1:

@@ -22,6 +22,7 @@ class EarlyStopping:
     period: int = 64
     name: ClassVar[str] = "esc"
     branching: ClassVar[bool] = False
+    scored: ClassVar[bool] = False
 
     def __post_init__(self):
         if min(self.paths, self.window, self.period) < 1:

@@ -70,6 +70,10 @@ class HyPER:
         if min(self.width, self.paths, self.warmup, self.window, self.period) < 1:
             raise ValueError(f"{self}: counts must be positive")
 
+    @property
+    def scored(self) -> bool:
+        return self.trust > 0
+
     def start(self, view: PoolView) -> Actions:
         first = self.width if self.floor is not None else max(self.width, self.warmup)
         return [Fork(i) for i in range(min(first, self.paths))]
@@ -83,7 +87,8 @@ class HyPER:
         same = [p for p in live if merge and known.repeats(p, self.alike, self.novelty)]
         gone = {*weak, *same}
         live = [p for p in live if p not in gone]
-        if not (merge or self.support) and self._decided(view, known, live):
+        votes = {} if merge or self.support else weigh(self._derivations(known), self.vote, 0.0)
+        if is_decided(votes, len(live) + self.paths - len(view.paths)):  # each path is one vote
             return [Stop(decided=True)]
         branches = self._branches(view, known, live)
         if not live and not branches and weak and not self._derivations(known):
@@ -133,11 +138,6 @@ class HyPER:
             actions |= {"single": [Refine(unsure, self.route)]} if self.route else {}
         choose = self.scores.choose
         return actions[choose(view, live, floor, self.window, self.width, set(actions))]
-
-    def _decided(self, view: PoolView, known: Map, live: Sequence[Path]) -> bool:
-        """The safe test, where each path is one vote: no vote to come can change the winner."""
-        totals = weigh(self._derivations(known), self.vote, self.support)
-        return is_decided(totals, len(live) + self.paths - len(view.paths))
 
     def aggregate(self, view: PoolView) -> Answer:
         floor = self.threshold(view)

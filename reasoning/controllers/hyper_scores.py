@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
 from reasoning.answers import Candidate, tally
@@ -39,7 +39,7 @@ class Scores:
         allowed: set[str],
     ) -> str:
         """The best allowed action, or the last one again while that is nearly as good."""
-        scores = self.of(view, live, floor, window, width)
+        scores = self.of(view, live, floor, window, width, allowed)
         best = max((a for a in ACTIONS if a in allowed), key=lambda a: scores[a])
         last = ACTIONS[int(view.memory.get("action", 0))]
         if last in allowed and scores[best] < scores[last] + self.hysteresis:
@@ -48,17 +48,21 @@ class Scores:
         return best
 
     def of(
-        self, view: PoolView, live: Sequence[Path], floor: float, window: int, width: int
+        self,
+        view: PoolView,
+        live: Sequence[Path],
+        floor: float,
+        window: int,
+        width: int,
+        allowed: Container[str] = ACTIONS,
     ) -> dict[str, float]:
+        """Of all actions; those of `MultiToken` and `SingleToken` are found if they are allowed."""
         agreed = agreement(tally(Candidate(p.answer) for p in view.finished))
         phase = self.phase(view, agreed)
         sure, spread = mean_and_spread([p.stats.conf_group(self.recent) for p in live])
         alike = redundancy([p.stats for p in live], self.recent)
-        recent = [groups(p.stats.confidences[-self.recent :], window) for p in live]
-        low = mean_and_spread([spikes([-g for g in gs], -1.25 * floor) for gs in recent])[0]
-        jumps = mean_and_spread(
-            [spikes(p.stats.entropies[-self.recent :], self.gate) for p in live]
-        )[0]
+        low = self._low(live, floor, window) if "multi" in allowed else 0.0
+        jumps = self._jumps(live) if "single" in allowed else 0.0
         spread, sure = self._scaled(view, "spread", spread), self._scaled(view, "sure", sure)
         crowded = 0.4 * (len(live) >= self.most)
         free = max(1 - len(live) / width, 0.0)
@@ -68,6 +72,16 @@ class Scores:
             "multi": 4 * phase * (1 - phase) * (0.6 * low + 0.4 * (1 - agreed)),
             "single": phase * (0.7 * jumps + 0.3 * (1 - agreed)),
         }
+
+    def _low(self, live: Sequence[Path], floor: float, window: int) -> float:
+        """How often paths have lately been hardly surer than they must be."""
+        recent = [groups(p.stats.confidences[-self.recent :], window) for p in live]
+        return mean_and_spread([spikes([-g for g in gs], -1.25 * floor) for gs in recent])[0]
+
+    def _jumps(self, live: Sequence[Path]) -> float:
+        """How often their entropy has lately been high."""
+        recent = [p.stats.entropies[-self.recent :] for p in live]
+        return mean_and_spread([spikes(entropies, self.gate) for entropies in recent])[0]
 
     def phase(self, view: PoolView, agreed: float) -> float:
         """0 where a search begins, towards 1 as it has spent, agreed and finished."""

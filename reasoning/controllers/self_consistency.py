@@ -18,6 +18,7 @@ class SelfConsistency:
     period: int = 64
     name: ClassVar[str] = "self-consistency"
     branching: ClassVar[bool] = False
+    scored: ClassVar[bool] = False
 
     def __post_init__(self):
         if self.paths < 1 or self.period < 1:

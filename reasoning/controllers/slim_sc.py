@@ -30,6 +30,7 @@ class SlimSC:
     period: int = 16
     name: ClassVar[str] = "slim-sc"
     branching: ClassVar[bool] = False
+    scored: ClassVar[bool] = False
 
     def __post_init__(self):
         if min(self.paths, self.window, self.period) < 1 or not 0 < self.similar <= 1:

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import pytest
 
 from jaxserve import LLM, SamplingParams
+from jaxserve.engine.runner import Runner
 from jaxserve.errors import RequestError
 from jaxserve.protocol import Cancelled, Event, Gen, SearchError, StepDone
 from jaxserve.searches import controller_of
@@ -324,6 +325,32 @@ def test_one_that_thinks_for_ever_holds_nobody_else_up(llm: LLM):
         stuck.go.set()
     thread.join(10)
     assert isinstance(ended[0].__cause__, ZeroDivisionError)
+
+
+@pytest.mark.parametrize(
+    "controller, scorer, scored",
+    [
+        (VOTE, None, False),
+        (VOTE, "prm", True),
+        (HyPER(), None, False),
+        (HyPER(trust=1.0), None, True),
+        (BestOfN(paths=3), None, True),
+    ],
+)
+def test_paths_are_scored_for_those_who_look(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, controller: Any, scorer: str | None, scored: bool
+):
+    judge, judged = Runner._judge, list[Any]()
+
+    def note(runner: Runner, launched: Any) -> Any:
+        judged.append(launched)
+        return judge(runner, launched)
+
+    monkeypatch.setattr(Runner, "_judge", note)
+    found = llm.search(PROMPT, controller, scorer=scorer)
+    assert bool(judged) == scored, "the head reads what nobody asks about, or does not"
+    ended = [piece.score for piece in found.tree if piece.state == "finished"]
+    assert ended and all((score is not None) == scored for score in ended)
 
 
 def test_a_scorer_of_ones_own(llm: LLM):

@@ -33,8 +33,36 @@ def decoding(rng: Random, rows: int, **params: Any) -> tuple[Step, SlotTable]:
         seq.slot = slot
         step.rows.append(Row(seq, start, 1, True))
         step.num_tokens += 1
-        table.enter(step.rows[-1])
+    table.enter(step.rows)
     return step, table
+
+
+def test_those_who_move_in_together_are_written_as_each_alone():
+    settings = [
+        {"temperature": 0.5, "top_k": 3, "top_p": 0.9},
+        {"logit_bias": {7: 1.5, 9: -2.0}, "presence_penalty": 0.5},
+        {"min_tokens": 2, "logprobs": 1},
+    ]
+    rows = list[Row]()
+    for slot, params in enumerate(settings):
+        seq = Sequence([1, 2], 1 + slot, SamplingParams(**params), None, b"", pages=[slot])  # type: ignore[arg-type]
+        seq.slot, seq.seed = 2 * slot, (2**32 - 1 - slot, 2**31 + slot)
+        seq.confidence_k, seq.observed = 3 + slot, [] if slot == 1 else None
+        rows.append(Row(seq, 1, 1, True))
+    together, alone = SlotTable(Sizes(), 50), SlotTable(Sizes(), 50)  # type: ignore[arg-type]
+    assert together.enter(rows) == [row.seq for row in rows]
+    assert [alone.enter([row]) for row in rows] == [[row.seq] for row in rows]
+    assert together.enter(rows) == []
+    for name in ("ints", "floats", "flags", "bias_ids", "bias", "tables"):
+        np.testing.assert_array_equal(getattr(together, name), getattr(alone, name), name)
+    words = together.ints[[0, 2, 4], 4:6].view(np.uint32).tolist()
+    assert words == [[2**32 - 1 - slot, 2**31 + slot] for slot in range(3)]
+    assert together.floats[0, :2].tolist() == pytest.approx([0.5, 0.9])
+    assert together.flags[[0, 2, 4]].tolist() == [
+        [False] * 5,
+        [True, True, False, False, True],
+        [False, False, True, True, False],
+    ]
 
 
 @pytest.mark.parametrize("rows", range(1, 9))

@@ -48,8 +48,7 @@ class GroupingRunner(FakeRunner):
         return super().launch(steps)
 
     def arrange(self, step: Step) -> None:
-        moved_in = [self.table.enter(row) for row in step.rows]
-        self.grouping.arrange(step, any(moved_in))
+        self.grouping.arrange(step, bool(self.table.enter(step.rows)))
 
     def _check_arrays(self, step: Step) -> None:
         R = len(step.rows)
