@@ -38,14 +38,24 @@ T = TypeVar("T")
 
 
 class Running:
-    """Searches under way, on a thread and an event loop of their own."""
+    """Searches under way, from `begin` on, on a thread and an event loop of their own."""
 
     def __init__(self, work: Coroutine[Any, Any, list[Any]]):
         self._found: Future[list[Any]] = Future()
         self._found.set_running_or_notify_cancel()  # whoever waits for it cannot cancel it
         self._loop = asyncio.new_event_loop()
         self._task = self._loop.create_task(work)
-        threading.Thread(target=self._serve, name="jaxserve-search", daemon=True).start()
+        self._thread = threading.Thread(target=self._serve, name="jaxserve-search", daemon=True)
+
+    def begin(self) -> Running:
+        """Starts them; once. An interrupt that comes meanwhile cancels them: the thread may be on
+        its way, and nobody could end it any more."""
+        try:
+            self._thread.start()
+        except BaseException:
+            self.cancel()
+            raise
+        return self
 
     def result(self, timeout: float | None = None) -> list[Any]:
         """Waits for the end; raises what the searches failed with, `Cancelled` after `cancel`."""
@@ -190,14 +200,20 @@ class Searches:
         self, questions: Sequence[Question], controller: Any, *args: Any, **kw: Any
     ) -> list[Any]:
         """`start`, and waits for the results; an interrupt cancels the searches."""
-        running = self.start(questions, controller, *args, **kw)
+        running = self.prepare(questions, controller, *args, **kw)
         try:
-            return running.result()
+            return running.begin().result()
         except BaseException:
             running.cancel()
             raise
 
     def start(
+        self, questions: Sequence[Question], controller: Any, *args: Any, **kw: Any
+    ) -> Running:
+        """Begins searches for the answers of all questions; as `prepare`, and returns at once."""
+        return self.prepare(questions, controller, *args, **kw).begin()
+
+    def prepare(
         self,
         questions: Sequence[Question],
         controller: Any,
@@ -208,7 +224,7 @@ class Searches:
         on_event: Callable[[Event], None] | None = None,
         return_exceptions: bool = False,
     ) -> Running:
-        """Begins searches for the answers of all questions, and returns at once.
+        """Searches for the answers of all questions, ready to begin.
 
         Args:
             controller: a `SearchPolicy` or a `PoolPolicy`; one serves all questions.

@@ -32,6 +32,7 @@ from reasoning.speculation import Speculator
 from reasoning.tasks import distinct, make_task
 from reasoning.tree import Expand, Tree
 from tests.interrupting import interrupted
+from tests.jaxserve.server.live_server import wait_until
 
 MODEL = Path(__file__).parents[2] / "models/modchain-moe"
 PROMPT, OTHER = "12 9 2 4 5 :", "3 7 11 2 20 :"
@@ -198,6 +199,23 @@ def test_an_interrupt_cancels_and_the_engine_goes_on(llm: LLM):
         llm.search([PROMPT, OTHER], Endless())
     assert llm.drain(10)
     assert llm.search(PROMPT, VOTE).answer is not None
+
+
+def test_an_interrupt_while_it_begins_cancels_too(llm: LLM, monkeypatch: pytest.MonkeyPatch):
+    """The thread is on its way, and `start` has not come back: as where the machine is busy."""
+    begin = threading.Thread.start
+
+    def start(thread: threading.Thread) -> None:
+        begin(thread)
+        if thread.name == "jaxserve-search":
+            wait_until(lambda: llm.stats().num_running)
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start)
+        with pytest.raises(KeyboardInterrupt):
+            llm.search(PROMPT, Endless())
+    wait_until(lambda: not any(t.name == "jaxserve-search" for t in threading.enumerate()))
 
 
 def test_a_controller_that_raises_fails_alone(llm: LLM):
