@@ -107,8 +107,9 @@ def controller(args: argparse.Namespace, tell: Callable[..., None], llm: Any) ->
         tell("controller", "hyper", **line)
     middle = {key: float(np.median([line[key] for line in lines[1:]])) for key in lines[0]}
     return {
-        "hyper_overhead_share": _interval([line["share"] for line in lines[1:]]),
-        "hyper_overhead_share_median": round(middle["share"], 4),
+        "hyper_overhead_share": _interval([line["full_share"] for line in lines[1:]]),
+        "hyper_overhead_share_median": round(middle["full_share"], 4),
+        "hyper_overhead_share_of_whole_searches": _interval([line["share"] for line in lines[1:]]),
         "hyper_ms_of_a_step": round(1e3 * middle["policy_seconds"] / middle["steps"], 4),
         "step_ms": round(1e3 * middle["seconds"] / middle["steps"], 4),
         "hyper_live_paths": round(middle["live"], 1),

@@ -12,13 +12,15 @@ import math
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from jaxserve.protocol import Gen, Question
 from reasoning.controllers import CONTROLLERS
+from reasoning.controllers.hyper import HyPER
+from reasoning.pool import Action, PoolView
 from reasoning.result import Budget, Result
 from reasoning.speculation import Speculator
 
@@ -162,23 +164,47 @@ def median_interval(values: Sequence[float], draws: int = 10_000) -> list[float]
     return [round(float(x), 3) for x in np.quantile(found, [0.025, 0.975])]
 
 
+@dataclass(frozen=True)
+class _Clocked(HyPER):
+    """Notes of each decision when it began and ended, and how many paths were live then."""
+
+    decisions: list[tuple[float, float, int]] = field(default_factory=list[Any], compare=False)
+
+    def step(self, view: PoolView) -> Sequence[Action]:
+        began = time.perf_counter()
+        actions = super().step(view)
+        self.decisions.append((began, time.perf_counter(), len(view.live)))
+        return actions
+
+
 def host_share(llm: Any, question: Question, rows: int = 64) -> dict[str, float]:
-    """What HyPER's own code costs beside the engine, with so many live paths.
+    """What HyPER's own code costs beside the engine: with so many live paths, nine in ten of them
+    at least (`full_share`), and over a whole search, in which they become fewer (`share`).
 
     It keeps its pool full, whether there is anything new to find or not: no path is given up, so
     that every one is looked at to its end, and another begins where one has ended, until what twice
     as many plain paths of ModChain have is spent.
     """
     everybody = {"floor": -math.inf, "alike": 0, "novelty": 0.0, "safe": 0}
-    policy = CONTROLLERS["hyper"](width=rows, paths=1 << 20, **everybody)
+    policy = _Clocked(width=rows, paths=1 << 20, **everybody)
     steps, began = llm.stats().num_steps, time.perf_counter()
     result = llm.search(question, policy, Budget(tokens=70 * rows))
     took, count = time.perf_counter() - began, llm.stats().num_steps - steps
     thought = result.notes["policy_seconds"]
+    rounds = [
+        (after[0] - before[0], before[1] - before[0])
+        for before, after in itertools.pairwise(policy.decisions)
+        if after[2] >= 0.9 * rows
+    ]
+    whole, thinking = map(sum, zip(*rounds, strict=True))
     return {
         "policy_seconds": thought,
         "seconds": took,
         "share": thought / took,
+        "full_share": thinking / whole,
+        "full_rounds": len(rounds),
+        "full_policy_ms": 1e3 * thinking / len(rounds),
+        "full_round_ms": 1e3 * whole / len(rounds),
         "steps": count,
         "live": result.ledger.generated / count,
     }

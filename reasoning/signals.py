@@ -103,7 +103,7 @@ def n_grams(tokens: Sequence[int], n: int) -> set[tuple[int, ...]]:
     """Runs of n tokens; the whole, where it is shorter."""
     if len(tokens) <= n:
         return {tuple(tokens)} if tokens else set()
-    return {tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)}
+    return set(zip(*(tokens[i:] for i in range(n)), strict=False))
 
 
 def jaccard(a: set[Any], b: set[Any]) -> float:

@@ -14,6 +14,8 @@ from typing import Literal, Protocol
 from jaxserve.protocol import Capacity, Node, Step
 from reasoning.tree import Expand, Grown, SearchPolicy, Tree
 
+_SOME = 0.5  # rows
+
 Bucket = tuple[int, int, bool]
 Mode = Literal["lossless", "paper", "opportunistic"]
 
@@ -292,13 +294,13 @@ def pays(capacity: Capacity, rows: float, tokens: float, thought: float, hit: fl
 
     Of a step of base * (1 + b / doubles) seconds each of b rows that are used bears one part in b:
     one more row that is used spares the others so much of the fixed part, and one that is not used
-    costs what it adds.
+    costs what it adds. Where the cost of a row is not known, guesses pay as long as any come of it.
 
     Args:
         rows: that would be begun, for so many `tokens` each.
     """
     if capacity.step is None or capacity.doubles is None:
-        return True
+        return rows >= _SOME
     live = max(capacity.live_rows, 1)
     base = capacity.step / (1 + live / capacity.doubles)
     spared = hit * base / live - (1 - hit) * base / capacity.doubles

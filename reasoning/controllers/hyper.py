@@ -81,12 +81,12 @@ class HyPER:
     def step(self, view: PoolView) -> Actions:
         if (floor := self.threshold(view)) is None:
             return []
-        known, live = self._survey(view, floor), view.live
-        weak = view.dispensable([p for p in live if known.walks[p].lost])
+        known, alive = self._survey(view, floor), view.live
+        weak = view.dispensable([p for p in alive if known.walks[p].lost])
         merge = bool(self.alike) and view.question.state is not None
-        same = [p for p in live if merge and known.repeats(p, self.alike, self.novelty)]
+        same = [p for p in alive if merge and known.repeats(p, self.alike, self.novelty)]
         gone = {*weak, *same}
-        live = [p for p in live if p not in gone]
+        live = [p for p in alive if p not in gone] if gone else alive
         votes = {} if merge or self.support else weigh(self._derivations(known), self.vote, 0.0)
         if is_decided(votes, len(live) + self.paths - len(view.paths)):  # each path is one vote
             return [Stop(decided=True)]
@@ -94,7 +94,7 @@ class HyPER:
         if not live and not branches and weak and not self._derivations(known):
             live = [max(weak, key=lambda p: least_group(p.stats, self.window))]
             gone -= {*live}  # an unsure answer is better than none
-        actions: list[Action] = [Prune(p.node) for p in view.live if p in gone]
+        actions: list[Action] = [Prune(p.node) for p in alive if p in gone] if gone else []
         if (self.safe and known.lead >= self.safe) or not (live or branches):
             return [Stop()]
         return [*actions, *(self._act(view, live, floor, branches) if live else branches)]

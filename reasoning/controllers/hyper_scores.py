@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
-from reasoning.answers import Candidate, tally
 from reasoning.pool import Path, PoolView
 from reasoning.signals import agreement, groups, mean_and_spread, redundancy, spikes
 
@@ -57,7 +57,7 @@ class Scores:
         allowed: Container[str] = ACTIONS,
     ) -> dict[str, float]:
         """Of all actions; those of `MultiToken` and `SingleToken` are found if they are allowed."""
-        agreed = agreement(tally(Candidate(p.answer) for p in view.finished))
+        agreed = agreement(Counter(p.answer for p in view.finished if p.answer is not None))
         phase = self.phase(view, agreed)
         sure, spread = mean_and_spread([p.stats.conf_group(self.recent) for p in live])
         alike = redundancy([p.stats for p in live], self.recent)

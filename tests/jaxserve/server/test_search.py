@@ -416,6 +416,6 @@ def test_an_ended_search_can_be_cancelled():
     async def nothing() -> list[Any]:
         return []
 
-    running = Running(nothing())
+    running = Running(nothing()).begin()
     assert running.result(5) == []
     running.cancel()
