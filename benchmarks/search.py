@@ -73,7 +73,8 @@ def engine(args: argparse.Namespace, tell: Callable[..., None], llm: Any) -> dic
         question_of(task, p, llm.tokenizer, seed=args.seed + i, max_tokens=128)
         for i, p in enumerate(problems)
     ]
-    for rows, seconds in search_engine.step_costs(llm, questions[0].prompt).items():
+    costs = search_engine.step_costs(llm, questions[0].prompt)
+    for rows, seconds in costs.items():
         tell("engine", "c(b)", rows=rows, milliseconds=1e3 * seconds)
     different = trees = 0
     for line in search_engine.equality(llm, questions):
@@ -82,9 +83,8 @@ def engine(args: argparse.Namespace, tell: Callable[..., None], llm: Any) -> dic
     for name in ("mcts", "rebase"):
         for together in (1, 4):
             repeats = 10 if args.quick else 20
-            tell(
-                "engine", "wall", **search_engine.wall_time(llm, questions, name, together, repeats)
-            )
+            line = search_engine.wall_time(llm, questions, name, together, repeats, costs=costs)
+            tell("engine", "wall", **line)
     high = 1 - 0.05 ** (1 / trees) if not different else None  # none of so many: rule of three
     return {
         "spex_lossless_equal": not different,

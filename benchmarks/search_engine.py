@@ -11,7 +11,7 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -82,12 +82,15 @@ def wall_time(
     name: str,
     together: int,
     repeats: int = 10,
+    *,
+    costs: Mapping[int, float],
     **settings: Any,
 ) -> dict[str, Any]:
     """The same searches with speculation and without, in turn, so many queries at a time.
 
     Seconds of the process's processors stand beside those of the wall, which others who share the
-    machine lengthen.
+    machine lengthen; and beside both what `costs`, as of `step_costs`, permit: the quotient of the
+    times that all steps take at their mean number of rows, if the host took none.
     """
     policy = CONTROLLERS[name](**settings)
     runs: dict[bool, list[_Run]] = {False: [], True: []}
@@ -109,6 +112,8 @@ def wall_time(
         "cpu_speedup": statistics.median(cpu),
         "cpu_interval": median_interval(cpu),
         "steps_speedup": sum(run.steps for run in plain) / sum(run.steps for run in fast),
+        "rows": [_rows(arm) for arm in (plain, fast)],
+        "permitted_speedup": _at_cost(plain, costs) / _at_cost(fast, costs),
         "seconds": [_middle([run.wall for run in arm]) for arm in (plain, fast)],
         "cpu_seconds": [_middle([run.cpu for run in arm]) for arm in (plain, fast)],
         "per_minute": [60 * together / _middle([r.wall for r in arm]) for arm in (plain, fast)],
@@ -129,6 +134,7 @@ class _Run:
     wall: float
     cpu: float
     steps: int
+    tokens: int
     latencies: list[float]
     hit_rates: list[float]
     wastes: list[float]
@@ -136,15 +142,29 @@ class _Run:
 
 
 def _timed(llm: Any, part: Sequence[Question], policy: Any, spec: Speculator | None) -> _Run:
-    steps, cpu, began = llm.stats().num_steps, time.process_time(), time.perf_counter()
+    before, cpu, began = llm.stats(), time.process_time(), time.perf_counter()
     results = llm.search(part, policy, spec=spec)
     wall, cpu = time.perf_counter() - began, time.process_time() - cpu
-    notes = [result.notes for result in results]
+    after, notes = llm.stats(), [result.notes for result in results]
     return _Run(
-        wall, cpu, llm.stats().num_steps - steps, [n["seconds"] for n in notes],
+        wall, cpu, after.num_steps - before.num_steps,
+        after.generation_tokens_total - before.generation_tokens_total,
+        [n["seconds"] for n in notes],
         [n["hit_rate"] for n in notes], [n["waste_ratio"] for n in notes],
         [committed(result) for result in results],
     )  # fmt: skip
+
+
+def _rows(runs: Sequence[_Run]) -> float:
+    """Of a step, on average."""
+    return sum(run.tokens for run in runs) / sum(run.steps for run in runs)
+
+
+def _at_cost(runs: Sequence[_Run], costs: Mapping[int, float]) -> float:
+    """Seconds that the steps of all runs take, by what steps of so many rows cost."""
+    sizes = sorted(costs)
+    each = np.interp(_rows(runs), sizes, [costs[size] for size in sizes])
+    return float(each) * sum(run.steps for run in runs)
 
 
 def _middle(values: Sequence[float]) -> float:

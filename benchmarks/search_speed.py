@@ -67,21 +67,22 @@ def measure(llm: LLM, questions: list[Question], args: argparse.Namespace, about
     def tell(name: str, **figures: Any) -> None:
         print(json.dumps({"name": name, **about, **figures, **machine()}), flush=True)
 
-    def costs() -> dict[int, float]:
+    def costs(name: str) -> dict[int, float]:
         found = search_engine.step_costs(llm, questions[0].prompt)
-        return {rows: round(1e3 * seconds, 3) for rows, seconds in found.items()}
+        tell(name, milliseconds={rows: round(1e3 * s, 3) for rows, s in found.items()})
+        return found
 
-    tell("c(b)", milliseconds=costs())
+    before = costs("c(b)")
     settings = {"gen": Gen(16)} if args.shape else {}
     for policy in args.policies:
         for together in args.queries:
             tell(
                 "wall",
                 **search_engine.wall_time(
-                    llm, questions, policy, together, args.repeats, **settings
+                    llm, questions, policy, together, args.repeats, costs=before, **settings
                 ),
             )
-    tell("c(b) again", milliseconds=costs())
+    costs("c(b) again")
 
 
 def main() -> None:

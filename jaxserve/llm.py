@@ -436,11 +436,11 @@ class LLM:
             return
 
         def free(engine: Engine) -> None:
-            if engine.has_work:
+            if engine.busy:
                 s = engine.stats()
-                raise EngineError(
-                    f"{s.num_running + s.num_waiting} requests are running; sleep() when idle"
-                )
+                count = s.num_running + s.num_waiting
+                what = f"{count} requests are" if count else "a search is"
+                raise EngineError(f"{what} running; sleep() when idle")
             self._runner.wait_until_warm()
             self._asleep = True
             engine.reset_prefix_cache()
@@ -465,9 +465,9 @@ class LLM:
         self._asleep = False
 
     def drain(self, timeout: float | None = None) -> bool:
-        """Waits until nothing runs; False if `timeout` seconds were not enough."""
+        """Waits until nothing runs, no search either; False if `timeout` seconds were too few."""
         end = None if timeout is None else time.monotonic() + timeout
-        while self._loop.call(lambda engine: engine.has_work):  # behind what is in the inbox
+        while self._loop.call(lambda engine: engine.busy):  # behind what is in the inbox
             if end is not None and time.monotonic() > end:
                 return False
             time.sleep(0.02)

@@ -88,6 +88,7 @@ class Engine:
         self._warm_compiles: int | None = None
         self.after_step: Callable[[int], None] = lambda num_steps: None
         self.after_loss: Callable[[], None] = lambda: None  # of all that pages held
+        self.expects: Callable[[], bool] = lambda: False  # more, of what has begun
         self._load: Any = 0  # [L, E], as far as it has been read
         self._rebalances = 0
         self._steps = self._prompt_tokens = self._output_tokens = self._shared_pages = 0
@@ -203,6 +204,11 @@ class Engine:
         self.runner.move_experts(np.asarray(expert_of, np.int32))
         self._load = 0
         self._rebalances += 1
+
+    @property
+    def busy(self) -> bool:
+        """Whether somebody is being served, a search that thinks about its next steps included."""
+        return self.has_work or self.expects()
 
     @property
     def has_work(self) -> bool:

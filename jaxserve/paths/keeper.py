@@ -185,9 +185,11 @@ class Keeper:
         self.page_size = engine.runner.plan.page_size
         self._resting: list[dict[Path, None]] = [{} for _ in engine.ranks]  # oldest first
         self._asked: set[Path] = set()
+        self._roots: set[Path] = set()  # of searches under way
         self._names = itertools.count()
         self._judges = engine.runner.reward_head is not None
         engine.after_loss = self._lose_all
+        engine.expects = lambda: bool(self._roots)
         for rank, resting in zip(engine.ranks, self._resting, strict=True):
             rank.reclaim = partial(self._reclaim, resting)
 
@@ -203,8 +205,13 @@ class Keeper:
     def read_root(self, path: Path) -> None:
         """Computes a prompt once for all forks, but for its last token, which each begins with."""
         assert path.tokens is not None
+        self._roots.add(path)
         if len(path.tokens) > 1:
             self._read(path, len(path.tokens) - 1, lambda _: self._begin_waiting(path))
+
+    def leave(self, root: Path) -> None:
+        """Its search is over."""
+        self._roots.discard(root)
 
     def fork(self, parent: Path, at: int) -> Path:
         """A path that begins with `at` tokens of another. On any thread: nothing happens."""

@@ -304,7 +304,8 @@ class EnginePool:
             for node, record in list(found.nodes.items()):
                 if record.alive:
                     self._end(node, record)
-            self._loop.call(lambda _: None)  # what was running has ended by then
+            root = found.nodes[Node(query)].path
+            self._loop.call(lambda _: self._keeper.leave(root))  # what was running has ended
             self._drain()
             found.ledger.critical_steps = self._loop.stats().num_steps - found.steps
         for scorer in self._scorers.values():

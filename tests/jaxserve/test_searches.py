@@ -15,7 +15,7 @@ import pytest
 
 from jaxserve import LLM, SamplingParams
 from jaxserve.engine.runner import Runner
-from jaxserve.errors import RequestError
+from jaxserve.errors import EngineError, RequestError
 from jaxserve.protocol import Cancelled, Event, Gen, SearchError, StepDone
 from jaxserve.searches import controller_of
 from reasoning.answers import vote
@@ -339,6 +339,9 @@ def test_one_that_thinks_for_ever_holds_nobody_else_up(llm: LLM):
         (output,) = llm.generate(PROMPT, SamplingParams(max_tokens=8))
         assert len(output.outputs[0].token_ids) == 8
         assert not ended
+        assert not llm.drain(0.1), "it runs, though nothing of it is on its way"
+        with pytest.raises(EngineError, match="a search is running"):
+            llm.sleep()
     finally:
         stuck.go.set()
     thread.join(10)
