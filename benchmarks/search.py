@@ -206,12 +206,32 @@ def _compared(
     saving = savings.get(("hyper", "self-consistency"))
     if gain is None or saving is None:
         return {}
+    least = _least_gain(curves["hyper"], curves["self-consistency"], tell)
     return {
+        "hyper_least_gain_points_where_it_spends_as_much": round(100 * least.value, 2),
+        "hyper_least_gain_points_where_it_spends_as_much_interval": _rounded(
+            100 * np.array([least.low, least.high]), 2
+        ),
         "hyper_accuracy_gain_points": round(100 * gain.value, 2),
         "hyper_accuracy_gain_points_interval": _rounded(100 * np.array([gain.low, gain.high]), 2),
         "hyper_token_saving": _finite(saving.value),
         "hyper_token_saving_interval": [_finite(saving.low), _finite(saving.high)],
     }
+
+
+def _least_gain(ours: np.ndarray, theirs: np.ndarray, tell: Callable[..., None]) -> Difference:
+    """Over self-consistency at the very tokens that HyPER has spent at each of its budgets.
+
+    It ends of itself, so that at a large budget it is compared, above, to many times its tokens.
+    """
+    found = list[Difference]()
+    for cost in ours[0, 0]:
+        if cost >= theirs[:, 0].min():  # before its first budget nothing is known of it
+            found.append(search_stats.more_accurate(ours, theirs, float(cost)))
+            tell(
+                "gain", "where it spends as much", tokens=round(float(cost), 1), **_said(found[-1])
+            )
+    return min(found, key=lambda d: d.value)
 
 
 def _pairs(methods: Mapping[str, Runs]) -> Iterator[tuple[str, str]]:
