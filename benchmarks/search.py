@@ -67,7 +67,7 @@ def simulated(args: argparse.Namespace, tell: Callable[..., None]) -> dict[str, 
 def engine(args: argparse.Namespace, tell: Callable[..., None], llm: Any) -> dict[str, Any]:
     """The real engine: equality of trees, cost of steps, wall time."""
     task = task_of(args.model)
-    count = 16 if args.quick else 64
+    count = args.problems or (16 if args.quick else 64)
     problems = distinct(task, "dev", args.seed, count)
     questions = [
         question_of(task, p, llm.tokenizer, seed=args.seed + i, max_tokens=128)
@@ -76,20 +76,26 @@ def engine(args: argparse.Namespace, tell: Callable[..., None], llm: Any) -> dic
     costs = search_engine.step_costs(llm, questions[0].prompt)
     for rows, seconds in costs.items():
         tell("engine", "c(b)", rows=rows, milliseconds=1e3 * seconds)
-    different = trees = 0
+    lines = list[dict[str, Any]]()
     for line in search_engine.equality(llm, questions):
         tell("engine", "lossless", **line)
-        different, trees = different + line["different_trees"], trees + line["trees"]
+        lines.append(line)
+    trees, speculative, different = (
+        sum(line[name] for line in lines)
+        for name in ("trees", "speculative_trees", "different_trees")
+    )
     for name in ("mcts", "rebase"):
         for together in (1, 4):
             repeats = 10 if args.quick else 20
             line = search_engine.wall_time(llm, questions, name, together, repeats, costs=costs)
             tell("engine", "wall", **line)
-    high = 1 - 0.05 ** (1 / trees) if not different else None  # none of so many: rule of three
+    told = speculative and not different  # none of so many: rule of three
+    high = 1 - 0.05 ** (1 / speculative) if told else None
     return {
         "spex_lossless_equal": not different,
         "spex_lossless_equal_interval": {
             "trees": trees,
+            "speculative": speculative,
             "different": different,
             "rate_below": high,
         },
