@@ -212,32 +212,37 @@ def _compared(
     saving = savings.get(("hyper", "self-consistency"))
     if gain is None or saving is None:
         return {}
-    least = _least_gain(curves["hyper"], curves["self-consistency"], tell)
+    alike = list(_gains_at_own_tokens(curves["hyper"], curves["self-consistency"], tell))
+    least = min(alike, key=lambda d: d.value, default=None)
     return {
-        "hyper_least_gain_points_where_it_spends_as_much": round(100 * least.value, 2),
-        "hyper_least_gain_points_where_it_spends_as_much_interval": _rounded(
-            100 * np.array([least.low, least.high]), 2
-        ),
-        "hyper_accuracy_gain_points": round(100 * gain.value, 2),
-        "hyper_accuracy_gain_points_interval": _rounded(100 * np.array([gain.low, gain.high]), 2),
+        **(_points("hyper_least_gain_points_where_it_spends_as_much", least) if least else {}),
+        **_points("hyper_accuracy_gain_points", gain),
         "hyper_token_saving": _finite(saving.value),
         "hyper_token_saving_interval": [_finite(saving.low), _finite(saving.high)],
     }
 
 
-def _least_gain(ours: np.ndarray, theirs: np.ndarray, tell: Callable[..., None]) -> Difference:
+def _gains_at_own_tokens(
+    ours: np.ndarray, theirs: np.ndarray, tell: Callable[..., None]
+) -> Iterator[Difference]:
     """Over self-consistency at the very tokens that HyPER has spent at each of its budgets.
 
     It ends of itself, so that at a large budget it is compared, above, to many times its tokens.
+    Where it spends less than the first budget of the vote, nothing is known of that.
     """
-    found = list[Difference]()
-    for cost in ours[0, 0]:
-        if cost >= theirs[:, 0].min():  # before its first budget nothing is known of it
-            found.append(search_stats.more_accurate(ours, theirs, float(cost)))
-            tell(
-                "gain", "where it spends as much", tokens=round(float(cost), 1), **_said(found[-1])
-            )
-    return min(found, key=lambda d: d.value)
+    known = theirs[:, 0].min(1).max()  # by every resample
+    for budget, cost in enumerate(ours[0, 0].tolist()):
+        if cost >= known:
+            there = search_stats.accuracy_at(theirs, cost)
+            found = search_stats.difference(ours[:, 1, budget] - there)
+            tell("gain", "where it spends as much", tokens=round(cost, 1), **_said(found))
+            yield found
+
+
+def _points(name: str, d: Difference) -> dict[str, Any]:
+    """A difference of accuracies, in points."""
+    interval = _rounded(100 * np.array([d.low, d.high]), 2)
+    return {name: round(100 * d.value, 2), f"{name}_interval": interval}
 
 
 def _pairs(methods: Mapping[str, Runs]) -> Iterator[tuple[str, str]]:

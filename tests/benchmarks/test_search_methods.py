@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from dataclasses import dataclass
+from typing import Any
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 
 from benchmarks import search_ablations, search_chart, search_methods, search_tuning
 from benchmarks.pool_search import ideal
-from benchmarks.search import RIVALS, WHOLE, joined
+from benchmarks.search import RIVALS, WHOLE, joined, judged
 from benchmarks.search_methods import PATH, SETTINGS, Field, sized
 from benchmarks.search_stats import Runs
 from jaxserve.protocol import Node, Question
@@ -142,3 +143,28 @@ def test_shares_of_a_field_are_the_whole_again(tmp_path):
     np.savez(files[0], other=np.zeros(1))
     with pytest.raises(SystemExit, match="different methods"):
         joined(files)
+
+
+@pytest.mark.parametrize("cheap", [False, True])
+def test_gains_are_told_at_tokens_that_both_have_spent(cheap: bool):
+    """A method that ends before the first vote does is compared at no tokens of its own."""
+    rng, told = np.random.default_rng(0), list[tuple[Any, ...]]()
+
+    def runs(accuracy: list[float], tokens: list[float]) -> Runs:
+        right = rng.random((2, 200, 1)) < np.array(accuracy)[:, None, None]
+        spent = np.array(tokens)[:, None, None] * rng.uniform(0.9, 1.1, (2, 200, 1))
+        return Runs(right, spent)
+
+    methods = {
+        "hyper": runs([0.9, 0.95], [100, 150] if cheap else [600, 900]),
+        "self-consistency": runs([0.5, 0.6], [16 * PATH, 64 * PATH]),
+    }
+    found = judged(methods, (16, 64), lambda *about, **line: told.append((*about, line)))
+    gains = [line for _, name, line in told if name == "where it spends as much"]
+    least = found.get("hyper_least_gain_points_where_it_spends_as_much")
+    if cheap:
+        assert gains == [] and least is None
+        return
+    assert [round(line["tokens"], -2) for line in gains] == [600, 900]
+    low, high = found["hyper_least_gain_points_where_it_spends_as_much_interval"]
+    assert low < least < high and 30 < least < 50
