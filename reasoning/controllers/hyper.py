@@ -136,8 +136,8 @@ class HyPER:
             unsure = min(live, key=lambda p: p.stats.conf_group(self.window)).node
             actions |= {"multi": [Segment(unsure, *self.segment)]} if self.segment else {}
             actions |= {"single": [Refine(unsure, self.route)]} if self.route else {}
-        choose = self.scores.choose
-        return actions[choose(view, live, floor, self.window, self.width, set(actions))]
+        scores = self.scores.of(view, live, floor, self.window, self.width, actions)
+        return actions[self.scores.choose(view, scores)]
 
     def aggregate(self, view: PoolView) -> Answer:
         floor = self.threshold(view)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 
 from reasoning.pool import Path, PoolView
@@ -29,20 +29,11 @@ class Scores:
     recent: int = 16
     most: int = 80
 
-    def choose(
-        self,
-        view: PoolView,
-        live: Sequence[Path],
-        floor: float,
-        window: int,
-        width: int,
-        allowed: set[str],
-    ) -> str:
-        """The best allowed action, or the last one again while that is nearly as good."""
-        scores = self.of(view, live, floor, window, width, allowed)
-        best = max((a for a in ACTIONS if a in allowed), key=lambda a: scores[a])
+    def choose(self, view: PoolView, scores: Mapping[str, float]) -> str:
+        """The best action, or the last one again while that is nearly as good."""
+        best = max((a for a in ACTIONS if a in scores), key=lambda a: scores[a])
         last = ACTIONS[int(view.memory.get("action", 0))]
-        if last in allowed and scores[best] < scores[last] + self.hysteresis:
+        if last in scores and scores[best] < scores[last] + self.hysteresis:
             best = last
         view.memory["action"] = ACTIONS.index(best)
         return best
@@ -56,22 +47,24 @@ class Scores:
         width: int,
         allowed: Container[str] = ACTIONS,
     ) -> dict[str, float]:
-        """Of all actions; those of `MultiToken` and `SingleToken` are found if they are allowed."""
+        """Of the actions that are allowed."""
         agreed = agreement(Counter(p.answer for p in view.finished if p.answer is not None))
         phase = self.phase(view, agreed)
         sure, spread = mean_and_spread([p.stats.conf_group(self.recent) for p in live])
         alike = redundancy([p.stats for p in live], self.recent)
-        low = self._low(live, floor, window) if "multi" in allowed else 0.0
-        jumps = self._jumps(live) if "single" in allowed else 0.0
         spread, sure = self._scaled(view, "spread", spread), self._scaled(view, "sure", sure)
         crowded = 0.4 * (len(live) >= self.most)
         free = max(1 - len(live) / width, 0.0)
-        return {
+        scores = {
             "none": 0.25 + 0.5 * agreed * sure,
             "branch": (1 - phase) * (0.5 * (1 - alike) + 0.3 * spread + 0.2 * free) - crowded,
-            "multi": 4 * phase * (1 - phase) * (0.6 * low + 0.4 * (1 - agreed)),
-            "single": phase * (0.7 * jumps + 0.3 * (1 - agreed)),
         }
+        if "multi" in allowed:
+            low = self._low(live, floor, window)
+            scores["multi"] = 4 * phase * (1 - phase) * (0.6 * low + 0.4 * (1 - agreed))
+        if "single" in allowed:
+            scores["single"] = phase * (0.7 * self._jumps(live) + 0.3 * (1 - agreed))
+        return {action: score for action, score in scores.items() if action in allowed}
 
     def _low(self, live: Sequence[Path], floor: float, window: int) -> float:
         """How often paths have lately been hardly surer than they must be."""

@@ -290,15 +290,9 @@ def _scores(spent: int) -> dict[str, float]:
 
 def test_an_action_goes_on_until_another_is_clearly_better():
     view = seen(text(4), text(5), question=QUESTION, finished=False)
-    values = {"none": 0.5, "branch": 0.0, "multi": 0.0, "single": 0.0}
-
-    class Fixed(Scores):
-        def of(self, *_):
-            return values
 
     def choose(branch: float) -> str:
-        values["branch"] = branch
-        return Fixed().choose(view, view.live, 3.5, 1, 4, {"none", "branch"})
+        return Scores().choose(view, {"none": 0.5, "branch": branch})
 
     assert [choose(x) for x in (0.55, 0.65, 0.45, 0.35, 0.55)] == [
         "none", "branch", "branch", "none", "none",
