@@ -294,12 +294,15 @@ def pays(capacity: Capacity, rows: float, tokens: float, thought: float, hit: fl
 
     Of a step of base * (1 + b / doubles) seconds each of b rows that are used bears one part in b:
     one more row that is used spares the others so much of the fixed part, and one that is not used
-    costs what it adds. Where the cost of a row is not known, guesses pay as long as any come of it.
+    costs what it adds. Where the cost of a row is not known, guesses pay as long as rows come of
+    them; where nobody has timed a step, as in a simulation, thinking is free.
 
     Args:
         rows: that would be begun, for so many `tokens` each.
     """
-    if capacity.step is None or capacity.doubles is None:
+    if capacity.step is None:
+        return True
+    if capacity.doubles is None:
         return rows >= _SOME
     live = max(capacity.live_rows, 1)
     base = capacity.step / (1 + live / capacity.doubles)

@@ -145,7 +145,9 @@ def test_thinking_pays_while_few_rows_bear_a_step():
     assert not pays(many, 8, 6.0, 1e-3)
     assert not pays(few, 0.1, 6.0, 1e-3), "it usually begins next to nothing"
     assert pays(Capacity(0, 64, 48, 0), 8, 6.0, 1e-3), "nothing is known of the cost"
-    assert not pays(Capacity(0, 64, 48, 0), 0.1, 6.0, 0.0), "nor does anything come of it"
+    assert pays(Capacity(0, 64, 48, 0), 0.1, 6.0, 1e-3), "nor of time"
+    timed = Capacity(0, 64, 48, 0, step=1.0)
+    assert pays(timed, 8, 6.0, 1e-3) and not pays(timed, 0.1, 6.0, 0.0), "if any come of it"
     assert not pays(Capacity(0, 64, 48, 0, doubles=4.0, step=1.0), 8, 6.0, 0.0, hit=0.5), (
         "rows that miss cost more than those that hit spare"
     )
