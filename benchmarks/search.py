@@ -89,10 +89,10 @@ def engine(args: argparse.Namespace, tell: Callable[..., None], llm: Any) -> dic
             repeats = 10 if args.quick else 20
             line = search_engine.wall_time(llm, questions, name, together, repeats, costs=costs)
             tell("engine", "wall", **line)
-    told = speculative and not different  # none of so many: rule of three
-    high = 1 - 0.05 ** (1 / speculative) if told else None
+    told = speculative and not different  # where none ran ahead, none shows anything
+    high = 1 - 0.05 ** (1 / speculative) if told else None  # none of so many: rule of three
     return {
-        "spex_lossless_equal": not different,
+        "spex_lossless_equal": bool(told),
         "spex_lossless_equal_interval": {
             "trees": trees,
             "speculative": speculative,
