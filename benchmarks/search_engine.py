@@ -17,7 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from jaxserve.protocol import Gen, Question
+from jaxserve.paths.pool import EnginePool
+from jaxserve.paths.scorers import OWN
+from jaxserve.protocol import Gen, Node, Question
 from reasoning.controllers import CONTROLLERS
 from reasoning.controllers.hyper import HyPER
 from reasoning.pool import Action, PoolView
@@ -60,15 +62,24 @@ def equality(
 ) -> Iterator[dict[str, Any]]:
     """Every policy with and without lossless speculation: trees that differ, and nodes.
 
-    `speculative_trees` have some token that was made ahead of time and asked for later.
+    Scores are confidences that arrive after a random while, so that nothing is complete in the
+    order in which it was asked for. `speculative_trees` have some token that was made ahead of time
+    and asked for later.
     """
+    rng = np.random.default_rng(0)
+
+    async def late(pool: EnginePool, node: Node) -> float:
+        await asyncio.sleep(rng.uniform(0, 0.003))
+        return await OWN["confidence"](pool, node)
+
+    llm.searches.scorers["late"] = late
     for name in policies:
         policy, plain, fast = CONTROLLERS[name](), list[Result](), list[Result]()
         for first in range(0, len(questions), 2):  # more would leave speculation no rows
             part = questions[first : first + 2]
             llm.searches.trust.rows.clear()  # who learns that guesses come to nothing makes none
-            plain += llm.search(part, policy)
-            fast += llm.search(part, policy, spec=EAGER)
+            plain += llm.search(part, policy, scorer="late")
+            fast += llm.search(part, policy, scorer="late", spec=EAGER)
         pairs = [(committed(a), committed(b)) for a, b in zip(plain, fast, strict=True)]
         yield {
             "policy": name,
