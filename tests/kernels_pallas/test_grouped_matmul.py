@@ -57,11 +57,14 @@ def test_blocks_hold_every_row_once(sizes, padding, size, align):
     assert np.all(seen == 1)
 
 
+planned = jax.jit(visits, static_argnums=(1, 2))
+
+
 @given(sizes=SIZES, padding=st.integers(0, 30), size=st.sampled_from([8, 16, 64]))
 @settings(max_examples=30, deadline=None)
 def test_visits_meet_every_row_once(sizes, padding, size):
     rows = max(1, sum(sizes) + padding)
-    plan = visits(jnp.asarray(sizes), rows, size)
+    plan = jax.tree.map(np.asarray, planned(jnp.asarray(sizes), rows, size))
     owner, seen = owner_of_rows(sizes, rows), np.zeros(rows, int)
     for block, group, weight in list(zip(plan.block, plan.group, plan.weight, strict=True))[
         : int(plan.used)

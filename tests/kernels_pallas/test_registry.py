@@ -77,15 +77,21 @@ def agree(found, expected, tolerance: float) -> None:
 
 @table(False, slow=("mosaic_gpu", "int4", "sample", "packed", "static"))  # seconds each
 def test_matches_its_reference(op: Op, body: str, case: Case):
-    args, arrays = case.make(jax.random.key(0))
+    args, arrays = jax.jit(case.make)(jax.random.key(0))
+
+    def run(args, arrays):
+        return op.run(body, *args, interpret=simulated(body), **arrays, **case.options)
+
+    def reference(args, arrays):
+        return op.reference(*args, **arrays, **case.options)
+
     try:
-        found = op.run(body, *args, interpret=simulated(body), **arrays, **case.options)
-        found = jax.block_until_ready(found)
+        found = jax.block_until_ready(jax.jit(run)(args, arrays))
         assert body != "mosaic_gpu" or not versions.gpu_races_found()
     finally:  # a simulation that failed would fail the next one
         if body == "mosaic_gpu":
             versions.reset_simulated_gpu()
-    agree(found, op.reference(*args, **arrays, **case.options), case.tolerance)
+    agree(found, jax.jit(reference)(args, arrays), case.tolerance)
 
 
 @pytest.mark.parametrize(

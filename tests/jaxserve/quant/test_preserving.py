@@ -39,12 +39,16 @@ def tiny(folder: Path, model_type: str, **overrides) -> Leaves:
 
 def logits(leaves: Leaves, documents=DOCUMENTS) -> np.ndarray:
     """Of every token of documents of one length."""
-    params, cfg = jax.tree.map(jnp.asarray, leaves.tree()), leaves.cfg
     tokens = jnp.asarray(documents)
     at = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    ops = Ops(attend=packed(jnp.ones_like(tokens), at), dtype=jnp.float32)
-    hidden, _ = leaves.family.forward(cfg, params, tokens, at, ops, None)
-    return np.asarray(leaves.family.logits(cfg, params, hidden, ops))
+
+    @jax.jit
+    def run(params):
+        ops = Ops(attend=packed(jnp.ones_like(tokens), at), dtype=jnp.float32)
+        hidden, _ = leaves.family.forward(leaves.cfg, params, tokens, at, ops, None)
+        return leaves.family.logits(leaves.cfg, params, hidden, ops)
+
+    return np.asarray(run(jax.tree.map(jnp.asarray, leaves.tree())))
 
 
 def same(found: np.ndarray, want: np.ndarray) -> None:
