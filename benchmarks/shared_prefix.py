@@ -1,8 +1,8 @@
-"""What reading a shared prefix once could gain on CPU: `python -m benchmarks.shared_prefix MODEL`.
+"""What reading a shared prefix once gains on CPU: `python -m benchmarks.shared_prefix MODEL`.
 
-Serves rounds of prefix_32 and times, in the same process, attention alone over the pages of one of
-its decoding steps: with the prefix, without it, and for 32 tokens of one sequence behind the
-prefix, which share its keys as the rows of a group would. Processor seconds, not wall time.
+Two engines take turns at rounds of prefix_32, one of them with `disable_cascade_attn`. Then
+attention over the pages of one of their decoding steps takes turns with and without its group. One
+JSON line for each, and for the ratios. Processor seconds: a machine's other work does not count.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from benchmarks.records import record, write
 from benchmarks.workloads import build, vocab_size
 from jaxserve import LLM, SamplingParams
 from kernels_pallas import cpu
@@ -24,60 +25,88 @@ from kernels_pallas.paged_attention.cases import batch
 ROWS, PREFIX, OWN = 32, 512, 48  # of a step half way through prefix_32
 
 
-def seconds(run: Callable[[], Any], repeats: int = 20) -> float:
-    """Median processor time of a call."""
+def seconds(run: Callable[[], Any]) -> float:
+    """Processor time of a call."""
+    started = time.process_time()
     run()
-    taken = []
-    for _ in range(repeats):
-        started = time.process_time()
-        run()
-        taken.append(time.process_time() - started)
-    return float(np.median(taken))
+    return time.process_time() - started
 
 
-def attention(llm: LLM, new: tuple[int, ...], keys: int, shared: int = 0) -> float:
-    """Processor seconds of attention in all layers, for sequences with so many new tokens and keys,
-    of which the first `shared` lie in the same pages."""
-    plan, cfg = llm.plan, llm._runner.cfg
+def serve(model: Path, **settings: Any) -> LLM:
+    llm = LLM(model, max_model_len=1024, progress=False, **settings)
+    llm.wait_until_warm()
+    return llm
+
+
+def round_of(llm: LLM, vocab: int, number: int) -> Callable[[], Any]:
+    work = build("prefix_32", vocab, number)
+    params = SamplingParams(temperature=0, max_tokens=work.lengths[0], ignore_eos=True)
+    prompts = [{"prompt_token_ids": prompt} for prompt in work.prompts]
+    return lambda: llm.generate(prompts, params)
+
+
+def attention(llm: LLM, grouped: bool) -> Callable[[], Any]:
+    """Attention in all layers of a step, which shares `PREFIX` keys whether it says so or not."""
+    plan, cfg = llm.plan, llm.model_config
     (K, H, _), Z = plan.kv_shape, plan.page_size
-    rows, groups = len(new), ((0, len(new), shared),) if shared else ()
-    step, P = batch(new, (keys,) * rows, Z, shared=groups)
-    q, k, v = (jnp.ones((sum(new), n, H)) for n in (cfg.heads, K, K))
+    step, P = batch((1,) * ROWS, (PREFIX + OWN,) * ROWS, Z, shared=((0, ROWS, PREFIX),))
+    step = jax.tree.map(jnp.asarray, step if grouped else step._replace(groups=None))
+    q, k, v = (jnp.ones((ROWS, n, H)) for n in (cfg.heads, K, K))
     pages = [jnp.zeros((P, K, Z, H), plan.kv_dtype) for _ in range(2)]
     run = jax.jit(
         lambda k_pages, v_pages: cpu.paged_attention(
-            q, k, v, k_pages, v_pages, None, *map(jnp.asarray, step[:4]), scale=H**-0.5
+            q, k, v, k_pages, v_pages, None, *step, scale=H**-0.5
         ),
         donate_argnums=(0, 1),
     )
 
     def once() -> None:
-        pages[:] = jax.block_until_ready(run(*pages))[2:]
+        for _ in range(cfg.num_layers):
+            pages[:] = run(*pages)[2:]
+        jax.block_until_ready(pages)
 
-    return cfg.num_layers * seconds(once)
+    return once
+
+
+def turns(runs: dict[str, Callable[[int], Callable[[], Any]]], rounds: int) -> dict[str, list]:
+    """Seconds of each in each round; the round before the first warms up."""
+    found = [{name: seconds(run(i)) for name, run in runs.items()} for i in range(rounds + 1)]
+    return {name: [each[name] for each in found[1:]] for name in runs}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model")
-    path = parser.parse_args().model
-    llm = LLM(path, background_compile=False, progress=False)
-    served = []
-    for round in range(3):
-        work = build("prefix_32", vocab_size(path), round)
-        started, before = time.process_time(), llm.stats().num_steps
-        params = SamplingParams(max_tokens=work.lengths[0], ignore_eos=True)
-        llm.generate(work.prompts, params)
-        served.append((time.process_time() - started, llm.stats().num_steps - before))
-    total, steps = served[int(np.argsort([s for s, _ in served])[1])]
-    whole, own = attention(llm, (1,) * ROWS, PREFIX + OWN, PREFIX), attention(llm, (1,) * ROWS, OWN)
-    together = attention(llm, (ROWS,), PREFIX + ROWS)
-    print(f"a round: {total:.2f} s of the processor, {steps} steps")
-    print(f"attention of a step: {1e3 * whole:.1f} ms, {1e3 * own:.1f} of it without the prefix")
-    print(f"{ROWS} tokens that share the keys of the prefix: {1e3 * together:.1f} ms")
-    gain = work.lengths[0] * (whole - own - together) / total
-    print(f"what a group would save of the round: {100 * gain:.1f} %")
-    llm.shutdown()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--quantization", choices=("int8",))
+    parser.add_argument("--kv-cache-dtype", choices=("auto", "int8", "int4"), default="auto")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    settings = {"quantization": args.quantization, "kv_cache_dtype": args.kv_cache_dtype}
+    vocab = vocab_size(args.model)
+    engines = {
+        "shared": serve(args.model, **settings),
+        "each": serve(args.model, disable_cascade_attn=True, **settings),
+    }
+    times = {
+        "prefix_32": turns(
+            {k: lambda i, llm=llm: round_of(llm, vocab, i) for k, llm in engines.items()},
+            args.rounds,
+        )
+    }
+    if args.kv_cache_dtype == "auto":  # others have scales
+        runs = {k: attention(llm, k == "shared") for k, llm in engines.items()}
+        times["attention"] = turns(
+            {k: lambda _, run=run: run for k, run in runs.items()}, 5 * args.rounds
+        )
+    for workload, found in times.items():
+        ratios = [a / b for a, b in zip(found["each"], found["shared"], strict=True)]
+        about = {"model": args.model.name, **settings}
+        for name, values in found.items():
+            write(record(name, workload, values, "processor s", **about), args.out)
+        write(record("each/shared", workload, ratios, "1", **about), args.out)
+    for llm in engines.values():
+        llm.shutdown()
 
 
 if __name__ == "__main__":

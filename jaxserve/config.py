@@ -48,6 +48,7 @@ class EngineConfig:
             (`RouteNoise`, the setting `route` of hyper); has programs of its own.
         seed: of requests that bring none.
         enable_prefix_caching: reuse pages of equal prompt beginnings.
+        disable_cascade_attn: sequences that begin with the same pages each read them by themselves.
         decode_steps: tokens decoded per launch when every row decodes and none needs the host.
         kernels: "native" (C++ on CPU), "pallas" (TPU, GPU), "reference" (plain XLA), or "auto".
         load_format: "dummy" fills weights with random numbers instead of reading them.
@@ -77,6 +78,7 @@ class EngineConfig:
     enable_route_noise: bool = False
     seed: int = 0
     enable_prefix_caching: bool = True
+    disable_cascade_attn: bool = False
     decode_steps: int = 1
     kernels: Literal["auto", "native", "pallas", "reference"] = "auto"
     load_format: Literal["auto", "dummy"] = "auto"
@@ -131,6 +133,7 @@ _RULES: dict[str, _Rule] = {
     "reward_head": (str, lambda file: bool(file), "a file"),
     "seed": (Integral, lambda _: True, "a whole number"),
     "enable_prefix_caching": _FLAG,
+    "disable_cascade_attn": _FLAG,
     "decode_steps": (Integral, lambda n: 1 <= n <= 64, "between 1 and 64"),
     "kernels": (
         str,

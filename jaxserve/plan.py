@@ -48,6 +48,8 @@ class Plan:
         kv_dtype: in which pages are stored. int8 and int4 are rounded, with scales of their own.
         parallelism: how devices share the work; everything else here is of one of them.
         splits_kv_heads: KV heads, and so pages, are split over the axis "tensor".
+        shares_reads: pages that several sequences begin with are read once for all of them, where
+            kernels know groups.
         interleaved: two halves of a step's tokens take turns, layer by layer.
         dispatch: how tokens reach experts on other devices, where there are any.
         kv_calibrated: int8 pages have scales that came with the checkpoint, for each lane.
@@ -86,6 +88,7 @@ class Plan:
     splits_kv_heads: bool
     dispatch: Dispatch | None
     interleaved: bool
+    shares_reads: bool = True
     judges: bool = False
     notes_routes: bool = False
     refines: bool = False
@@ -121,10 +124,11 @@ class Plan:
     @property
     def group_pages(self) -> int:
         """Pages in a block of keys, of which sequences with a common beginning share whole ones; 0
-        where kernels know no groups, or no sequence is longer than that."""
-        pages = max(1, SHARED_KEYS // self.page_size)
-        knows = self.kernels == "pallas" and self.target.platform == "tpu"
-        return pages if knows and pages < self.pages_per_seq else 0
+        where none are shared, or no sequence is longer than that."""
+        shares = self.shares_reads and self.kernels != "reference"
+        keys = SHARED_KEYS.get(self.target.platform, 0) if shares else 0
+        pages = max(1, keys // self.page_size)
+        return pages if keys and pages < self.pages_per_seq else 0
 
     @property
     def num_copies(self) -> int:
@@ -267,6 +271,7 @@ def resolve(
         splits_kv_heads=not latent,
         dispatch=dispatch_of(config, cfg, parallelism, target, quantization),
         interleaved=is_interleaved(config),
+        shares_reads=not config.disable_cascade_attn,
     )
 
 

@@ -155,9 +155,9 @@ def needs_history(seq: Sequence) -> bool:
 
 def pack_tokens(step: Step, T: int, R: int, table: SlotTable) -> StepArrays:
     """Arrays for the forward pass of a step whose rows have all been entered in `table`."""
-    decodes = step.num_tokens == len(step.rows) and step.groups is None
+    decodes = step.num_tokens == len(step.rows)
     if decodes and all(row.seq.params.prompt_logprobs is None for row in step.rows):
-        return _pack_decoding(step.rows, T, R, table)
+        return _pack_decoding(step, T, R, table)
     ids: list[int] = []
     positions: list[int] = []
     slots: list[int] = []
@@ -182,23 +182,29 @@ def pack_tokens(step: Step, T: int, R: int, table: SlotTable) -> StepArrays:
         ends.append(len(ids))
         lens.append(stop)
     n = len(ends)
-    lines = 3 if step.groups is None else 6
-    tokens, rows = np.zeros((4, T), np.int32), np.zeros((lines, R + 1), np.int32)
+    tokens, rows = np.zeros((4, T), np.int32), _edges(step, R)
     tokens[:3, : len(ids)] = ids, positions, slots
     tokens[3] = targets
     rows[0, 1 : n + 1], rows[0, n + 1 :] = ends, len(ids)
     rows[1, :n], rows[2, :n] = lens, rows[0, 1 : n + 1] - 1
-    if step.groups:
-        rows[3:, : len(step.groups)] = np.array(step.groups).T
     tables = np.zeros((R, table.tables.shape[1]), np.int32)
     tables[:n] = table.tables[[row.seq.slot for row in step.rows]]
     return StepArrays(tokens, rows, tables, np.array((n, scored), np.int32))
 
 
-def _pack_decoding(rows: list[Row], T: int, R: int, table: SlotTable) -> StepArrays:
+def _edges(step: Step, R: int) -> np.ndarray:
+    """`StepArrays.rows` with nothing but groups, and room for them only where kernels know any."""
+    edges = np.zeros((3 if step.groups is None else 6, R + 1), np.int32)
+    if step.groups:
+        edges[3:, : len(step.groups)] = np.array(step.groups).T
+    return edges
+
+
+def _pack_decoding(step: Step, T: int, R: int, table: SlotTable) -> StepArrays:
     """`pack_tokens` of rows of one token each, which most steps are made of."""
+    rows = step.rows
     n, slots = len(rows), [row.seq.slot for row in rows]
-    tokens, edges = np.zeros((4, T), np.int32), np.zeros((3, R + 1), np.int32)
+    tokens, edges = np.zeros((4, T), np.int32), _edges(step, R)
     starts = [row.start for row in rows]
     known = [row.seq.tokens for row in rows]
     tokens[0, :n] = [t[i] if i < len(t) else -1 for t, i in zip(known, starts, strict=True)]

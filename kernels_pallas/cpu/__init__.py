@@ -19,6 +19,7 @@ from jax import Array
 
 from kernels_pallas.cpu import build
 from kernels_pallas.paged_attention.codec import Int4Pages, Int8Pages, Pages, QuantizedPages
+from kernels_pallas.paged_attention.ragged import Groups
 
 __all__ = [
     "argmax",
@@ -159,6 +160,7 @@ def paged_attention(
     kv_lens: Array,  # [R] int32: context lengths, this step's tokens included
     tables: Array,  # [R, M] int32: pages of each sequence
     num_seqs: Array | int,  # sequences from here on are padding
+    groups: Groups | None = None,  # of sequences that begin with the same pages
     *,
     scale: float,
     window: Array | int = 0,
@@ -171,6 +173,9 @@ def paged_attention(
     The stores of all tokens come first, so sequences that share a page written in this very step
     see it. Keys are visible within `window` positions (0: all). `soft_cap` c bounds a score s to
     c tanh(s / c). A sink is one more logit per head that joins the denominator, and the lse.
+    Members of a group pass by its pages together, in whole blocks of 64 keys, and go on by
+    themselves: no bit depends on it. Groups that do not come in the order of sequences are passed
+    over, and so are all where there is a window.
     Pages may be float32, bfloat16, or uint16 bits of bfloat16; donate them, or they are copied.
     Stacks of eight and four bits (paged_attention/codec.py) are written to the reference's bits;
     what is read from them is rounded to bfloat16, and so are queries.
@@ -185,8 +190,9 @@ def paged_attention(
     if coded := isinstance(k_pages, QuantizedPages):
         attributes |= {f"{x}_parts": _parts(p) for x, p in zip("kv", pages, strict=False)}
     leaves, tree = jax.tree.flatten(pages)
-    operands = (*rows, *leaves, _int(layer), row_starts, kv_lens, tables)
-    first = len(operands) - len(leaves) - 4
+    shared = jnp.zeros((3, 0), jnp.int32) if groups is None else jnp.stack(groups)
+    operands = (*rows, *leaves, _int(layer), row_starts, kv_lens, tables, shared)
+    first = len(operands) - len(leaves) - 5
     call = _call(
         f"coded_{kind}" if coded else "paged_attention" if v is not None else kind,
         (_floats(T, N, value_dim), _floats(T, N), *leaves),

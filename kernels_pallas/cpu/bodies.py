@@ -58,8 +58,8 @@ def rms_norm(
 
 def paged_attention(q, k, v, k_pages, v_pages, layer, batch: Ragged, *, sinks=None, **options):
     """`kernels_pallas.paged_attention.paged_attention`."""
-    sinks, step = None if sinks is None else as_array(sinks), batch[:4]  # groups are passed over
-    return cpu.paged_attention(q, k, v, k_pages, v_pages, layer, *step, sinks=sinks, **options)
+    sinks = None if sinks is None else as_array(sinks)
+    return cpu.paged_attention(q, k, v, k_pages, v_pages, layer, *batch, sinks=sinks, **options)
 
 
 def layer_of(w: Weight) -> tuple[Any, Array | int | None]:

@@ -15,7 +15,7 @@ from kernels_pallas import rms_norm as norms
 from kernels_pallas.cpu import bodies
 from kernels_pallas.op import Body, Case, Cost, NoTile, Op, UnsupportedError
 from kernels_pallas.paged_attention import reference as pages
-from kernels_pallas.paged_attention.cases import batch
+from kernels_pallas.paged_attention.cases import Shared, batch
 from kernels_pallas.quantize import quantize_rows
 from kernels_pallas.weight import Int8Weight, StackedWeight
 
@@ -67,9 +67,9 @@ def _norm(T: int, D: int, *, shipped: bool = False) -> Case:
 
 def _attention(
     name: str, new: tuple[int, ...], lens: tuple[int, ...], *, N: int, K: int, H: int, Z: int = 32,
-    dtype: Any = jnp.uint16, shipped: bool = False,
+    dtype: Any = jnp.uint16, shared: Shared = (), shipped: bool = False,
 ) -> Case:  # fmt: skip
-    step, P = batch(new, lens, Z)
+    step, P = batch(new, lens, Z, shared=shared)
     T, size = sum(new), jnp.dtype(dtype).itemsize
 
     def make(key: Array) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -81,8 +81,9 @@ def _attention(
         return (q, *kv, *caches, jnp.int32(1), jax.tree.map(jnp.asarray, step)), {}
 
     pairs = sum(n * s - n * (n - 1) / 2 for n, s in zip(new, lens, strict=True))
+    keys = sum(lens) - sum((end - first - 1) * n for first, end, n in shared)  # each of them once
     cost = Cost(
-        2.0 * sum(lens) * K * H * size + 8 * T * N * H, 4 * pairs * N * H,
+        2.0 * keys * K * H * size + 8 * T * N * H, 4 * pairs * N * H,
         "float32" if dtype == jnp.float32 else "bfloat16",
     )  # fmt: skip
     tolerance = 1e-5 if dtype == jnp.float32 else 0.01
@@ -134,7 +135,20 @@ paged_attention = Op(
     (
         _attention("mixed-f32", (1, 9, 1), (30, 9, 17), N=4, K=2, H=64, Z=8, dtype=jnp.float32),
         _attention("mixed", (1, 9, 1), (30, 9, 17), N=4, K=2, H=64, Z=8),
+        _attention(
+            "groups", (1, 1, 3, 1), (90, 80, 75, 30), N=4, K=2, H=64, Z=8, shared=((0, 3, 64),)
+        ),
         _attention("decode-16x2k", (1,) * 16, (2048,) * 16, N=16, K=8, H=128, shipped=True),
+        _attention(
+            "decode-16-of-2k",
+            (1,) * 16,
+            (2112,) * 16,
+            N=16,
+            K=8,
+            H=128,
+            shared=((0, 16, 2048),),
+            shipped=True,
+        ),
         _attention("prompt-1k", (1024,), (1024,), N=16, K=8, H=128, shipped=True),
     ),
     in_place=((3, 2), (4, 3)),

@@ -48,7 +48,7 @@ class TpuTile:
     heads: of keys in a program, 0 for all, or for a share of them where there are several cores;
     mib: of VMEM for a program's queries and results, which bounds its tokens."""
 
-    keys: int = tried(SHARED_KEYS, 256, 1024)
+    keys: int = tried(SHARED_KEYS["tpu"], 256, 1024)
     rows: int = tried(128, 256)
     tokens: int = 64
     heads: int = tried(0, 2, 4)

@@ -9,8 +9,9 @@ from jax import Array
 
 from kernels_pallas.paged_attention.codec import put
 
-SHARED_KEYS = 512
-"""Keys in a block, unless a kernel is told otherwise: it shares whole blocks of a group's pages."""
+SHARED_KEYS = {"tpu": 512, "cpu": 64}
+"""Keys in a block of a platform's kernel, unless it is told otherwise: it shares whole blocks of a
+group's pages. Kernels of other platforms know no groups."""
 
 
 class Groups(NamedTuple):

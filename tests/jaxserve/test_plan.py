@@ -70,6 +70,7 @@ WRONG: list[tuple[str, list[Any]]] = [
     ("reward_head", ["", 1]),
     ("seed", [None, 1.5, "0"]),
     ("enable_prefix_caching", [None, "no", 2]),
+    ("disable_cascade_attn", [None, "no", 2]),
     ("decode_steps", [0, 65, 1.5, None]),
     ("kernels", ["fast", None, 1]),
     ("load_format", ["gguf", None]),

@@ -1,14 +1,16 @@
-"""An engine on a simulated TPU says the same, to the bit, whether its rows are grouped or not."""
+"""An engine says the same, to the bit, whether its rows are grouped or not."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from functools import partialmethod
+from pathlib import Path
 from typing import Any
 
 import jax
 import pytest
 
+from jaxserve import LLM
 from jaxserve.config import EngineConfig
 from jaxserve.engine.engine import Engine
 from jaxserve.engine.generation import Generation
@@ -17,10 +19,13 @@ from jaxserve.engine.sequence import Sequence
 from jaxserve.models.family import family
 from jaxserve.plan import Plan, resolve
 from jaxserve.request import CompletionOutput, RequestMetrics, SamplingParams
+from jaxserve.testing import write_checkpoint
+from kernels_pallas import cpu
 from kernels_pallas.op import Op
 from kernels_pallas.paged_attention.mosaic_tpu import TpuTile
 from sharding.tree import initialise
 from tests.jaxserve.engine.test_lowering import AbsentDevice
+from tests.sparing import sparing
 
 HF = {
     "model_type": "qwen3", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 32,
@@ -113,3 +118,24 @@ def test_groups_change_no_bit(grouped: list[bool]) -> None:
     expected = texts(plain)
     assert grouped and not any(grouped) and plain.stats().shared_keys_total == 0
     assert found == expected  # tokens and log-probabilities
+
+
+@pytest.mark.skipif(not cpu.available(), reason="no C++ compiler")
+@pytest.mark.parametrize("kv_cache_dtype", sparing(["auto", "int8", "int4"], "auto"))
+def test_nobody_can_tell_who_shares_on_cpu(tmp_path: Path, kv_cache_dtype: str) -> None:
+    """Siblings behind 150 tokens, and one that begins as they do and comes with them."""
+    write_checkpoint(tmp_path, "qwen3_moe", tokenizer=False)
+    prompt = [(7 * i + 3) % 60 for i in range(150)]
+    params = [SamplingParams(n=n, max_tokens=12, logprobs=1, temperature=0.8) for n in (3, 1)]
+    found = []
+    for alone in (False, True):
+        with LLM(
+            tmp_path, tokenizer=False, progress=False, max_model_len=256, max_num_seqs=4,
+            max_num_batched_tokens=64, kv_cache_dtype=kv_cache_dtype, disable_cascade_attn=alone,
+        ) as llm:  # fmt: skip
+            prompts = [{"prompt_token_ids": ids} for ids in (prompt, [*prompt[:130], 1, 2])]
+            out = llm.generate(prompts, params)
+            found.append([(o.token_ids, o.logprobs) for each in out for o in each.outputs])
+            shared = llm.stats().shared_keys_total
+            assert shared == 0 if alone else shared >= 11 * 2 * 128
+    assert found[0] == found[1]

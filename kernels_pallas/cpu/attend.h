@@ -1,0 +1,314 @@
+// Attention of tasks: rows of queries pass by blocks of keys and values.
+#pragma once
+
+#include "coded.h"
+#include "dot.h"
+#include "pages.h"
+#include "scratch.h"
+#include "softmax.h"
+#include "tasks.h"
+
+namespace jaxserve {
+
+// Up to here (the heads of a group that decodes) keys and values are used as they lie: packing them
+// would cost more than it saves.
+constexpr int64_t kFewRows = 2 * kOuterRows;
+
+template <class T>
+struct Attention {
+  Batch batch;
+  Pages<T> keys, values;  // values may be keys themselves: then a value is the head of its key
+  // Where pages are of eight or four bits: then those of T have no data, only sizes.
+  const CodedPages *coded_keys = nullptr, *coded_values = nullptr;
+  const float* q;         // [T, N, H]
+  float* out;             // [T, N, Hv]
+  float* lse;             // [T, N]
+  const float* sinks;     // [N] or null
+  int64_t num_heads, value_dim, window;
+  Scores scores;
+
+  int64_t group() const { return num_heads / keys.num_heads; }
+  bool few(int64_t num_rows) const {
+    return num_rows <= kFewRows && value_dim % (kOuterVecs * kLanes) == 0;
+  }
+  int64_t padded_values() const { return (value_dim + kLanes - 1) / kLanes * kLanes; }
+};
+
+// Working memory of one task. Rows of q, scores and so on are contiguous.
+template <class T>
+struct Work {
+  T *q, *spare, *zeros, *keys, *values, *weights, *decoded;
+  float *scores, *sums, *shrink, *floats;
+  Row* rows;
+
+  Work(Scratch& scratch, const Attention<T>& job, int64_t num_rows) {
+    const int64_t q_count = (num_rows + kStripRows) * padded_keys<T>(job.keys.width);
+    const int64_t spare_count = kLanes * padded_keys<T>(job.keys.width);
+    const int64_t key_count = kBlockKeys * padded_keys<T>(job.keys.width);
+    const int64_t value_count = kBlockKeys * job.padded_values();
+    const int64_t score_count = num_rows * kBlockKeys, sum_count = num_rows * job.padded_values();
+    const int64_t widest = std::max(job.keys.width, job.values.width);
+    const int64_t decoded_count = job.coded_keys ? 2 * kBlockKeys * widest : 0;
+    scratch.reset(Scratch::bytes<T>(decoded_count) + Scratch::bytes<float>(widest) +
+                  Scratch::bytes<T>(q_count) + Scratch::bytes<T>(spare_count) +
+                  Scratch::bytes<T>(job.padded_values()) +
+                  Scratch::bytes<T>(key_count) +
+                  Scratch::bytes<T>(value_count) + Scratch::bytes<T>(score_count) +
+                  Scratch::bytes<float>(score_count) + Scratch::bytes<float>(sum_count) +
+                  Scratch::bytes<float>(num_rows) + Scratch::bytes<Row>(num_rows));
+    q = scratch.take<T>(q_count);
+    spare = scratch.take<T>(spare_count);
+    zeros = scratch.take<T>(job.padded_values());
+    keys = scratch.take<T>(key_count);
+    values = scratch.take<T>(value_count);
+    weights = scratch.take<T>(score_count);
+    decoded = scratch.take<T>(decoded_count);
+    floats = scratch.take<float>(widest);
+    scores = scratch.take<float>(score_count);
+    sums = scratch.take<float>(sum_count);
+    shrink = scratch.take<float>(num_rows);
+    rows = scratch.take<Row>(num_rows);
+    std::memset(zeros, 0, job.padded_values() * sizeof(T));
+    std::memset(sums, 0, sum_count * sizeof(float));
+    std::fill(rows, rows + num_rows, Row{});
+  }
+
+  // For the rows from that one on.
+  Work from(const Attention<T>& job, int64_t row) const {
+    Work work = *this;
+    work.q += row * padded_keys<T>(job.keys.width);
+    work.weights += row * kBlockKeys;
+    work.scores += row * kBlockKeys;
+    work.sums += row * job.padded_values();
+    work.shrink += row;
+    work.rows += row;
+    return work;
+  }
+};
+
+// Where row i of a stretch is in the [T, N] grid of all query heads.
+template <class T>
+int64_t query_of(const Attention<T>& job, int64_t kv_head, const Stretch& stretch, int64_t i) {
+  const int64_t row = stretch.first_row + i;
+  const int64_t token = job.batch.row_starts[stretch.seq] + row / job.group();
+  return token * job.num_heads + kv_head * job.group() + row % job.group();
+}
+
+template <class T>
+void load_queries(const Attention<T>& job, int64_t kv_head, const Stretch& stretch,
+                  const Work<T>& work) {
+  T* to = work.q;
+  const int64_t width = job.keys.width;
+  const int64_t stride = padded_keys<T>(width);
+  for (int64_t i = 0; i < stretch.num_rows; ++i, to += stride) {
+    const float* from = job.q + query_of(job, kv_head, stretch, i) * width;
+    if (job.coded_keys) {
+      convert(work.floats, from, width);
+      job.coded_keys->turn(work.floats, width);
+      from = work.floats;
+    }
+    convert(to, from, width);
+    std::memset(to + width, 0, (stride - width) * sizeof(T));
+  }
+}
+
+// The keys and values at positions [first, first + kBlockKeys), as far as a stretch goes.
+template <class T>
+struct Context {
+  int64_t first;
+  Block<T> keys, values;
+
+  Context(const Attention<T>& job, int64_t kv_head, const Stretch& stretch, int64_t first)
+      : first(first),
+        keys(job.keys, job.batch.table(stretch.seq), kv_head, first, stretch.end),
+        values(job.values, job.batch.table(stretch.seq), kv_head, first, stretch.end) {}
+
+  Context(int64_t first, const Block<T>& keys, const Block<T>& values)
+      : first(first), keys(keys), values(values) {}
+};
+
+// The rows at positions [first, end) as T in `to`. Meanwhile those of the next block come into L2.
+template <class T>
+Block<T> decode(const CodedPages& pages, const int32_t* table, int64_t head, int64_t first,
+                int64_t end, float* spare, T* to) {
+  Block<T> block(std::min(kBlockKeys, end - first), true);
+  for (int64_t i = 0; i < block.count; ++i, to += pages.width) {
+    const int64_t position = first + i, page = pages.page_of(table, position);
+    if (position + kBlockKeys < end) pages.prefetch(table, head, position + kBlockKeys);
+    if (!pages.has(page)) {
+      block.in_runs = false;
+      continue;
+    }
+    pages.take(page, head, position % pages.page_size, spare);
+    convert(to, spare, pages.width);
+    block.rows[i] = to;
+  }
+  return block;
+}
+
+template <class T>
+Context<T> decode(const Attention<T>& job, int64_t kv_head, const Stretch& stretch,
+                  const Work<T>& work, int64_t first) {
+  const int32_t* table = job.batch.table(stretch.seq);
+  auto decode = [&](const CodedPages& pages, T* to) {
+    return jaxserve::decode(pages, table, kv_head, first, stretch.end, work.floats, to);
+  };
+  const Block<T> keys = decode(*job.coded_keys, work.decoded);
+  if (job.coded_values == job.coded_keys) return {first, keys, keys};
+  return {first, keys, decode(*job.coded_values, work.decoded + kBlockKeys * job.keys.width)};
+}
+
+// work.scores = q . keys
+template <class T>
+void score(const Attention<T>& job, int64_t num_rows, const Work<T>& work, const Context<T>& now,
+           const Context<T>& next) {
+  const int64_t width = job.keys.width, stride = padded_keys<T>(width);
+  const int64_t words = words_of<T>(width), count = now.keys.count;
+  if (!job.few(num_rows)) {
+    pack_keys(now.keys, next.keys, width, work.spare, work.keys);
+    outer_product<T>(work.q, stride, num_rows, work.keys, kBlockKeys * Vec<T>::kPerLane, words,
+                     work.scores, kBlockKeys, round_up(count, kLanes), {});
+    return;
+  }
+  const Strip<T> run = strip_for<T>(num_rows);
+  for (int64_t key = 0; key < count; key += kLanes) {
+    const Run<T> keys = run_of(now.keys, key, width, work.spare);
+    run(work.q, stride, keys.rows, keys.stride, round_up(words, kQuarter), work.scores + key,
+        kBlockKeys, num_rows, {}, reinterpret_cast<const char*>(next.keys.rows[key]));
+  }
+}
+
+// sums[r] = sums[r] * shrink[r] + weights[r] . values, for R rows and C registers of columns.
+template <class T, int R, int C>
+void weigh_tile(const T* weights, const T* const* values, int64_t words, float* sums,
+                int64_t stride, const float* shrink) {
+  constexpr int64_t kPerLane = Vec<T>::kPerLane;
+  F sum[R][C] = {};
+  for (int64_t w = 0; w < words; ++w, weights += kPerLane, values += kPerLane) {
+#pragma GCC unroll 8
+    for (int c = 0; c < C; ++c) {
+      const auto pair = pair_of(values[0] + c * kLanes, values[kPerLane - 1] + c * kLanes);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        const auto weight = Vec<T>::broadcast(weights + r * kBlockKeys);
+        sum[r][c] = Vec<T>::dot(sum[r][c], weight, pair);
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+    for (int c = 0; c < C; ++c) add_to(sums + r * stride + c * kLanes, sum[r][c], {true, shrink}, r);
+  }
+}
+
+template <class T>
+using WeighTile = void (*)(const T*, const T* const*, int64_t, float*, int64_t, const float*);
+
+template <class T, int... R>
+constexpr std::array<WeighTile<T>, sizeof...(R)> weigh_tiles(std::integer_sequence<int, R...>) {
+  return {&weigh_tile<T, R + 1, kOuterVecs>...};
+}
+
+// work.sums += weights . values
+template <class T>
+void weigh(const Attention<T>& job, int64_t num_rows, const Work<T>& work, const Context<T>& now,
+           const Context<T>& next) {
+  constexpr int64_t kPerLane = Vec<T>::kPerLane, kCols = kOuterVecs * kLanes;
+  const int64_t padded = job.padded_values(), words = words_of<T>(now.values.count);
+  if (!job.few(num_rows)) {
+    pack_values(now.values, next.values, job.value_dim, padded, work.values);
+    outer_product<T>(work.weights, kBlockKeys, num_rows, work.values, padded * kPerLane, words,
+                     work.sums, padded, padded, {true, work.shrink});
+    return;
+  }
+  static constexpr auto kTiles = weigh_tiles<T>(std::make_integer_sequence<int, kOuterRows>{});
+  for (int64_t c = 0; c < job.value_dim; c += kCols) {
+    const T* columns[kBlockKeys];
+    for (int64_t i = 0; i < words * kPerLane; ++i) {
+      columns[i] = now.values.rows[i] ? now.values.rows[i] + c : work.zeros;
+      prefetch_row(next.values.rows[i] + c, kCols);
+    }
+    for (int64_t r = 0; r < num_rows; r += kOuterRows) {
+      const int64_t height = std::min<int64_t>(kOuterRows, num_rows - r);
+      kTiles[height - 1](work.weights + r * kBlockKeys, columns, words, work.sums + r * padded + c,
+                         padded, work.shrink + r);
+    }
+  }
+}
+
+// Adds one block of keys to every row of a stretch.
+template <class T>
+void attend_block(const Attention<T>& job, const Stretch& stretch, const Work<T>& work,
+                  const Context<T>& now, const Context<T>& next) {
+  const int64_t num_rows = stretch.num_rows, start = job.batch.first_position(stretch.seq);
+  score(job, num_rows, work, now, next);
+  for (int64_t i = 0; i < num_rows; ++i) {
+    int64_t begin = 0, end = now.keys.count;
+    if (!stretch.common) {
+      const int64_t position = start + (stretch.first_row + i) / job.group();
+      begin = job.window > 0 ? position - job.window + 1 - now.first : 0;
+      end = std::min(end, position + 1 - now.first);
+    }
+    float* scores = work.scores + i * kBlockKeys;
+    work.shrink[i] = work.rows[i].add(scores, begin, end, job.scores);
+    convert(work.weights + i * kBlockKeys, scores, kBlockKeys);
+  }
+  weigh(job, num_rows, work, now, next);
+}
+
+template <class T>
+void finish(const Attention<T>& job, int64_t kv_head, const Stretch& stretch,
+            const Work<T>& work) {
+  const int64_t padded = job.padded_values();
+  for (int64_t i = 0; i < stretch.num_rows; ++i) {
+    const int64_t query = query_of(job, kv_head, stretch, i);
+    Row row = work.rows[i];
+    float shrink = 1.0f;
+    if (job.sinks) shrink = row.add_sink(job.sinks[query % job.num_heads]);
+    const float factor = row.sum > 0 ? shrink / row.sum : 0.0f;
+    const float* sums = work.sums + i * padded;
+    float* out = job.out + query * job.value_dim;
+    for (int64_t j = 0; j < job.value_dim; ++j) out[j] = sums[j] * factor;
+    if (job.coded_values) job.coded_values->turn(out, job.value_dim);
+    job.lse[query] = row.log_sum();
+  }
+}
+
+// Tasks in turn. While one block is worked on, the next comes into L2, be it another task's.
+template <class T>
+void attend(const Attention<T>& job, const Task* task, const Task* end) {
+  thread_local Scratch scratch;
+  auto open = [&](const Task* task, const Stretch* s, int64_t first) {
+    // pages that have to be decoded are, each block when its turn comes
+    return Context<T>(job, task->kv_head, *s, job.coded_keys ? s->end : first);
+  };
+  auto after = [&](const Task* task, const Stretch* s, int64_t first) {
+    if (first + kBlockKeys < s->end) return open(task, s, first + kBlockKeys);
+    if (s + 1 < task->end) return open(task, s + 1, s[1].begin);
+    if (task + 1 < end) return open(task + 1, task[1].begin, task[1].begin->begin);
+    return open(task, s, s->end);  // none
+  };
+  Context<T> now = open(task, task->begin, task->begin->begin);
+  for (; task < end; ++task) {
+    const int64_t head = task->kv_head;
+    const Work<T> work(scratch, job, task->num_rows());
+    for (const Stretch* s = task->own(); s < task->end; ++s) {
+      load_queries(job, head, *s, work.from(job, s->row));
+    }
+    for (const Stretch* s = task->begin; s < task->end; ++s) {
+      const Work<T> rows = work.from(job, s->row);
+      for (int64_t first = s->begin; first < s->end; first += kBlockKeys) {
+        if (job.coded_keys) now = decode(job, head, *s, rows, first);
+        const Context<T> next = after(task, s, first);
+        attend_block(job, *s, rows, now, next);
+        now = next;
+      }
+    }
+    for (const Stretch* s = task->own(); s < task->end; ++s) {
+      finish(job, head, *s, work.from(job, s->row));
+    }
+  }
+}
+
+}  // namespace jaxserve
