@@ -48,8 +48,9 @@ class Plan:
         kv_dtype: in which pages are stored. int8 and int4 are rounded, with scales of their own.
         parallelism: how devices share the work; everything else here is of one of them.
         splits_kv_heads: KV heads, and so pages, are split over the axis "tensor".
-        shares_reads: pages that several sequences begin with are read once for all of them, where
-            kernels know groups.
+        group_pages: pages in a block of keys, of which sequences with a common beginning share
+            whole ones; 0 where they are not to, where kernels know no groups, or where no sequence
+            is longer than that.
         interleaved: two halves of a step's tokens take turns, layer by layer.
         dispatch: how tokens reach experts on other devices, where there are any.
         kv_calibrated: int8 pages have scales that came with the checkpoint, for each lane.
@@ -88,7 +89,7 @@ class Plan:
     splits_kv_heads: bool
     dispatch: Dispatch | None
     interleaved: bool
-    shares_reads: bool = True
+    group_pages: int = 0
     judges: bool = False
     notes_routes: bool = False
     refines: bool = False
@@ -120,15 +121,6 @@ class Plan:
     @property
     def pages_per_seq(self) -> int:
         return -(-self.max_model_len // self.page_size)
-
-    @property
-    def group_pages(self) -> int:
-        """Pages in a block of keys, of which sequences with a common beginning share whole ones; 0
-        where none are shared, or no sequence is longer than that."""
-        shares = self.shares_reads and self.kernels != "reference"
-        keys = SHARED_KEYS.get(self.target.platform, 0) if shares else 0
-        pages = max(1, keys // self.page_size)
-        return pages if keys and pages < self.pages_per_seq else 0
 
     @property
     def num_copies(self) -> int:
@@ -271,7 +263,7 @@ def resolve(
         splits_kv_heads=not latent,
         dispatch=dispatch_of(config, cfg, parallelism, target, quantization),
         interleaved=is_interleaved(config),
-        shares_reads=not config.disable_cascade_attn,
+        group_pages=_group_pages(config, kernels, platform, page_size, max_len),
     )
 
 
@@ -290,6 +282,16 @@ def for_searches(plan: Plan, config: EngineConfig, cfg: Any, *, judges: bool) ->
         plan, judges=judges, notes_routes=config.enable_return_routed_experts,
         refines=config.enable_route_noise,
     )  # fmt: skip
+
+
+def _group_pages(
+    config: EngineConfig, kernels: str, platform: str, page_size: int, max_len: int
+) -> int:
+    """`Plan.group_pages`."""
+    alone = config.disable_cascade_attn or kernels == "reference"
+    keys = 0 if alone else SHARED_KEYS.get(platform, 0)
+    pages = max(1, keys // page_size)
+    return pages if keys and pages * page_size < max_len else 0
 
 
 def _copies(config: EngineConfig, max_seqs: int) -> int:

@@ -17,7 +17,7 @@ from jaxserve.engine.generation import Generation
 from jaxserve.engine.runner import Runner
 from jaxserve.engine.sequence import Sequence
 from jaxserve.models.family import family
-from jaxserve.plan import Plan, resolve
+from jaxserve.plan import resolve
 from jaxserve.request import CompletionOutput, RequestMetrics, SamplingParams
 from jaxserve.testing import write_checkpoint
 from kernels_pallas import cpu
@@ -37,22 +37,6 @@ PAGE, BLOCK = 8, 16  # keys in a page, and in a block that the kernel attends at
 PROMPT = [(7 * i + 3) % 60 for i in range(37)]
 
 
-class SmallBlocks(Plan):
-    """A plan for kernels with smaller blocks of keys."""
-
-    @property
-    def group_pages(self) -> int:
-        return BLOCK // PAGE
-
-
-class NoGroups(Plan):
-    """A plan for kernels that know no groups."""
-
-    @property
-    def group_pages(self) -> int:
-        return 0
-
-
 @pytest.fixture
 def grouped(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Simulates the kernels of a TPU; whether each attention that was traced had groups."""
@@ -69,16 +53,16 @@ def grouped(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     return found
 
 
-def engine(kind: type[Plan]) -> Engine:
+def engine(group_pages: int) -> Engine:
     module = family("qwen3")
     cfg = module.config(HF)
     config = EngineConfig(
         max_num_seqs=4, max_num_batched_tokens=16, num_pages=24, page_size=PAGE, dtype="float32"
     )
     plan = resolve(config, HF, cfg, lambda *_: 0, AbsentDevice("tpu"))
-    plan = kind(**{name: getattr(plan, name) for name in plan.__dataclass_fields__})
+    plan = replace(plan, token_buckets=(16,), group_pages=group_pages)
     params = initialise(module.declare_params(cfg), cfg.sizes, "float32")
-    runner = Runner(replace(plan, token_buckets=(16,)), module, cfg, params, jax.devices()[0])
+    runner = Runner(plan, module, cfg, params, jax.devices()[0])
     runner.warm_up(background=False, on_program=lambda *_: None)
     return Engine(runner)
 
@@ -108,13 +92,13 @@ def texts(served: Engine) -> list[list[CompletionOutput]]:
 
 @pytest.mark.slow
 def test_groups_change_no_bit(grouped: list[bool]) -> None:
-    served = engine(SmallBlocks)
+    served = engine(BLOCK // PAGE)
     found = texts(served)
     assert any(grouped)
     stats = served.stats()
     assert stats.shared_keys_total > 40 * 32 and stats.num_preemptions > 0
     del grouped[:]
-    plain = engine(NoGroups)
+    plain = engine(0)
     expected = texts(plain)
     assert grouped and not any(grouped) and plain.stats().shared_keys_total == 0
     assert found == expected  # tokens and log-probabilities
