@@ -33,7 +33,7 @@ from kernels_pallas.paged_attention.codec import (
 )
 from kernels_pallas.paged_attention.mosaic_gpu_blocks import ROWS, Ring, Shape
 from kernels_pallas.paged_attention.mosaic_gpu_items import held, most_items, plan
-from kernels_pallas.paged_attention.mosaic_gpu_kernel import LOG2E, STORED, kernel
+from kernels_pallas.paged_attention.mosaic_gpu_kernel import HIDDEN, LOG2E, STORED, kernel
 from kernels_pallas.paged_attention.ragged import Ragged, owners
 from kernels_pallas.weight import Weight, as_array
 
@@ -60,7 +60,12 @@ def page_attention(
     value_dim: int | None = None, mass: bool = False, tile: GpuTile | None = None,
     interpret: Any = False,
 ) -> tuple[Array, ...]:  # fmt: skip
-    """`reference.page_attention` as one Hopper kernel."""
+    """`reference.page_attention` as one Hopper kernel.
+
+    Groups are passed over where their tokens would share no tile of rows, or little of one: with
+    prompts, whose tiles are full of one sequence, and with as many heads to a key as fill a tile.
+    So they are where masses of pages are asked for.
+    """
     (T, N, H), K = q.shape, k_pages.shape[2]
     stacks: list[Any] = [k_pages] if v_pages is None else [k_pages, v_pages]
     value_dim = value_dim or int(H if v_pages is None else v_pages.shape[-1])
@@ -71,7 +76,7 @@ def page_attention(
     q = jnp.pad(q, ((0, 0), (0, 0), (0, shape.lanes - q.shape[-1])))
     window = jnp.asarray(window, jnp.int32)
     seq, position = owners(batch, T)
-    items, mine = plan(batch, T, seq, shape)
+    items, mine, there = plan(batch, T, seq, window, shape)
     token, row = held(items, T, shape)
     head = jnp.arange(heads)[:, None]
     queries = q.astype(jnp.bfloat16)[token, head * G + row % G]  # [heads, rows, lanes]
@@ -83,7 +88,9 @@ def page_attention(
     row = row[..., None, None] + jnp.arange(G)  # [items of a token, T, 1, G]
     item = mine[..., None, None]
     o = o[:, head, kept].reshape(-1, T, N, o.shape[-1])
-    lse = lse[:, item, head, row].reshape(-1, T, N)
+    lse = lse[:, item, head, row]
+    lse = lse if there is None else jnp.where(there[..., None, None], lse, HIDDEN)
+    lse = lse.reshape(-1, T, N)
     o = o[..., : whole_parts(stacks[-1], value_dim)]
     o, lse = _merge(o, lse, None if sinks is None else as_array(sinks), shape.nibbles)
     o = stacks[-1].fold(o, layer) if isinstance(stacks[-1], StaticInt8Pages) else o
@@ -161,12 +168,14 @@ def _shape(
         raise UnsupportedError(f"{groups=} of rows: one, whose values two warpgroups share")
     blocks = most_items(T, R, groups * tokens) * K * heads
     splits = tile.splits or _splits(blocks, M * Z // keys, prompts=T > 4 * R)
+    sharing = batch.groups is not None and T <= 4 * R and groups * tokens > 1 and not mass
+    shared = _shared(-(-T // (groups * tokens)) * K * heads * splits) if sharing else 0
     factor, cap = (scale / soft_cap, soft_cap * LOG2E) if soft_cap else (scale * LOG2E, 0.0)
     part = min(Z, keys)
     stacks, nibbles = (k_pages, v_pages), isinstance(k_pages, Int4Pages)
     owned = tuple(len(x.parts) for x in stacks if isinstance(x, Int8Pages | Int4Pages))
     shape = Shape(
-        G, heads, tokens, groups, 0, splits, part, Z // part, keys // part, M, lanes,
+        G, heads, tokens, groups, 0, splits, shared, part, Z // part, keys // part, M, lanes,
         values, in_keys, wide, 0, nibbles, *parts, owned, mass, factor, cap,
     )  # fmt: skip
     stages, ahead = _depths(shape, tile.stages, isinstance(k_pages, QuantizedPages))
@@ -260,6 +269,11 @@ def _splits(blocks: int, steps: int, prompts: bool) -> int:
     most = max(1, min(16, steps // 4, _CORES // blocks if prompts else steps))
     times = [-(-blocks * n // _CORES) / n for n in range(1, most + 1)]
     return next(n for n, time in enumerate(times, 1) if time <= 1.1 * min(times))
+
+
+def _shared(blocks: int) -> int:
+    """Shares of the keys of a group, if one of all tokens were so many blocks of threads."""
+    return max(1, min(8, _CORES // blocks))  # merging reads all of them, in any step
 
 
 def _launch(operands: tuple[Any, ...], caches: list[Array], shape: Shape, interpret: Any) -> Any:

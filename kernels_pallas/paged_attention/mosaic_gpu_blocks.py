@@ -46,6 +46,7 @@ class Shape:
         parts: of a page.
         count: parts in a block of keys.
         row: entries in a row of the block table.
+        shared: shares of the keys that a group has in common, at most; 0: groups are passed over.
         lanes, values: of keys and of values that are brought.
         in_keys: whether values are lanes of keys.
         wide: whether two warpgroups share these.
@@ -64,6 +65,7 @@ class Shape:
     groups: int
     stages: int
     splits: int
+    shared: int
     part: int
     parts: int
     count: int
@@ -158,8 +160,8 @@ class Items(NamedTuple):
 
     Attributes:
         seqs: whose row of the block table leads to the pages; -1: there is no such item.
-        firsts, ends: its tokens.
-        shifts: from a token to its position.
+        firsts, ends: its tokens, of one sequence or of neighbours in a group.
+        shifts: from a token to its position; in a group, to one behind all that it shares.
         begins, stops: the parts of pages that it is about, as far as its tokens see them.
         places: pieces of rows of queries, and of results, that lie before its own.
     """

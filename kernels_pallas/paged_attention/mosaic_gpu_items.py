@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
 from kernels_pallas.paged_attention.mosaic_gpu_blocks import ROWS, Items, Shape
-from kernels_pallas.paged_attention.ragged import Ragged
+from kernels_pallas.paged_attention.ragged import Groups, Ragged
 
 _FAR = 2**28  # tokens, or parts of pages: behind all that there are
 
@@ -31,15 +32,34 @@ class Spans(NamedTuple):
     shares: Array
 
 
-def plan(batch: Ragged, T: int, seq: Array, shape: Shape) -> tuple[Items, Array]:
-    """Items, and that of each token [1, T].
+def plan(
+    batch: Ragged, T: int, seq: Array, window: Array, shape: Shape
+) -> tuple[Items, Array, Array | None]:
+    """Items; those of each token [1 + shares, T], of its sequence and of its group; and which of
+    them there are, where there are groups. A token without a group has its sequence's instead.
 
     Args:
         seq: of each token [T].
     """
     spans, size = _sequences(batch), shape.groups * shape.tokens
-    items, before = _cut(spans, most_items(T, len(spans.seqs), size), shape)
-    return items, _first(spans, before, seq, size)[None]
+    most = most_items(T, len(spans.seqs), size)
+    if not shape.shared or batch.groups is None:
+        items, before = _cut(spans, most, shape)
+        return _placed(items, shape), _first(spans, before, seq, size)[None], None
+    shared, begins, more = _groups(batch, batch.groups, spans, T, window, shape)
+    spans = spans._replace(begins=begins)
+    (first, before), (items, own) = _cut(shared, more, shape), _cut(spans, most, shape)
+    items = jax.tree.map(lambda *x: jnp.concatenate(x), first, items)  # long ones first
+    alone = more + _first(spans, own, seq, size)
+    t = jnp.arange(T, dtype=jnp.int32)
+    member = (shared.firsts[:, None] <= t) & (t < shared.ends[:, None])  # [C, T]
+    c = jnp.arange(len(member), dtype=jnp.int32)[:, None]
+    group = jnp.sum(jnp.where(member, c, 0), 0, dtype=jnp.int32)
+    share = jnp.arange(shape.shared, dtype=jnp.int32)[:, None]
+    there = share < jnp.where(jnp.any(member, 0), shared.shares[group], 0)
+    shares = jnp.where(there, _first(shared, before, group, size) + share, alone)
+    mine = jnp.concatenate([alone[None], shares])
+    return _placed(items, shape), mine, jnp.pad(there, ((1, 0), (0, 0)), constant_values=True)
 
 
 def most_items(T: int, R: int, size: int) -> int:
@@ -53,7 +73,9 @@ def held(items: Items, T: int, shape: Shape) -> tuple[Array, Array]:
     Tiles are read whole, so rows of other items follow each, and idle ones the last.
     """
     each, most = shape.tokens * shape.piece, len(items.seqs)
-    most = min(most * (shape.groups * ROWS // shape.piece), T * ROWS // each + most) * shape.piece
+    tokens = T * (1 + shape.shared)  # and each of them once more for each share of a group
+    most = min(most * (shape.groups * ROWS // shape.piece), tokens * ROWS // each + most)
+    most *= shape.piece
     rows = jnp.arange(most + shape.groups * ROWS, dtype=jnp.int32)
     item = jnp.sum(items.places <= rows[:, None] // shape.piece, 1) - 1
     row = rows - items.places[item] * shape.piece
@@ -69,9 +91,37 @@ def _sequences(batch: Ragged) -> Spans:
     return Spans(r, starts, ends, batch.kv_lens - ends, none, none + _FAR, none + 1)
 
 
+def _groups(
+    batch: Ragged, groups: Groups, seqs: Spans, T: int, window: Array, shape: Shape
+) -> tuple[Spans, Array, int]:
+    """Groups, the parts [R] that each sequence leaves to its own, and their items, at most.
+
+    Whole blocks of keys are shared, so that no row of a group's items hides a key. A window leaves
+    little to share: then nothing is. Items are cut into shares, at most so many for each tile as
+    there are cores for if all tokens were one group, all about equally long, none below four
+    blocks: a group is few tiles, and its pages may be most of what the step reads.
+    """
+    C, size = len(groups.firsts), shape.groups * shape.tokens
+    member = (groups.firsts[:, None] <= seqs.seqs) & (seqs.seqs < groups.ends[:, None])  # [C, R]
+    before = (seqs.firsts + seqs.shifts) // (shape.parts * shape.part)  # pages, without this step's
+    pages = jnp.minimum(groups.pages, jnp.min(jnp.where(member, before, _FAR), 1))
+    blocks = jnp.where(window > 0, 0, pages * shape.parts // shape.count)
+    firsts = batch.row_starts[groups.firsts]
+    ends = jnp.where(blocks > 0, batch.row_starts[groups.ends], firsts)
+    extra = -(-T // size) * shape.shared
+    length = jnp.sum(-(-(ends - firsts) // size) * blocks)
+    length = jnp.maximum(-(-length // extra), 4)  # of a share
+    shares = jnp.clip(-(-blocks // length), 1, shape.shared)
+    begins = jnp.sum(jnp.where(member, (blocks * shape.count)[:, None], 0), 0, dtype=jnp.int32)
+    none = jnp.zeros_like(firsts)
+    spans = Spans(groups.firsts, firsts, ends, none + _FAR, none, blocks * shape.count, shares)
+    most = most_items(T, C, size)
+    return spans, begins, min(most * shape.shared, most + extra)
+
+
 def _cut(spans: Spans, most: int, shape: Shape) -> tuple[Items, Array]:
-    """Items of spans, and how many of them lie before each span's. Shares of the same tokens are
-    neighbours, and whole blocks of keys."""
+    """Items of spans, without places, and how many of them lie before each span's. Shares of the
+    same tokens are neighbours, and whole blocks of keys."""
     size = shape.groups * shape.tokens
     number = -(-(spans.ends - spans.firsts) // size) * spans.shares
     before = jnp.cumsum(number, dtype=jnp.int32)
@@ -85,10 +135,14 @@ def _cut(spans: Spans, most: int, shape: Shape) -> tuple[Items, Array]:
     begins = begins + at % shares * length
     stops = jnp.minimum(begins + length, stops)
     seqs = jnp.where(i < before[-1], seqs, -1)
-    pieces = -(-(ends - firsts) * ROWS // (shape.tokens * shape.piece))
-    pieces = jnp.where(seqs < 0, 0, pieces)
-    places = jnp.cumsum(pieces, dtype=jnp.int32) - pieces
-    return Items(seqs, firsts, ends, shifts, begins, stops, places), before - number
+    return Items(seqs, firsts, ends, shifts, begins, stops, None), before - number
+
+
+def _placed(items: Items, shape: Shape) -> Items:
+    """Items one behind the other."""
+    tokens = jnp.where(items.seqs < 0, 0, items.ends - items.firsts)
+    pieces = -(-tokens * ROWS // (shape.tokens * shape.piece))
+    return items._replace(places=jnp.cumsum(pieces, dtype=jnp.int32) - pieces)
 
 
 def _first(spans: Spans, before: Array, span: Array, size: int) -> Array:
