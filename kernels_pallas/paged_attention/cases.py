@@ -88,6 +88,10 @@ CASES = (
         "groups-bf16", (1, 1, 2, 1), (20, 75, 130, 130), N=4, K=1, H=64, Z=32, idle=1, sinks=True,
         shared=((1, 4, 64),),
     ),
+    _case(
+        "latent-groups", (1, 1), (70, 85), N=16, K=1, H=576, Z=16, value_dim=512,
+        shared=((0, 2, 64),),
+    ),
     _case("decode-32k", (1,) * 32, (32768,) * 32, N=32, K=8, H=128, shipped=True),
     _case("decode-32k-8-to-1", (1,) * 32, (32768,) * 32, N=32, K=4, H=128, shipped=True),
     _case("decode-32k-mass", (1,) * 32, (32768,) * 32, N=32, K=4, H=128, mass=True, shipped=True),

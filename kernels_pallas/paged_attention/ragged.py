@@ -19,9 +19,10 @@ class Groups(NamedTuple):
     Sequences firsts[g] to ends[g] of the step have their first pages[g] pages in common, and none
     of them writes there in this step. Groups do not overlap; where firsts[g] == ends[g] is none.
 
-    This says what need not be read twice and changes no result: keys are added up in the same
-    blocks and the same order, so not a bit of a row depends on its group. A kernel may pass over a
-    group, or over those of its pages that fill no whole block of keys.
+    This says what need not be read twice and changes no result. On TPUs keys are added up in the
+    same blocks and the same order, so not a bit of a row depends on its group; on Hopper a group is
+    one more share of keys, and shares merge but for rounding. A kernel may pass over a group, or
+    over those of its pages that fill no whole block of keys.
     """
 
     firsts: Any  # [C]
