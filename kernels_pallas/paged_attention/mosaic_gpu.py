@@ -3,6 +3,7 @@
 A block of threads is given an *item*: some consecutive tokens of one sequence, a head of keys and,
 where there would be too few blocks to fill the cores, a share of the keys. Rows of a warpgroup are
 the tokens and those heads of queries that share the keys. One more warpgroup only brings pages.
+Pages that a group of sequences begins with are items of their own, whose rows are tokens of all.
 Shares of keys merge by (o, lse), and sinks join there, as one more share without a value. Queries
 for pages of four bits are turned before, and outputs by the kernel, but for the last eight lanes.
 """

@@ -17,10 +17,8 @@ _FAR = 2**28  # tokens, or parts of pages: behind all that there are
 class Spans(NamedTuple):
     """Consecutive tokens of a step that attend to the same pages, in no, one or many items.
 
-    All int32 [spans]; as in `Items`, but for
-
-    Attributes:
-        shares: items that tokens are given, each for a share of the pages.
+    Attributes are those of `Items`, but all int32 [spans], and:
+        shares: items that each token is given, for as many shares of the pages.
     """
 
     seqs: Array
