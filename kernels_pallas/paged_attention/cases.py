@@ -42,7 +42,8 @@ def batch(
 def _case(
     name: str, new: tuple[int, ...], lens: tuple[int, ...], *, N: int, K: int, H: int, Z: int = 64,
     dtype: Any = jnp.bfloat16, idle: int = 0, sinks: bool = False, window: int = 0,
-    shipped: bool = False, shared: Shared = (), **options: Any,
+    shipped: bool = False, shared: Shared = (), bodies: tuple[str, ...] | None = None,
+    **options: Any,
 ) -> Case:  # fmt: skip
     L, T, values, W = 2, sum(new), options.get("value_dim"), -(-H // 128) * 128  # whole lanes
     latent = values is not None and values < H
@@ -65,8 +66,7 @@ def _case(
     cost = Cost(read, 2 * pairs * N * (H + (values or H)), jnp.dtype(dtype).name)
     tolerance = 0.01 if dtype == jnp.bfloat16 else 1e-5
     everywhere = dtype == jnp.bfloat16 and (values or 0) <= 512
-    everywhere = everywhere and not shared  # Hopper reads every sequence's pages, which costs more
-    bodies = None if everywhere else ("mosaic_tpu",)
+    bodies = bodies or (None if everywhere else ("mosaic_tpu",))
     return Case(name, make, {"scale": H**-0.5, **options}, shipped, cost, tolerance, bodies)
 
 
@@ -84,6 +84,14 @@ CASES = (
     _case(
         "groups", (1, 1, 1, 9, 1, 2, 1), (40, 541, 600, 533, 40, 514, 530), N=4, K=2, H=128,
         idle=2, shared=((1, 4, 512), (5, 7, 512)), sinks=True, dtype=jnp.float32,
+    ),
+    _case(
+        "groups-bf16", (1, 1, 2, 1), (20, 75, 130, 130), N=4, K=1, H=64, Z=32, idle=1, sinks=True,
+        shared=((1, 4, 64),),
+    ),
+    _case(
+        "latent-groups", (1, 1), (70, 85), N=16, K=1, H=576, Z=16, value_dim=512,
+        shared=((0, 2, 64),), bodies=("mosaic_gpu",),
     ),
     _case("decode-32k", (1,) * 32, (32768,) * 32, N=32, K=8, H=128, shipped=True),
     _case("decode-32k-8-to-1", (1,) * 32, (32768,) * 32, N=32, K=4, H=128, shipped=True),

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from kernels_pallas.op import Case, Cost
+from kernels_pallas.paged_attention.cases import Shared
 from kernels_pallas.paged_attention.cases import batch as step_of
 from kernels_pallas.paged_attention.codec import Int4Pages, StaticInt8Pages, empty
 
@@ -76,10 +77,11 @@ WRITING = (
 def _attention(
     name: str, kind: str, new: tuple[int, ...], lens: tuple[int, ...], *, N: int, K: int,
     H: int = 128, Z: int = 128, idle: int = 0, window: int = 0, value_dim: int | None = None,
-    latent: tuple[int, ...] | None = None, shipped: bool = False, **options: Any,
+    latent: tuple[int, ...] | None = None, shipped: bool = False, shared: Shared = (),
+    **options: Any,
 ) -> Case:  # fmt: skip
     T, W = sum(new), -(-H // 128) * 128
-    step, P = step_of(new, lens, Z, idle)
+    step, P = step_of(new, lens, Z, idle, shared)
 
     def make(key: Array) -> tuple[tuple[Any, ...], dict[str, Any]]:
         a, b, c = jax.random.split(key, 3)
@@ -91,16 +93,19 @@ def _attention(
 
     values = value_dim or H
     row = _row_bytes(kind, W, len(latent or "1")) * (1 if latent else 2)
-    read = sum(lens) * K * row + T * N * (2 * H + 4 * values + 4)
+    keys = sum(lens) - sum((end - first - 1) * n for first, end, n in shared)  # each of them once
+    read = keys * K * row + T * N * (2 * H + 4 * values + 4)
     pairs = sum(n * s - n * (n - 1) / 2 for n, s in zip(new, lens, strict=True))
     cost = Cost(read, 2 * pairs * N * (H + values), "bfloat16")
     options = {"scale": H**-0.5, "value_dim": value_dim, **options}
-    return Case(name, make, options, shipped, cost, tolerance=0.01)
+    bodies = ("mosaic_gpu",) if shared else None  # a TPU shares more keys, whatever their kind
+    return Case(name, make, options, shipped, cost, 0.01, bodies)
 
 
 ATTENTION = (
     _attention("int8", "int8", (1, 20, 1, 3), (200, 20, 9, 300), N=8, K=2, idle=2),
     _attention("int8-windowed", "int8", (1, 30, 1), (290, 70, 5), N=4, K=1, H=64, window=21),
+    _attention("int8-groups", "int8", (1, 1), (133, 130), N=2, K=1, shared=((0, 2, 128),)),
     _attention("int8-latent", "int8", (1, 5, 1), (140, 37, 16), N=16, K=1, H=192, value_dim=128,
                latent=(128, 128)),
     _attention("int8-static", "static", (1, 20, 1, 3), (70, 20, 9, 64), N=8, K=2, Z=32, idle=2),
@@ -108,6 +113,7 @@ ATTENTION = (
                value_dim=128, latent=(128, 128)),
     _attention("int4", "int4", (1, 20, 1, 3), (200, 20, 9, 300), N=8, K=2, idle=2),
     _attention("int4-windowed", "int4", (1, 30, 1), (290, 70, 5), N=4, K=1, H=64, window=21),
+    _attention("int4-groups", "int4", (1, 1), (133, 130), N=2, K=1, shared=((0, 2, 128),)),
     _attention("int4-latent", "int4", (1, 5, 1), (140, 37, 16), N=16, K=1, H=288, value_dim=256,
                latent=(256, 128)),
     _attention("int8-decode-32k", "int8", (1,) * 32, (32768,) * 32, N=32, K=8, shipped=True),

@@ -3,6 +3,7 @@
 A block of threads is given an *item*: some consecutive tokens of one sequence, a head of keys and,
 where there would be too few blocks to fill the cores, a share of the keys. Rows of a warpgroup are
 the tokens and those heads of queries that share the keys. One more warpgroup only brings pages.
+Pages that a group of sequences begins with are items of their own, whose rows are tokens of all.
 Shares of keys merge by (o, lse), and sinks join there, as one more share without a value. Queries
 for pages of four bits are turned before, and outputs by the kernel, but for the last eight lanes.
 """
@@ -31,8 +32,9 @@ from kernels_pallas.paged_attention.codec import (
     turned_by_product,
     whole_parts,
 )
-from kernels_pallas.paged_attention.mosaic_gpu_blocks import Ring, Shape
-from kernels_pallas.paged_attention.mosaic_gpu_kernel import LOG2E, ROWS, STORED, kernel
+from kernels_pallas.paged_attention.mosaic_gpu_blocks import ROWS, Ring, Shape
+from kernels_pallas.paged_attention.mosaic_gpu_items import held, most_items, plan
+from kernels_pallas.paged_attention.mosaic_gpu_kernel import HIDDEN, LOG2E, STORED, kernel
 from kernels_pallas.paged_attention.ragged import Ragged, owners
 from kernels_pallas.weight import Weight, as_array
 
@@ -59,46 +61,44 @@ def page_attention(
     value_dim: int | None = None, mass: bool = False, tile: GpuTile | None = None,
     interpret: Any = False,
 ) -> tuple[Array, ...]:  # fmt: skip
-    """`reference.page_attention` as one Hopper kernel."""
+    """`reference.page_attention` as one Hopper kernel.
+
+    Groups are passed over where their tokens would share no tile of rows, or little of one: with
+    prompts, whose tiles are full of one sequence, and with as many heads to a key as fill a tile.
+    So they are where masses of pages are asked for.
+    """
     (T, N, H), K = q.shape, k_pages.shape[2]
     stacks: list[Any] = [k_pages] if v_pages is None else [k_pages, v_pages]
     value_dim = value_dim or int(H if v_pages is None else v_pages.shape[-1])
     shape = _shape(tile or GpuTile(), q, k_pages, v_pages, batch, value_dim, mass, scale, soft_cap)
     G, heads = shape.group, K * shape.heads
-    seqs, firsts, first_item = _items(batch, T, shape)
     q = k_pages.fold(q, layer) if isinstance(k_pages, StaticInt8Pages) else q
     q = turned_by_product(k_pages, q)
-    padding = (0, 0), (0, 0), (0, shape.lanes - q.shape[-1])
-    queries = jnp.pad(q.astype(jnp.bfloat16), padding)
-    row = jnp.arange(ROWS)
-    token = jnp.arange(shape.groups)[:, None] * shape.tokens + row // G
-    token = jnp.minimum(firsts[:, None] + token.reshape(-1), T - 1)  # [items, rows]; some idle
-    head = jnp.arange(heads)[:, None] * G + jnp.tile(row % G, shape.groups)  # [heads, rows]
-    queries = queries[token[:, None], head]  # [items, heads, rows, lanes]
+    q = jnp.pad(q, ((0, 0), (0, 0), (0, shape.lanes - q.shape[-1])))
     window = jnp.asarray(window, jnp.int32)
-    o, lse, *masses = _launch(
-        (
-            jnp.asarray(layer, jnp.int32).reshape(1), window.reshape(1),
-            batch.row_starts, batch.kv_lens, batch.tables.reshape(-1), seqs, firsts,
-        ),
-        queries, _leaves(stacks), shape, interpret,
-    )  # fmt: skip
     seq, position = owners(batch, T)
-    size = shape.groups * shape.tokens
-    at = jnp.arange(T) - batch.row_starts[seq]  # of each token, in its sequence's share of the step
-    item, at = first_item[seq] + at // size, at % size
+    items, mine, there = plan(batch, T, seq, window, shape)
+    token, row = held(items, T, shape)
+    head = jnp.arange(heads)[:, None]
+    queries = q.astype(jnp.bfloat16)[token, head * G + row % G]  # [heads, rows, lanes]
+    scalars = jnp.asarray(layer, jnp.int32).reshape(1), window.reshape(1), batch.tables.reshape(-1)
+    o, lse, *masses = _launch((*scalars, items, queries), _leaves(stacks), shape, interpret)
+    at = jnp.arange(T) - items.firsts[mine]  # of each token, in its items
     row = at // shape.tokens * ROWS + at % shape.tokens * G
-    row = row[:, None, None] + jnp.arange(G)  # [T, 1, G]
-    item, head = item[:, None, None], jnp.arange(heads)[:, None]
-    where = slice(None), item, head, row
-    o, lse = (x[where].reshape(shape.splits, T, N, *x.shape[4:]) for x in (o, lse))
+    kept = (items.places[mine] * shape.piece + row)[..., None, None] + jnp.arange(G)
+    row = row[..., None, None] + jnp.arange(G)  # [items of a token, T, 1, G]
+    item = mine[..., None, None]
+    o = o[:, head, kept].reshape(-1, T, N, o.shape[-1])
+    lse = lse[:, item, head, row]
+    lse = lse if there is None else jnp.where(there[..., None, None], lse, HIDDEN)
+    lse = lse.reshape(-1, T, N)
     o = o[..., : whole_parts(stacks[-1], value_dim)]
     o, lse = _merge(o, lse, None if sinks is None else as_array(sinks), shape.nibbles)
     o = stacks[-1].fold(o, layer) if isinstance(stacks[-1], StaticInt8Pages) else o
     o = o[..., :value_dim]
     if not mass:
         return o, lse
-    logs = masses[0][item, head, :, row].reshape(T, N, -1)
+    logs = masses[0][item[0], head, :, row[0]].reshape(T, N, -1)
     return o, lse, _page_mass(logs, lse, position, window, batch.tables.shape[1], shape)
 
 
@@ -167,14 +167,16 @@ def _shape(
     groups = tile.groups or (2 if many else 1)
     if wide and groups > 1:
         raise UnsupportedError(f"{groups=} of rows: one, whose values two warpgroups share")
-    blocks = _most_items(T, R, groups * tokens) * K * heads
+    blocks = most_items(T, R, groups * tokens) * K * heads
     splits = tile.splits or _splits(blocks, M * Z // keys, prompts=T > 4 * R)
+    sharing = batch.groups is not None and T <= 4 * R and groups * tokens > 1 and not mass
+    shared = _shared(-(-T // (groups * tokens)) * K * heads * splits) if sharing else 0
     factor, cap = (scale / soft_cap, soft_cap * LOG2E) if soft_cap else (scale * LOG2E, 0.0)
     part = min(Z, keys)
     stacks, nibbles = (k_pages, v_pages), isinstance(k_pages, Int4Pages)
     owned = tuple(len(x.parts) for x in stacks if isinstance(x, Int8Pages | Int4Pages))
     shape = Shape(
-        G, heads, tokens, groups, 0, splits, part, Z // part, keys // part, M, lanes,
+        G, heads, tokens, groups, 0, splits, shared, part, Z // part, keys // part, M, lanes,
         values, in_keys, wide, 0, nibbles, *parts, owned, mass, factor, cap,
     )  # fmt: skip
     stages, ahead = _depths(shape, tile.stages, isinstance(k_pages, QuantizedPages))
@@ -270,30 +272,18 @@ def _splits(blocks: int, steps: int, prompts: bool) -> int:
     return next(n for n, time in enumerate(times, 1) if time <= 1.1 * min(times))
 
 
-def _most_items(T: int, R: int, size: int) -> int:
-    """Groups of `size` tokens that R sequences with T of them may need."""
-    return max(1, (T + R * (size - 1)) // size)
+def _shared(blocks: int) -> int:
+    """Shares of the keys of a group, if one of all tokens were so many blocks of threads."""
+    return max(1, min(8, _CORES // blocks))  # merging reads all of them, in any step
 
 
-def _items(batch: Ragged, T: int, shape: Shape) -> tuple[Array, Array, Array]:
-    """The sequence of each item (-1: none) and its first token; the first item of each sequence."""
-    starts, ends = batch.row_starts[:-1], batch.row_starts[1:]
-    R, size = starts.shape[0], shape.groups * shape.tokens
-    count = jnp.where(jnp.arange(R) < batch.num_seqs, -(-(ends - starts) // size), 0)
-    before = jnp.cumsum(count, dtype=jnp.int32)
-    i = jnp.arange(_most_items(T, R, size), dtype=jnp.int32)
-    seqs = jnp.minimum(jnp.sum(before <= i[:, None], 1), R - 1).astype(jnp.int32)
-    firsts = starts[seqs] + (i - (before - count)[seqs]) * size
-    return jnp.where(i < before[-1], seqs, -1), firsts, before - count
-
-
-def _launch(
-    scalars: tuple[Array, ...], queries: Array, caches: list[Array], shape: Shape, interpret: Any
-) -> Any:
-    """o [splits, items, heads, rows, values], lse without lanes, and sums by part."""
-    items, heads, rows, _ = queries.shape
+def _launch(operands: tuple[Any, ...], caches: list[Array], shape: Shape, interpret: Any) -> Any:
+    """o [splits, heads, rows, values], where queries are; lse [splits, items, heads, rows of an
+    item] and sums by part."""
+    *_, (seqs, *_), queries = operands
+    items, heads, rows = len(seqs), len(queries), shape.groups * ROWS
     out = [
-        jax.ShapeDtypeStruct((shape.splits, items, heads, rows, shape.values), shape.said),
+        jax.ShapeDtypeStruct((shape.splits, *queries.shape[:2], shape.values), shape.said),
         jax.ShapeDtypeStruct((shape.splits, items, heads, rows), jnp.float32),
     ]
     if shape.mass:
@@ -319,7 +309,7 @@ def _launch(
         ),
         interpret=interpret,
         kernel_name="page_attention",
-    )(*scalars, queries, *caches)
+    )(*operands, *caches)
 
 
 def _scratch(shape: Shape) -> list[Any]:

@@ -23,6 +23,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.paged_attention.codec import block_of
 
+ROWS = 64  # of a warpgroup: what wgmma fixes
 _SORTED = 4  # kinds of keys of four bits: by the half of a byte, and even or odd bytes
 _APART = 8  # lines: if scales filled their array, Mosaic would take a transposed view for flat
 _NIBBLES = plgpu.Layout.TILED(
@@ -45,6 +46,7 @@ class Shape:
         parts: of a page.
         count: parts in a block of keys.
         row: entries in a row of the block table.
+        shared: shares of the keys that a group has in common, at most; 0: groups are passed over.
         lanes, values: of keys and of values that are brought.
         in_keys: whether values are lanes of keys.
         wide: whether two warpgroups share these.
@@ -63,6 +65,7 @@ class Shape:
     groups: int
     stages: int
     splits: int
+    shared: int
     part: int
     parts: int
     count: int
@@ -83,6 +86,12 @@ class Shape:
     @property
     def keys(self) -> int:
         return self.count * self.part
+
+    @property
+    def piece(self) -> int:
+        """Rows of queries and of results that are kept together: a wide kernel stores whole tiles
+        from registers, another one copies what holds a token from shared memory."""
+        return ROWS if self.wide else 8
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -146,14 +155,39 @@ class Shape:
         return [(start, start + n) for start in starts]
 
 
+class Items(NamedTuple):
+    """What blocks of threads are given. All int32 [items].
+
+    Attributes:
+        seqs: whose row of the block table leads to the pages; -1: there is no such item.
+        firsts, ends: its tokens, of one sequence or of neighbours in a group.
+        shifts: from a token to its position; in a group, to one behind all that it shares.
+        begins, stops: the parts of pages that it is about, as far as its tokens see them.
+        places: pieces of rows of queries, and of results, that lie before its own.
+    """
+
+    seqs: Any
+    firsts: Any
+    ends: Any
+    shifts: Any
+    begins: Any
+    stops: Any
+    places: Any
+
+    def row(self, shape: Shape) -> Array:
+        """The first row of this item's queries and results. Read again where it is needed, it takes
+        no register in between."""
+        return self.places[lax.axis_index("item")] * shape.piece
+
+
 class Work(NamedTuple):
-    """The share of a sequence's keys that a block of threads attends to.
+    """The share of an item's keys that a block of threads attends to.
 
     Attributes:
         first, end: its tokens.
         shift: from a token to its position.
         reach: keys that a token sees, back from its own.
-        part, end_part: the first of the share, and the one behind the last of the sequence.
+        part, end_part: the first of the share, and the one behind the last of the item.
         steps: blocks of keys.
     """
 
@@ -167,14 +201,13 @@ class Work(NamedTuple):
     steps: Array
 
     @classmethod
-    def of(cls, shape: Shape, window, starts, lens, seqs, firsts) -> Work:
+    def of(cls, shape: Shape, window: Any, items: Items) -> Work:
         item, split = lax.axis_index("item"), lax.axis_index("split")
-        seq, first = seqs[item], firsts[item]
-        shift = lens[seq] - starts[seq + 1]
-        end = jnp.minimum(first + shape.groups * shape.tokens, starts[seq + 1])
+        seq, first, end, shift, begin, stop = (x[item] for x in items[:-1])
         reach = jnp.where(window[0] > 0, window[0], 2**30)
         part = lax.div(jnp.maximum(first + shift - reach + 1, 0), jnp.int32(shape.part))
-        end_part = lax.div(end - 1 + shift, jnp.int32(shape.part)) + 1
+        part = jnp.maximum(part, begin)
+        end_part = jnp.minimum(lax.div(end - 1 + shift, jnp.int32(shape.part)) + 1, stop)
         share = lax.div(end_part - part + shape.count - 1, jnp.int32(shape.count))  # in blocks
         share = lax.div(share + shape.splits - 1, jnp.int32(shape.splits)) * shape.count
         part = part + split * share

@@ -12,12 +12,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.paged_attention.codec import block_of
-from kernels_pallas.paged_attention.mosaic_gpu_blocks import Shape, Work, bring
+from kernels_pallas.paged_attention.mosaic_gpu_blocks import ROWS, Items, Shape, Work, bring
 
 TINY = 1e-37
 HIDDEN = -1e30  # finite: a row that has seen nothing yet must not become NaN
 LOG2E = math.log2(math.e)
-ROWS = 64  # of a warpgroup: what wgmma fixes
 STORED = 64  # lanes that are turned over to a copy at a time
 
 
@@ -104,17 +103,17 @@ def keep_masses(masses: Any, sums: list[Array], top: Array, first: Array) -> Non
 
 
 def kernel(
-    layer, window, starts, lens, tables, seqs, firsts, q_ref, *refs, shape: Shape
-) -> None:  # fmt: skip
+    layer: Any, window: Any, tables: Any, items: Items, q_ref: Any, *refs: Any, shape: Shape
+) -> None:
     stacks, scales, (o_ref, lse_ref, *mass_refs), refs = by_kind(refs, shape)
     q_smem, p_smem, o_smem, lse_smem, arrived, silenced, ring = refs
     blocks, ready = ring.blocks, ring.ready
     head, split, item = (lax.axis_index(name) for name in ("head", "split", "item"))
     wg = lax.axis_index("wg")
 
-    @pl.when(seqs[item] >= 0)
+    @pl.when(items.seqs[item] >= 0)
     def _() -> None:
-        work = Work.of(shape, window, starts, lens, seqs, firsts)
+        work = Work.of(shape, window, items)
 
         @pl.when(wg == shape.groups)
         def _bring() -> None:
@@ -129,7 +128,8 @@ def kernel(
             base = work.first + wg * shape.tokens
             shares = shape.shares(0, shape.values, 128)  # of a product: more fill the registers
             rows = pl.ds(wg * ROWS, ROWS)
-            plgpu.copy_gmem_to_smem(q_ref.at[item, head, rows], q_smem.at[wg], arrived.at[wg])
+            queries = q_ref.at[head, pl.ds(items.row(shape) + wg * ROWS, ROWS)]
+            plgpu.copy_gmem_to_smem(queries, q_smem.at[wg], arrived.at[wg])
             plgpu.barrier_wait(arrived.at[wg])
 
             def together() -> None:
@@ -196,7 +196,8 @@ def kernel(
 
                         @pl.when(base + row // shape.group < work.end)
                         def _(row: int = row, lanes: Any = lanes) -> None:
-                            out = o_ref.at[split, item, head, pl.ds(wg * ROWS + row, 8), lanes]
+                            there = pl.ds(items.row(shape) + wg * ROWS + row, 8)
+                            out = o_ref.at[split, head, there, lanes]
                             plgpu.copy_smem_to_gmem(o_smem.at[wg, pl.ds(row, 8)], out)
 
                     last = first + begin + STORED == shape.values

@@ -16,11 +16,10 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas.paged_attention.mosaic_gpu_blocks import Ring, Shape, Work, bring
+from kernels_pallas.paged_attention.mosaic_gpu_blocks import ROWS, Items, Ring, Shape, Work, bring
 from kernels_pallas.paged_attention.mosaic_gpu_kernel import (
     HIDDEN,
     LOG2E,
-    ROWS,
     by_kind,
     down,
     keep_masses,
@@ -59,8 +58,9 @@ def scratch(shape: Shape) -> list[Any]:
 
 
 def kernel(
-    layer, window, starts, lens, tables, seqs, firsts, q_ref, *refs, shape: Shape, simulated: bool
-) -> None:
+    layer: Any, window: Any, tables: Any, items: Items, q_ref: Any, *refs: Any,
+    shape: Shape, simulated: bool,
+) -> None:  # fmt: skip
     stacks, scales, (o_ref, lse_ref, *mass_refs), refs = by_kind(refs, shape)
     q_smem, p_smem, shrink_smem, arrived, weighed, added, ring = refs
     (blocks,), (ready,), free = ring.blocks, ring.ready, ring.free
@@ -97,14 +97,14 @@ def kernel(
             width = n // len(columns)
             for i, some in enumerate(columns):
                 lanes = pl.ds(first + i * width, width)
-                o_ref[split, item, head, :, lanes] = some.astype(o_ref.dtype)
+                o_ref[split, head, pl.ds(items.row(shape), ROWS), lanes] = some.astype(o_ref.dtype)
 
     def nothing(share: Any) -> tuple[Array, ...]:
         return tuple(jnp.zeros((ROWS, n), jnp.float32) for _, n, _ in share)
 
-    @pl.when(seqs[item] >= 0)
+    @pl.when(items.seqs[item] >= 0)
     def _() -> None:
-        work = Work.of(shape, window, starts, lens, seqs, firsts)
+        work = Work.of(shape, window, items)
 
         @pl.when(wg == _PAGES)
         def _() -> None:
@@ -114,7 +114,8 @@ def kernel(
         @pl.when(wg == _SCORES)
         def _() -> None:
             plgpu.set_max_registers(240, action="increase")
-            plgpu.copy_gmem_to_smem(q_ref.at[item, head], q_smem, arrived)
+            queries = q_ref.at[head, pl.ds(items.row(shape), ROWS)]
+            plgpu.copy_gmem_to_smem(queries, q_smem, arrived)
             plgpu.barrier_wait(arrived)
 
             def attend(step: Array, state: tuple[Any, ...]) -> tuple[Any, ...]:

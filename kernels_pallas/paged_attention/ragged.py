@@ -9,9 +9,9 @@ from jax import Array
 
 from kernels_pallas.paged_attention.codec import put
 
-SHARED_KEYS = {"tpu": 512, "cpu": 64}
-"""Keys in a block of a platform's kernel, unless it is told otherwise: it shares whole blocks of a
-group's pages. Kernels of other platforms know no groups."""
+SHARED_KEYS = {"tpu": 512, "gpu": 256, "cpu": 64}
+"""Keys that a platform's kernel shares at least, and whole multiples of them: a block, unless it is
+told otherwise, or as many as make up for one more share to be merged."""
 
 
 class Groups(NamedTuple):
@@ -20,8 +20,9 @@ class Groups(NamedTuple):
     Sequences firsts[g] to ends[g] of the step have their first pages[g] pages in common, and none
     of them writes there in this step. Groups do not overlap; where firsts[g] == ends[g] is none.
 
-    This says what need not be read twice and changes no result: keys are added up in the same
-    blocks and the same order, so not a bit of a row depends on its group. A kernel may pass over a
+    This says what need not be read twice and changes no result. On TPUs and CPUs keys are added up
+    in the same blocks and the same order, so not a bit of a row depends on its group; on Hopper a
+    group is one more share of keys, and shares merge but for rounding. A kernel may pass over a
     group, or over those of its pages that fill no whole block of keys.
     """
 
