@@ -224,10 +224,9 @@ def resolve(
     batched = config.max_num_batched_tokens or (512 if platform == "cpu" else 2048)
     quantization = config.quantization or _stored_quantization(hf)
     parallelism = parallelism_of(config)
-    local = sizes_on_device(cfg, parallelism)
     weights = weight_bytes(dtype, quantization)
     latent = cfg.kv_shape[2] == 0  # its one head is every device's
-    kv_shape = cfg.kv_shape if latent else (local["kv_heads"], *cfg.kv_shape[1:])
+    kv_shape = (1 if latent else sizes_on_device(cfg, parallelism)["kv_heads"], *cfg.kv_shape[1:])
     kv_shape = stored_shape(kv_shape, target) if kernels == "pallas" else kv_shape
     kv_calibrated = kv_calibrated and kv_dtype == jnp.int8
     per_page = page_bytes(

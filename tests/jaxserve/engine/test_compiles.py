@@ -141,8 +141,18 @@ def test_nor_does_one_over_pages_of_four_bits(target, model, others):
 
 @pytest.mark.aot
 @pytest.mark.usefixtures("no_compilation_cache")
-@pytest.mark.parametrize("kind", sparing(["int8", "int4"], "int4"))
-@pytest.mark.parametrize(("model", "expected"), [("8b", 2 * 2 + 1), ("16b-mla", 2 * 2 + 3 + 1)])
+@pytest.mark.parametrize(
+    ("model", "expected", "kind"),
+    sparing(
+        [
+            ("8b", 2 * 2 + 1, "int8"),
+            ("8b", 2 * 2 + 1, "int4"),
+            ("16b-mla", 2 * 2 + 3 + 1, "int8"),
+            ("16b-mla", 2 * 2 + 3 + 1, "int4"),
+        ],
+        ("8b", 2 * 2 + 1, "int4"),
+    ),
+)
 def test_nor_does_one_over_rounded_pages_on_hopper(model, expected, kind):
     _copies_nothing(*compiled("h200:1x1x1", model, None, kind), expected)
 
