@@ -13,7 +13,7 @@ PYTEST  := $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
 PIP     := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
 # Quick tests spend more time in LLVM than in what it makes; slow ones run what users run.
-HASTY   := $(XLA_FLAGS) --xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1
+HASTY   := $(XLA_FLAGS) --xla_backend_optimization_level=0
 
 export JAX_PLATFORMS ?= cpu
 
