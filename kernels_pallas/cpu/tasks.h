@@ -64,7 +64,7 @@ class Tasks {
     for (int64_t g = 0; g < groups.count && window == 0; ++g) {
       const int64_t first = groups.firsts[g], end = groups.ends[g];
       const int64_t shared = shared_keys(first, end, groups.pages[g] * page_size);
-      if (first < seq || end > batch.num_seqs || shared <= 0) continue;
+      if (first < seq || shared <= 0) continue;
       while (seq < first) alone(seq++);
       together(first, end, shared);
       seq = end;
@@ -131,12 +131,12 @@ class Tasks {
     }
   }
 
-  // Few enough that every thread has something to do.
+  // Of at least two members that say a token, and few enough that every thread has tasks.
   int64_t rows_per_task(int64_t first, int64_t end) const {
     const int64_t rows = (batch_.row_starts[end] - batch_.row_starts[first]) * heads_;
     const int64_t num_tasks = Pool::shared().num_threads() * kTasksPerThread;
     const int64_t even = ceil_div(rows * num_kv_heads_, num_tasks);
-    return std::clamp<int64_t>(even, 2 * heads_, kRowsPerTask);
+    return std::min(kRowsPerTask, std::max(even, 2 * heads_));
   }
 
   // Tasks of about as much work fall to a thread at a time.

@@ -18,7 +18,7 @@ from kernels_pallas.paged_attention.ragged import Groups
 pytestmark = pytest.mark.skipif(not cpu.available(), reason="no C++ compiler")
 
 Z, T, P, M, R = 16, 96, 300, 24, 12
-HEADS = {"grouped": (8, 2, 64), "many": (70, 1, 64), "odd": (6, 2, 80)}  # N, K, H
+HEADS = {"grouped": (8, 2, 64), "many": (32, 1, 64), "odd": (6, 2, 80)}  # N, K, H
 KINDS = ("float32", "uint16", "int8", "static", "int4")
 LATENT = (64, 32)  # a value's lanes, and those that its key has besides
 
