@@ -21,6 +21,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels_pallas import versions
 from kernels_pallas.op import UnsupportedError
 from kernels_pallas.paged_attention.codec import Int4Pages, block_of
 from kernels_pallas.paged_attention.ragged import Ragged, owners
@@ -70,6 +71,8 @@ def page_write(
     layer: Array | int, batch: Ragged, *, interpret: Any,
 ) -> tuple[Int4Pages, Int4Pages | None]:  # fmt: skip
     """`reference.page_write` as a Hopper kernel."""
+    if not interpret and not versions.lowers_int4_on_hopper():
+        raise UnsupportedError(f"jax {jax.__version__} does not lower this for Hopper; 0.10 does")
     stacks: list[Any] = [k_pages] if v_pages is None else [k_pages, v_pages]
     T, shape = k.shape[0], _shape(stacks, k.dtype)
     blocks = -(-T // _OWN)
@@ -176,7 +179,7 @@ def _kernel(layer, slots, written, *refs: Any, shape: Shape) -> None:
         number, z = lax.div(slot, jnp.int32(shape.page)), lax.rem(slot, jnp.int32(shape.page))
         pair = lax.div(z, jnp.int32(2))
         return [
-            (values[cache].at[layer[0], number, head, pair, lanes], cache, lanes)
+            (values[cache].at[layer[0], number, head, pl.ds(pair, 1), lanes], cache, lanes)
             for cache, lanes in shape.copies
         ]
 
@@ -187,7 +190,7 @@ def _kernel(layer, slots, written, *refs: Any, shape: Shape) -> None:
         @pl.when(alone)
         def _() -> None:
             for there, cache, lanes in bytes_of(slots[block, t]):
-                plgpu.copy_gmem_to_smem(there, old[cache].at[t, lanes], kept)
+                plgpu.copy_gmem_to_smem(there, old[cache].at[pl.ds(t, 1), lanes], kept)
 
         @pl.when(jnp.logical_not(alone))
         def _() -> None:
@@ -222,7 +225,7 @@ def _kernel(layer, slots, written, *refs: Any, shape: Shape) -> None:
         @pl.when(written[block, t] > _NONE)
         def _() -> None:
             for there, cache, lanes in bytes_of(slot):
-                plgpu.copy_smem_to_gmem(rows[cache].at[t, lanes], there)
+                plgpu.copy_smem_to_gmem(rows[cache].at[pl.ds(t, 1), lanes], there)
 
     plgpu.wait_smem_to_gmem(0)
 

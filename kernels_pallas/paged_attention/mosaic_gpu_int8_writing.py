@@ -164,8 +164,8 @@ def _kernel(layer, slots, *refs: Any, shape: Shape) -> None:
                 if lanes is None:
                     there[layer[0], number, at, z] = here[t]
                 else:
-                    there = there.at[layer[0], number, at, z, lanes]
-                    plgpu.copy_smem_to_gmem(here.at[t, lanes], there)
+                    there = there.at[layer[0], number, at, pl.ds(z, 1), lanes]
+                    plgpu.copy_smem_to_gmem(here.at[pl.ds(t, 1), lanes], there)
 
     plgpu.wait_smem_to_gmem(0)
 
