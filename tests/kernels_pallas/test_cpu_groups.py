@@ -53,15 +53,13 @@ def padded(step):
     return step._replace(row_starts=starts, kv_lens=lens, tables=tables, groups=groups)
 
 
-def same(kind, step, *, window=0, sinks=None, **options):
-    """Runs a step with and without its groups, and asks for the same bits."""
+def with_and_without(kind, step, *, window=0, sinks=None, **options):
+    """What a step comes to, its pages included, with its groups and without."""
     step, names = padded(step), {"N", "K", "H", "latent"}
     arrays = arrays_of(kind, **{k: v for k, v in options.items() if k in names})
     rest = {k: v for k, v in options.items() if k not in names}
     run = functools.partial(attention(**rest), *arrays, jnp.int32(1), window=window, sinks=sinks)
-    found, alone = run(step), run(step._replace(groups=None))
-    jax.tree.map(np.testing.assert_array_equal, found, alone)
-    return found
+    return run(step), run(step._replace(groups=None))
 
 
 @st.composite
@@ -88,7 +86,8 @@ def steps(draw):
 @settings(max_examples=15, deadline=None)
 def test_no_bit_depends_on_a_group(kind, heads, step):
     N, K, H = HEADS[heads]
-    same(kind, step, N=N, K=K, H=H)
+    found, alone = with_and_without(kind, step, N=N, K=K, H=H)
+    jax.tree.map(np.testing.assert_array_equal, found, alone)
 
 
 VARIANTS = {
@@ -104,7 +103,8 @@ def test_no_bit_of_other_attention_does(kind, variant):
     step, _ = batch(
         (1, 1, 1, 9, 1, 2, 1), (40, 141, 200, 133, 40, 114, 130), Z, shared=((1, 4, 96), (5, 7, 64))
     )
-    same(kind, step, **VARIANTS[variant])
+    found, alone = with_and_without(kind, step, **VARIANTS[variant])
+    jax.tree.map(np.testing.assert_array_equal, found, alone)
 
 
 def blocks_read(step, kind="float32"):
@@ -150,9 +150,12 @@ def test_what_fills_no_block_is_read_by_each():
 def test_groups_that_cannot_be_are_passed_over(groups):
     """All sequences begin alike, so whatever is shared is right."""
     step, _ = batch((1, 1, 2, 1), (200, 150, 180, 160), Z, shared=((0, 4, 128),))
-    same("float32", step._replace(groups=Groups(*np.array(groups, np.int32).T)), N=4, K=2, H=64)
+    step = step._replace(groups=Groups(*np.array(groups, np.int32).T))
+    found, alone = with_and_without("float32", step, N=4, K=2, H=64)
+    jax.tree.map(np.testing.assert_array_equal, found, alone)
 
 
 def test_members_without_tokens_share_nothing():
     step, _ = batch((1, 0, 1), (200, 150, 180), Z, shared=((0, 3, 128),))
-    same("float32", step, N=4, K=2, H=64)
+    found, alone = with_and_without("float32", step, N=4, K=2, H=64)
+    jax.tree.map(np.testing.assert_array_equal, found, alone)
