@@ -15,7 +15,7 @@ from kernels_pallas import rms_norm as norms
 from kernels_pallas.cpu import bodies
 from kernels_pallas.op import Body, Case, Cost, NoTile, Op, UnsupportedError
 from kernels_pallas.paged_attention import reference as pages
-from kernels_pallas.paged_attention.cases import Shared, batch
+from kernels_pallas.paged_attention.cases import Shared, batch, keys_read
 from kernels_pallas.quantize import quantize_rows
 from kernels_pallas.weight import Int8Weight, StackedWeight
 
@@ -81,9 +81,8 @@ def _attention(
         return (q, *kv, *caches, jnp.int32(1), jax.tree.map(jnp.asarray, step)), {}
 
     pairs = sum(n * s - n * (n - 1) / 2 for n, s in zip(new, lens, strict=True))
-    keys = sum(lens) - sum((end - first - 1) * n for first, end, n in shared)  # each of them once
     cost = Cost(
-        2.0 * keys * K * H * size + 8 * T * N * H, 4 * pairs * N * H,
+        2.0 * keys_read(lens, shared) * K * H * size + 8 * T * N * H, 4 * pairs * N * H,
         "float32" if dtype == jnp.float32 else "bfloat16",
     )  # fmt: skip
     tolerance = 1e-5 if dtype == jnp.float32 else 0.01

@@ -39,6 +39,11 @@ def batch(
     return step._replace(groups=Groups(*np.array(groups, np.int32).T)), P
 
 
+def keys_read(lens: tuple[int, ...], shared: Shared) -> int:
+    """Keys of sequences that long, each that a group has in common once."""
+    return sum(lens) - sum((end - first - 1) * n for first, end, n in shared)
+
+
 def _case(
     name: str, new: tuple[int, ...], lens: tuple[int, ...], *, N: int, K: int, H: int, Z: int = 64,
     dtype: Any = jnp.bfloat16, idle: int = 0, sinks: bool = False, window: int = 0,
@@ -60,7 +65,7 @@ def _case(
 
     width = W if latent else 2 * W
     size = jnp.dtype(dtype).itemsize
-    keys = sum(lens) - sum((end - first - 1) * n for first, end, n in shared)  # each of them once
+    keys = keys_read(lens, shared)
     read = keys * K * width * size + T * N * (H * size + 4 * (values or H) + 4)
     pairs = sum(n * s - n * (n - 1) / 2 for n, s in zip(new, lens, strict=True))
     cost = Cost(read, 2 * pairs * N * (H + (values or H)), jnp.dtype(dtype).name)

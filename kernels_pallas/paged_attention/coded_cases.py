@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from kernels_pallas.op import Case, Cost
-from kernels_pallas.paged_attention.cases import Shared
+from kernels_pallas.paged_attention.cases import Shared, keys_read
 from kernels_pallas.paged_attention.cases import batch as step_of
 from kernels_pallas.paged_attention.codec import Int4Pages, StaticInt8Pages, empty
 
@@ -93,8 +93,7 @@ def _attention(
 
     values = value_dim or H
     row = _row_bytes(kind, W, len(latent or "1")) * (1 if latent else 2)
-    keys = sum(lens) - sum((end - first - 1) * n for first, end, n in shared)  # each of them once
-    read = keys * K * row + T * N * (2 * H + 4 * values + 4)
+    read = keys_read(lens, shared) * K * row + T * N * (2 * H + 4 * values + 4)
     pairs = sum(n * s - n * (n - 1) / 2 for n, s in zip(new, lens, strict=True))
     cost = Cost(read, 2 * pairs * N * (H + values), "bfloat16")
     options = {"scale": H**-0.5, "value_dim": value_dim, **options}
