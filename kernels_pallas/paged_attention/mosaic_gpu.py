@@ -73,7 +73,9 @@ def page_attention(
     value_dim = value_dim or int(H if v_pages is None else v_pages.shape[-1])
     shape = _shape(tile or GpuTile(), q, k_pages, v_pages, batch, value_dim, mass, scale, soft_cap)
     if shape.wide and shape.nibbles and not interpret and not versions.lowers_int4_on_hopper():
-        raise UnsupportedError(f"jax {jax.__version__} does not lower this for Hopper; 0.10 does")
+        raise UnsupportedError(
+            f"latent pages of int4: jax {jax.__version__} does not lower this for Hopper; 0.10 does"
+        )
     G, heads = shape.group, K * shape.heads
     q = k_pages.fold(q, layer) if isinstance(k_pages, StaticInt8Pages) else q
     q = turned_by_product(k_pages, q)

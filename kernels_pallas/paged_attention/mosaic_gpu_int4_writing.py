@@ -72,7 +72,9 @@ def page_write(
 ) -> tuple[Int4Pages, Int4Pages | None]:  # fmt: skip
     """`reference.page_write` as a Hopper kernel."""
     if not interpret and not versions.lowers_int4_on_hopper():
-        raise UnsupportedError(f"jax {jax.__version__} does not lower this for Hopper; 0.10 does")
+        raise UnsupportedError(
+            f"pages of int4: jax {jax.__version__} does not lower this for Hopper; 0.10 does"
+        )
     stacks: list[Any] = [k_pages] if v_pages is None else [k_pages, v_pages]
     T, shape = k.shape[0], _shape(stacks, k.dtype)
     blocks = -(-T // _OWN)
