@@ -10,8 +10,8 @@ from jax import Array
 from kernels_pallas.paged_attention.codec import put
 
 SHARED_KEYS = {"tpu": 512, "gpu": 256, "cpu": 64}
-"""Keys of which a platform's kernel is given whole multiples to share. On TPU and CPU they are one of
-its blocks, unless it is told otherwise; on Hopper, four, for a share that must be merged."""
+"""Keys of which a platform's kernel is given whole multiples to share. On TPU and CPU they are one
+of its blocks, unless it is told otherwise; on Hopper, four, for a share that must be merged."""
 
 
 class Groups(NamedTuple):

@@ -107,9 +107,9 @@ def test_no_bit_of_other_attention_does(kind, variant):
     jax.tree.map(np.testing.assert_array_equal, found, alone)
 
 
-def blocks_read(step, kind="float32"):
-    """Whether members but the first read what they share: it is NaN where their tables say."""
-    q, k, v, *pages = arrays_of(kind, N=8, K=2, H=64)
+def where_others_are_nan(step):
+    """Outputs of a step whose members but the first have NaN for common pages, and without that."""
+    q, k, v, *pages = arrays_of("float32", N=8, K=2, H=64)
     groups = step.groups
     step = padded(step)
     tables, spare = step.tables.copy(), P - 1
@@ -124,14 +124,14 @@ def blocks_read(step, kind="float32"):
 def test_pages_of_a_group_are_read_once():
     """By each of the tasks that its members are divided among: here that is one for each head."""
     step, _ = batch((1, 1, 1), (200, 300, 70), Z, shared=((0, 2, 64),))
-    o, own = blocks_read(step)
+    o, own = where_others_are_nan(step)
     np.testing.assert_array_equal(o, own)
     assert np.isfinite(o).all()
 
 
 def test_what_fills_no_block_is_read_by_each():
     step, _ = batch((1, 1), (100, 100), Z, shared=((0, 2, 48),))
-    assert np.isnan(blocks_read(step)[0]).any()
+    assert np.isnan(where_others_are_nan(step)[0]).any()
 
 
 @pytest.mark.parametrize(
