@@ -6,15 +6,26 @@ import functools
 from types import SimpleNamespace
 from typing import Any
 
-import jax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
 
 
-def lowers_int4_on_hopper() -> bool:
-    """Whether Mosaic GPU lowers what writes pages of four bits, and what reads latent ones: 0.12
-    finds no layout for slices across lanes, of which both have some. 0.11 was not tried."""
-    return jax.__version_info__ < (0, 12)
+def load_narrow(ref: Any, layout: Any, simulated: bool) -> Any:
+    """`ref[...]` in a Mosaic GPU kernel, by so little at a time as the layout says, which the
+    simulator of 0.10 does not know."""
+    if simulated:
+        return plgpu.layout_cast(ref[...], layout)
+    at = () if hasattr(plgpu, "store") else (...,)  # from 0.12 on a ref says it itself
+    return plgpu.load(ref, *at, layout=layout, optimized=False)
+
+
+def store_narrow(ref: Any, x: Any) -> None:
+    """`ref[...] = x` in a Mosaic GPU kernel, of rows too narrow for all banks or for a sector of
+    memory: 0.12 refuses this unless it is told."""
+    if hasattr(plgpu, "store"):
+        plgpu.store(ref, x, optimized=False)  # type: ignore[attr-defined]
+    else:
+        ref[...] = x
 
 
 def simulated_tpu() -> Any:

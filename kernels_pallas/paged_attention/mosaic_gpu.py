@@ -21,7 +21,6 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas import versions
 from kernels_pallas.op import UnsupportedError, tried
 from kernels_pallas.paged_attention import mosaic_gpu_latent as latent
 from kernels_pallas.paged_attention.codec import (
@@ -72,10 +71,6 @@ def page_attention(
     stacks: list[Any] = [k_pages] if v_pages is None else [k_pages, v_pages]
     value_dim = value_dim or int(H if v_pages is None else v_pages.shape[-1])
     shape = _shape(tile or GpuTile(), q, k_pages, v_pages, batch, value_dim, mass, scale, soft_cap)
-    if shape.wide and shape.nibbles and not interpret and not versions.lowers_int4_on_hopper():
-        raise UnsupportedError(
-            f"latent pages of int4: jax {jax.__version__} does not lower this for Hopper; 0.10 does"
-        )
     G, heads = shape.group, K * shape.heads
     q = k_pages.fold(q, layer) if isinstance(k_pages, StaticInt8Pages) else q
     q = turned_by_product(k_pages, q)

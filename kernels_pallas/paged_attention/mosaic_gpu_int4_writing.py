@@ -4,7 +4,11 @@ place.
 Two slots share a byte, and whoever writes one writes both. So a byte belongs to the token of its
 even slot, or to that of the odd one where the other slot is none of this step, and then its half of
 an earlier step is read first. A block of threads is given 64 consecutive tokens and a head; all but
-the last are its own, and the last one may share a byte with the one before.
+the last are its own, and the last one may share a byte with the one before. The step's last block
+begins sooner where it would be short.
+
+Turning begins before the kernel: eight lanes would be those of several threads, and XLA passes by
+the rows anyway, which it pads. What is left of it is sums of registers.
 """
 
 from __future__ import annotations
@@ -48,13 +52,11 @@ class Shape:
         page: slots in a page.
         lanes: of the rows of each cache.
         parts: of these rows.
-        dtype: of the rows that come.
     """
 
     page: int
     lanes: tuple[int, ...]
     parts: tuple[tuple[int, ...], ...]
-    dtype: Any
 
     @property
     def copies(self) -> list[tuple[int, Any]]:
@@ -71,33 +73,31 @@ def page_write(
     layer: Array | int, batch: Ragged, *, interpret: Any,
 ) -> tuple[Int4Pages, Int4Pages | None]:  # fmt: skip
     """`reference.page_write` as a Hopper kernel."""
-    if not interpret and not versions.lowers_int4_on_hopper():
-        raise UnsupportedError(
-            f"pages of int4: jax {jax.__version__} does not lower this for Hopper; 0.10 does"
-        )
     stacks: list[Any] = [k_pages] if v_pages is None else [k_pages, v_pages]
-    T, shape = k.shape[0], _shape(stacks, k.dtype)
-    blocks = -(-T // _OWN)
-    padding = blocks * _OWN + 1 - T
+    T, shape = k.shape[0], _shape(stacks)
+    padding = max(0, _ROWS - T)
 
-    def rows(x: Array, lanes: int) -> Array:  # [T, K, W / 8, 8]
-        padded = jnp.pad(x.astype(shape.dtype), ((0, padding), (0, 0), (0, lanes - x.shape[-1])))
-        return padded.reshape(*padded.shape[:2], -1, 8)
+    def rows(x: Array, lanes: int) -> Array:  # [T, K, W], each eight lanes turned
+        x = jnp.pad(x.astype(jnp.float32), ((0, padding), (0, 0), (0, lanes - x.shape[-1])))
+        eights = x.reshape(*x.shape[:2], -1, 8)
+        return jnp.stack(_butterflies([eights[..., i] for i in range(8)], 8), -1).reshape(x.shape)
 
     new = [rows(x, n) for x, n in zip([k] if v is None else [k, v], shape.lanes, strict=True)]
     row, position = owners(batch, T)
     page = batch.tables[row, jnp.maximum(position, 0) // shape.page]
     slots = jnp.where(position >= 0, page * shape.page + position % shape.page, -1)
-    token = jnp.arange(blocks)[:, None] * _OWN + jnp.arange(_ROWS)
+    first = jnp.arange(max(1, -(-(T - 1) // _OWN)), dtype=jnp.int32)[:, None] * _OWN
+    token = jnp.minimum(first, T + padding - _ROWS) + jnp.arange(_ROWS, dtype=jnp.int32)
+    own = (token >= first) & (token < T) & ((token < first + _OWN) | (token == T - 1))
 
     def of_blocks(x: Array, none: int) -> Array:  # [blocks, 64]
-        x = jnp.pad(x, (0, padding), constant_values=none)[token]
-        return jnp.where(jnp.arange(_ROWS) < _OWN, x, none)
+        return jnp.where(own, x[jnp.minimum(token, T - 1)], none)
 
     slots, written = of_blocks(slots, -1), of_blocks(_written(slots), _NONE)
     layer = jnp.asarray(layer, jnp.int32).reshape(1)
     moved = [pages.written for pages in stacks]
-    out = _launch(layer, slots, written, new, moved, shape=shape, interpret=interpret)
+    numbers = layer, token[:, 0], slots, written
+    out = _launch(numbers, new, moved, shape=shape, interpret=interpret)
     results = [pages.with_written(x) for pages, x in zip(stacks, out, strict=True)]
     return results[0], None if v_pages is None else results[1]
 
@@ -112,24 +112,21 @@ def _written(slots: Array) -> Array:
     return jnp.where(slots < 0, _NONE, jnp.where(slots % 2 == 0, even, odd)).astype(jnp.int32)
 
 
-def _shape(stacks: list[Any], dtype: Any) -> Shape:
+def _shape(stacks: list[Any]) -> Shape:
     """The kernel's sizes, or what speaks against it."""
-    dtype = jnp.dtype(dtype if dtype == jnp.bfloat16 else jnp.float32)
     if not all(isinstance(pages, Int4Pages) for pages in stacks):
         kinds = {type(pages).__name__ for pages in stacks}
         raise UnsupportedError(f"keys and values in {kinds}: keep both in one")
     lanes, parts = tuple(x.shape[-1] for x in stacks), tuple(x.parts for x in stacks)
     if any(n % 64 for each in (lanes, *parts) for n in each):
         raise UnsupportedError(f"{lanes=} of pages and {parts=} of rows: whole 64s, as tiles are")
-    bytes_ = (2 * _ROWS + _SPARE) * sum(map(_stride, lanes))
-    widest = max(n for each in parts for n in each)
-    needed = bytes_ + _ROWS * (sum(lanes) * dtype.itemsize + 4 * widest + 32)
+    needed = (2 * _ROWS + _SPARE) * sum(map(_stride, lanes))
     if needed > _SHARED:
         raise UnsupportedError(
-            f"{_ROWS} rows of {lanes=} in {dtype} need {needed} bytes of shared memory, "
+            f"{_ROWS} rows of {lanes=} need {needed} bytes of shared memory, "
             f"and {_SHARED} are there"
         )
-    return Shape(stacks[0].shape[3], lanes, parts, dtype)
+    return Shape(stacks[0].shape[3], lanes, parts)
 
 
 def _stride(lanes: int) -> int:
@@ -139,41 +136,36 @@ def _stride(lanes: int) -> int:
 
 @partial(jax.jit, static_argnames=("shape", "interpret"))
 def _launch(
-    layer: Array, slots: Array, written: Array, new: list[Array], moved: list[list[Array]], *,
-    shape: Shape, interpret: Any,
+    numbers: tuple[Array, ...], new: list[Array], moved: list[list[Array]], *, shape: Shape,
+    interpret: Any,
 ) -> list[list[Array]]:  # fmt: skip
     """The leaves with their new rows and scales. Refs of a memory space want a jit around them."""
     caches = jax.tree.map(lambda x: jax.new_ref(x, memory_space=plgpu.GMEM), moved)
-    widest = max(n for each in shape.parts for n in each)
     scratch = [
-        [plgpu.SMEM((_ROWS, n // 8, 8), shape.dtype) for n in shape.lanes],
-        plgpu.SMEM((_ROWS, widest // 8 + 1, 8), jnp.float32),  # or its rows would collide
         [plgpu.SMEM((_ROWS + _SPARE, _stride(n)), jnp.uint8) for n in shape.lanes],
         [plgpu.SMEM((_ROWS, _stride(n)), jnp.uint8) for n in shape.lanes],
         [plgpu.SMEM((len(each), _ROWS), jnp.float32) for each in shape.parts],
         plgpu.SMEM((_ROWS,), jnp.int32),
-        plgpu.Barrier(num_arrivals=len(new) + 1),
+        plgpu.Barrier(),
         plgpu.Barrier(num_arrivals=_ROWS * len(shape.copies)),
     ]
-    body = partial(_kernel, shape=shape)
+    body = partial(_kernel, shape=shape, simulated=bool(interpret))
     write: Any = pl.kernel(
         lambda *refs: pl.run_scoped(partial(body, *refs), *scratch),
         out_type=(),
-        mesh=plgpu.Mesh(grid=(new[0].shape[1], slots.shape[0]), grid_names=("head", "block")),
+        mesh=plgpu.Mesh(grid=(new[0].shape[1], len(numbers[-1])), grid_names=("head", "block")),
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         interpret=interpret,
         name="page_write_int4",
     )
-    write(layer, slots, written, *new, *jax.tree.leaves(caches))
+    write(*numbers, *new, *jax.tree.leaves(caches))
     return jax.tree.map(jax.freeze, caches)
 
 
-def _kernel(layer, slots, written, *refs: Any, shape: Shape) -> None:
-    *inputs, fresh, turning, rows, old, scales, kind, arrived, kept = refs
+def _kernel(layer, first_token, slots, written, *refs: Any, shape: Shape, simulated: bool) -> None:
+    *inputs, rows, old, scales, kind, arrived, kept = refs
     new, values, owned = inputs[: len(rows)], inputs[len(rows) :: 2], inputs[len(rows) + 1 :: 2]
     head, block = lax.axis_index("head"), lax.axis_index("block")
-    for x, here in zip(new, fresh, strict=True):
-        plgpu.copy_gmem_to_smem(x.at[pl.ds(block * _OWN, _ROWS), head], here, arrived)
     plgpu.copy_gmem_to_smem(written.at[block], kind, arrived)
 
     def bytes_of(slot: Array) -> list[tuple[Any, Any, Any]]:
@@ -199,14 +191,15 @@ def _kernel(layer, slots, written, *refs: Any, shape: Shape) -> None:
             for _ in shape.copies:  # barriers count
                 plgpu.barrier_arrive(kept)
 
-    plgpu.barrier_wait(arrived)
-    for x, row, scale, parts in zip(fresh, rows, scales, shape.parts, strict=True):
-        first, part = 0, 0
+    for x, row, scale, parts in zip(new, rows, scales, shape.parts, strict=True):
+        x, first, part = x.at[pl.ds(first_token[block], _ROWS), head], 0, 0
         for n, alike in groupby(parts):
             count = len(list(alike))
-            take = partial(_take, x, row, scale, turning, lanes=n, first=first, part=part)
+            at = {"lanes": n, "first": first, "part": part}
+            take = partial(_take, x, row, scale, **at, simulated=simulated)
             pl.loop(0, count)(take) if count > 1 else take(0)  # unrolled it compiles for minutes
             first, part = first + count * n, part + count
+    plgpu.barrier_wait(arrived)
     plgpu.barrier_wait(kept)
     for row, before in zip(rows, old, strict=True):
         pl.loop(0, _ROWS // _SOME)(partial(_pack, row, before, kind))
@@ -233,27 +226,20 @@ def _kernel(layer, slots, written, *refs: Any, shape: Shape) -> None:
 
 
 def _take(
-    x: Any, row: Any, scale: Any, turning: Any, i: Any, *, lanes: int, first: int, part: int
+    x: Any, row: Any, scale: Any, i: Any, *, lanes: int, first: int, part: int, simulated: bool
 ) -> None:
-    """The i-th of some parts alike, which begin at a lane, from rows x [tokens, W / 8, 8]."""
-    columns = _turned(x, first // 8 + i * (lanes // 8), lanes, turning)
-    _rounded(columns, first + i * lanes, row, scale.at[part + i])
+    """The i-th of some parts alike, which begin at a lane, from rows x [tokens, W]."""
+    at = first + i * lanes
+    some = versions.load_narrow(x.at[:, pl.ds(at, lanes)], plgpu.Layout.WGMMA, simulated)
+    _rounded(_turned(some), at, row, scale.at[part + i])
 
 
-def _turned(x: Any, first: Any, lanes: int, turning: Any) -> list[Array]:
-    """A part of rows as `codec.hadamard` turns it, to the bit, eight lanes at a time. Its first
-    steps are within eight lanes, which several threads hold; so there a register has one of eight
-    lanes, and what the steps make is put down and read again."""
-    eights, block = lanes // 8, block_of(lanes)
-    one = plgpu.Layout.WG_STRIDED((_ROWS, eights), vec_size=1)
-    columns = [
-        plgpu.layout_cast(x[:, pl.ds(first, eights), i], one).astype(jnp.float32) for i in range(8)
-    ]
-    for i, column in enumerate(_butterflies(columns, 8)):
-        turning[:, pl.ds(0, eights), i] = column
-    columns = [plgpu.layout_cast(turning[:, i], plgpu.Layout.WGMMA) for i in range(eights)]
-    columns = _butterflies(columns, block // 8)
-    return [column * np.float32(block**-0.5) for column in columns]
+def _turned(x: Array) -> list[Array]:
+    """A part of rows as `codec.hadamard` turns it, to the bit, eight lanes at a time, from what has
+    been turned within these."""
+    block = block_of(x.shape[1])
+    columns = [x[:, at : at + 8] for at in range(0, x.shape[1], 8)]
+    return [column * np.float32(block**-0.5) for column in _butterflies(columns, block // 8)]
 
 
 def _butterflies(x: list[Array], block: int) -> list[Array]:
@@ -276,7 +262,7 @@ def _rounded(columns: list[Array], first: Any, row: Any, scale: Any) -> None:
         x = x * lax.broadcast_in_dim(steps, x.shape, (0,))
         x = jnp.clip(lax.round(x, lax.RoundingMethod.TO_NEAREST_EVEN), -8.0, 7.0)
         nibbles = lax.bitcast_convert_type(x.astype(jnp.int8), jnp.uint8)
-        row[pl.ds(0, _ROWS), pl.ds(first + 8 * i, 8)] = nibbles
+        versions.store_narrow(row.at[pl.ds(0, _ROWS), pl.ds(first + 8 * i, 8)], nibbles)
     scale[...] = top * (-1 / 8)
 
 

@@ -16,6 +16,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels_pallas import versions
 from kernels_pallas.paged_attention.mosaic_gpu_blocks import ROWS, Items, Ring, Shape, Work, bring
 from kernels_pallas.paged_attention.mosaic_gpu_kernel import (
     HIDDEN,
@@ -97,7 +98,8 @@ def kernel(
             width = n // len(columns)
             for i, some in enumerate(columns):
                 lanes = pl.ds(first + i * width, width)
-                o_ref[split, head, pl.ds(items.row(shape), ROWS), lanes] = some.astype(o_ref.dtype)
+                there = o_ref.at[split, head, pl.ds(items.row(shape), ROWS), lanes]
+                versions.store_narrow(there, some.astype(o_ref.dtype))
 
     def nothing(share: Any) -> tuple[Array, ...]:
         return tuple(jnp.zeros((ROWS, n), jnp.float32) for _, n, _ in share)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from kernels_pallas import versions
-from kernels_pallas.op import Case, Op, UnsupportedError
+from kernels_pallas.op import Case, Op
 from kernels_pallas.registry import OPS
 from tests.kernels_pallas import compiling, spills
 
@@ -121,11 +121,6 @@ def callable_of(op: Op, body: str, case: Case):
 
 @table(True, *PLATFORMS, slow=("int4", "flash_attention_gradient"))
 def test_lowers_with_nothing_but_jaxlib(op: Op, body: str, case: Case):
-    late = body == "mosaic_gpu" and not versions.lowers_int4_on_hopper()
-    if late and "int4" in case.name and (op.name == "page_write" or "latent" in case.name):
-        with pytest.raises(UnsupportedError, match=r"0\.10 does"):
-            jax.eval_shape(callable_of(op, body, case), *abstract(case))
-        return
     exported = jax.export.export(
         jax.jit(callable_of(op, body, case)),
         platforms=[PLATFORMS[body]],

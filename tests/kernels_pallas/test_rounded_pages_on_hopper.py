@@ -98,7 +98,7 @@ ROUNDED_WRITES_REFUSED_ON_HOPPER = {
     "narrow": (jnp.int8, 96, r"lanes=\(96, 96\) of pages .* whole 64s"),
     "wide": (jnp.int8, 1024, r"64 rows of lanes=\(1024, 1024\) need 655360 bytes of shared memory"),
     "narrow, four bits": (jnp.int4, 96, r"lanes=\(96, 96\) of pages .* whole 64s"),
-    "wide, four bits": (jnp.int4, 512, r"64 rows of lanes=\(512, 512\) in float32 need 4362"),
+    "wide, four bits": (jnp.int4, 1024, r"64 rows of lanes=\(1024, 1024\) need 278528 bytes"),
 }
 
 

@@ -17,7 +17,6 @@ from jaxserve.engine.signature import program
 from jaxserve.models.family import family
 from jaxserve.plan import resolve
 from jaxserve.quant.weights import is_quantized
-from kernels_pallas import versions
 from kernels_pallas.weight import Int8Weight
 from sharding import compile_only
 from sharding.tree import abstract, is_weight, unstack
@@ -155,8 +154,6 @@ def test_nor_does_one_over_pages_of_four_bits(target, model, others):
     ),
 )
 def test_nor_does_one_over_rounded_pages_on_hopper(model, expected, kind):
-    if kind == "int4" and not versions.lowers_int4_on_hopper():
-        pytest.skip("references serve four bits on Hopper with this jax")
     _copies_nothing(*compiled("h200:1x1x1", model, None, kind), expected)
 
 

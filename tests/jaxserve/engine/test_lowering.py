@@ -12,7 +12,6 @@ from jaxserve.config import EngineConfig
 from jaxserve.engine.signature import program
 from jaxserve.models.family import family
 from jaxserve.plan import Plan, resolve
-from kernels_pallas import versions
 from sharding.tree import abstract, unstack
 from tests.sparing import sparing
 
@@ -74,7 +73,6 @@ def test_programs_lower_for_absent_hardware(platform: str, kernels: str) -> None
 
 
 def test_a_step_over_pages_of_four_bits_lowers_on_hopper() -> None:
-    """With kernels where this jax lowers them, and with references where it does not."""
     cfg = family("qwen3_moe").config(HF)
     config = EngineConfig(
         max_num_seqs=8, max_num_batched_tokens=32, page_size=64, kv_cache_dtype="int4"
@@ -89,6 +87,4 @@ def test_a_step_over_pages_of_four_bits_lowers_on_hopper() -> None:
         platforms=["cuda"],
         disabled_checks=[jax.export.DisabledSafetyCheck.custom_call(KERNEL["cuda"])],
     )(*made.arguments)
-    text = exported.mlir_module()
-    assert KERNEL["cuda"] in text
-    assert ("page_write_int4" in text) == versions.lowers_int4_on_hopper()
+    assert "page_write_int4" in exported.mlir_module()
