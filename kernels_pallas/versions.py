@@ -6,6 +6,7 @@ import functools
 from types import SimpleNamespace
 from typing import Any
 
+import jax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
 
@@ -15,7 +16,7 @@ def load_narrow(ref: Any, layout: Any, simulated: bool) -> Any:
     simulator of 0.10 does not know."""
     if simulated:
         return plgpu.layout_cast(ref[...], layout)
-    at = () if hasattr(plgpu, "store") else (...,)  # from 0.12 on a ref says it itself
+    at = (...,) if jax.__version_info__ < (0, 11) else ()  # a ref says it itself
     return plgpu.load(ref, *at, layout=layout, optimized=False)
 
 

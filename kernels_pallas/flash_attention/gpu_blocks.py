@@ -22,7 +22,7 @@ LOG2E = math.log2(math.e)
 ROWS = 64  # of a warpgroup: what wgmma fixes
 GROUPS = 2  # that compute
 BLOCK = ROWS * GROUPS
-_SHARED = 226 * 1024  # bytes of shared memory that a block may take
+_SHARED = 224 * 1024  # bytes of shared memory that tiles of a block may take
 
 
 @dataclass(frozen=True)
@@ -116,6 +116,14 @@ def product(a: Any, b: Any, shape: tuple[int, ...]) -> Array:
         return total[...]
 
     return pl.run_scoped(scope, plgpu.WGMMAAccumulatorRef((shape[0], shape[1]), jnp.float32))
+
+
+def added(total: Array, a: Any, b: Any, *, simulated: bool) -> Array:
+    """total + a @ b of tiles in shared memory, in the registers of total."""
+    if simulated:  # the simulator knows no sums that go on
+        return total + product(a, b, total.shape)
+    going_on: Any = plgpu.WGMMAAccumulatorRef.init(total)
+    return pl.run_state(lambda ref: plgpu.wgmma(ref, a, b))(going_on)
 
 
 def across(row: Array, shape: tuple[int, ...]) -> Array:

@@ -20,6 +20,7 @@ from kernels_pallas.flash_attention.gpu_blocks import (
     Ring,
     Shape,
     Walk,
+    added,
     down,
     logits,
     product,
@@ -58,18 +59,16 @@ def forward(
     if sinks is not None:
         operands.append(sinks.astype(jnp.float32))
     scratch = [
-        plgpu.SMEM((GROUPS, ROWS, H), dtype),
+        *(plgpu.SMEM((GROUPS, ROWS, n), dtype) for n in dict.fromkeys((H, Hv))),
         plgpu.SMEM((GROUPS, ROWS), jnp.int32),
         plgpu.SMEM((GROUPS, ROWS, size), dtype),
-        plgpu.SMEM((GROUPS, ROWS, Hv), dtype),
         plgpu.SMEM((GROUPS, ROWS), jnp.float32),
         plgpu.Barrier(num_arrivals=2, num_barriers=GROUPS),
         *Ring.scratch(tile.stages, ((size, H), dtype), ((size, Hv), dtype)),
     ]
+    known = {"shape": shape, "size": size, "scale": scale, "soft_cap": soft_cap}
     return run(
-        partial(
-            _kernel, shape=shape, size=size, scale=scale, soft_cap=soft_cap, sunk=sinks is not None
-        ),
+        partial(_kernel, **known, sunk=sinks is not None, simulated=bool(interpret)),
         operands,
         [jax.ShapeDtypeStruct((B, N, T, Hv), dtype), jax.ShapeDtypeStruct((B, N, T), jnp.float32)],
         {"head": N, "block": T // BLOCK, "row": B},
@@ -81,11 +80,12 @@ def forward(
 
 def _kernel(
     q_ref, k_ref, v_ref, first_ref, walk_ref, *refs,
-    shape: Shape, size: int, scale: float, soft_cap: float, sunk: bool,
+    shape: Shape, size: int, scale: float, soft_cap: float, sunk: bool, simulated: bool,
 ):  # fmt: skip
     sinks_ref, refs = (refs[0], refs[1:]) if sunk else (None, refs)
-    o_ref, lse_ref, q_smem, first_smem, p_smem, o_smem, lse_smem, arrived, *ring = refs
-    ring, tile = Ring.of(ring), (ROWS, size)
+    o_ref, lse_ref, *rows, first_smem, p_smem, lse_smem, arrived, k_ring, v_ring, ready, free = refs
+    ring, tile = Ring((k_ring, v_ring), ready, free), (ROWS, size)
+    q_smem, o_smem = rows[0], rows[-1]  # the same, where both are as wide
     wg, row, head = lax.axis_index("wg"), lax.axis_index("row"), lax.axis_index("head")
     block = shape.T // BLOCK - 1 - lax.axis_index("block")  # those with the most work begin first
     walk = Walk.of(walk_ref, row, block)
@@ -120,9 +120,10 @@ def _kernel(
             total = total * shrink + jnp.sum(p, 1)
             p_smem[wg] = p.astype(shape.dtype)
             plgpu.commit_smem()
-            part = product(p_smem.at[wg], v_smem, (ROWS, shape.Hv))
+            value = value * down(shrink, value.shape)
+            value = added(value, p_smem.at[wg], v_smem, simulated=simulated)
             plgpu.barrier_arrive(free)
-            return value * down(shrink, value.shape) + part, top, total
+            return value, top, total
 
         sink = jnp.float32(_NOTHING) if sinks_ref is None else sinks_ref[head] * LOG2E
         value, top, total = walk(attend, (

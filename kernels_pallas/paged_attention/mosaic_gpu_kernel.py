@@ -214,11 +214,14 @@ def by_kind(refs: tuple[Any, ...], shape: Shape) -> tuple[Any, ...]:
 def silence(values: Any, past: Array) -> None:
     """Zeros behind the last value that is seen: a weight of 0 would not silence a NaN there, in a
     slot that nobody has written since its page changed hands."""
-    for begin in range(0, values.shape[1], 64):  # more at a time would take too many registers
-        some = values.at[:, pl.ds(begin, 64)]
+
+    @pl.loop(0, values.shape[1] // 64)  # more at a time would take too many registers
+    def _(i: Array) -> None:
+        some = values.at[:, pl.ds(i * 64, 64)]
         x = some[...]
         key = lax.broadcasted_iota(jnp.int32, x.shape, 0)
         some[...] = jnp.where(key < past, x, jnp.zeros_like(x))
+
     plgpu.commit_smem()
 
 

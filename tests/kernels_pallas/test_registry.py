@@ -141,4 +141,4 @@ def test_compiles_for_absent_hardware(op: Op, body: str, case: Case, target: str
     """With few temporaries, and with no more spills than spills.py says and gives reasons for."""
     found = compiled(op.name, body, case.name, target)
     assert found.temporaries <= 0.1 * case.cost.bytes + 2**20
-    assert found.spills <= spills.most(op.name, body, case.name, target.split(":")[0])
+    assert found.spills <= spills.most(op.name, case.name, target.split(":")[0])
