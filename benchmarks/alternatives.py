@@ -217,11 +217,11 @@ def _implementations(platform: str) -> tuple[str, ...]:
 
 
 def _page_attention(case: Case, inputs: Any, platform: str) -> Iterator[Alternative]:
-    """Decoding only: all sequences have one new token."""
+    """Decoding only: all sequences have one new token. Nobody else reads rounded pages."""
     (q, k_pages, v_pages, _, batch), arrays = inputs
     (T, _, H), (R, M) = q.shape, batch.tables.shape
-    decodes = T == R and not (case.options.get("mass") or arrays) and v_pages is not None
-    if not decodes:
+    decodes = T == R and not (case.options.get("mass") or arrays)
+    if not decodes or not (isinstance(k_pages, Array) and isinstance(v_pages, Array)):
         return
     S, scale = M * k_pages.shape[3], case.options["scale"]
 

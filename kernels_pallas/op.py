@@ -133,11 +133,15 @@ class Op:
             if body is not None:
                 tile = body.tile(**sizes) if name == won and sizes else body.wanted(target.device)
             try:
-                return self.run(name, *args, tile=tile, **options)
+                return self.chosen(target, name, *args, tile=tile, **options)
             except UnsupportedError as error:
                 declined[name] = str(error)
         reasons = "; ".join(f"{name}: {reason}" for name, reason in declined.items())
         raise UnsupportedError(f"{self.name}: nothing can run this. {reasons}")
+
+    def chosen(self, target: Target, name: str, *args: Any, tile: Any, **options: Any) -> Any:
+        """The result of the implementation that was chosen for `target`, with its tile."""
+        return self.run(name, *args, tile=tile, **options)
 
     def run(self, name: str, *args: Any, tile: Any = None, interpret: Any = False, **options: Any):
         """The result of one implementation."""

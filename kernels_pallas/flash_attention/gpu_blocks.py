@@ -22,6 +22,7 @@ LOG2E = math.log2(math.e)
 ROWS = 64  # of a warpgroup: what wgmma fixes
 GROUPS = 2  # that compute
 BLOCK = ROWS * GROUPS
+_FAR = 2**20  # steps: more than there are
 _SHARED = 224 * 1024  # bytes of shared memory that tiles of a block may take
 
 
@@ -29,8 +30,8 @@ _SHARED = 224 * 1024  # bytes of shared memory that tiles of a block may take
 class GpuTile:
     """tokens: in a tile that is brought, 64 or 128. stages: tiles on their way or in use."""
 
-    tokens: int = tried(64, 128)
-    stages: int = tried(3, 2, 4)
+    tokens: int = tried(128, 64)
+    stages: int = tried(2, 3, 4)
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,12 @@ def added(total: Array, a: Any, b: Any, *, simulated: bool) -> Array:
         return total + product(a, b, total.shape)
     going_on: Any = plgpu.WGMMAAccumulatorRef.init(total)
     return pl.run_state(lambda ref: plgpu.wgmma(ref, a, b))(going_on)
+
+
+def late(index: Array, step: Array) -> Array:
+    """An index that compilers do not know before the step: they would work addresses out in front
+    of the loop, and keep them until registers spill."""
+    return index + lax.div(step, jnp.int32(_FAR))
 
 
 def across(row: Array, shape: tuple[int, ...]) -> Array:

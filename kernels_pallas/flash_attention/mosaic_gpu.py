@@ -22,35 +22,23 @@ from kernels_pallas.flash_attention.gpu_blocks import (
     Walk,
     added,
     down,
+    late,
     logits,
     product,
     run,
     seen,
 )
-from kernels_pallas.flash_attention.gradient import with_gradient
-from kernels_pallas.flash_attention.mosaic_gpu_backward import backward
 from kernels_pallas.flash_attention.reference import first_seen
 
 _NOTHING = -1e30  # a maximum before any logit: finite, so that hidden logits of -inf weigh 0
 
 
-def gpu(
+def forward(
     q: Array, k: Array, v: Array, segments: Array, *,
     scale: float, window: Array | int = 0, sinks: Array | None = None, soft_cap: float = 0.0,
     tile: GpuTile | None = None, interpret: Any = False,
 ) -> tuple[Array, Array]:  # fmt: skip
-    """`reference.attend`, with a backward pass of its own."""
-    return with_gradient(forward, backward)(
-        q, k, v, segments, scale=scale, window=window, sinks=sinks, soft_cap=soft_cap,
-        tile=tile, interpret=interpret,
-    )  # fmt: skip
-
-
-def forward(
-    q: Array, k: Array, v: Array, segments: Array, *,
-    scale: float, window: Array, sinks: Array | None, soft_cap: float,
-    tile: GpuTile | None, interpret: Any,
-) -> tuple[Array, Array]:  # fmt: skip
+    """`reference.attend`, without its slopes."""
     tile = tile or GpuTile()
     shape = Shape.of(q, k, v, tile)
     B, N, T, H, Hv, dtype = shape.B, shape.N, shape.T, shape.H, shape.Hv, shape.dtype
@@ -118,10 +106,11 @@ def _kernel(
             before, top = top, jnp.maximum(top, jnp.max(s, 1))
             p, shrink = jnp.exp2(s - down(top, tile)), jnp.exp2(before - top)
             total = total * shrink + jnp.sum(p, 1)
-            p_smem[wg] = p.astype(shape.dtype)
+            mine = late(wg, step)
+            p_smem[mine] = p.astype(shape.dtype)
             plgpu.commit_smem()
             value = value * down(shrink, value.shape)
-            value = added(value, p_smem.at[wg], v_smem, simulated=simulated)
+            value = added(value, p_smem.at[mine], v_smem, simulated=simulated)
             plgpu.barrier_arrive(free)
             return value, top, total
 

@@ -25,6 +25,7 @@ from kernels_pallas.flash_attention.gpu_blocks import (
     Walk,
     across,
     down,
+    late,
     logits,
     product,
     run,
@@ -33,8 +34,6 @@ from kernels_pallas.flash_attention.gpu_blocks import (
 from kernels_pallas.flash_attention.gradient import delta, finite, sinks_gradient
 from kernels_pallas.flash_attention.reference import first_seen, last_queries
 
-_FAR = 2**20  # steps: more than there are
-
 
 def backward(
     q: Array, k: Array, v: Array, segments: Array, o: Array, lse: Array, do: Array, dlse: Array, *,
@@ -42,7 +41,7 @@ def backward(
     tile: GpuTile | None = None, interpret: Any = False,
 ) -> tuple[Array, Array, Array, Array | None]:  # fmt: skip
     """`reference.gradient`."""
-    tile = tile or GpuTile(stages=2)
+    tile = tile or GpuTile(tokens=64)  # registers hold no more
     shape = Shape.of(q, k, v, tile)
     dtype, size, H, Hv = shape.dtype, tile.tokens, shape.H, shape.Hv
     first, taken = first_seen(segments, window), delta(o, do, dlse)
@@ -206,7 +205,7 @@ def _keys_kernel(
                 return lax.fori_loop(begin, end, add, step)
 
             steps = lax.fori_loop(0, shape.G, of_head, jnp.int32(0))
-            mine = wg + lax.div(steps, jnp.int32(_FAR))  # known sooner, addresses would spill
+            mine = late(wg, steps)
             k_smem[mine] = (k_total[...] * scale).astype(shape.dtype)
             v_smem[mine] = v_total[...].astype(shape.dtype)
 

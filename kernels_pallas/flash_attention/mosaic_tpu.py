@@ -11,8 +11,6 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas.flash_attention.gradient import with_gradient
-from kernels_pallas.flash_attention.mosaic_tpu_backward import backward
 from kernels_pallas.flash_attention.reference import (
     FIRST,
     LAST,
@@ -36,23 +34,12 @@ from kernels_pallas.flash_attention.tpu_blocks import (
 _NOTHING = -1e30  # a maximum before any logit: finite, so that hidden logits of -inf weigh 0
 
 
-def tpu(
+def forward(
     q: Array, k: Array, v: Array, segments: Array, *,
     scale: float, window: Array | int = 0, sinks: Array | None = None, soft_cap: float = 0.0,
     tile: TpuTile | None = None, interpret: Any = False,
 ) -> tuple[Array, Array]:  # fmt: skip
-    """`reference.attend`, with a backward pass of its own."""
-    return with_gradient(forward, backward)(
-        q, k, v, segments, scale=scale, window=window, sinks=sinks, soft_cap=soft_cap,
-        tile=tile, interpret=interpret,
-    )  # fmt: skip
-
-
-def forward(
-    q: Array, k: Array, v: Array, segments: Array, *,
-    scale: float, window: Array, sinks: Array | None, soft_cap: float,
-    tile: TpuTile | None, interpret: Any,
-) -> tuple[Array, Array]:  # fmt: skip
+    """`reference.attend`, without its slopes."""
     shape = Shape.of(q, k, v, tile or TpuTile())
     B, N, K, T, G, bq, Hv = shape.B, shape.N, shape.K, shape.T, shape.G, shape.bq, shape.Hv
     first = first_seen(segments, window)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,9 +14,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxserve.models.attention import packed
-from kernels_pallas import versions
-from kernels_pallas.flash_attention import flash_attention, mosaic_tpu, reference
+from kernels_pallas import tuning, versions
+from kernels_pallas.flash_attention import (
+    flash_attention,
+    flash_attention_gradient,
+    mosaic_tpu,
+    mosaic_tpu_backward,
+    reference,
+)
 from kernels_pallas.flash_attention.gpu_blocks import GpuTile
+from kernels_pallas.flash_attention.gradient import with_gradient
 from kernels_pallas.flash_attention.tpu_blocks import TpuTile
 from kernels_pallas.op import UnsupportedError
 from kernels_pallas.target import CPU, Target
@@ -24,7 +32,8 @@ TPU, GPU = Target("tpu", "v6e"), Target("gpu", "h200")
 
 
 def simulated(tile: TpuTile | None = None) -> Any:
-    return partial(mosaic_tpu.tpu, tile=tile, interpret=True)
+    passes = mosaic_tpu.forward, mosaic_tpu_backward.backward
+    return with_gradient(*(partial(run, tile=tile, interpret=True) for run in passes))
 
 
 def documents(*rows: str) -> jax.Array:
@@ -118,7 +127,7 @@ def test_blocks_one_after_another_have_no_race():
     try:
         found = mosaic_tpu.forward(q, k, v, segments, **options, **kernel)
         assert not versions.tpu_races_found()
-        found += mosaic_tpu.backward(q, k, v, *slopes, **options, **kernel)[:3]
+        found += mosaic_tpu_backward.backward(q, k, v, *slopes, **options, **kernel)[:3]
         assert not versions.tpu_races_found()
     finally:
         versions.reset_simulated_tpu()
@@ -176,6 +185,26 @@ def test_training_attends_as_before(form):
     found, expected = slopes(form), slopes(None)
     for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-4)
+
+
+def test_each_pass_has_a_tile_of_its_own(monkeypatch):
+    """Tuned separately: what suits the forward pass may not even fit the other one."""
+    passes = flash_attention, flash_attention_gradient
+    tiles = {op.name: {"q": 128 * n, "k": 384 - 128 * n} for n, op in enumerate(passes, 1)}
+    monkeypatch.setattr(tuning, "tuned", lambda device, op, signature: ("mosaic_tpu", tiles[op]))
+    taken = []
+    for op in passes:
+        body = op.bodies["mosaic_tpu"]
+
+        def run(*args, tile, interpret, body=body, **options):
+            taken.append(tile)
+            return body.run(*args, tile=tile, interpret=True, **options)
+
+        monkeypatch.setitem(op.bodies, "mosaic_tpu", replace(body, run=run))
+    q, k, v = operands(1, 2, 1, 256)
+    attend = partial(flash_attention, segments=documents("aabb"), scale=0.2, target=TPU)
+    jax.eval_shape(jax.grad(lambda *x: jnp.sum(attend(*x)[0]), (0, 1, 2)), q, k, v)
+    assert taken == [TpuTile(128, 256), TpuTile(256, 128)]
 
 
 @pytest.mark.parametrize(
