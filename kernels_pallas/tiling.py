@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from jax import Array
+import jax.numpy as jnp
+from jax import Array, lax
 from jax.experimental import pallas as pl
+
+_FAR = 2**20  # steps: more than there are
 
 
 def divisor(size: int, limit: int, unit: int) -> int:
@@ -33,3 +36,9 @@ def in_parts(size: tuple[int, int], part: tuple[int, int], act: Callable[[Any, A
 
         if size[0] % rows:
             act(pl.ds(size[0] // rows * rows, size[0] % rows), across)
+
+
+def late(index: Array | int, step: Array) -> Array:
+    """An index that a GPU's compilers do not know before the step: they would work addresses out in
+    front of the loop, and keep them until registers spill."""
+    return index + lax.div(step, jnp.int32(_FAR))

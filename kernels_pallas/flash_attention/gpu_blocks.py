@@ -22,7 +22,6 @@ LOG2E = math.log2(math.e)
 ROWS = 64  # of a warpgroup: what wgmma fixes
 GROUPS = 2  # that compute
 BLOCK = ROWS * GROUPS
-_FAR = 2**20  # steps: more than there are
 _SHARED = 224 * 1024  # bytes of shared memory that tiles of a block may take
 
 
@@ -125,12 +124,6 @@ def added(total: Array, a: Any, b: Any, *, simulated: bool) -> Array:
         return total + product(a, b, total.shape)
     going_on: Any = plgpu.WGMMAAccumulatorRef.init(total)
     return pl.run_state(lambda ref: plgpu.wgmma(ref, a, b))(going_on)
-
-
-def late(index: Array, step: Array) -> Array:
-    """An index that compilers do not know before the step: they would work addresses out in front
-    of the loop, and keep them until registers spill."""
-    return index + lax.div(step, jnp.int32(_FAR))
 
 
 def across(row: Array, shape: tuple[int, ...]) -> Array:

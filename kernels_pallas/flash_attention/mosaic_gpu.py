@@ -22,13 +22,13 @@ from kernels_pallas.flash_attention.gpu_blocks import (
     Walk,
     added,
     down,
-    late,
     logits,
     product,
     run,
     seen,
 )
 from kernels_pallas.flash_attention.reference import first_seen
+from kernels_pallas.tiling import late
 
 _NOTHING = -1e30  # a maximum before any logit: finite, so that hidden logits of -inf weigh 0
 

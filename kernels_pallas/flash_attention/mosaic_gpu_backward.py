@@ -25,7 +25,6 @@ from kernels_pallas.flash_attention.gpu_blocks import (
     Walk,
     across,
     down,
-    late,
     logits,
     product,
     run,
@@ -33,6 +32,7 @@ from kernels_pallas.flash_attention.gpu_blocks import (
 )
 from kernels_pallas.flash_attention.gradient import delta, finite, sinks_gradient
 from kernels_pallas.flash_attention.reference import first_seen, last_queries
+from kernels_pallas.tiling import late
 
 
 def backward(

@@ -156,14 +156,14 @@ def _shape(
     (T, N, H), K, Z = q.shape, k_pages.shape[2], k_pages.shape[3]
     lanes, values, wide = _lanes(H, value_dim, k_pages, v_pages)
     in_keys, parts = v_pages is None, _parts(lanes, values, k_pages, v_pages)
-    keys = tile.keys or 64
+    heads = next(n for n in range(1, N // K + 1) if N // K % n == 0 and N // K // n <= ROWS)
+    G, R, M = N // K // heads, *batch.tables.shape
+    tokens, many = ROWS // G, T > 4 * R and not in_keys  # prompts: two groups of rows share keys
+    rounded = isinstance(k_pages, QuantizedPages)
+    roomy = many and lanes + values <= 256 and not (rounded or mass)  # in registers and memory
+    keys = tile.keys or (128 if roomy else 64)
     if Z % 8 or max(Z, keys) % min(Z, keys) or keys % 64 or keys > 256:
         raise UnsupportedError(f"{Z=} keys in a page: a power of two, from 8; and {keys=}: 64s")
-    R, M = batch.tables.shape
-    heads = next(n for n in range(1, N // K + 1) if N // K % n == 0 and N // K // n <= ROWS)
-    G = N // K // heads
-    tokens = ROWS // G
-    many = T > 4 * R and not in_keys  # prompts: two groups of rows share what TMA brings
     groups = tile.groups or (2 if many else 1)
     if wide and groups > 1:
         raise UnsupportedError(f"{groups=} of rows: one, whose values two warpgroups share")
@@ -179,7 +179,7 @@ def _shape(
         G, heads, tokens, groups, 0, splits, shared, part, Z // part, keys // part, M, lanes,
         values, in_keys, wide, 0, nibbles, *parts, owned, mass, factor, cap,
     )  # fmt: skip
-    stages, ahead = _depths(shape, tile.stages, isinstance(k_pages, QuantizedPages))
+    stages, ahead = _depths(shape, tile.stages, rounded)
     return replace(shape, stages=stages, ahead=ahead)
 
 
@@ -289,19 +289,15 @@ def _launch(operands: tuple[Any, ...], caches: list[Array], shape: Shape, interp
     if shape.mass:
         sums = items, heads, shape.row * shape.parts + shape.count, rows
         out.append(jax.ShapeDtypeStruct(sums, jnp.float32))
-    if shape.wide:
-        body = partial(latent.kernel, shape=shape, simulated=bool(interpret))
-        scratch = latent.scratch(shape)
-    else:
-        body, scratch = partial(kernel, shape=shape), _scratch(shape)
+    body = latent.kernel if shape.wide else kernel
     return plgpu.kernel(
-        body,
+        partial(body, shape=shape, simulated=bool(interpret)),
         out_type=out,
         grid=(heads, shape.splits, items),
         grid_names=("head", "split", "item"),
         num_threads=3 if shape.wide else shape.groups + 1,
         thread_name="wg",
-        scratch_types=scratch,
+        scratch_types=latent.scratch(shape) if shape.wide else _scratch(shape),
         compiler_params=plgpu.CompilerParams(
             approx_math=True,
             lowering_semantics=plgpu.LoweringSemantics.Warpgroup,

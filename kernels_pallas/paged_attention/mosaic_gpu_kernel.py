@@ -13,6 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.paged_attention.codec import block_of
 from kernels_pallas.paged_attention.mosaic_gpu_blocks import ROWS, Items, Shape, Work, bring
+from kernels_pallas.tiling import late
 
 TINY = 1e-37
 HIDDEN = -1e30  # finite: a row that has seen nothing yet must not become NaN
@@ -103,8 +104,9 @@ def keep_masses(masses: Any, sums: list[Array], top: Array, first: Array) -> Non
 
 
 def kernel(
-    layer: Any, window: Any, tables: Any, items: Items, q_ref: Any, *refs: Any, shape: Shape
-) -> None:
+    layer: Any, window: Any, tables: Any, items: Items, q_ref: Any, *refs: Any,
+    shape: Shape, simulated: bool,
+) -> None:  # fmt: skip
     stacks, scales, (o_ref, lse_ref, *mass_refs), refs = by_kind(refs, shape)
     q_smem, p_smem, o_smem, lse_smem, arrived, silenced, ring = refs
     blocks, ready = ring.blocks, ring.ready
@@ -118,13 +120,13 @@ def kernel(
         @pl.when(wg == shape.groups)
         def _bring() -> None:
             if shape.groups > 1:
-                plgpu.set_max_registers(56 if shape.ahead else 40, action="decrease")
+                plgpu.set_max_registers(56 if shape.ahead else 24, action="decrease")
             bring(work, shape, layer, tables, stacks, scales, ring)
 
         @pl.when(wg < shape.groups)
         def _compute() -> None:
             if shape.groups > 1:
-                plgpu.set_max_registers(224 if shape.ahead else 232, action="increase")
+                plgpu.set_max_registers(224 if shape.ahead else 240, action="increase")
             base = work.first + wg * shape.tokens
             shares = shape.shares(0, shape.values, 128)  # of a product: more fill the registers
             rows = pl.ds(wg * ROWS, ROWS)
@@ -163,12 +165,11 @@ def kernel(
                     together()
 
                 None if shape.ahead else pl.when(past < shape.keys)(quiet)  # integers are finite
-                weigh(p, steps[-1], past, p_smem.at[wg], shape)
+                mine = late(wg, step)
+                weigh(p, steps[-1], past, p_smem.at[mine], shape)
                 plgpu.commit_smem()
-                value = tuple(
-                    x * down(shrink, x.shape)
-                    + product(p_smem.at[wg, part], values.at[:, pl.ds(at, n)], x.shape)
-                    for x, (at, n, part) in zip(value, shares, strict=True)
+                value = add_products(
+                    value, shrink, p_smem.at[mine], values, shares, simulated=simulated
                 )
                 plgpu.barrier_arrive(ring.free.at[slot])
                 return value, now, total
@@ -233,6 +234,26 @@ def product(a: Any, b: Any, shape: tuple[int, ...]) -> Array:
         return total[...]
 
     return pl.run_scoped(scope, plgpu.WGMMAAccumulatorRef((shape[0], shape[1]), jnp.float32))
+
+
+def add_products(
+    sums: Any, shrink: Array, weights: Any, values: Any, shares: Any, *, simulated: bool
+) -> tuple[Array, ...]:
+    """Sums shrunk by row, and products of weights with lanes of values, in the sums' registers."""
+    sums = tuple(x * down(shrink, x.shape) for x in sums)
+    pairs = [(part, values.at[:, pl.ds(at, n)]) for at, n, part in shares]
+    if simulated:  # the simulator knows no sums that go on
+        return tuple(
+            x + product(weights.at[part], v, x.shape)
+            for x, (part, v) in zip(sums, pairs, strict=True)
+        )
+
+    def multiply(refs: Any) -> None:
+        for ref, (part, v) in zip(refs, pairs, strict=True):
+            plgpu.wgmma(ref, weights.at[part], v)
+
+    going_on: Any = tuple(plgpu.WGMMAAccumulatorRef.init(x) for x in sums)
+    return pl.run_state(multiply)(going_on)
 
 
 def down(column: Array, shape: tuple[int, ...]) -> Array:

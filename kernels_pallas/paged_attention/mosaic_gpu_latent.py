@@ -21,21 +21,21 @@ from kernels_pallas.paged_attention.mosaic_gpu_blocks import ROWS, Items, Ring, 
 from kernels_pallas.paged_attention.mosaic_gpu_kernel import (
     HIDDEN,
     LOG2E,
+    add_products,
     by_kind,
     down,
     keep_masses,
     logits,
     part_sums,
     pieces,
-    product,
     scores,
     silence,
     weigh,
 )
+from kernels_pallas.tiling import late
 
 _SCORES, _VALUES, _PAGES = range(3)  # what the warpgroups are for
 _WIDEST = 256  # lanes that wgmma takes
-_FAR = 2**20  # blocks: more than a sequence has
 _Shares = list[tuple[int, int, int]]
 
 
@@ -71,26 +71,9 @@ def kernel(
     def take(step: Array) -> tuple[Any, Any]:
         """A block of keys, once it is there, and the barrier on which it is given back."""
         slot = lax.rem(step, jnp.int32(shape.stages))
-        if shape.stages == 1:  # 0, too, but if compilers knew they would keep all its addresses
-            slot = lax.div(step, jnp.int32(_FAR))
+        slot = late(slot, step) if shape.stages == 1 else slot
         plgpu.barrier_wait(ready.at[slot])
         return blocks.at[slot], free.at[slot]
-
-    def add(sums: Any, shrink: Array, keys: Any, share: Any) -> tuple[Array, ...]:
-        sums = tuple(x * down(shrink, x.shape) for x in sums)
-        pairs = [(part, keys.at[:, pl.ds(at, n)]) for at, n, part in share]
-        if simulated:  # the simulator knows no sums that go on
-            return tuple(
-                x + product(p_smem.at[part], v, x.shape)
-                for x, (part, v) in zip(sums, pairs, strict=True)
-            )
-
-        def multiply(refs: Any) -> None:
-            for ref, (part, v) in zip(refs, pairs, strict=True):
-                plgpu.wgmma(ref, p_smem.at[part], v)
-
-        going_on: Any = tuple(plgpu.WGMMAAccumulatorRef.init(x) for x in sums)
-        return pl.run_state(multiply)(going_on)
 
     def store(sums: Any, scale: Array, share: Any) -> None:
         for x, (first, n, part) in zip(sums, share, strict=True):
@@ -142,7 +125,7 @@ def kernel(
                 shrink_smem[...] = shrink
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(weighed)
-                sums = add(sums, shrink, keys, few)
+                sums = add_products(sums, shrink, p_smem, keys, few, simulated=simulated)
                 plgpu.barrier_arrive(done)
                 return sums, now, total
 
@@ -163,7 +146,7 @@ def kernel(
             def attend(step: Array, sums: tuple[Array, ...]) -> tuple[Array, ...]:
                 keys, done = take(step)
                 plgpu.barrier_wait(weighed)
-                sums = add(sums, shrink_smem[...], keys, many)
+                sums = add_products(sums, shrink_smem[...], p_smem, keys, many, simulated=simulated)
                 plgpu.barrier_arrive(added)
                 plgpu.barrier_arrive(done)
                 return sums
