@@ -7,8 +7,8 @@ an earlier step is read first. A block of threads is given 64 consecutive tokens
 the last are its own, and the last one may share a byte with the one before. The step's last block
 begins sooner where it would be short.
 
-Turning begins before the kernel: eight lanes would be those of several threads, and XLA passes by
-the rows anyway, which it pads. What is left of it is sums of registers.
+Turning begins before the kernel, in one pass of XLA's over the rows: eight lanes would be those of
+several threads. What is left of it is sums of registers.
 """
 
 from __future__ import annotations
