@@ -9,17 +9,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels_pallas.flash_attention.reference import last_queries
 from kernels_pallas.op import UnsupportedError, tried
+from kernels_pallas.wgmma import ROWS
 
 LOG2E = math.log2(math.e)
-ROWS = 64  # of a warpgroup: what wgmma fixes
 GROUPS = 2  # that compute
 BLOCK = ROWS * GROUPS
 _SHARED = 224 * 1024  # bytes of shared memory that tiles of a block may take
@@ -108,34 +109,6 @@ class Ring:
         return [tile.at[slot] for tile in self.tiles], self.free.at[slot]
 
 
-def product(a: Any, b: Any, shape: tuple[int, ...]) -> Array:
-    """a @ b of tiles in shared memory, [64, n] in float32."""
-
-    def scope(total: Any) -> Array:
-        plgpu.wgmma(total, a, b)
-        return total[...]
-
-    return pl.run_scoped(scope, plgpu.WGMMAAccumulatorRef((shape[0], shape[1]), jnp.float32))
-
-
-def added(total: Array, a: Any, b: Any, *, simulated: bool) -> Array:
-    """total + a @ b of tiles in shared memory, in the registers of total."""
-    if simulated:  # the simulator knows no sums that go on
-        return total + product(a, b, total.shape)
-    going_on: Any = plgpu.WGMMAAccumulatorRef.init(total)
-    return pl.run_state(lambda ref: plgpu.wgmma(ref, a, b))(going_on)
-
-
-def across(row: Array, shape: tuple[int, ...]) -> Array:
-    """A number per column."""
-    return lax.broadcast_in_dim(row, shape, (1,))
-
-
-def down(column: Array, shape: tuple[int, ...]) -> Array:
-    """A number per row."""
-    return lax.broadcast_in_dim(column, shape, (0,))
-
-
 def logits(s: Array, scale: float, soft_cap: float) -> Array:
     """Scores as the softmax takes them, in powers of 2, which saves a multiplication each."""
     if not soft_cap:
@@ -145,48 +118,67 @@ def logits(s: Array, scale: float, soft_cap: float) -> Array:
     return bent * (soft_cap * LOG2E)
 
 
-@dataclass(frozen=True)
-class Walk:
-    """The tiles of keys that a block of queries sees; only those at both ends need a mask.
+class Walk(NamedTuple):
+    """The tiles of keys that a block of queries sees, or of queries that see any of a block of
+    keys. Those at both ends need a mask and come first; then those between, which need none.
 
     Attributes:
-        bounds: the first tile, then one past the last that the start of a document hides in part,
-            that all queries see whole, and that any of them sees.
+        begin, end: of the tiles, one behind the last.
+        whole, part: likewise, of those between.
     """
 
-    bounds: Sequence[Array]
+    begin: Array
+    whole: Array
+    part: Array
+    end: Array
 
     @staticmethod
-    def table(first: Array, size: int) -> Array:
-        """The bounds of each block [B, T / 128, 4], from `first_seen`."""
-        diagonal = jnp.arange(first.shape[1] // BLOCK, dtype=jnp.int32) * BLOCK // size
-        begin = jnp.minimum(first[:, ::BLOCK] // size, diagonal)
-        whole = jnp.clip((first[:, BLOCK - 1 :: BLOCK] + size - 1) // size, begin, diagonal)
-        diagonal = jnp.broadcast_to(diagonal, begin.shape)
-        return jnp.stack([begin, whole, diagonal, diagonal + BLOCK // size], -1)
+    def over_keys(first: Array, size: int) -> Array:
+        """Of each block of queries [B, T / 128, 4], from `first_seen`."""
+        part = jnp.arange(first.shape[1] // BLOCK, dtype=jnp.int32) * BLOCK // size
+        begin = jnp.minimum(first[:, ::BLOCK] // size, part)
+        whole = jnp.clip((first[:, BLOCK - 1 :: BLOCK] + size - 1) // size, begin, part)
+        part = jnp.broadcast_to(part, begin.shape)
+        return jnp.stack([begin, whole, part, part + BLOCK // size], -1)
+
+    @staticmethod
+    def over_queries(first: Array, size: int) -> Array:
+        """Of each block of keys [B, T / 128, 4], from `first_seen`."""
+        end = last_queries(first, size, BLOCK) + 1
+        block = jnp.arange(first.shape[1] // BLOCK, dtype=jnp.int32) * BLOCK
+        begin = jnp.broadcast_to(block // size, end.shape)
+        whole = jnp.minimum(begin + BLOCK // size, end)
+        part = jnp.sum(first[:, size - 1 :: size, None] <= block, 1, dtype=jnp.int32)
+        return jnp.stack([begin, whole, jnp.clip(part, whole, end), end], -1)
 
     @classmethod
     def of(cls, table: Any, row: Array, block: Array) -> Walk:
-        return cls([table[row, block, i] for i in range(4)])
+        return cls(*(table[row, block, i] for i in range(4)))
 
     @property
     def count(self) -> Array:
-        return self.bounds[3] - self.bounds[0]
+        return self.end - self.begin
+
+    @property
+    def masked(self) -> Array:
+        """Tiles that need a mask."""
+        return self.count - (self.part - self.whole)
+
+    def tile(self, step: Array) -> Array:
+        end = jnp.where(step < self.masked, self.whole, self.end)
+        tile = self.begin + step
+        return tile + jnp.where(tile < self.whole, 0, self.part - end)
 
     def __call__(self, do: Callable[..., Any], state: Any) -> Any:
         """Runs do(step, tile, state, masked=...) over the tiles."""
-        begin, whole, diagonal, end = self.bounds
-        for low, high, masked in (
-            (begin, whole, True),
-            (whole, diagonal, False),
-            (diagonal, end, True),
-        ):
 
-            def step(i: Array, state: Any, masked: bool = masked) -> Any:
-                return do(i - begin, i, state, masked=masked)
+        def some(low: Array | int, high: Array, state: Any, masked: bool) -> Any:
+            return lax.fori_loop(
+                low, high, lambda i, state: do(i, self.tile(i), state, masked=masked), state
+            )
 
-            state = lax.fori_loop(low, high, step, state)
-        return state
+        state = some(0, self.masked, state, masked=True)
+        return some(self.masked, self.count, state, masked=False)
 
 
 def seen(query: Array, key: Array, first: Array, shape: tuple[int, int], queries: int) -> Array:

@@ -15,20 +15,16 @@ from kernels_pallas.flash_attention.gpu_blocks import (
     BLOCK,
     GROUPS,
     LOG2E,
-    ROWS,
     GpuTile,
     Ring,
     Shape,
     Walk,
-    added,
-    down,
     logits,
-    product,
     run,
     seen,
 )
 from kernels_pallas.flash_attention.reference import first_seen
-from kernels_pallas.tiling import late
+from kernels_pallas.wgmma import ROWS, add_products, down, product
 
 _NOTHING = -1e30  # a maximum before any logit: finite, so that hidden logits of -inf weigh 0
 
@@ -43,13 +39,12 @@ def forward(
     shape = Shape.of(q, k, v, tile)
     B, N, T, H, Hv, dtype = shape.B, shape.N, shape.T, shape.H, shape.Hv, shape.dtype
     first, size = first_seen(segments, window), tile.tokens
-    operands = [q, k, v, first, Walk.table(first, size)]
+    operands = [q, k, v, first, Walk.over_keys(first, size)]
     if sinks is not None:
         operands.append(sinks.astype(jnp.float32))
     scratch = [
         *(plgpu.SMEM((GROUPS, ROWS, n), dtype) for n in dict.fromkeys((H, Hv))),
         plgpu.SMEM((GROUPS, ROWS), jnp.int32),
-        plgpu.SMEM((GROUPS, ROWS, size), dtype),
         plgpu.SMEM((GROUPS, ROWS), jnp.float32),
         plgpu.Barrier(num_arrivals=2, num_barriers=GROUPS),
         *Ring.scratch(tile.stages, ((size, H), dtype), ((size, Hv), dtype)),
@@ -71,7 +66,7 @@ def _kernel(
     shape: Shape, size: int, scale: float, soft_cap: float, sunk: bool, simulated: bool,
 ):  # fmt: skip
     sinks_ref, refs = (refs[0], refs[1:]) if sunk else (None, refs)
-    o_ref, lse_ref, *rows, first_smem, p_smem, lse_smem, arrived, k_ring, v_ring, ready, free = refs
+    o_ref, lse_ref, *rows, first_smem, lse_smem, arrived, k_ring, v_ring, ready, free = refs
     ring, tile = Ring((k_ring, v_ring), ready, free), (ROWS, size)
     q_smem, o_smem = rows[0], rows[-1]  # the same, where both are as wide
     wg, row, head = lax.axis_index("wg"), lax.axis_index("row"), lax.axis_index("head")
@@ -84,7 +79,7 @@ def _kernel(
         plgpu.set_max_registers(24, action="decrease")
 
         def sources(step: Array) -> tuple[Any, Any]:
-            where = row, lax.div(head, shape.G), pl.ds((walk.bounds[0] + step) * size, size)
+            where = row, lax.div(head, shape.G), pl.ds(walk.tile(step) * size, size)
             return k_ref.at[where], v_ref.at[where]
 
         ring.fill(walk.count, sources)
@@ -100,17 +95,15 @@ def _kernel(
         def attend(step: Array, i: Array, state: Any, masked: bool) -> Any:
             value, top, total = state
             (k_smem, v_smem), free = ring.take(step)
-            s = logits(product(q_smem.at[wg], k_smem.T, tile), scale, soft_cap)
+            s = logits(product(q_smem.at[wg], k_smem.T), scale, soft_cap)
             if masked:
                 s = jnp.where(seen(at, i * size, first_smem[wg], tile, 0), s, -jnp.inf)
             before, top = top, jnp.maximum(top, jnp.max(s, 1))
             p, shrink = jnp.exp2(s - down(top, tile)), jnp.exp2(before - top)
             total = total * shrink + jnp.sum(p, 1)
-            mine = late(wg, step)
-            p_smem[mine] = p.astype(shape.dtype)
-            plgpu.commit_smem()
             value = value * down(shrink, value.shape)
-            value = added(value, p_smem.at[mine], v_smem, simulated=simulated)
+            weighed = p.astype(shape.dtype), v_smem
+            (value,) = add_products([value], [weighed], simulated=simulated)
             plgpu.barrier_arrive(free)
             return value, top, total
 

@@ -18,21 +18,18 @@ from kernels_pallas.flash_attention.gpu_blocks import (
     BLOCK,
     GROUPS,
     LOG2E,
-    ROWS,
     GpuTile,
     Ring,
     Shape,
     Walk,
-    across,
-    down,
     logits,
-    product,
     run,
     seen,
 )
 from kernels_pallas.flash_attention.gradient import delta, finite, sinks_gradient
-from kernels_pallas.flash_attention.reference import first_seen, last_queries
+from kernels_pallas.flash_attention.reference import first_seen
 from kernels_pallas.tiling import late
+from kernels_pallas.wgmma import ROWS, across, add_products, down, product
 
 
 def backward(
@@ -47,19 +44,18 @@ def backward(
     first, taken = first_seen(segments, window), delta(o, do, dlse)
     operands = [q, k, v, do.astype(dtype), finite(lse) * LOG2E, taken, first]
     options = {"shape": shape, "size": size, "scale": scale, "soft_cap": soft_cap}
+    options |= {"simulated": bool(interpret)}
     tiles = [((size, H), dtype), ((size, Hv), dtype)]
     mine = [plgpu.SMEM((GROUPS, ROWS, H), dtype), plgpu.SMEM((GROUPS, ROWS, Hv), dtype)]
     numbers = [jnp.float32, jnp.float32, jnp.int32]  # lse, delta and `first` of a query
-    scores = plgpu.SMEM((GROUPS, ROWS, size), dtype)
     dq = run(
         partial(_queries_kernel, **options),
-        [*operands, Walk.table(first, size)],
+        [*operands, Walk.over_keys(first, size)],
         jax.ShapeDtypeStruct(q.shape, dtype),
         {"head": shape.N, "block": shape.T // BLOCK, "row": shape.B},
         [
             *mine,
             *(plgpu.SMEM((GROUPS, ROWS), t) for t in numbers),
-            scores,
             plgpu.Barrier(num_arrivals=5, num_barriers=GROUPS),
             *Ring.scratch(tile.stages, *tiles),
         ],
@@ -68,13 +64,11 @@ def backward(
     )
     dk, dv = run(
         partial(_keys_kernel, **options),
-        [*operands, last_queries(first, size, BLOCK)],
+        [*operands, Walk.over_queries(first, size)],
         [jax.ShapeDtypeStruct(k.shape, dtype), jax.ShapeDtypeStruct(v.shape, dtype)],
         {"head": shape.K, "block": shape.T // BLOCK, "row": shape.B},
         [
             *mine,
-            scores,
-            scores,
             plgpu.Barrier(num_arrivals=2, num_barriers=GROUPS),
             *Ring.scratch(tile.stages, *tiles, *(((size,), t) for t in numbers)),
         ],
@@ -95,8 +89,8 @@ def _slope(s: Array, p: Array, dp: Array, taken: Array, soft_cap: float) -> Arra
 
 def _queries_kernel(
     q_ref, k_ref, v_ref, do_ref, lse_ref, taken_ref, first_ref, walk_ref, dq_ref,
-    q_smem, do_smem, lse_smem, taken_smem, first_smem, ds_smem, arrived, *ring,
-    shape: Shape, size: int, scale: float, soft_cap: float,
+    q_smem, do_smem, lse_smem, taken_smem, first_smem, arrived, *ring,
+    shape: Shape, size: int, scale: float, soft_cap: float, simulated: bool,
 ):  # fmt: skip
     ring, tile = Ring.of(ring), (ROWS, size)
     wg, row, head = lax.axis_index("wg"), lax.axis_index("row"), lax.axis_index("head")
@@ -109,7 +103,7 @@ def _queries_kernel(
         plgpu.set_max_registers(24, action="decrease")
 
         def sources(step: Array) -> tuple[Any, Any]:
-            where = row, lax.div(head, shape.G), pl.ds((walk.bounds[0] + step) * size, size)
+            where = row, lax.div(head, shape.G), pl.ds(walk.tile(step) * size, size)
             return k_ref.at[where], v_ref.at[where]
 
         ring.fill(walk.count, sources)
@@ -125,94 +119,82 @@ def _queries_kernel(
             plgpu.copy_gmem_to_smem(source, place.at[wg], arrived.at[wg])
         plgpu.barrier_wait(arrived.at[wg])
 
-        def scope(total: Any) -> None:
-            def add(step: Array, i: Array, _: None, masked: bool) -> None:
-                (k_smem, v_smem), free = ring.take(step)
-                s = logits(product(q_smem.at[wg], k_smem.T, tile), scale, soft_cap)
-                p = jnp.exp2(s - down(lse_smem[wg], tile))
-                if masked:
-                    p = jnp.where(seen(at, i * size, first_smem[wg], tile, 0), p, 0.0)
-                dp = product(do_smem.at[wg], v_smem.T, tile)
-                ds = _slope(s, p, dp, down(taken_smem[wg], tile), soft_cap)
-                ds_smem[wg] = ds.astype(shape.dtype)
-                plgpu.commit_smem()
-                plgpu.wgmma(total, ds_smem.at[wg], k_smem)
-                plgpu.wgmma_wait(0)
-                plgpu.barrier_arrive(free)
+        def add(step: Array, i: Array, total: Array, masked: bool) -> Array:
+            (k_smem, v_smem), free = ring.take(step)
+            s = logits(product(q_smem.at[wg], k_smem.T), scale, soft_cap)
+            p = jnp.exp2(s - down(lse_smem[wg], tile))
+            if masked:
+                p = jnp.where(seen(at, i * size, first_smem[wg], tile, 0), p, 0.0)
+            dp = product(do_smem.at[wg], v_smem.T)
+            ds = _slope(s, p, dp, down(taken_smem[wg], tile), soft_cap)
+            sloped = ds.astype(shape.dtype), k_smem
+            (total,) = add_products([total], [sloped], simulated=simulated)
+            plgpu.barrier_arrive(free)
+            return total
 
-            walk(add, None)
-            q_smem[wg] = (total[...] * scale).astype(shape.dtype)
-
-        pl.run_scoped(scope, plgpu.WGMMAAccumulatorRef((ROWS, shape.H), jnp.float32))
+        total = walk(add, jnp.zeros((ROWS, shape.H), jnp.float32))
+        q_smem[wg] = (total * scale).astype(shape.dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(q_smem.at[wg], dq_ref.at[where])
         plgpu.wait_smem_to_gmem(0)
 
 
 def _keys_kernel(
-    q_ref, k_ref, v_ref, do_ref, lse_ref, taken_ref, first_ref, last_ref, dk_ref, dv_ref,
-    k_smem, v_smem, p_smem, ds_smem, arrived, *ring,
-    shape: Shape, size: int, scale: float, soft_cap: float,
+    q_ref, k_ref, v_ref, do_ref, lse_ref, taken_ref, first_ref, walk_ref, dk_ref, dv_ref,
+    k_smem, v_smem, arrived, *ring,
+    shape: Shape, size: int, scale: float, soft_cap: float, simulated: bool,
 ):  # fmt: skip
     """Keys lie in rows and queries in columns, so that both sums need no transposition."""
     ring, tile = Ring.of(ring), (ROWS, size)
     wg, row, head = lax.axis_index("wg"), lax.axis_index("row"), lax.axis_index("head")
     block = lax.axis_index("block")  # the first ones have the most work
-    at, begin = block * BLOCK + wg * ROWS, block * (BLOCK // size)
-    end = last_ref[row, block] + 1  # of the tiles of queries, for each head that shares the keys
-    count = end - begin
+    at = block * BLOCK + wg * ROWS
+    walk = Walk.of(walk_ref, row, block)  # for each head that shares the keys
 
     @pl.when(wg == GROUPS)
     def _bring():
-        plgpu.set_max_registers(40, action="decrease")
+        plgpu.set_max_registers(24, action="decrease")
 
         def sources(step: Array) -> list[Any]:
-            queries = pl.ds((begin + lax.rem(step, count)) * size, size)
-            where = row, head * shape.G + lax.div(step, count), queries
+            queries = pl.ds(walk.tile(lax.rem(step, walk.count)) * size, size)
+            where = row, head * shape.G + lax.div(step, walk.count), queries
             by_head = [x.at[where] for x in (q_ref, do_ref, lse_ref, taken_ref)]
             return [*by_head, first_ref.at[row, queries]]
 
-        ring.fill(count * shape.G, sources)
+        ring.fill(walk.count * shape.G, sources)
 
     @pl.when(wg < GROUPS)
     def _compute():
-        plgpu.set_max_registers(232, action="increase")
+        plgpu.set_max_registers(240, action="increase")
         where = row, head, pl.ds(at, ROWS)
         plgpu.copy_gmem_to_smem(k_ref.at[where], k_smem.at[wg], arrived.at[wg])
         plgpu.copy_gmem_to_smem(v_ref.at[where], v_smem.at[wg], arrived.at[wg])
         plgpu.barrier_wait(arrived.at[wg])
 
-        def scope(k_total: Any, v_total: Any) -> None:
-            def add(i: Array, step: Array) -> Array:
-                (q_smem, do_smem, lse_smem, taken_smem, first_smem), free = ring.take(step)
-                s = logits(product(k_smem.at[wg], q_smem.T, tile), scale, soft_cap)
-                p = jnp.exp2(s - across(lse_smem[...], tile))
-                p = jnp.where(seen(i * size, at, first_smem[...], tile, 1), p, 0.0)
-                p_smem[wg] = p.astype(shape.dtype)
-                plgpu.commit_smem()
-                plgpu.wgmma(v_total, p_smem.at[wg], do_smem)
-                dp = product(v_smem.at[wg], do_smem.T, tile)
-                p = p_smem[wg].astype(jnp.float32)  # registers would not hold it meanwhile
-                ds = _slope(s, p, dp, across(taken_smem[...], tile), soft_cap)
-                ds_smem[wg] = ds.astype(shape.dtype)
-                plgpu.commit_smem()
-                plgpu.wgmma(k_total, ds_smem.at[wg], q_smem)
-                plgpu.wgmma_wait(0)
-                plgpu.barrier_arrive(free)
-                return step + 1
+        def add(_: Array, i: Array, state: tuple[Array, ...], masked: bool) -> tuple[Array, ...]:
+            step, k_total, v_total = state
+            (q_smem, do_smem, lse_smem, taken_smem, first_smem), free = ring.take(step)
+            s = logits(product(k_smem.at[wg], q_smem.T), scale, soft_cap)
+            p = jnp.exp2(s - across(lse_smem[...], tile))
+            if masked:
+                here = late(at, step)
+                p = jnp.where(seen(i * size, here, first_smem[...], tile, 1), p, 0.0)
+            dp = product(v_smem.at[wg], do_smem.T)
+            ds = _slope(s, p, dp, across(taken_smem[...], tile), soft_cap)
+            pairs = (ds.astype(shape.dtype), q_smem), (p.astype(shape.dtype), do_smem)
+            k_total, v_total = add_products([k_total, v_total], pairs, simulated=simulated)
+            plgpu.barrier_arrive(free)
+            return step + 1, k_total, v_total
 
-            def of_head(_: Array, step: Array) -> Array:
-                return lax.fori_loop(begin, end, add, step)
+        def of_head(_: Array, state: tuple[Array, ...]) -> tuple[Array, ...]:
+            again = Walk.of(walk_ref, late(row, state[0]), late(block, state[0]))
+            return again(add, state)
 
-            steps = lax.fori_loop(0, shape.G, of_head, jnp.int32(0))
-            mine = late(wg, steps)
-            k_smem[mine] = (k_total[...] * scale).astype(shape.dtype)
-            v_smem[mine] = v_total[...].astype(shape.dtype)
-
-        sums = (
-            plgpu.WGMMAAccumulatorRef((ROWS, width), jnp.float32) for width in (shape.H, shape.Hv)
-        )
-        pl.run_scoped(scope, *sums)
+        nothing = (jnp.zeros((ROWS, n), jnp.float32) for n in (shape.H, shape.Hv))
+        steps, k_total, v_total = lax.fori_loop(0, shape.G, of_head, (jnp.int32(0), *nothing))
+        mine = late(wg, steps)
+        k_smem[mine] = (k_total * scale).astype(shape.dtype)
+        v_smem[mine] = v_total.astype(shape.dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(k_smem.at[wg], dk_ref.at[where])
         plgpu.copy_smem_to_gmem(v_smem.at[wg], dv_ref.at[where])

@@ -32,11 +32,12 @@ from kernels_pallas.paged_attention.codec import (
     turned_by_product,
     whole_parts,
 )
-from kernels_pallas.paged_attention.mosaic_gpu_blocks import ROWS, Ring, Shape
+from kernels_pallas.paged_attention.mosaic_gpu_blocks import Ring, Shape
 from kernels_pallas.paged_attention.mosaic_gpu_items import held, most_items, plan
 from kernels_pallas.paged_attention.mosaic_gpu_kernel import HIDDEN, LOG2E, STORED, kernel
 from kernels_pallas.paged_attention.ragged import Ragged, owners
 from kernels_pallas.weight import Weight, as_array
+from kernels_pallas.wgmma import ROWS
 
 _SHARED = 227 * 1024  # bytes of shared memory that a block may take
 _VALUES = 256  # lanes of values that a warpgroup's registers hold
@@ -47,11 +48,13 @@ _LINE = 32  # scales: 128 bytes, at whose multiples a copy to shared memory may 
 @dataclass(frozen=True)
 class GpuTile:
     """keys: attended at a time; stages: blocks of keys that are in shared memory or on their way;
-    groups: of 64 rows that share them; splits: of a sequence's keys. 0 leaves a choice."""
+    groups: of 64 rows that share them; turns: warpgroups that take blocks in turn, for the same
+    rows; splits: of a sequence's keys. 0 leaves a choice."""
 
     keys: int = tried(0, 64, 128)
     stages: int = tried(0, 2, 4)
     groups: int = 0
+    turns: int = tried(0, 1)
     splits: int = tried(0, 4, 8, 16)
 
 
@@ -165,8 +168,10 @@ def _shape(
     if Z % 8 or max(Z, keys) % min(Z, keys) or keys % 64 or keys > 256:
         raise UnsupportedError(f"{Z=} keys in a page: a power of two, from 8; and {keys=}: 64s")
     groups = tile.groups or (2 if many else 1)
-    if wide and groups > 1:
-        raise UnsupportedError(f"{groups=} of rows: one, whose values two warpgroups share")
+    turns = tile.turns or (1 if wide or groups > 1 or 4 * keys > M * Z else 2)
+    if groups * turns > (1 if wide else 2):
+        most = "one, whose values two warpgroups share" if wide else "two warpgroups in all"
+        raise UnsupportedError(f"{groups=} of rows, {turns=} in which they take keys: {most}")
     blocks = most_items(T, R, groups * tokens) * K * heads
     splits = tile.splits or _splits(blocks, M * Z // keys, prompts=T > 4 * R)
     sharing = batch.groups is not None and T <= 4 * R and groups * tokens > 1 and not mass
@@ -176,7 +181,7 @@ def _shape(
     stacks, nibbles = (k_pages, v_pages), isinstance(k_pages, Int4Pages)
     owned = tuple(len(x.parts) for x in stacks if isinstance(x, Int8Pages | Int4Pages))
     shape = Shape(
-        G, heads, tokens, groups, 0, splits, shared, part, Z // part, keys // part, M, lanes,
+        G, heads, tokens, groups, turns, 0, splits, shared, part, Z // part, keys // part, M, lanes,
         values, in_keys, wide, 0, nibbles, *parts, owned, mass, factor, cap,
     )  # fmt: skip
     stages, ahead = _depths(shape, tile.stages, rounded)
@@ -234,8 +239,8 @@ def _parts(
 
 def _depths(shape: Shape, wanted: int, rounded: bool) -> tuple[int, int]:
     """Blocks that are multiplied or wait for it, and blocks of eight or four bits on their way."""
-    row = 2 * shape.lanes + 2 * shape.weights * shape.keys + 4 + (0 if shape.wide else 4 * STORED)
-    fixed = shape.groups * ROWS * row + 2048
+    each = 2 * shape.weights * shape.keys if shape.wide else 4 * STORED * shape.turns
+    fixed = shape.groups * ROWS * (2 * shape.lanes + each + 4 * shape.turns) + 2048
     width = sum(shape.widths)
     scales = 4 * (shape.rows_of_scales if shape.nibbles else sum(shape.scales))
     block = shape.keys * (2 * width + scales)
@@ -246,10 +251,12 @@ def _depths(shape: Shape, wanted: int, rounded: bool) -> tuple[int, int]:
             raw = shape.keys * width // 2 + 4 * math.prod(shape.unsorted)
         stages = 2 if room >= 2 * (block + raw) else 1
         ahead = wanted or max(1, min(6, (room - stages * block) // raw))
+        ahead = max(2, ahead // 2 * 2) if shape.turns > 1 else ahead
         bits = "four" if shape.nibbles else "eight"
         used, said = stages * block + ahead * raw, f"{stages} + {ahead} in {bits} bits of"
     else:
         stages, ahead = wanted or max(2, min(6, room // block)), 0
+        stages = stages // shape.turns * shape.turns
         used, said = stages * block, f"{stages}"
     if used > room:
         raise UnsupportedError(
@@ -282,9 +289,10 @@ def _launch(operands: tuple[Any, ...], caches: list[Array], shape: Shape, interp
     item] and sums by part."""
     *_, (seqs, *_), queries = operands
     items, heads, rows = len(seqs), len(queries), shape.groups * ROWS
+    shares = shape.splits * shape.turns
     out = [
-        jax.ShapeDtypeStruct((shape.splits, *queries.shape[:2], shape.values), shape.said),
-        jax.ShapeDtypeStruct((shape.splits, items, heads, rows), jnp.float32),
+        jax.ShapeDtypeStruct((shares, *queries.shape[:2], shape.values), shape.said),
+        jax.ShapeDtypeStruct((shares, items, heads, rows), jnp.float32),
     ]
     if shape.mass:
         sums = items, heads, shape.row * shape.parts + shape.count, rows
@@ -295,7 +303,7 @@ def _launch(operands: tuple[Any, ...], caches: list[Array], shape: Shape, interp
         out_type=out,
         grid=(heads, shape.splits, items),
         grid_names=("head", "split", "item"),
-        num_threads=3 if shape.wide else shape.groups + 1,
+        num_threads=3 if shape.wide else shape.readers + 1,
         thread_name="wg",
         scratch_types=latent.scratch(shape) if shape.wide else _scratch(shape),
         compiler_params=plgpu.CompilerParams(
@@ -312,9 +320,8 @@ def _scratch(shape: Shape) -> list[Any]:
     """What `kernel` asks for."""
     return [
         plgpu.SMEM((shape.groups, ROWS, shape.lanes), jnp.bfloat16),
-        plgpu.SMEM((shape.groups, shape.weights, ROWS, shape.keys), jnp.bfloat16),
-        plgpu.SMEM((shape.groups, ROWS, STORED), shape.said),
-        plgpu.SMEM((shape.groups, ROWS), jnp.float32),
+        plgpu.SMEM((shape.readers, ROWS, STORED), shape.said),
+        plgpu.SMEM((shape.readers, ROWS), jnp.float32),
         plgpu.Barrier(num_barriers=shape.groups),
         plgpu.Barrier(num_arrivals=shape.groups),
         Ring.scratch(shape, readers=shape.groups),

@@ -12,6 +12,7 @@ depends on the order, if scales and masks follow it (`Shape.key_of`).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -22,8 +23,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.paged_attention.codec import block_of
+from kernels_pallas.wgmma import ROWS
 
-ROWS = 64  # of a warpgroup: what wgmma fixes
 _SORTED = 4  # kinds of keys of four bits: by the half of a byte, and even or odd bytes
 _APART = 8  # lines: if scales filled their array, Mosaic would take a transposed view for flat
 _NIBBLES = plgpu.Layout.TILED(
@@ -42,6 +43,7 @@ class Shape:
         heads: such groups for each head of keys.
         tokens: in a tile of rows.
         groups: tiles of rows in a block of threads.
+        turns: warpgroups that attend to the same rows, each to every other block of keys.
         part: keys that are brought by one copy: those of a page, or fewer.
         parts: of a page.
         count: parts in a block of keys.
@@ -63,6 +65,7 @@ class Shape:
     heads: int
     tokens: int
     groups: int
+    turns: int
     stages: int
     splits: int
     shared: int
@@ -86,6 +89,16 @@ class Shape:
     @property
     def keys(self) -> int:
         return self.count * self.part
+
+    @property
+    def readers(self) -> int:
+        """Warpgroups that compute."""
+        return self.groups * self.turns
+
+    @property
+    def unit(self) -> float:
+        """What products of queries and keys, or tanh of them, are in logits of base 2."""
+        return self.cap or self.factor
 
     @property
     def piece(self) -> int:
@@ -125,7 +138,7 @@ class Shape:
     def said(self) -> Any:
         """The type of outputs. Shares of wide rows are written and read as often as many keys in
         four bits, whose own rounding is ninety times that of bfloat16."""
-        return jnp.bfloat16 if self.nibbles and self.splits > 1 else jnp.float32
+        return jnp.bfloat16 if self.nibbles and self.splits * self.turns > 1 else jnp.float32
 
     def shares(self, first: int, end: int, widest: int) -> list[tuple[int, int, int]]:
         """Lanes of values as products take them: (first lane, lanes, the part that they are of)."""
@@ -189,6 +202,8 @@ class Work(NamedTuple):
         reach: keys that a token sees, back from its own.
         part, end_part: the first of the share, and the one behind the last of the item.
         steps: blocks of keys.
+        whole, partial: the first block that all rows see whole, and the one behind the last. The
+            others need a mask, and come first.
     """
 
     seq: Array
@@ -199,6 +214,8 @@ class Work(NamedTuple):
     part: Array
     end_part: Array
     steps: Array
+    whole: Array
+    partial: Array
 
     @classmethod
     def of(cls, shape: Shape, window: Any, items: Items) -> Work:
@@ -213,11 +230,38 @@ class Work(NamedTuple):
         part = part + split * share
         share = jnp.maximum(jnp.minimum(share, end_part - part), 0)
         steps = lax.div(share + shape.count - 1, jnp.int32(shape.count))
-        return cls(seq, first, end, shift, reach, part, end_part, steps)
+        behind = first + shift + 1 - part * shape.part  # of the first row, from the first key
+        partial = jnp.minimum(lax.div(jnp.maximum(behind, 0), jnp.int32(shape.keys)), steps)
+        hidden = jnp.maximum(behind - 1 + shape.groups * shape.tokens - reach, 0)  # to the last row
+        whole = lax.div(hidden + shape.keys - 1, jnp.int32(shape.keys))
+        whole = jnp.minimum(whole, partial)
+        return cls(seq, first, end, shift, reach, part, end_part, steps, whole, partial)
 
-    def key(self, step: Array, shape: Shape) -> Array:
-        """The first of a block."""
-        return (self.part + step * shape.count) * shape.part
+    @property
+    def masked(self) -> Array:
+        """Blocks that need a mask."""
+        return self.steps - (self.partial - self.whole)
+
+    def at(self, step: Array, shape: Shape) -> Array:
+        """The first part of the block that a step is about."""
+        end = jnp.where(step < self.masked, self.whole, self.steps)
+        skipped = jnp.where(step < self.whole, 0, self.partial - end)
+        return self.part + (step + skipped) * shape.count
+
+    def walk(self, do: Callable[..., Any], state: Any, turn: Any, turns: int) -> Any:
+        """Runs do(step, state, masked=...) over those steps whose turn it is."""
+
+        def some(low: Array | int, high: Array, state: Any, masked: bool) -> Any:
+            if turns == 1:
+                return lax.fori_loop(low, high, lambda i, x: do(i, x, masked=masked), state)
+            first = low + lax.rem(turn + low * (turns - 1), jnp.int32(turns))
+            count = lax.div(high - first + turns - 1, jnp.int32(turns))
+            return lax.fori_loop(
+                0, count, lambda i, x: do(first + i * turns, x, masked=masked), state
+            )
+
+        state = some(0, self.masked, state, masked=True)
+        return some(self.masked, self.steps, state, masked=False)
 
 
 class Ring(NamedTuple):
@@ -296,9 +340,9 @@ def bring(work: Work, shape: Shape, layer, tables, stacks, scales, ring: Ring) -
     def parts(step: Array, of: int = 1) -> Any:
         """Where the parts of a block lie: pages, keys in them, and keys of the block, or groups of
         `of` keys."""
-        size = shape.part // of
+        size, first = shape.part // of, work.at(step, shape)
         for p in range(shape.count):  # none is left out, since barriers count
-            at = jnp.minimum(work.part + step * shape.count + p, work.end_part - 1)
+            at = jnp.minimum(first + p, work.end_part - 1)
             page = tables[work.seq * shape.row + lax.div(at, jnp.int32(shape.parts))]
             z = pl.ds(lax.rem(at, jnp.int32(shape.parts)) * size, size)
             yield page, z, pl.ds(p * size, size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from itertools import accumulate, groupby
 from typing import Any
 
@@ -12,8 +13,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.paged_attention.codec import block_of
-from kernels_pallas.paged_attention.mosaic_gpu_blocks import ROWS, Items, Shape, Work, bring
-from kernels_pallas.tiling import late
+from kernels_pallas.paged_attention.mosaic_gpu_blocks import Items, Shape, Work, bring
+from kernels_pallas.wgmma import ROWS, across, add_products, down, product
 
 TINY = 1e-37
 HIDDEN = -1e30  # finite: a row that has seen nothing yet must not become NaN
@@ -24,11 +25,11 @@ STORED = 64  # lanes that are turned over to a copy at a time
 def scores(q: Any, keys: Any, scales: Any, shape: Shape) -> Array:
     """Products of queries with a block of keys [ROWS, keys], times scales where keys have some."""
     if scales is None:
-        return product(q, keys.T, (ROWS, shape.keys))
+        return product(q, keys.T)
 
     def add(b: Any, s: Array, first: Any, n: int) -> Array:
         lanes = pl.ds(first, n)
-        part = product(q.at[:, lanes], keys.at[:, lanes].T, (ROWS, shape.keys))
+        part = product(q.at[:, lanes], keys.at[:, lanes].T)
         by = scales[b]
         by = by * block_of(n) ** -0.5 if shape.nibbles else by
         return s + part * lax.broadcast_in_dim(by, part.shape, (1,))
@@ -63,26 +64,51 @@ def pieces(x: Array, part: int, width: int, shape: Shape) -> list[Array]:
     return [column * block**-0.5 for column in columns]
 
 
-def weigh(p: Array, scales: Any, past: Array, weights: Any, shape: Shape) -> None:
-    """Puts down what values are multiplied with, for each part of them that has scales of its own.
-    Scales from `past` on nobody may see: they might be NaN."""
-    for part in range(shape.weights):
-        x = p
-        if scales is not None:
-            by = scales[part]
-            key = shape.key_of(lax.broadcasted_iota(jnp.int32, by.shape, 0))
-            x = p * lax.broadcast_in_dim(jnp.where(key < past, by, 0.0), p.shape, (1,))
-        weights[part] = x.astype(weights.dtype)
+def weigh(p: Array, scales: Any, past: Array | None, shape: Shape) -> list[Array]:
+    """What values are multiplied with, for each part of them that has scales of its own. Scales
+    from `past` on nobody may see: they might be NaN."""
+    if scales is None:
+        return [p.astype(jnp.bfloat16)]
+
+    def by(part: int) -> Array:
+        scale = scales[part]
+        if past is not None:
+            key = shape.key_of(lax.broadcasted_iota(jnp.int32, scale.shape, 0))
+            scale = jnp.where(key < past, scale, 0.0)
+        return across(scale, p.shape)
+
+    return [(p * by(part)).astype(jnp.bfloat16) for part in range(shape.weights)]
 
 
-def logits(s: Array, position: Array, key: Array, reach: Array, shape: Shape) -> Array:
-    """Of products with a block of keys, in powers of 2; `position` is that of the first row."""
-    s = s * shape.factor
-    s = jnp.tanh(s) * shape.cap if shape.cap else s
-    row = lax.broadcasted_iota(jnp.int32, s.shape, 0)
-    back = position + lax.div(row, jnp.full_like(row, shape.group))
-    back = back - key - shape.key_of(lax.broadcasted_iota(jnp.int32, s.shape, 1))
-    return jnp.where((back >= 0) & (back < reach), s, HIDDEN)
+def softmax(
+    s: Array, top: Array, hidden: Callable[[Array], Array] | None, shape: Shape
+) -> tuple[Array, Array, Array]:
+    """Of products with a block of keys: exponentials, the highest so far, and what it shrinks.
+
+    Args:
+        top: the highest before, in the units of products (`Shape.unit`), as the one that is given.
+        hidden: hides what rows do not see; none where they see all.
+    """
+    s = jnp.tanh(s * shape.factor) if shape.cap else s
+    s = s if hidden is None else hidden(s)
+    now = jnp.maximum(top, jnp.max(s, 1))
+    if hidden is None:  # one instruction, and rows that have seen something
+        p = jnp.exp2(s * shape.unit - down(now * shape.unit, s.shape))
+    else:
+        p = jnp.exp2((s - down(now, s.shape)) * shape.unit)
+    return p, now, jnp.exp2((top - now) * shape.unit)
+
+
+def mask(position: Array, key: Array, reach: Array, shape: Shape) -> Callable[[Array], Array]:
+    """Hides products of rows with keys that they do not see; `position` is that of the first."""
+
+    def hidden(s: Array) -> Array:
+        row = lax.broadcasted_iota(jnp.int32, s.shape, 0)
+        back = position + lax.div(row, jnp.full_like(row, shape.group))
+        back = back - key - shape.key_of(lax.broadcasted_iota(jnp.int32, s.shape, 1))
+        return jnp.where((back >= 0) & (back < reach), s, HIDDEN)
+
+    return hidden
 
 
 def part_sums(p: Array, shape: Shape) -> list[Array]:
@@ -108,78 +134,82 @@ def kernel(
     shape: Shape, simulated: bool,
 ) -> None:  # fmt: skip
     stacks, scales, (o_ref, lse_ref, *mass_refs), refs = by_kind(refs, shape)
-    q_smem, p_smem, o_smem, lse_smem, arrived, silenced, ring = refs
+    q_smem, o_smem, lse_smem, arrived, silenced, ring = refs
     blocks, ready = ring.blocks, ring.ready
     head, split, item = (lax.axis_index(name) for name in ("head", "split", "item"))
     wg = lax.axis_index("wg")
+    turn, tile = (wg, 0) if shape.turns > 1 else (0, wg)
+    split = split * shape.turns + turn
 
     @pl.when(items.seqs[item] >= 0)
     def _() -> None:
         work = Work.of(shape, window, items)
 
-        @pl.when(wg == shape.groups)
+        @pl.when(wg == shape.readers)
         def _bring() -> None:
-            if shape.groups > 1:
+            if shape.readers > 1:
                 plgpu.set_max_registers(56 if shape.ahead else 24, action="decrease")
             bring(work, shape, layer, tables, stacks, scales, ring)
 
-        @pl.when(wg < shape.groups)
+        @pl.when(wg < shape.readers)
         def _compute() -> None:
-            if shape.groups > 1:
+            if shape.readers > 1:
                 plgpu.set_max_registers(224 if shape.ahead else 240, action="increase")
-            base = work.first + wg * shape.tokens
+            base = work.first + tile * shape.tokens
             shares = shape.shares(0, shape.values, 128)  # of a product: more fill the registers
-            rows = pl.ds(wg * ROWS, ROWS)
-            queries = q_ref.at[head, pl.ds(items.row(shape) + wg * ROWS, ROWS)]
-            plgpu.copy_gmem_to_smem(queries, q_smem.at[wg], arrived.at[wg])
-            plgpu.barrier_wait(arrived.at[wg])
+            rows = pl.ds(tile * ROWS, ROWS)
+            queries = q_ref.at[head, pl.ds(items.row(shape) + tile * ROWS, ROWS)]
+
+            @pl.when(turn == 0)
+            def _() -> None:
+                plgpu.copy_gmem_to_smem(queries, q_smem.at[tile], arrived.at[tile])
+
+            plgpu.barrier_wait(arrived.at[tile])
+
+            def quiet(values: Any, past: Array) -> None:
+                together()  # where values are keys, others may still read them
+                pl.when(tile == 0)(lambda: silence(values, past))
+                together()
 
             def together() -> None:
-                plgpu.barrier_arrive(silenced)
-                plgpu.barrier_wait(silenced)
+                if shape.groups > 1:
+                    plgpu.barrier_arrive(silenced)
+                    plgpu.barrier_wait(silenced)
 
-            def attend(step: Array, state: tuple[Any, ...]) -> tuple[Any, ...]:
+            def attend(step: Array, state: tuple[Any, ...], masked: bool) -> tuple[Any, ...]:
                 value, top, total = state
                 slot = lax.rem(step, jnp.int32(shape.stages))
-                key = work.key(step, shape)
+                part = work.at(step, shape)
+                key = part * shape.part
                 plgpu.barrier_wait(ready[0].at[slot])
                 steps = [ring.steps(0, step, shape)] if scales else [None]
-                s = scores(q_smem.at[wg], blocks[0].at[slot], steps[0], shape)
-                s = logits(s, base + work.shift, key, work.reach, shape)
-                now = jnp.maximum(top, jnp.max(s, 1))
-                p, shrink = jnp.exp2(s - down(now, s.shape)), jnp.exp2(top - now)
+                s = scores(q_smem.at[tile], blocks[0].at[slot], steps[0], shape)
+                hidden = mask(base + work.shift, key, work.reach, shape) if masked else None
+                p, now, shrink = softmax(s, top, hidden, shape)
                 sums = part_sums(p, shape) if shape.mass else [jnp.sum(p, 1)]
                 for masses in mass_refs:
-                    at = work.part + step * shape.count
-                    keep_masses(masses.at[item, head, :, rows], sums, now, at)
+                    keep_masses(masses.at[item, head, :, rows], sums, now * shape.unit, part)
                 total = total * shrink + sum(sums)
                 if len(stacks) == 2:
                     plgpu.barrier_wait(ready[1].at[slot])
                     steps += [ring.steps(1, step, shape)] if scales else []
                 values = blocks[-1].at[slot, :, pl.ds(0, shape.values)]
-                past = work.end + work.shift - key  # the first of the block's keys that nobody sees
-
-                def quiet() -> None:
-                    together()  # where values are keys, others may still read them
-                    pl.when(wg == 0)(lambda: silence(values, past))
-                    together()
-
-                None if shape.ahead else pl.when(past < shape.keys)(quiet)  # integers are finite
-                mine = late(wg, step)
-                weigh(p, steps[-1], past, p_smem.at[mine], shape)
-                plgpu.commit_smem()
-                value = add_products(
-                    value, shrink, p_smem.at[mine], values, shares, simulated=simulated
-                )
+                past = work.end + work.shift - key if masked else None  # nobody sees these keys
+                if past is not None and not shape.ahead:  # integers are finite
+                    pl.when(past < shape.keys)(lambda: quiet(values, past))
+                weights = weigh(p, steps[-1], past, shape)
+                value = [x * down(shrink, x.shape) for x in value]
+                pairs = [(weights[i], values.at[:, pl.ds(at, n)]) for at, n, i in shares]
+                value = add_products(value, pairs, simulated=simulated)
                 plgpu.barrier_arrive(ring.free.at[slot])
                 return value, now, total
 
             nothing = [jnp.zeros((ROWS, n), jnp.float32) for _, n, _ in shares]
             state = tuple(nothing), *(jnp.full((ROWS,), x, jnp.float32) for x in (HIDDEN, 0.0))
-            value, top, total = lax.fori_loop(0, work.steps, attend, state)
+            value, top, total = work.walk(attend, state, turn, shape.turns)
             total = jnp.maximum(total, 1e-30)
             value = [x / down(total, x.shape) for x in value]
-            lse = (top + jnp.log2(total)) * (1 / LOG2E)
+            lse = (top * shape.unit + jnp.log2(total)) * (1 / LOG2E)
 
             lse_smem[wg] = lse
             plgpu.commit_smem()
@@ -197,7 +227,7 @@ def kernel(
 
                         @pl.when(base + row // shape.group < work.end)
                         def _(row: int = row, lanes: Any = lanes) -> None:
-                            there = pl.ds(items.row(shape) + wg * ROWS + row, 8)
+                            there = pl.ds(items.row(shape) + tile * ROWS + row, 8)
                             out = o_ref.at[split, head, there, lanes]
                             plgpu.copy_smem_to_gmem(o_smem.at[wg, pl.ds(row, 8)], out)
 
@@ -224,38 +254,3 @@ def silence(values: Any, past: Array) -> None:
         some[...] = jnp.where(key < past, x, jnp.zeros_like(x))
 
     plgpu.commit_smem()
-
-
-def product(a: Any, b: Any, shape: tuple[int, ...]) -> Array:
-    """a @ b [64, n] in float32; b is a tile in shared memory."""
-
-    def scope(total: Any) -> Array:
-        plgpu.wgmma(total, a, b)
-        return total[...]
-
-    return pl.run_scoped(scope, plgpu.WGMMAAccumulatorRef((shape[0], shape[1]), jnp.float32))
-
-
-def add_products(
-    sums: Any, shrink: Array, weights: Any, values: Any, shares: Any, *, simulated: bool
-) -> tuple[Array, ...]:
-    """Sums shrunk by row, and products of weights with lanes of values, in the sums' registers."""
-    sums = tuple(x * down(shrink, x.shape) for x in sums)
-    pairs = [(part, values.at[:, pl.ds(at, n)]) for at, n, part in shares]
-    if simulated:  # the simulator knows no sums that go on
-        return tuple(
-            x + product(weights.at[part], v, x.shape)
-            for x, (part, v) in zip(sums, pairs, strict=True)
-        )
-
-    def multiply(refs: Any) -> None:
-        for ref, (part, v) in zip(refs, pairs, strict=True):
-            plgpu.wgmma(ref, weights.at[part], v)
-
-    going_on: Any = tuple(plgpu.WGMMAAccumulatorRef.init(x) for x in sums)
-    return pl.run_state(multiply)(going_on)
-
-
-def down(column: Array, shape: tuple[int, ...]) -> Array:
-    """A number per row."""
-    return lax.broadcast_in_dim(column, shape, (0,))

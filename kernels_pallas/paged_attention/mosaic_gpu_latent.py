@@ -17,22 +17,22 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas import versions
-from kernels_pallas.paged_attention.mosaic_gpu_blocks import ROWS, Items, Ring, Shape, Work, bring
+from kernels_pallas.paged_attention.mosaic_gpu_blocks import Items, Ring, Shape, Work, bring
 from kernels_pallas.paged_attention.mosaic_gpu_kernel import (
     HIDDEN,
     LOG2E,
-    add_products,
     by_kind,
-    down,
     keep_masses,
-    logits,
+    mask,
     part_sums,
     pieces,
     scores,
     silence,
+    softmax,
     weigh,
 )
 from kernels_pallas.tiling import late
+from kernels_pallas.wgmma import ROWS, add_products, down
 
 _SCORES, _VALUES, _PAGES = range(3)  # what the warpgroups are for
 _WIDEST = 256  # lanes that wgmma takes
@@ -84,6 +84,11 @@ def kernel(
                 there = o_ref.at[split, head, pl.ds(items.row(shape), ROWS), lanes]
                 versions.store_narrow(there, some.astype(o_ref.dtype))
 
+    def add(step: Array, sums: Any, shrink: Array, keys: Any, share: _Shares) -> tuple[Array, ...]:
+        sums = [x * down(shrink, x.shape) for x in sums]
+        pairs = [(p_smem.at[late(part, step)], keys.at[:, pl.ds(at, n)]) for at, n, part in share]
+        return add_products(sums, pairs, simulated=simulated)
+
     def nothing(share: Any) -> tuple[Array, ...]:
         return tuple(jnp.zeros((ROWS, n), jnp.float32) for _, n, _ in share)
 
@@ -103,40 +108,42 @@ def kernel(
             plgpu.copy_gmem_to_smem(queries, q_smem, arrived)
             plgpu.barrier_wait(arrived)
 
-            def attend(step: Array, state: tuple[Any, ...]) -> tuple[Any, ...]:
+            def attend(step: Array, state: tuple[Any, ...], masked: bool) -> tuple[Any, ...]:
                 sums, top, total = state
                 keys, done = take(step)
-                key = work.key(step, shape)
+                at = work.at(step, shape)
+                key = at * shape.part
                 steps = ring.steps(0, step, shape) if scales else None
                 s = scores(q_smem, keys, steps, shape)
-                s = logits(s, work.first + work.shift, key, work.reach, shape)
-                now = jnp.maximum(top, jnp.max(s, 1))
-                p, shrink = jnp.exp2(s - down(now, s.shape)), jnp.exp2(top - now)
+                position = work.first + work.shift
+                hidden = mask(position, key, work.reach, shape) if masked else None
+                p, now, shrink = softmax(s, top, hidden, shape)
                 parts = part_sums(p, shape) if shape.mass else [jnp.sum(p, 1)]
                 for masses in mass_refs:
-                    keep_masses(masses.at[item, head], parts, now, work.part + step * shape.count)
+                    keep_masses(masses.at[item, head], parts, now * shape.unit, at)
                 total = total * shrink + sum(parts)
-                past = work.end + work.shift - key  # the first of the block's that nobody sees
-                values = keys.at[:, pl.ds(0, shape.values)]
-                if not shape.ahead:  # integers are finite
+                past = work.end + work.shift - key if masked else None  # nobody sees these keys
+                if past is not None and not shape.ahead:  # integers are finite
+                    values = keys.at[:, pl.ds(0, shape.values)]
                     pl.when(past < shape.keys)(lambda: silence(values, past))
                 pl.when(step > 0)(lambda: plgpu.barrier_wait(added))  # the weights before these
-                weigh(p, steps, past, p_smem, shape)
+                for part, weights in enumerate(weigh(p, steps, past, shape)):
+                    p_smem[part] = weights
                 shrink_smem[...] = shrink
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(weighed)
-                sums = add_products(sums, shrink, p_smem, keys, few, simulated=simulated)
+                sums = add(step, sums, shrink, keys, few)
                 plgpu.barrier_arrive(done)
                 return sums, now, total
 
             state = nothing(few), *(jnp.full((ROWS,), x, jnp.float32) for x in (HIDDEN, 0.0))
-            sums, top, total = lax.fori_loop(0, work.steps, attend, state)
+            sums, top, total = work.walk(attend, state, turn=0, turns=1)
             total = jnp.maximum(total, 1e-30)
             pl.when(work.steps > 0)(lambda: plgpu.barrier_wait(added))
             shrink_smem[...] = 1 / total
             plgpu.commit_smem()
             plgpu.barrier_arrive(weighed)
-            lse_ref[split, item, head] = (top + jnp.log2(total)) * (1 / LOG2E)
+            lse_ref[split, item, head] = (top * shape.unit + jnp.log2(total)) * (1 / LOG2E)
             store(sums, 1 / total, few)
 
         @pl.when(wg == _VALUES)
@@ -146,7 +153,7 @@ def kernel(
             def attend(step: Array, sums: tuple[Array, ...]) -> tuple[Array, ...]:
                 keys, done = take(step)
                 plgpu.barrier_wait(weighed)
-                sums = add_products(sums, shrink_smem[...], p_smem, keys, many, simulated=simulated)
+                sums = add(step, sums, shrink_smem[...], keys, many)
                 plgpu.barrier_arrive(added)
                 plgpu.barrier_arrive(done)
                 return sums

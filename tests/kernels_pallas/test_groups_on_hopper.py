@@ -78,7 +78,7 @@ def attended(operands, caches, shape, interpret):
 def both(keys, window):
     def run(q, k, v, told, step, sinks):
         rest = {"scale": 0.1, "sinks": sinks, "window": jnp.int32(window)}
-        tile = mosaic_gpu.GpuTile(keys=keys, splits=1)
+        tile = mosaic_gpu.GpuTile(keys=keys, splits=1, turns=1)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(mosaic_gpu, "_launch", attended)
             found = mosaic_gpu.page_attention(q, k, v, 0, told, tile=tile, **rest)

@@ -317,7 +317,7 @@ REFUSED_ON_HOPPER = {
     "groups": (
         {"W": 640, "latent": True},
         {"value_dim": 512, "tile": mosaic_gpu.GpuTile(groups=2)},
-        "groups=2 of rows: one",
+        "groups=2 of rows, .*: one, whose values",
     ),
     "no room": (
         {"W": 640, "latent": True},

@@ -1,0 +1,77 @@
+"""Warpgroups that take blocks of keys in turn on Hopper, those that need a mask first."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels_pallas import versions
+from kernels_pallas.op import UnsupportedError
+from kernels_pallas.paged_attention import mosaic_gpu, reference
+from kernels_pallas.paged_attention.cases import batch as step_of
+from kernels_pallas.paged_attention.coded_cases import pages_of
+
+LENS, Z, H = (300, 70, 522), 32, 64  # five blocks of 64 keys, two and nine
+
+
+def stored(kind, step, pages):
+    """Pages whose slots that nobody has written hold NaN, in rows of floats or in their scales."""
+    held = np.zeros((pages, Z), bool)
+    for r, length in enumerate(step.kv_lens):
+        at = np.arange(length)
+        held[step.tables[r, at // Z], at % Z] = True
+    if kind == "bfloat16":
+        rows = jax.random.normal(jax.random.key(0), (2, 1, pages, 1, Z, H), jnp.bfloat16)
+        junk = jnp.array([1e4, jnp.nan], rows.dtype)[:, None, None, None, None, None]
+        return tuple(jnp.where(held[None, None, :, None, :, None], rows, junk))
+    both = [pages_of(kind, jax.random.key(i), (1, pages, 1, Z, H)) for i in range(2)]
+    if kind == "static":
+        return tuple(both)
+    scales = (jnp.where(held[None, :, None], x.scale, jnp.nan) for x in both)
+    return tuple(
+        x.__class__(x.values, scale, x.parts) for x, scale in zip(both, scales, strict=True)
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("window", [0, 150])
+@pytest.mark.parametrize("kind", ["bfloat16", "int8", "static", "int4"])
+def test_turns_add_up_to_attention(kind, window):
+    """With a window, blocks at both ends of a row need a mask, and some lie between."""
+    step, pages = step_of((1, 2, 1), LENS, Z)
+    q = jax.random.normal(jax.random.key(2), (4, 4, H), jnp.bfloat16)
+    args = (q, *stored(kind, step, pages), 0, jax.tree.map(jnp.asarray, step))
+    options = {"scale": 0.1, "window": jnp.int32(window), "sinks": jnp.full((4,), 0.5)}
+    tile = mosaic_gpu.GpuTile(turns=2, splits=1)
+    try:
+        found = mosaic_gpu.page_attention(
+            *args, **options, tile=tile, interpret=versions.simulated_gpu()
+        )
+        found = jax.block_until_ready(found)
+        assert not versions.gpu_races_found()
+    finally:
+        versions.reset_simulated_gpu()
+    for x, y in zip(found, reference.page_attention(*args, **options), strict=True):
+        np.testing.assert_allclose(x, y, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize(("prompts", "M", "turns"), [(False, 8, 2), (False, 4, 1), (True, 8, 1)])
+def test_decode_steps_are_attended_in_turns(prompts, M, turns):
+    """Where a sequence may have blocks enough; two tiles of rows of a prompt share blocks."""
+    step, _ = step_of((40 if prompts else 1, 1), (M * Z, 1), Z)
+    q = jax.ShapeDtypeStruct((int(step.row_starts[-1]), 4, H), jnp.bfloat16)
+    pages = jax.ShapeDtypeStruct((1, 2 * M + 1, 1, Z, H), jnp.bfloat16)
+    shape = mosaic_gpu._shape(mosaic_gpu.GpuTile(), q, pages, pages, step, H, False, 0.1, 0.0)
+    assert shape.turns == turns
+    assert shape.stages % turns == 0  # or a warpgroup would miss what becomes of its slots
+
+
+def test_turns_are_of_one_tile_of_rows():
+    step, _ = step_of((1, 1), (200, 1), Z)
+    q = jax.ShapeDtypeStruct((2, 4, H), jnp.bfloat16)
+    pages = jax.ShapeDtypeStruct((1, 15, 1, Z, H), jnp.bfloat16)
+    tile = mosaic_gpu.GpuTile(groups=2, turns=2)
+    with pytest.raises(
+        UnsupportedError, match=r"groups=2 of rows, turns=2 .* two warpgroups in all"
+    ):
+        mosaic_gpu._shape(tile, q, pages, pages, step, H, False, 0.1, 0.0)
