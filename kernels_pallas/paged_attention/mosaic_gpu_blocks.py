@@ -169,7 +169,8 @@ class Shape:
 
 
 class Items(NamedTuple):
-    """What blocks of threads are given. All int32 [items].
+    """What blocks of threads are given. All int32 [items]. Numbers of one's own item are read again
+    where they are needed: registers are few, and loops full of masks.
 
     Attributes:
         seqs: whose row of the block table leads to the pages; -1: there is no such item.
@@ -188,18 +189,29 @@ class Items(NamedTuple):
     places: Any
 
     def row(self, shape: Shape) -> Array:
-        """The first row of this item's queries and results. Read again where it is needed, it takes
-        no register in between."""
+        """The first row of this item's queries and results."""
         return self.places[lax.axis_index("item")] * shape.piece
+
+    def position(self) -> Array:
+        """Of this item's first token."""
+        item = lax.axis_index("item")
+        return self.firsts[item] + self.shifts[item]
+
+    def behind(self) -> Array:
+        """The position behind this item's last token."""
+        item = lax.axis_index("item")
+        return self.ends[item] + self.shifts[item]
+
+
+def reach(window: Any) -> Array:
+    """Keys that a token sees, back from its own."""
+    return jnp.where(window[0] > 0, window[0], 2**30)
 
 
 class Work(NamedTuple):
     """The share of an item's keys that a block of threads attends to.
 
     Attributes:
-        first, end: its tokens.
-        shift: from a token to its position.
-        reach: keys that a token sees, back from its own.
         part, end_part: the first of the share, and the one behind the last of the item.
         steps: blocks of keys.
         whole, partial: the first block that all rows see whole, and the one behind the last. The
@@ -207,10 +219,6 @@ class Work(NamedTuple):
     """
 
     seq: Array
-    first: Array
-    end: Array
-    shift: Array
-    reach: Array
     part: Array
     end_part: Array
     steps: Array
@@ -220,22 +228,22 @@ class Work(NamedTuple):
     @classmethod
     def of(cls, shape: Shape, window: Any, items: Items) -> Work:
         item, split = lax.axis_index("item"), lax.axis_index("split")
-        seq, first, end, shift, begin, stop = (x[item] for x in items[:-1])
-        reach = jnp.where(window[0] > 0, window[0], 2**30)
-        part = lax.div(jnp.maximum(first + shift - reach + 1, 0), jnp.int32(shape.part))
-        part = jnp.maximum(part, begin)
-        end_part = jnp.minimum(lax.div(end - 1 + shift, jnp.int32(shape.part)) + 1, stop)
+        position, seen = items.position(), reach(window)
+        part = lax.div(jnp.maximum(position - seen + 1, 0), jnp.int32(shape.part))
+        part = jnp.maximum(part, items.begins[item])
+        end_part = lax.div(items.behind() - 1, jnp.int32(shape.part)) + 1
+        end_part = jnp.minimum(end_part, items.stops[item])
         share = lax.div(end_part - part + shape.count - 1, jnp.int32(shape.count))  # in blocks
         share = lax.div(share + shape.splits - 1, jnp.int32(shape.splits)) * shape.count
         part = part + split * share
         share = jnp.maximum(jnp.minimum(share, end_part - part), 0)
         steps = lax.div(share + shape.count - 1, jnp.int32(shape.count))
-        behind = first + shift + 1 - part * shape.part  # of the first row, from the first key
-        partial = jnp.minimum(lax.div(jnp.maximum(behind, 0), jnp.int32(shape.keys)), steps)
-        hidden = jnp.maximum(behind - 1 + shape.groups * shape.tokens - reach, 0)  # to the last row
+        first = position - part * shape.part  # row, counted from the first key
+        partial = lax.div(jnp.maximum(first + 1, 0), jnp.int32(shape.keys))
+        partial = jnp.minimum(partial, steps)
+        hidden = jnp.maximum(first + shape.groups * shape.tokens - seen, 0)  # from the last row
         whole = lax.div(hidden + shape.keys - 1, jnp.int32(shape.keys))
-        whole = jnp.minimum(whole, partial)
-        return cls(seq, first, end, shift, reach, part, end_part, steps, whole, partial)
+        return cls(items.seqs[item], part, end_part, steps, jnp.minimum(whole, partial), partial)
 
     @property
     def masked(self) -> Array:

@@ -12,9 +12,10 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels_pallas import versions
 from kernels_pallas.paged_attention.codec import block_of
-from kernels_pallas.paged_attention.mosaic_gpu_blocks import Items, Shape, Work, bring
-from kernels_pallas.wgmma import ROWS, across, add_products, down, product
+from kernels_pallas.paged_attention.mosaic_gpu_blocks import Items, Shape, Work, bring, reach
+from kernels_pallas.wgmma import ROWS, across, add_products, down, product, within
 
 TINY = 1e-37
 HIDDEN = -1e30  # finite: a row that has seen nothing yet must not become NaN
@@ -99,14 +100,20 @@ def softmax(
     return p, now, jnp.exp2((top - now) * shape.unit)
 
 
-def mask(position: Array, key: Array, reach: Array, shape: Shape) -> Callable[[Array], Array]:
-    """Hides products of rows with keys that they do not see; `position` is that of the first."""
+def mask(position: Array, key: Array, seen: Array, shape: Shape) -> Callable[[Array], Array]:
+    """Hides products of rows with keys that they do not see.
+
+    Args:
+        position: of the first row.
+        key: the first of the block.
+        seen: keys that a row sees, back from its own.
+    """
 
     def hidden(s: Array) -> Array:
         row = lax.broadcasted_iota(jnp.int32, s.shape, 0)
         back = position + lax.div(row, jnp.full_like(row, shape.group))
         back = back - key - shape.key_of(lax.broadcasted_iota(jnp.int32, s.shape, 1))
-        return jnp.where((back >= 0) & (back < reach), s, HIDDEN)
+        return jnp.where(within(back, seen), s, HIDDEN)
 
     return hidden
 
@@ -145,17 +152,15 @@ def kernel(
     def _() -> None:
         work = Work.of(shape, window, items)
 
-        @pl.when(wg == shape.readers)
-        def _bring() -> None:
+        def bring_pages() -> None:
             if shape.readers > 1:
                 plgpu.set_max_registers(56 if shape.ahead else 24, action="decrease")
             bring(work, shape, layer, tables, stacks, scales, ring)
 
-        @pl.when(wg < shape.readers)
-        def _compute() -> None:
+        def compute() -> None:
             if shape.readers > 1:
                 plgpu.set_max_registers(224 if shape.ahead else 240, action="increase")
-            base = work.first + tile * shape.tokens
+            mine = tile * shape.tokens  # the first of the tokens of these rows
             shares = shape.shares(0, shape.values, 128)  # of a product: more fill the registers
             rows = pl.ds(tile * ROWS, ROWS)
             queries = q_ref.at[head, pl.ds(items.row(shape) + tile * ROWS, ROWS)]
@@ -184,7 +189,8 @@ def kernel(
                 plgpu.barrier_wait(ready[0].at[slot])
                 steps = [ring.steps(0, step, shape)] if scales else [None]
                 s = scores(q_smem.at[tile], blocks[0].at[slot], steps[0], shape)
-                hidden = mask(base + work.shift, key, work.reach, shape) if masked else None
+                position = items.position() + mine
+                hidden = mask(position, key, reach(window), shape) if masked else None
                 p, now, shrink = softmax(s, top, hidden, shape)
                 sums = part_sums(p, shape) if shape.mass else [jnp.sum(p, 1)]
                 for masses in mass_refs:
@@ -194,7 +200,7 @@ def kernel(
                     plgpu.barrier_wait(ready[1].at[slot])
                     steps += [ring.steps(1, step, shape)] if scales else []
                 values = blocks[-1].at[slot, :, pl.ds(0, shape.values)]
-                past = work.end + work.shift - key if masked else None  # nobody sees these keys
+                past = items.behind() - key if masked else None  # nobody sees these keys
                 if past is not None and not shape.ahead:  # integers are finite
                     pl.when(past < shape.keys)(lambda: quiet(values, past))
                 weights = weigh(p, steps[-1], past, shape)
@@ -220,12 +226,13 @@ def kernel(
                 for begin in range(0, n, STORED):
                     for i in range(0, STORED, width):
                         some = columns[(begin + i) // width]
-                        o_smem[wg, :, pl.ds(i, width)] = some.astype(o_smem.dtype)
+                        there = o_smem.at[wg, :, pl.ds(i, width)]
+                        versions.store_narrow(there, some.astype(o_smem.dtype))
                     plgpu.commit_smem()
                     lanes = pl.ds(first + begin, STORED)
                     for row in range(0, ROWS, 8):  # none without a token
 
-                        @pl.when(base + row // shape.group < work.end)
+                        @pl.when(items.position() + mine + row // shape.group < items.behind())
                         def _(row: int = row, lanes: Any = lanes) -> None:
                             there = pl.ds(items.row(shape) + tile * ROWS + row, 8)
                             out = o_ref.at[split, head, there, lanes]
@@ -233,6 +240,8 @@ def kernel(
 
                     last = first + begin + STORED == shape.values
                     plgpu.wait_smem_to_gmem(0, wait_read_only=not last)
+
+        lax.cond(wg == shape.readers, bring_pages, compute)
 
 
 def by_kind(refs: tuple[Any, ...], shape: Shape) -> tuple[Any, ...]:

@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas import versions
-from kernels_pallas.paged_attention.mosaic_gpu_blocks import Items, Ring, Shape, Work, bring
+from kernels_pallas.paged_attention.mosaic_gpu_blocks import Items, Ring, Shape, Work, bring, reach
 from kernels_pallas.paged_attention.mosaic_gpu_kernel import (
     HIDDEN,
     LOG2E,
@@ -34,7 +34,6 @@ from kernels_pallas.paged_attention.mosaic_gpu_kernel import (
 from kernels_pallas.tiling import late
 from kernels_pallas.wgmma import ROWS, add_products, down
 
-_SCORES, _VALUES, _PAGES = range(3)  # what the warpgroups are for
 _WIDEST = 256  # lanes that wgmma takes
 _Shares = list[tuple[int, int, int]]
 
@@ -96,13 +95,11 @@ def kernel(
     def _() -> None:
         work = Work.of(shape, window, items)
 
-        @pl.when(wg == _PAGES)
-        def _() -> None:
+        def bring_pages() -> None:
             plgpu.set_max_registers(40 if shape.ahead else 24, action="decrease")
             bring(work, shape, layer, tables, stacks, scales, ring)
 
-        @pl.when(wg == _SCORES)
-        def _() -> None:
+        def keep_scores() -> None:
             plgpu.set_max_registers(240, action="increase")
             queries = q_ref.at[head, pl.ds(items.row(shape), ROWS)]
             plgpu.copy_gmem_to_smem(queries, q_smem, arrived)
@@ -115,14 +112,13 @@ def kernel(
                 key = at * shape.part
                 steps = ring.steps(0, step, shape) if scales else None
                 s = scores(q_smem, keys, steps, shape)
-                position = work.first + work.shift
-                hidden = mask(position, key, work.reach, shape) if masked else None
+                hidden = mask(items.position(), key, reach(window), shape) if masked else None
                 p, now, shrink = softmax(s, top, hidden, shape)
                 parts = part_sums(p, shape) if shape.mass else [jnp.sum(p, 1)]
                 for masses in mass_refs:
                     keep_masses(masses.at[item, head], parts, now * shape.unit, at)
                 total = total * shrink + sum(parts)
-                past = work.end + work.shift - key if masked else None  # nobody sees these keys
+                past = items.behind() - key if masked else None  # nobody sees these keys
                 if past is not None and not shape.ahead:  # integers are finite
                     values = keys.at[:, pl.ds(0, shape.values)]
                     pl.when(past < shape.keys)(lambda: silence(values, past))
@@ -146,8 +142,7 @@ def kernel(
             lse_ref[split, item, head] = (top * shape.unit + jnp.log2(total)) * (1 / LOG2E)
             store(sums, 1 / total, few)
 
-        @pl.when(wg == _VALUES)
-        def _() -> None:
+        def add_values() -> None:
             plgpu.set_max_registers(224 if shape.ahead else 240, action="increase")
 
             def attend(step: Array, sums: tuple[Array, ...]) -> tuple[Array, ...]:
@@ -161,3 +156,5 @@ def kernel(
             sums = lax.fori_loop(0, work.steps, attend, nothing(many))
             plgpu.barrier_wait(weighed)
             store(sums, shrink_smem[...], many)
+
+        lax.switch(wg, (keep_scores, add_values, bring_pages))
