@@ -32,9 +32,9 @@ from kernels_pallas.paged_attention.codec import (
     turned_by_product,
     whole_parts,
 )
-from kernels_pallas.paged_attention.mosaic_gpu_blocks import Ring, Shape
+from kernels_pallas.paged_attention.mosaic_gpu_blocks import Shape
 from kernels_pallas.paged_attention.mosaic_gpu_items import held, most_items, plan
-from kernels_pallas.paged_attention.mosaic_gpu_kernel import HIDDEN, LOG2E, STORED, kernel
+from kernels_pallas.paged_attention.mosaic_gpu_kernel import HIDDEN, LOG2E, STORED, Scratch, kernel
 from kernels_pallas.paged_attention.ragged import Ragged, owners
 from kernels_pallas.weight import Weight, as_array
 from kernels_pallas.wgmma import ROWS
@@ -240,7 +240,7 @@ def _parts(
 def _depths(shape: Shape, wanted: int, rounded: bool) -> tuple[int, int]:
     """Blocks that are multiplied or wait for it, and blocks of eight or four bits on their way."""
     each = 2 * shape.weights * shape.keys if shape.wide else 4 * STORED * shape.turns
-    fixed = shape.groups * ROWS * (2 * shape.lanes + each + 4 * shape.turns) + 2048
+    fixed = shape.groups * ROWS * (2 * shape.lanes + each + 12 * shape.turns) + 2048
     width = sum(shape.widths)
     scales = 4 * (shape.rows_of_scales if shape.nibbles else sum(shape.scales))
     block = shape.keys * (2 * width + scales)
@@ -289,10 +289,9 @@ def _launch(operands: tuple[Any, ...], caches: list[Array], shape: Shape, interp
     item] and sums by part."""
     *_, (seqs, *_), queries = operands
     items, heads, rows = len(seqs), len(queries), shape.groups * ROWS
-    shares = shape.splits * shape.turns
     out = [
-        jax.ShapeDtypeStruct((shares, *queries.shape[:2], shape.values), shape.said),
-        jax.ShapeDtypeStruct((shares, items, heads, rows), jnp.float32),
+        jax.ShapeDtypeStruct((shape.splits, *queries.shape[:2], shape.values), shape.said),
+        jax.ShapeDtypeStruct((shape.splits, items, heads, rows), jnp.float32),
     ]
     if shape.mass:
         sums = items, heads, shape.row * shape.parts + shape.count, rows
@@ -305,7 +304,7 @@ def _launch(operands: tuple[Any, ...], caches: list[Array], shape: Shape, interp
         grid_names=("head", "split", "item"),
         num_threads=3 if shape.wide else shape.readers + 1,
         thread_name="wg",
-        scratch_types=latent.scratch(shape) if shape.wide else _scratch(shape),
+        scratch_types=latent.scratch(shape) if shape.wide else [Scratch.of(shape)],
         compiler_params=plgpu.CompilerParams(
             approx_math=True,
             lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
@@ -314,15 +313,3 @@ def _launch(operands: tuple[Any, ...], caches: list[Array], shape: Shape, interp
         interpret=interpret,
         kernel_name="page_attention",
     )(*operands, *caches)
-
-
-def _scratch(shape: Shape) -> list[Any]:
-    """What `kernel` asks for."""
-    return [
-        plgpu.SMEM((shape.groups, ROWS, shape.lanes), jnp.bfloat16),
-        plgpu.SMEM((shape.readers, ROWS, STORED), shape.said),
-        plgpu.SMEM((shape.readers, ROWS), jnp.float32),
-        plgpu.Barrier(num_barriers=shape.groups),
-        plgpu.Barrier(num_arrivals=shape.groups),
-        Ring.scratch(shape, readers=shape.groups),
-    ]

@@ -138,7 +138,7 @@ class Shape:
     def said(self) -> Any:
         """The type of outputs. Shares of wide rows are written and read as often as many keys in
         four bits, whose own rounding is ninety times that of bfloat16."""
-        return jnp.bfloat16 if self.nibbles and self.splits * self.turns > 1 else jnp.float32
+        return jnp.bfloat16 if self.nibbles and self.splits > 1 else jnp.float32
 
     def shares(self, first: int, end: int, widest: int) -> list[tuple[int, int, int]]:
         """Lanes of values as products take them: (first lane, lanes, the part that they are of)."""

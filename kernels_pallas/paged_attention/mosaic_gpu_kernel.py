@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from itertools import accumulate, groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -14,13 +15,15 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas import versions
 from kernels_pallas.paged_attention.codec import block_of
-from kernels_pallas.paged_attention.mosaic_gpu_blocks import Items, Shape, Work, bring, reach
+from kernels_pallas.paged_attention.mosaic_gpu_blocks import Items, Ring, Shape, Work, bring, reach
+from kernels_pallas.tiling import late
 from kernels_pallas.wgmma import ROWS, across, add_products, down, product, within
 
 TINY = 1e-37
 HIDDEN = -1e30  # finite: a row that has seen nothing yet must not become NaN
 LOG2E = math.log2(math.e)
 STORED = 64  # lanes that are turned over to a copy at a time
+WIDEST = 128  # lanes of a product: more fill the registers
 
 
 def scores(q: Any, keys: Any, scales: Any, shape: Shape) -> Array:
@@ -136,17 +139,51 @@ def keep_masses(masses: Any, sums: list[Array], top: Array, first: Array) -> Non
         masses[first + i] = top + jnp.log2(jnp.maximum(total, TINY))
 
 
+class Scratch(NamedTuple):
+    """Shared memory of a block of threads, and barriers.
+
+    Attributes:
+        q: [groups, rows, lanes], brought once; `arrived`, a barrier each, says so.
+        o: [readers, rows, STORED], on their way out or to another warpgroup; lse: [groups, rows].
+        told: the highest product and the sum [readers, 2, rows] of those that take turns.
+        met: where warpgroups that compute wait for each other.
+    """
+
+    q: Any
+    o: Any
+    lse: Any
+    told: Any
+    arrived: Any
+    met: Any
+    ring: Any
+
+    @classmethod
+    def of(cls, shape: Shape) -> Scratch:
+        return cls(
+            plgpu.SMEM((shape.groups, ROWS, shape.lanes), jnp.bfloat16),
+            plgpu.SMEM((shape.readers, ROWS, STORED), shape.said),
+            plgpu.SMEM((shape.groups, ROWS), jnp.float32),
+            plgpu.SMEM((shape.readers, 2, ROWS), jnp.float32),
+            plgpu.Barrier(num_barriers=shape.groups),
+            plgpu.Barrier(num_arrivals=shape.readers),
+            Ring.scratch(shape, readers=shape.groups),
+        )
+
+    def meet(self) -> None:
+        plgpu.barrier_arrive(self.met)
+        plgpu.barrier_wait(self.met)
+
+
 def kernel(
     layer: Any, window: Any, tables: Any, items: Items, q_ref: Any, *refs: Any,
     shape: Shape, simulated: bool,
 ) -> None:  # fmt: skip
-    stacks, scales, (o_ref, lse_ref, *mass_refs), refs = by_kind(refs, shape)
-    q_smem, o_smem, lse_smem, arrived, silenced, ring = refs
-    blocks, ready = ring.blocks, ring.ready
+    stacks, scales, (o_ref, lse_ref, *mass_refs), (scratch,) = by_kind(refs, shape)
     head, split, item = (lax.axis_index(name) for name in ("head", "split", "item"))
     wg = lax.axis_index("wg")
     turn, tile = (wg, 0) if shape.turns > 1 else (0, wg)
-    split = split * shape.turns + turn
+    mine = tile * shape.tokens  # the first of an item's tokens in these rows
+    rows = pl.ds(tile * ROWS, ROWS)
 
     @pl.when(items.seqs[item] >= 0)
     def _() -> None:
@@ -155,93 +192,156 @@ def kernel(
         def bring_pages() -> None:
             if shape.readers > 1:
                 plgpu.set_max_registers(56 if shape.ahead else 24, action="decrease")
-            bring(work, shape, layer, tables, stacks, scales, ring)
+            bring(work, shape, layer, tables, stacks, scales, scratch.ring)
 
         def compute() -> None:
             if shape.readers > 1:
                 plgpu.set_max_registers(224 if shape.ahead else 240, action="increase")
-            mine = tile * shape.tokens  # the first of the tokens of these rows
-            shares = shape.shares(0, shape.values, 128)  # of a product: more fill the registers
-            rows = pl.ds(tile * ROWS, ROWS)
             queries = q_ref.at[head, pl.ds(items.row(shape) + tile * ROWS, ROWS)]
 
             @pl.when(turn == 0)
             def _() -> None:
-                plgpu.copy_gmem_to_smem(queries, q_smem.at[tile], arrived.at[tile])
+                plgpu.copy_gmem_to_smem(queries, scratch.q.at[tile], scratch.arrived.at[tile])
 
-            plgpu.barrier_wait(arrived.at[tile])
-
-            def quiet(values: Any, past: Array) -> None:
-                together()  # where values are keys, others may still read them
-                pl.when(tile == 0)(lambda: silence(values, past))
-                together()
-
-            def together() -> None:
-                if shape.groups > 1:
-                    plgpu.barrier_arrive(silenced)
-                    plgpu.barrier_wait(silenced)
-
-            def attend(step: Array, state: tuple[Any, ...], masked: bool) -> tuple[Any, ...]:
-                value, top, total = state
-                slot = lax.rem(step, jnp.int32(shape.stages))
-                part = work.at(step, shape)
-                key = part * shape.part
-                plgpu.barrier_wait(ready[0].at[slot])
-                steps = [ring.steps(0, step, shape)] if scales else [None]
-                s = scores(q_smem.at[tile], blocks[0].at[slot], steps[0], shape)
-                position = items.position() + mine
-                hidden = mask(position, key, reach(window), shape) if masked else None
-                p, now, shrink = softmax(s, top, hidden, shape)
-                sums = part_sums(p, shape) if shape.mass else [jnp.sum(p, 1)]
-                for masses in mass_refs:
-                    keep_masses(masses.at[item, head, :, rows], sums, now * shape.unit, part)
-                total = total * shrink + sum(sums)
-                if len(stacks) == 2:
-                    plgpu.barrier_wait(ready[1].at[slot])
-                    steps += [ring.steps(1, step, shape)] if scales else []
-                values = blocks[-1].at[slot, :, pl.ds(0, shape.values)]
-                past = items.behind() - key if masked else None  # nobody sees these keys
-                if past is not None and not shape.ahead:  # integers are finite
-                    pl.when(past < shape.keys)(lambda: quiet(values, past))
-                weights = weigh(p, steps[-1], past, shape)
-                value = [x * down(shrink, x.shape) for x in value]
-                pairs = [(weights[i], values.at[:, pl.ds(at, n)]) for at, n, i in shares]
-                value = add_products(value, pairs, simulated=simulated)
-                plgpu.barrier_arrive(ring.free.at[slot])
-                return value, now, total
-
-            nothing = [jnp.zeros((ROWS, n), jnp.float32) for _, n, _ in shares]
-            state = tuple(nothing), *(jnp.full((ROWS,), x, jnp.float32) for x in (HIDDEN, 0.0))
-            value, top, total = work.walk(attend, state, turn, shape.turns)
-            total = jnp.maximum(total, 1e-30)
-            value = [x / down(total, x.shape) for x in value]
-            lse = (top * shape.unit + jnp.log2(total)) * (1 / LOG2E)
-
-            lse_smem[wg] = lse
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(lse_smem.at[wg], lse_ref.at[split, item, head, rows])
-            for x, (first, n, part) in zip(value, shares, strict=True):
-                columns = pieces(x, part, STORED, shape)
-                width = n // len(columns)
-                for begin in range(0, n, STORED):
-                    for i in range(0, STORED, width):
-                        some = columns[(begin + i) // width]
-                        there = o_smem.at[wg, :, pl.ds(i, width)]
-                        versions.store_narrow(there, some.astype(o_smem.dtype))
-                    plgpu.commit_smem()
-                    lanes = pl.ds(first + begin, STORED)
-                    for row in range(0, ROWS, 8):  # none without a token
-
-                        @pl.when(items.position() + mine + row // shape.group < items.behind())
-                        def _(row: int = row, lanes: Any = lanes) -> None:
-                            there = pl.ds(items.row(shape) + tile * ROWS + row, 8)
-                            out = o_ref.at[split, head, there, lanes]
-                            plgpu.copy_smem_to_gmem(o_smem.at[wg, pl.ds(row, 8)], out)
-
-                    last = first + begin + STORED == shape.values
-                    plgpu.wait_smem_to_gmem(0, wait_read_only=not last)
+            plgpu.barrier_wait(scratch.arrived.at[tile])
+            attend = partial(
+                attended, items, window, work, tile, scratch, shape,
+                masses=[x.at[item, head, :, rows] for x in mass_refs], simulated=simulated,
+            )  # fmt: skip
+            value, top, total = work.walk(attend, nothing(shape), turn, shape.turns)
+            scale, lse = normal(top, total, wg, scratch, shape)
+            value = [x * down(scale, x.shape) for x in value]
+            outs = lse_ref.at[split, item, head, rows], o_ref.at[split, head]
+            hand_out(value, lse, items, mine, wg, scratch, outs, shape, simulated=simulated)
 
         lax.cond(wg == shape.readers, bring_pages, compute)
+
+
+def nothing(shape: Shape) -> tuple[Any, ...]:
+    """Before any key: sums of values, the highest product, the sum of exponentials."""
+    sums = (jnp.zeros((ROWS, n), jnp.float32) for _, n, _ in shape.shares(0, shape.values, WIDEST))
+    return tuple(sums), jnp.full((ROWS,), HIDDEN, jnp.float32), jnp.zeros((ROWS,), jnp.float32)
+
+
+def attended(
+    items: Items, window: Any, work: Work, tile: Any, scratch: Scratch, shape: Shape,
+    step: Array, state: tuple[Any, ...], *, masked: bool, masses: list[Any], simulated: bool,
+) -> tuple[Any, ...]:  # fmt: skip
+    """`nothing` and what follows, with a block of keys."""
+    value, top, total = state
+    ring, slot = scratch.ring, lax.rem(step, jnp.int32(shape.stages))
+    part = work.at(step, shape)
+    key = part * shape.part
+    plgpu.barrier_wait(ring.ready[0].at[slot])
+    scales = ring.steps(0, step, shape) if shape.scales else None
+    s = scores(scratch.q.at[late(tile, step)], ring.blocks[0].at[slot], scales, shape)
+    position = items.position() + tile * shape.tokens
+    hidden = mask(position, key, reach(window), shape) if masked else None
+    p, now, shrink = softmax(s, top, hidden, shape)
+    sums = part_sums(p, shape) if shape.mass else [jnp.sum(p, 1)]
+    for each in masses:
+        keep_masses(each, sums, now * shape.unit, part)
+    total = total * shrink + sum(sums)
+    if not shape.in_keys:
+        plgpu.barrier_wait(ring.ready[1].at[slot])
+        scales = ring.steps(1, step, shape) if shape.scales else None
+    values = ring.blocks[-1].at[slot, :, pl.ds(0, shape.values)]
+    past = items.behind() - key if masked else None  # nobody sees keys from there on
+
+    def quiet() -> None:
+        scratch.meet() if shape.groups > 1 else None  # where values are keys, others may read them
+        pl.when(tile == 0)(lambda: silence(values, past))
+        scratch.meet() if shape.groups > 1 else None
+
+    if past is not None and not shape.ahead:  # integers are finite
+        pl.when(past < shape.keys)(quiet)
+    weights = weigh(p, scales, past, shape)
+    value = [x * down(shrink, x.shape) for x in value]
+    shares = shape.shares(0, shape.values, WIDEST)
+    pairs = [(weights[i], values.at[:, pl.ds(at, n)]) for at, n, i in shares]
+    value = add_products(value, pairs, simulated=simulated)
+    plgpu.barrier_arrive(ring.free.at[slot])
+    return value, now, total
+
+
+def normal(
+    top: Array, total: Array, wg: Array, scratch: Scratch, shape: Shape
+) -> tuple[Array, Array]:
+    """What makes of sums of values a share of the mean, and lse. Those who took turns agree."""
+    mine = None
+    if shape.turns > 1:
+        for i, x in enumerate((top, total)):
+            scratch.told[wg, i] = x
+        plgpu.commit_smem()
+        scratch.meet()
+        other, others = (scratch.told[1 - wg, i] for i in range(2))
+        now = jnp.maximum(top, other)
+        mine = jnp.exp2((top - now) * shape.unit)
+        total = total * mine + others * jnp.exp2((other - now) * shape.unit)
+        top = now
+    total = jnp.maximum(total, 1e-30)
+    scale = 1 / total if mine is None else mine / total
+    return scale, (top * shape.unit + jnp.log2(total)) * (1 / LOG2E)
+
+
+def hand_out(
+    value: list[Array], lse: Array, items: Items, mine: Any, wg: Array, scratch: Scratch,
+    outs: tuple[Any, Any], shape: Shape, *, simulated: bool,
+) -> None:  # fmt: skip
+    """Results to global memory; if two took turns, the second one's through the first one's hands.
+
+    Args:
+        outs: lse [rows], and values [pieces of rows, lanes].
+    """
+    lse_ref, o_ref = outs
+    at = 0 if shape.turns > 1 else wg
+
+    def put_lse() -> None:
+        scratch.lse[at] = lse
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(scratch.lse.at[at], lse_ref)
+
+    pl.when(wg == 0)(put_lse) if shape.turns > 1 else put_lse()
+
+    def put(columns: list[Array], to: Any, add: Any) -> None:
+        width = STORED // len(columns)
+        for i, x in enumerate(columns):
+            lanes = pl.ds(i * width, width)
+            if add is not None:
+                x = x + versions.load_narrow(add.at[:, lanes], plgpu.Layout.WGMMA, simulated)
+            versions.store_narrow(to.at[:, lanes], x.astype(to.dtype))
+        plgpu.commit_smem()
+
+    def out(lanes: Any) -> None:
+        for row in range(0, ROWS, 8):  # none without a token
+
+            @pl.when(items.position() + mine + row // shape.group < items.behind())
+            def _(row: int = row) -> None:
+                there = pl.ds(items.row(shape) + at * ROWS + row, 8)
+                plgpu.copy_smem_to_gmem(scratch.o.at[at, pl.ds(row, 8)], o_ref.at[there, lanes])
+
+        last = lanes.start + STORED == shape.values
+        plgpu.wait_smem_to_gmem(0, wait_read_only=not last)
+
+    shares = shape.shares(0, shape.values, WIDEST)
+    for x, (start, n, part) in zip(value, shares, strict=True):
+        columns = pieces(x, part, STORED, shape)
+        count = len(columns) * STORED // n
+        for i in range(0, len(columns), count):
+            some, lanes = columns[i : i + count], pl.ds(start + i * n // len(columns), STORED)
+            if shape.turns == 1:
+                put(some, scratch.o.at[at], None)
+                out(lanes)
+                continue
+            pl.when(wg == 1)(partial(put, some, scratch.o.at[1], None))
+            scratch.meet()
+
+            @pl.when(wg == 0)
+            def _(some: Any = some, lanes: Any = lanes) -> None:
+                put(some, scratch.o.at[0], scratch.o.at[1])
+                out(lanes)
+
+            scratch.meet()
 
 
 def by_kind(refs: tuple[Any, ...], shape: Shape) -> tuple[Any, ...]:
