@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -14,11 +14,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 ROWS = 64  # of a warpgroup: what wgmma fixes
 
 
-def product(a: Any, b: Any) -> Array:
-    """a @ b of tiles in shared memory, [64, n] in float32."""
+def product(a: Any, b: Any, meanwhile: Callable[[], None] | None = None) -> Array:
+    """a @ b of tiles in shared memory, [64, n] in float32. `meanwhile` is done before its end."""
 
     def scope(total: Any) -> Array:
         plgpu.wgmma(total, a, b)
+        if meanwhile is not None:
+            meanwhile()
         return total[...]
 
     return pl.run_scoped(scope, plgpu.WGMMAAccumulatorRef((a.shape[0], b.shape[1]), jnp.float32))

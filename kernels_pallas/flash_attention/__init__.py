@@ -47,7 +47,7 @@ flash_attention = FlashAttention(
     reference.attend,
     {
         "mosaic_tpu": Body("tpu", mosaic_tpu.forward, TpuTile),
-        "mosaic_gpu": Body("gpu", mosaic_gpu.forward, GpuTile),
+        "mosaic_gpu": Body("gpu", mosaic_gpu.forward, mosaic_gpu.ForwardTile),
     },
     cases(backward=False),
 )

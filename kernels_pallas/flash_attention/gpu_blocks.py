@@ -52,8 +52,10 @@ class Shape:
         return self.N // self.K
 
     @classmethod
-    def of(cls, q: Array, k: Array, v: Array, tile: GpuTile) -> Shape:
+    def of(cls, q: Array, k: Array, v: Array, scale: float, tile: GpuTile) -> Shape:
         (B, N, T, H), K, Hv = q.shape, k.shape[1], v.shape[3]
+        if scale <= 0:
+            raise UnsupportedError(f"{scale=}: above 0, or the largest product is not what counts")
         if not q.dtype == k.dtype == v.dtype == jnp.bfloat16:
             raise UnsupportedError(f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}: only bfloat16")
         if N % K:
@@ -109,13 +111,18 @@ class Ring:
         return [tile.at[slot] for tile in self.tiles], self.free.at[slot]
 
 
-def logits(s: Array, scale: float, soft_cap: float) -> Array:
-    """Scores as the softmax takes them, in powers of 2, which saves a multiplication each."""
+def bend(s: Array, scale: float, soft_cap: float) -> Array:
+    """Products as they are, or the hyperbolic tangent where there is a cap: times `unit`, what the
+    softmax takes."""
     if not soft_cap:
-        return s * (scale * LOG2E)
+        return s
     # from an exponential: the hardware's tanh is off by 5e-4, .02 of a logit where the cap is 50
-    bent = 1.0 - 2.0 / (1.0 + jnp.exp2(s * (2 * LOG2E * scale / soft_cap)))
-    return bent * (soft_cap * LOG2E)
+    return 1.0 - 2.0 / (1.0 + jnp.exp2(s * (2 * LOG2E * scale / soft_cap)))
+
+
+def unit(scale: float, soft_cap: float) -> float:
+    """What makes logits in powers of 2 of `bend`: with a subtraction it is one instruction."""
+    return (soft_cap or scale) * LOG2E
 
 
 class Walk(NamedTuple):

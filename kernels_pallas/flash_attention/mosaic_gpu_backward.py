@@ -22,9 +22,10 @@ from kernels_pallas.flash_attention.gpu_blocks import (
     Ring,
     Shape,
     Walk,
-    logits,
+    bend,
     run,
     seen,
+    unit,
 )
 from kernels_pallas.flash_attention.gradient import delta, finite, sinks_gradient
 from kernels_pallas.flash_attention.reference import first_seen
@@ -39,7 +40,7 @@ def backward(
 ) -> tuple[Array, Array, Array, Array | None]:  # fmt: skip
     """`reference.gradient`."""
     tile = tile or GpuTile(tokens=64)  # registers hold no more
-    shape = Shape.of(q, k, v, tile)
+    shape = Shape.of(q, k, v, scale, tile)
     dtype, size, H, Hv = shape.dtype, tile.tokens, shape.H, shape.Hv
     first, taken = first_seen(segments, window), delta(o, do, dlse)
     operands = [q, k, v, do.astype(dtype), finite(lse) * LOG2E, taken, first]
@@ -82,8 +83,7 @@ def _slope(s: Array, p: Array, dp: Array, taken: Array, soft_cap: float) -> Arra
     """Slopes of the products of q and k, but for the scale."""
     ds = p * (dp - taken)
     if soft_cap:
-        bent = s * (1 / (soft_cap * LOG2E))  # the hyperbolic tangent
-        ds = ds * (1.0 - bent * bent)
+        ds = ds * (1.0 - s * s)  # of the hyperbolic tangent
     return ds
 
 
@@ -121,8 +121,8 @@ def _queries_kernel(
 
         def add(step: Array, i: Array, total: Array, masked: bool) -> Array:
             (k_smem, v_smem), free = ring.take(step)
-            s = logits(product(q_smem.at[wg], k_smem.T), scale, soft_cap)
-            p = jnp.exp2(s - down(lse_smem[wg], tile))
+            s = bend(product(q_smem.at[wg], k_smem.T), scale, soft_cap)
+            p = jnp.exp2(s * unit(scale, soft_cap) - down(lse_smem[wg], tile))
             if masked:
                 p = jnp.where(seen(at, i * size, first_smem[wg], tile, 0), p, 0.0)
             dp = product(do_smem.at[wg], v_smem.T)
@@ -174,8 +174,8 @@ def _keys_kernel(
         def add(_: Array, i: Array, state: tuple[Array, ...], masked: bool) -> tuple[Array, ...]:
             step, k_total, v_total = state
             (q_smem, do_smem, lse_smem, taken_smem, first_smem), free = ring.take(step)
-            s = logits(product(k_smem.at[wg], q_smem.T), scale, soft_cap)
-            p = jnp.exp2(s - across(lse_smem[...], tile))
+            s = bend(product(k_smem.at[wg], q_smem.T), scale, soft_cap)
+            p = jnp.exp2(s * unit(scale, soft_cap) - across(lse_smem[...], tile))
             if masked:
                 here = late(at, step)
                 p = jnp.where(seen(i * size, here, first_smem[...], tile, 1), p, 0.0)

@@ -49,12 +49,14 @@ _LINE = 32  # scales: 128 bytes, at whose multiples a copy to shared memory may 
 class GpuTile:
     """keys: attended at a time; stages: blocks of keys that are in shared memory or on their way;
     groups: of 64 rows that share them; turns: warpgroups that take blocks in turn, for the same
-    rows; splits: of a sequence's keys. 0 leaves a choice."""
+    rows; splits: of a sequence's keys. 0 leaves a choice. apart: whether two groups of rows take
+    turns at the matrix unit, 1 or 0."""
 
     keys: int = tried(0, 64, 128)
     stages: int = tried(0, 2, 4)
     groups: int = 0
     turns: int = tried(0, 1)
+    apart: int = 1
     splits: int = tried(0, 4, 8, 16)
 
 
@@ -157,6 +159,8 @@ def _shape(
 ) -> Shape:  # fmt: skip
     """The kernel's sizes, or what speaks against it."""
     (T, N, H), K, Z = q.shape, k_pages.shape[2], k_pages.shape[3]
+    if scale <= 0:
+        raise UnsupportedError(f"{scale=}: above 0, or the largest product is not what counts")
     lanes, values, wide = _lanes(H, value_dim, k_pages, v_pages)
     in_keys, parts = v_pages is None, _parts(lanes, values, k_pages, v_pages)
     heads = next(n for n in range(1, N // K + 1) if N // K % n == 0 and N // K // n <= ROWS)
@@ -172,6 +176,7 @@ def _shape(
     if groups * turns > (1 if wide else 2):
         most = "one, whose values two warpgroups share" if wide else "two warpgroups in all"
         raise UnsupportedError(f"{groups=} of rows, {turns=} in which they take keys: {most}")
+    apart = bool(tile.apart) and groups > 1 and not rounded
     blocks = most_items(T, R, groups * tokens) * K * heads
     splits = tile.splits or _splits(blocks, M * Z // keys, prompts=T > 4 * R)
     sharing = batch.groups is not None and T <= 4 * R and groups * tokens > 1 and not mass
@@ -181,8 +186,8 @@ def _shape(
     stacks, nibbles = (k_pages, v_pages), isinstance(k_pages, Int4Pages)
     owned = tuple(len(x.parts) for x in stacks if isinstance(x, Int8Pages | Int4Pages))
     shape = Shape(
-        G, heads, tokens, groups, turns, 0, splits, shared, part, Z // part, keys // part, M, lanes,
-        values, in_keys, wide, 0, nibbles, *parts, owned, mass, factor, cap,
+        G, heads, tokens, groups, turns, apart, 0, splits, shared, part, Z // part, keys // part, M,
+        lanes, values, in_keys, wide, 0, nibbles, *parts, owned, mass, factor, cap,
     )  # fmt: skip
     stages, ahead = _depths(shape, tile.stages, rounded)
     return replace(shape, stages=stages, ahead=ahead)

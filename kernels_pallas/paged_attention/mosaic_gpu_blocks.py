@@ -44,6 +44,7 @@ class Shape:
         tokens: in a tile of rows.
         groups: tiles of rows in a block of threads.
         turns: warpgroups that attend to the same rows, each to every other block of keys.
+        apart: whether those of two tiles of rows take turns at the matrix unit.
         part: keys that are brought by one copy: those of a page, or fewer.
         parts: of a page.
         count: parts in a block of keys.
@@ -66,6 +67,7 @@ class Shape:
     tokens: int
     groups: int
     turns: int
+    apart: bool
     stages: int
     splits: int
     shared: int
@@ -256,20 +258,17 @@ class Work(NamedTuple):
         skipped = jnp.where(step < self.whole, 0, self.partial - end)
         return self.part + (step + skipped) * shape.count
 
-    def walk(self, do: Callable[..., Any], state: Any, turn: Any, turns: int) -> Any:
-        """Runs do(step, state, masked=...) over those steps whose turn it is."""
-
-        def some(low: Array | int, high: Array, state: Any, masked: bool) -> Any:
-            if turns == 1:
-                return lax.fori_loop(low, high, lambda i, x: do(i, x, masked=masked), state)
-            first = low + lax.rem(turn + low * (turns - 1), jnp.int32(turns))
-            count = lax.div(high - first + turns - 1, jnp.int32(turns))
-            return lax.fori_loop(
-                0, count, lambda i, x: do(first + i * turns, x, masked=masked), state
-            )
-
-        state = some(0, self.masked, state, masked=True)
-        return some(self.masked, self.steps, state, masked=False)
+    def walk(
+        self, do: Callable[[Array, Any], Any], state: Any, *, masked: bool, turn: Any, turns: int
+    ) -> Any:
+        """Runs do(step, state) over the steps that need a mask or those that do not, as far as it
+        is their turn."""
+        low, high = (0, self.masked) if masked else (self.masked, self.steps)
+        if turns == 1:
+            return lax.fori_loop(low, high, do, state)
+        first = low + lax.rem(turn + low * (turns - 1), jnp.int32(turns))
+        count = lax.div(high - first + turns - 1, jnp.int32(turns))
+        return lax.fori_loop(0, count, lambda i, state: do(first + i * turns, state), state)
 
 
 class Ring(NamedTuple):

@@ -26,10 +26,12 @@ STORED = 64  # lanes that are turned over to a copy at a time
 WIDEST = 128  # lanes of a product: more fill the registers
 
 
-def scores(q: Any, keys: Any, scales: Any, shape: Shape) -> Array:
+def scores(
+    q: Any, keys: Any, scales: Any, shape: Shape, meanwhile: Callable[[], None] | None = None
+) -> Array:
     """Products of queries with a block of keys [ROWS, keys], times scales where keys have some."""
     if scales is None:
-        return product(q, keys.T)
+        return product(q, keys.T, meanwhile)
 
     def add(b: Any, s: Array, first: Any, n: int) -> Array:
         lanes = pl.ds(first, n)
@@ -208,7 +210,11 @@ def kernel(
                 attended, items, window, work, tile, scratch, shape,
                 masses=[x.at[item, head, :, rows] for x in mass_refs], simulated=simulated,
             )  # fmt: skip
-            value, top, total = work.walk(attend, nothing(shape), turn, shape.turns)
+            walk = partial(work.walk, turn=turn, turns=shape.turns)
+            state = walk(partial(attend, masked=True), nothing(shape), masked=True)
+            pl.when(wg == 1)(scratch.meet) if shape.apart else None  # and is half a block behind
+            value, top, total = walk(partial(attend, masked=False), state, masked=False)
+            pl.when(wg == 0)(scratch.meet) if shape.apart else None
             scale, lse = normal(top, total, wg, scratch, shape)
             value = [x * down(scale, x.shape) for x in value]
             outs = lse_ref.at[split, item, head, rows], o_ref.at[split, head]
@@ -234,7 +240,9 @@ def attended(
     key = part * shape.part
     plgpu.barrier_wait(ring.ready[0].at[slot])
     scales = ring.steps(0, step, shape) if shape.scales else None
-    s = scores(scratch.q.at[late(tile, step)], ring.blocks[0].at[slot], scales, shape)
+    apart = shape.apart and not masked
+    meet = scratch.meet if apart else None
+    s = scores(scratch.q.at[late(tile, step)], ring.blocks[0].at[slot], scales, shape, meet)
     position = items.position() + tile * shape.tokens
     hidden = mask(position, key, reach(window), shape) if masked else None
     p, now, shrink = softmax(s, top, hidden, shape)
@@ -259,6 +267,7 @@ def attended(
     value = [x * down(shrink, x.shape) for x in value]
     shares = shape.shares(0, shape.values, WIDEST)
     pairs = [(weights[i], values.at[:, pl.ds(at, n)]) for at, n, i in shares]
+    scratch.meet() if apart else None
     value = add_products(value, pairs, simulated=simulated)
     plgpu.barrier_arrive(ring.free.at[slot])
     return value, now, total

@@ -9,6 +9,7 @@ A third one brings pages.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
@@ -133,7 +134,11 @@ def kernel(
                 return sums, now, total
 
             state = nothing(few), *(jnp.full((ROWS,), x, jnp.float32) for x in (HIDDEN, 0.0))
-            sums, top, total = work.walk(attend, state, turn=0, turns=1)
+            for masked in (True, False):
+                state = work.walk(
+                    partial(attend, masked=masked), state, masked=masked, turn=0, turns=1
+                )
+            sums, top, total = state
             total = jnp.maximum(total, 1e-30)
             pl.when(work.steps > 0)(lambda: plgpu.barrier_wait(added))
             shrink_smem[...] = 1 / total

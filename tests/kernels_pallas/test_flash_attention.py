@@ -22,8 +22,9 @@ from kernels_pallas.flash_attention import (
     mosaic_tpu_backward,
     reference,
 )
-from kernels_pallas.flash_attention.gpu_blocks import GpuTile
+from kernels_pallas.flash_attention.gpu_blocks import Walk
 from kernels_pallas.flash_attention.gradient import with_gradient
+from kernels_pallas.flash_attention.mosaic_gpu import ForwardTile
 from kernels_pallas.flash_attention.tpu_blocks import TpuTile
 from kernels_pallas.op import UnsupportedError
 from kernels_pallas.target import CPU, Target
@@ -148,6 +149,33 @@ def test_only_blocks_that_see_each_other_are_steps():
     assert pairs[: int(steps.total)] == [(0, 0), (0, 1), (1, 1), (1, 2), (2, 2), (2, 3), (3, 3)]
 
 
+@given(
+    words=st.lists(st.text("ab.", min_size=8, max_size=8), min_size=1, max_size=2),
+    size=st.sampled_from([64, 128]),
+    window=st.sampled_from([0, 100, 300]),
+)
+@settings(max_examples=40, deadline=None)
+def test_hopper_walks_what_is_seen_once_and_masks_what_is_hidden_in_part(words, size, window):
+    """Both walks: over the keys of a block of queries, and over the queries of a block of keys."""
+    segments = documents(*words)
+    first = np.asarray(reference.first_seen(segments, window))
+    B, T = first.shape
+    at = np.arange(T)
+    seen = (first[:, :, None] <= at) & (at <= at[:, None])  # [B, queries, keys]
+    for table, by_block in (
+        (Walk.over_keys(jnp.asarray(first), size), seen),
+        (Walk.over_queries(jnp.asarray(first), size), seen.swapaxes(1, 2)),
+    ):
+        for row in range(B):
+            for block in range(T // 128):
+                walk = Walk(*np.asarray(table[row, block]))
+                tiles = [int(walk.tile(step)) for step in range(walk.count)]
+                part = by_block[row, block * 128 : block * 128 + 128].reshape(128, -1, size)
+                assert set(np.flatnonzero(part.any((0, 2)))) <= set(tiles)
+                assert len(set(tiles)) == len(tiles)
+                assert all(part[:, tile].all() for tile in tiles[int(walk.masked) :])
+
+
 def test_a_window_may_be_known_only_at_run_time():
     q, k, v = operands(1, 2, 1, 256)
     segments = documents("aabb")
@@ -228,8 +256,8 @@ def test_the_tpu_kernel_says_what_it_refuses(sizes, dtype, message):
         ((1, 2, 1, 192), jnp.bfloat16, None, "T=192 must be a multiple of 128"),
         ((1, 2, 1, 128), jnp.float32, None, "only bfloat16"),
         ((1, 2, 1, 128, 192, 128), jnp.bfloat16, None, "H=192 and Hv=128: only 64 and 128"),
-        ((1, 2, 1, 128), jnp.bfloat16, GpuTile(tokens=96), "must be of 64 or 128 tokens"),
-        ((1, 2, 1, 128, 128, 128), jnp.bfloat16, GpuTile(128, 3), "bytes of shared memory"),
+        ((1, 2, 1, 128), jnp.bfloat16, ForwardTile(tokens=96), "must be of 64 or 128 tokens"),
+        ((1, 2, 1, 128, 128, 128), jnp.bfloat16, ForwardTile(128, 3), "bytes of shared memory"),
     ],
 )
 def test_the_hopper_kernel_says_what_it_refuses(sizes, dtype, tile, message):

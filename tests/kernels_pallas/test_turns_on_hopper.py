@@ -1,5 +1,7 @@
 """Warpgroups that take blocks of keys in turn on Hopper, those that need a mask first."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,16 +35,23 @@ def stored(kind, step, pages):
     )
 
 
+TILES = {"turns": {"turns": 2}, "rows": {"groups": 2}}  # of blocks of keys, or at the matrix unit
+SIMULATED = [
+    *itertools.product(["turns"], ["bfloat16", "int8", "static", "int4"], [0, 150]),
+    ("rows", "bfloat16", 150),
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("window", [0, 150])
-@pytest.mark.parametrize("kind", ["bfloat16", "int8", "static", "int4"])
-def test_turns_add_up_to_attention(kind, window):
+@pytest.mark.parametrize(("tile", "kind", "window"), SIMULATED)
+def test_turns_add_up_to_attention(tile, kind, window):
     """With a window, blocks at both ends of a row need a mask, and some lie between."""
-    step, pages = step_of((1, 2, 1), LENS, Z)
-    q = jax.random.normal(jax.random.key(2), (4, 4, H), jnp.bfloat16)
+    new = (1, 2, 1) if tile == "turns" else (1, 20, 1)
+    step, pages = step_of(new, LENS, Z)
+    q = jax.random.normal(jax.random.key(2), (sum(new), 4, H), jnp.bfloat16)
     args = (q, *stored(kind, step, pages), 0, jax.tree.map(jnp.asarray, step))
     options = {"scale": 0.1, "window": jnp.int32(window), "sinks": jnp.full((4,), 0.5)}
-    tile = mosaic_gpu.GpuTile(turns=2, splits=1)
+    tile = mosaic_gpu.GpuTile(**TILES[tile], splits=1)
     try:
         found = mosaic_gpu.page_attention(
             *args, **options, tile=tile, interpret=versions.simulated_gpu()
@@ -62,7 +71,7 @@ def test_decode_steps_are_attended_in_turns(prompts, M, turns):
     q = jax.ShapeDtypeStruct((int(step.row_starts[-1]), 4, H), jnp.bfloat16)
     pages = jax.ShapeDtypeStruct((1, 2 * M + 1, 1, Z, H), jnp.bfloat16)
     shape = mosaic_gpu._shape(mosaic_gpu.GpuTile(), q, pages, pages, step, H, False, 0.1, 0.0)
-    assert shape.turns == turns
+    assert (shape.turns, shape.apart) == (turns, prompts)
     assert shape.stages % turns == 0  # or a warpgroup would miss what becomes of its slots
 
 
