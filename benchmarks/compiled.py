@@ -83,7 +83,7 @@ def tune(op: Op, name: str, case: Case, target: str, most: int) -> tuple[list[Ou
 def _compiled(op: Op, name: str, case: Case, target: str, tile: Any) -> Outcome:
     mesh = compile_only.mesh(TARGETS[target])
     try:
-        inputs = _abstract(case, NamedSharding(mesh, PartitionSpec()))
+        inputs = abstract(case, NamedSharding(mesh, PartitionSpec()))
         lowered = jax.jit(runner(op, case, name, tile)).lower(inputs)
         _, kernels = kernel_report.compile_with_report(lowered)
     except compile_only.AbsentCompilerError:
@@ -94,7 +94,7 @@ def _compiled(op: Op, name: str, case: Case, target: str, tile: Any) -> Outcome:
     return Outcome(tile, spills, length, stands=target != "h200" or not spills)
 
 
-def _abstract(case: Case, sharding: Any = None) -> Any:
+def abstract(case: Case, sharding: Any = None) -> Any:
     shapes = jax.eval_shape(case.make, jax.random.key(0))
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
 
@@ -128,7 +128,7 @@ def main() -> None:
                 line = {"target": target, "op": op.name, "body": name, "case": case.name}
                 print(json.dumps(line | {"tried": outcomes}), flush=True)
                 if entry:
-                    args_, arrays = _abstract(case)
+                    args_, arrays = abstract(case)
                     signature = op.signature(*args_, **arrays, **case.options)
                     found = {op.name: {signature: entry}}
                     tuning.merge(args.out / f"{target}.json", found)
