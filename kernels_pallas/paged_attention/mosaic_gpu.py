@@ -307,7 +307,7 @@ def _launch(operands: tuple[Any, ...], caches: list[Array], shape: Shape, interp
         out_type=out,
         grid=(heads, shape.splits, items),
         grid_names=("head", "split", "item"),
-        num_threads=3 if shape.wide else shape.readers + 1,
+        num_threads=3 if shape.wide else shape.readers + shape.bringers,
         thread_name="wg",
         scratch_types=latent.scratch(shape) if shape.wide else [Scratch.of(shape)],
         compiler_params=plgpu.CompilerParams(

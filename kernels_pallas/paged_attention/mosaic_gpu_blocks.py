@@ -98,6 +98,12 @@ class Shape:
         return self.groups * self.turns
 
     @property
+    def bringers(self) -> int:
+        """Warpgroups that bring pages: where rows become bfloat16 on their way, keys and values
+        have one each, or it would be what all others wait for."""
+        return 2 if self.ahead and not self.in_keys else 1
+
+    @property
     def unit(self) -> float:
         """What products of queries and keys, or tanh of them, are in logits of base 2."""
         return self.cap or self.factor
@@ -325,6 +331,13 @@ class Ring(NamedTuple):
             tuple(barriers(*x) for x in arrivals),
         )
 
+    def of(self, caches: slice) -> Ring:
+        """What some of the caches pass through. Scales of four bits are one array for all."""
+        each = {name: getattr(self, name)[caches] for name in ("blocks", "raw", "ready", "arrived")}
+        if not self.unsorted:
+            each |= {name: getattr(self, name)[caches] for name in ("scales", "scaled")}
+        return self._replace(**each)
+
     def steps(self, cache: int, step: Array, shape: Shape) -> Any:
         """The scales [scales, keys] of a block that is there, once they are."""
         if shape.nibbles:
@@ -335,13 +348,21 @@ class Ring(NamedTuple):
         return self.scales[cache].at[turn]
 
 
-def bring(work: Work, shape: Shape, layer, tables, stacks, scales, ring: Ring) -> None:
+def bring(
+    work: Work, shape: Shape, layer: Any, tables: Any, stacks: Any, scales: Any, ring: Ring,
+    caches: slice = slice(None),
+) -> None:  # fmt: skip
     """Copies blocks of keys, and of values, to shared memory as room becomes free.
 
     Args:
         stacks, scales: in global memory. Only rows of eight or four bits have scales, if they have
             any. Rows of four bits lie [L, P, K, Z / 4, 2, W], their scales [L, P, n, Z / 4, 4].
+        caches: those that this warpgroup brings. Who brings keys of four bits brings all scales.
     """
+    ring, stacks, owned = ring.of(caches), stacks[caches], shape.owned
+    if not shape.nibbles:
+        scales, owned = scales[caches], owned[caches]
+    sorts = shape.nibbles and not caches.start
     head = lax.div(lax.axis_index("head"), jnp.int32(shape.heads))
 
     def parts(step: Array, of: int = 1) -> Any:
@@ -371,9 +392,7 @@ def bring(work: Work, shape: Shape, layer, tables, stacks, scales, ring: Ring) -
                     plgpu.copy_gmem_to_smem(where, here, told.at[slot])
 
     def copy_scales(step: Array) -> None:
-        for stack, own, block, told in zip(
-            scales, shape.owned, ring.scales, ring.scaled, strict=True
-        ):
+        for stack, own, block, told in zip(scales, owned, ring.scales, ring.scaled, strict=True):
             turn = lax.rem(step, jnp.int32(block.shape[0]))
             for page, z, to in parts(step):
                 for b in range(block.shape[1]):
@@ -383,7 +402,7 @@ def bring(work: Work, shape: Shape, layer, tables, stacks, scales, ring: Ring) -
     def copy_unsorted_scales(step: Array) -> None:
         (block,), (told,), row = ring.unsorted, ring.scaled, 0
         turn = lax.rem(step, jnp.int32(shape.ahead))
-        for stack, own, n in zip(scales, shape.owned, shape.scales, strict=True):
+        for stack, own, n in zip(scales, owned, shape.scales, strict=True):
             for page, z, to in parts(step, _SORTED):
                 for b in range(n):
                     where = stack.at[layer[0], page, head * own + b, z]
@@ -392,7 +411,7 @@ def bring(work: Work, shape: Shape, layer, tables, stacks, scales, ring: Ring) -
 
     def begin(step: Array) -> None:
         if shape.nibbles:
-            copy_unsorted_scales(step)
+            copy_unsorted_scales(step) if sorts else None
             copy_pairs(step)
         else:
             copy(step, ring.raw, ring.arrived)
@@ -402,7 +421,7 @@ def bring(work: Work, shape: Shape, layer, tables, stacks, scales, ring: Ring) -
 
     def finish(step: Array) -> None:
         at, slot = (lax.rem(step, jnp.int32(n)) for n in (shape.ahead, shape.stages))
-        if shape.nibbles:
+        if sorts:
             plgpu.barrier_wait(ring.scaled[0].at[at])
             sort(ring.unsorted[0].at[at], ring.scales[0].at[slot])
         for raw, arrived, block, ready in zip(

@@ -191,14 +191,14 @@ def kernel(
     def _() -> None:
         work = Work.of(shape, window, items)
 
-        def bring_pages() -> None:
+        def bring_pages(caches: slice) -> None:
             if shape.readers > 1:
                 plgpu.set_max_registers(56 if shape.ahead else 24, action="decrease")
-            bring(work, shape, layer, tables, stacks, scales, scratch.ring)
+            bring(work, shape, layer, tables, stacks, scales, scratch.ring, caches)
 
         def compute() -> None:
             if shape.readers > 1:
-                plgpu.set_max_registers(224 if shape.ahead else 240, action="increase")
+                plgpu.set_max_registers(200 if shape.ahead else 240, action="increase")
             queries = q_ref.at[head, pl.ds(items.row(shape) + tile * ROWS, ROWS)]
 
             @pl.when(turn == 0)
@@ -220,7 +220,9 @@ def kernel(
             outs = lse_ref.at[split, item, head, rows], o_ref.at[split, head]
             hand_out(value, lse, items, mine, wg, scratch, outs, shape, simulated=simulated)
 
-        lax.cond(wg == shape.readers, bring_pages, compute)
+        shares = [slice(i, i + 1) for i in range(2)] if shape.bringers > 1 else [slice(None)]
+        roles = [compute, *(partial(bring_pages, caches) for caches in shares)]
+        lax.switch(jnp.maximum(wg - shape.readers + 1, 0), roles)
 
 
 def nothing(shape: Shape) -> tuple[Any, ...]:
