@@ -12,6 +12,7 @@ depends on the order, if scales and masks follow it (`Shape.key_of`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
@@ -23,10 +24,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.paged_attention.codec import block_of
+from kernels_pallas.tiling import late
 from kernels_pallas.wgmma import ROWS
 
 _SORTED = 4  # kinds of keys of four bits: by the half of a byte, and even or odd bytes
 _APART = 8  # lines: if scales filled their array, Mosaic would take a transposed view for flat
+_EIGHTS = plgpu.Layout.TILED(
+    plgpu.Tiling(((16, 64), (4, 64), (8,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1
+)
 _NIBBLES = plgpu.Layout.TILED(
     plgpu.Tiling(((16, 64), (16, 16), (8, 16), (8,), (4,))),
     warp_dims=(-7,), lane_dims=(-4, -2, -3), vector_dim=-1,
@@ -196,19 +201,21 @@ class Items(NamedTuple):
     stops: Any
     places: Any
 
+    def mine(self, step: Array | int = 0) -> Array:
+        """The number of this item. With a step, not even addresses wait in registers for it."""
+        return late(lax.axis_index("item"), jnp.int32(step))
+
     def row(self, shape: Shape) -> Array:
         """The first row of this item's queries and results."""
-        return self.places[lax.axis_index("item")] * shape.piece
+        return self.places[self.mine()] * shape.piece
 
-    def position(self) -> Array:
+    def position(self, step: Array | int = 0) -> Array:
         """Of this item's first token."""
-        item = lax.axis_index("item")
-        return self.firsts[item] + self.shifts[item]
+        return self.firsts[self.mine(step)] + self.shifts[self.mine(step)]
 
-    def behind(self) -> Array:
+    def behind(self, step: Array | int = 0) -> Array:
         """The position behind this item's last token."""
-        item = lax.axis_index("item")
-        return self.ends[item] + self.shifts[item]
+        return self.ends[self.mine(step)] + self.shifts[self.mine(step)]
 
 
 def reach(window: Any) -> Array:
@@ -431,7 +438,7 @@ def bring(
             if shape.nibbles:
                 unpack(raw.at[at], block.at[slot])
             else:  # few registers are left
-                widen(raw.at[at], block.at[slot], 32 if shape.wide else 64)
+                widen(raw.at[at], block.at[slot], 64 if shape.wide else raw.shape[-1])
             plgpu.barrier_arrive(ready.at[slot])
         pl.when(step + shape.ahead < work.steps)(lambda: begin(step + shape.ahead))
 
@@ -451,7 +458,7 @@ def widen(raw: Any, block: Any, lanes: int) -> None:
     @pl.loop(0, raw.shape[1] // lanes)  # unrolled it takes too many registers
     def _(i: Array) -> None:
         at = pl.ds(i * lanes, lanes)
-        x = plgpu.layout_cast(raw[:, at], plgpu.Layout.WGMMA_UPCAST_2X)
+        x = plgpu.layout_cast(raw[:, at], _EIGHTS)
         block[:, at] = x.astype(block.dtype)
 
     plgpu.commit_smem()
@@ -459,11 +466,11 @@ def widen(raw: Any, block: Any, lanes: int) -> None:
 
 def unpack(raw: Any, block: Any) -> None:
     """Rows of four bits as bfloat16. Bitwise operations take four bytes at a time, shifts one."""
-    rows = block.shape[0] // _SORTED
+    rows, lanes = block.shape[0] // _SORTED, math.gcd(raw.shape[1], 128)
 
-    @pl.loop(0, raw.shape[1] // 64)
+    @pl.loop(0, raw.shape[1] // lanes)
     def _(i: Array) -> None:
-        at = pl.ds(i * 64, 64)
+        at = pl.ds(i * lanes, lanes)
         for odd in range(2):
             for some in range(0, rows, 16):
                 x = plgpu.layout_cast(raw[pl.ds(odd * rows + some, 16), at], _NIBBLES)

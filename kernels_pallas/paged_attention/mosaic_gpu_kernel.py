@@ -245,7 +245,7 @@ def attended(
     apart = shape.apart and not masked
     meet = scratch.meet if apart else None
     s = scores(scratch.q.at[late(tile, step)], ring.blocks[0].at[slot], scales, shape, meet)
-    position = items.position() + tile * shape.tokens
+    position = items.position(step) + tile * shape.tokens
     hidden = mask(position, key, reach(window), shape) if masked else None
     p, now, shrink = softmax(s, top, hidden, shape)
     sums = part_sums(p, shape) if shape.mass else [jnp.sum(p, 1)]
@@ -256,7 +256,7 @@ def attended(
         plgpu.barrier_wait(ring.ready[1].at[slot])
         scales = ring.steps(1, step, shape) if shape.scales else None
     values = ring.blocks[-1].at[slot, :, pl.ds(0, shape.values)]
-    past = items.behind() - key if masked else None  # nobody sees keys from there on
+    past = items.behind(step) - key if masked else None  # nobody sees keys from there on
 
     def quiet() -> None:
         scratch.meet() if shape.groups > 1 else None  # where values are keys, others may read them

@@ -48,7 +48,7 @@ def _shares(shape: Shape) -> tuple[_Shares, _Shares]:
 def scratch(shape: Shape) -> list[Any]:
     """What `kernel` asks for."""
     return [
-        plgpu.SMEM((ROWS, shape.lanes), jnp.bfloat16),
+        plgpu.SMEM((1, ROWS, shape.lanes), jnp.bfloat16),
         plgpu.SMEM((shape.weights, ROWS, shape.keys), jnp.bfloat16),
         plgpu.SMEM((ROWS,), jnp.float32),
         plgpu.Barrier(),
@@ -76,12 +76,13 @@ def kernel(
         return blocks.at[slot], free.at[slot]
 
     def store(sums: Any, scale: Array, share: Any) -> None:
+        rows = pl.ds(items.row(shape), ROWS)
         for x, (first, n, part) in zip(sums, share, strict=True):
             columns = pieces(x * down(scale, x.shape), part, n, shape)
             width = n // len(columns)
             for i, some in enumerate(columns):
                 lanes = pl.ds(first + i * width, width)
-                there = o_ref.at[split, head, pl.ds(items.row(shape), ROWS), lanes]
+                there = o_ref.at[split, head, rows, lanes]
                 versions.store_narrow(there, some.astype(o_ref.dtype))
 
     def add(step: Array, sums: Any, shrink: Array, keys: Any, share: _Shares) -> tuple[Array, ...]:
@@ -97,13 +98,13 @@ def kernel(
         work = Work.of(shape, window, items)
 
         def bring_pages() -> None:
-            plgpu.set_max_registers(40 if shape.ahead else 24, action="decrease")
+            plgpu.set_max_registers(48 if shape.ahead else 24, action="decrease")
             bring(work, shape, layer, tables, stacks, scales, ring)
 
         def keep_scores() -> None:
             plgpu.set_max_registers(240, action="increase")
             queries = q_ref.at[head, pl.ds(items.row(shape), ROWS)]
-            plgpu.copy_gmem_to_smem(queries, q_smem, arrived)
+            plgpu.copy_gmem_to_smem(queries, q_smem.at[0], arrived)
             plgpu.barrier_wait(arrived)
 
             def attend(step: Array, state: tuple[Any, ...], masked: bool) -> tuple[Any, ...]:
@@ -112,14 +113,14 @@ def kernel(
                 at = work.at(step, shape)
                 key = at * shape.part
                 steps = ring.steps(0, step, shape) if scales else None
-                s = scores(q_smem, keys, steps, shape)
-                hidden = mask(items.position(), key, reach(window), shape) if masked else None
+                s = scores(q_smem.at[late(0, step)], keys, steps, shape)
+                hidden = mask(items.position(step), key, reach(window), shape) if masked else None
                 p, now, shrink = softmax(s, top, hidden, shape)
                 parts = part_sums(p, shape) if shape.mass else [jnp.sum(p, 1)]
                 for masses in mass_refs:
                     keep_masses(masses.at[item, head], parts, now * shape.unit, at)
                 total = total * shrink + sum(parts)
-                past = items.behind() - key if masked else None  # nobody sees these keys
+                past = items.behind(step) - key if masked else None  # nobody sees these keys
                 if past is not None and not shape.ahead:  # integers are finite
                     values = keys.at[:, pl.ds(0, shape.values)]
                     pl.when(past < shape.keys)(lambda: silence(values, past))
