@@ -97,10 +97,13 @@ def read(listing: str) -> tuple[list[Instruction], dict[str, int]]:
 
 
 def loops(code: Sequence[Instruction], labels: dict[str, int]) -> Iterator[list[Instruction]]:
-    """The path of each innermost loop: branches forward are taken, as they skip what is rare. Where
-    something is waited for there are loops of a few instructions, which are not meant."""
+    """The path of each innermost loop: branches forward are taken, as they skip what is rare. Not
+    meant are loops of a few instructions, which wait, and ways back from behind the kernel's end."""
     back = [(labels.get(x.target or "", i), i) for i, x in enumerate(code)]
-    back = [(begin, end) for begin, end in back if end - begin > 10]
+    back = [
+        (begin, end) for begin, end in back
+        if end - begin > 10 and not any(x.text == "EXIT" for x in code[begin:end])
+    ]  # fmt: skip
     for begin, end in back:
         if any(begin <= low and high < end for low, high in back if (low, high) != (begin, end)):
             continue

@@ -119,6 +119,8 @@ ATTENTION = (
     _attention("int8-static-decode-32k", "static", (1,) * 32, (32768,) * 32, N=32, K=8,
                shipped=True),
     _attention("int4-decode-32k", "int4", (1,) * 32, (32768,) * 32, N=32, K=8, shipped=True),
+    _attention("int8-mixed-2048", "int8", (2048, *(1,) * 32), (2048, *(8192,) * 32), N=32, K=8,
+               shipped=True),
     _attention("int8-latent-decode-8k", "int8", (1,) * 32, (8192,) * 32, N=128, K=1, H=576,
                value_dim=512, latent=(512, 128), shipped=True),
     _attention("int4-latent-decode-8k", "int4", (1,) * 32, (8192,) * 32, N=128, K=1, H=576,
