@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -90,25 +91,35 @@ class Ring:
     def of(cls, refs: Sequence[Any]) -> Ring:
         return cls(refs[:-2], refs[-2], refs[-1])
 
-    def fill(self, count: Array, sources: Callable[[Array], Sequence[Any]]) -> None:
-        """Brings the tiles of steps 0 to count, for the warpgroup that does nothing else."""
-        stages = self.tiles[0].shape[0]
-
-        @pl.loop(0, count + stages)  # until the last of them has been given back
-        def _step(step: Array) -> None:
-            slot = lax.rem(step, jnp.int32(stages))
-            pl.when(step >= stages)(lambda: plgpu.barrier_wait(self.free.at[slot]))
-
-            @pl.when(step < count)
-            def _copy():
-                for source, tile in zip(sources(step), self.tiles, strict=True):
-                    plgpu.copy_gmem_to_smem(source, tile.at[slot], self.ready.at[slot])
-
     def take(self, step: Array) -> tuple[list[Any], Any]:
         """The tiles of a step once they are there, and the barrier on which to give them back."""
         slot = lax.rem(step, jnp.int32(self.tiles[0].shape[0]))
         plgpu.barrier_wait(self.ready.at[slot])
         return [tile.at[slot] for tile in self.tiles], self.free.at[slot]
+
+
+Sources = Callable[[Array], Sequence[Any]]
+
+
+def fill(count: Array, *rings: tuple[Ring, Sources]) -> None:
+    """Brings the tiles of steps 0 to count, for the warpgroup that does nothing else.
+
+    Args:
+        rings: with what their tiles are copied from, by step. What is given back at different times
+            has a ring of its own.
+    """
+    stages = rings[0][0].tiles[0].shape[0]
+
+    @pl.loop(0, count + stages)  # until the last of them has been given back
+    def _step(step: Array) -> None:
+        slot = lax.rem(step, jnp.int32(stages))
+        for ring, sources in rings:
+            pl.when(step >= stages)(partial(plgpu.barrier_wait, ring.free.at[slot]))
+
+            @pl.when(step < count)
+            def _copy(ring: Ring = ring, sources: Sources = sources) -> None:
+                for source, tile in zip(sources(step), ring.tiles, strict=True):
+                    plgpu.copy_gmem_to_smem(source, tile.at[slot], ring.ready.at[slot])
 
 
 def bend(s: Array, scale: float, soft_cap: float) -> Array:

@@ -25,6 +25,7 @@ from kernels_pallas.flash_attention.gpu_blocks import (
     Shape,
     Walk,
     bend,
+    fill,
     run,
     seen,
     unit,
@@ -62,7 +63,8 @@ def forward(
         plgpu.SMEM((GROUPS, ROWS), jnp.float32),
         plgpu.Barrier(num_arrivals=2, num_barriers=GROUPS),
         plgpu.Barrier(num_arrivals=GROUPS),
-        *Ring.scratch(tile.stages, ((size, H), dtype), ((size, Hv), dtype)),
+        *Ring.scratch(tile.stages, ((size, H), dtype)),
+        *Ring.scratch(tile.stages, ((size, Hv), dtype)),
     ]
     known = {"shape": shape, "size": size, "scale": scale, "soft_cap": soft_cap}
     known |= {"apart": bool(tile.apart)}
@@ -83,9 +85,10 @@ def _kernel(
     simulated: bool,
 ):  # fmt: skip
     sinks_ref, refs = (refs[0], refs[1:]) if sunk else (None, refs)
-    o_ref, lse_ref, *rows, first_smem, lse_smem, arrived, met, k_ring, v_ring, ready, free = refs
+    o_ref, lse_ref, *rows, first_smem, lse_smem, arrived, met = refs[:-6]
+    k_ring, v_ring = Ring.of(refs[-6:-3]), Ring.of(refs[-3:])  # keys are given back first
     to_logits = unit(scale, soft_cap)
-    ring, tile = Ring((k_ring, v_ring), ready, free), (ROWS, size)
+    tile = ROWS, size
     q_smem, o_smem = rows[0], rows[-1]  # the same, where both are as wide
     wg, row, head = lax.axis_index("wg"), lax.axis_index("row"), lax.axis_index("head")
     block = shape.T // BLOCK - 1 - lax.axis_index("block")  # those with the most work begin first
@@ -96,11 +99,10 @@ def _kernel(
     def _bring():
         plgpu.set_max_registers(24, action="decrease")
 
-        def sources(step: Array) -> tuple[Any, Any]:
-            where = row, lax.div(head, shape.G), pl.ds(walk.tile(step) * size, size)
-            return k_ref.at[where], v_ref.at[where]
+        def source(ref: Any, step: Array) -> list[Any]:
+            return [ref.at[row, lax.div(head, shape.G), pl.ds(walk.tile(step) * size, size)]]
 
-        ring.fill(walk.count, sources)
+        fill(walk.count, (k_ring, partial(source, k_ref)), (v_ring, partial(source, v_ref)))
 
     @pl.when(wg < GROUPS)
     def _compute():
@@ -116,8 +118,9 @@ def _kernel(
 
         def attend(step: Array, i: Array, state: Any, masked: bool) -> Any:
             value, top, total = state
-            (k_smem, v_smem), free = ring.take(step)
+            (k_smem,), free = k_ring.take(step)
             s = product(q_smem.at[wg], k_smem.T, meet if apart else None)
+            plgpu.barrier_arrive(free)
             s = bend(s, scale, soft_cap)
             if masked:
                 s = jnp.where(seen(at, i * size, first_smem[wg], tile, 0), s, -jnp.inf)
@@ -126,9 +129,10 @@ def _kernel(
             shrink = jnp.exp2((before - top) * to_logits)
             total = total * shrink + jnp.sum(p, 1)
             value = value * down(shrink, value.shape)
-            weighed = p.astype(shape.dtype), v_smem
+            p = p.astype(shape.dtype)
+            (v_smem,), free = v_ring.take(step)
             meet() if apart else None
-            (value,) = add_products([value], [weighed], simulated=simulated)
+            (value,) = add_products([value], [(p, v_smem)], simulated=simulated)
             plgpu.barrier_arrive(free)
             return value, top, total
 

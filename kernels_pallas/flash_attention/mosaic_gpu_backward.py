@@ -23,6 +23,7 @@ from kernels_pallas.flash_attention.gpu_blocks import (
     Shape,
     Walk,
     bend,
+    fill,
     run,
     seen,
     unit,
@@ -106,7 +107,7 @@ def _queries_kernel(
             where = row, lax.div(head, shape.G), pl.ds(walk.tile(step) * size, size)
             return k_ref.at[where], v_ref.at[where]
 
-        ring.fill(walk.count, sources)
+        fill(walk.count, (ring, sources))
 
     @pl.when(wg < GROUPS)
     def _compute():
@@ -161,7 +162,7 @@ def _keys_kernel(
             by_head = [x.at[where] for x in (q_ref, do_ref, lse_ref, taken_ref)]
             return [*by_head, first_ref.at[row, queries]]
 
-        ring.fill(walk.count * shape.G, sources)
+        fill(walk.count * shape.G, (ring, sources))
 
     @pl.when(wg < GROUPS)
     def _compute():

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -295,7 +296,7 @@ class Ring(NamedTuple):
             is free, so nobody copies them. Of four bits they are one array for all caches, sorted
             like keys: [stages, scales, keys].
         unsorted: [ahead, scales, keys / 4, 4], these as they arrive, and some room.
-        free: whoever has read a block says so here.
+        free: whoever has read a block says so here; keys are read first.
         ready, arrived, scaled: of `blocks`, `raw`, and `scales` or `unsorted`.
     """
 
@@ -303,7 +304,7 @@ class Ring(NamedTuple):
     raw: tuple[Any, ...]
     scales: tuple[Any, ...]
     unsorted: tuple[Any, ...]
-    free: Any
+    free: tuple[Any, ...]
     ready: tuple[Any, ...]
     arrived: tuple[Any, ...]
     scaled: tuple[Any, ...]
@@ -332,7 +333,7 @@ class Ring(NamedTuple):
             tuple(plgpu.SMEM((shape.ahead, rows, n), dtype) for n in rounded),
             tuple(plgpu.SMEM(x, jnp.float32) for x in scales),
             tuple(plgpu.SMEM(x, jnp.float32) for x in unsorted),
-            barriers(shape.stages, readers),
+            tuple(barriers(shape.stages, readers) for _ in shape.widths),
             tuple(barriers(shape.stages, told) for _ in shape.widths),
             tuple(barriers(shape.ahead, copies) for _ in rounded),
             tuple(barriers(*x) for x in arrivals),
@@ -340,10 +341,9 @@ class Ring(NamedTuple):
 
     def of(self, caches: slice) -> Ring:
         """What some of the caches pass through. Scales of four bits are one array for all."""
-        each = {name: getattr(self, name)[caches] for name in ("blocks", "raw", "ready", "arrived")}
-        if not self.unsorted:
-            each |= {name: getattr(self, name)[caches] for name in ("scales", "scaled")}
-        return self._replace(**each)
+        names = ["blocks", "raw", "free", "ready", "arrived"]
+        names += [] if self.unsorted else ["scales", "scaled"]
+        return self._replace(**{name: getattr(self, name)[caches] for name in names})
 
     def steps(self, cache: int, step: Array, shape: Shape) -> Any:
         """The scales [scales, keys] of a block that is there, once they are."""
@@ -382,10 +382,10 @@ def bring(
             z = pl.ds(lax.rem(at, jnp.int32(shape.parts)) * size, size)
             yield page, z, pl.ds(p * size, size)
 
-    def copy(step: Array, blocks: tuple[Any, ...], there: tuple[Any, ...]) -> None:
-        slot = lax.rem(step, jnp.int32(blocks[0].shape[0]))
+    def copy(step: Array, *places: tuple[Any, Any, Any]) -> None:
+        slot = lax.rem(step, jnp.int32(places[0][1].shape[0]))
         for page, z, to in parts(step):
-            for stack, block, told in zip(stacks, blocks, there, strict=True):
+            for stack, block, told in places:
                 where = stack.at[layer[0], page, head, z, pl.ds(0, block.shape[-1])]
                 plgpu.copy_gmem_to_smem(where, block.at[slot, to], told.at[slot])
 
@@ -421,7 +421,7 @@ def bring(
             copy_unsorted_scales(step) if sorts else None
             copy_pairs(step)
         else:
-            copy(step, ring.raw, ring.arrived)
+            copy(step, *zip(stacks, ring.raw, ring.arrived, strict=True))
             copy_scales(step)
 
     pl.loop(0, jnp.minimum(work.steps, shape.ahead))(begin) if shape.ahead else None
@@ -445,11 +445,12 @@ def bring(
     @pl.loop(0, work.steps + shape.stages)  # simulators want even the last block's freedom seen
     def _step(step: Array) -> None:
         slot = lax.rem(step, jnp.int32(shape.stages))
-        pl.when(step >= shape.stages)(lambda: plgpu.barrier_wait(ring.free.at[slot]))
-
-        @pl.when(step < work.steps)
-        def _() -> None:
-            finish(step) if shape.ahead else copy(step, ring.blocks, ring.ready)
+        for free, *place in zip(ring.free, stacks, ring.blocks, ring.ready, strict=True):
+            pl.when(step >= shape.stages)(partial(plgpu.barrier_wait, free.at[slot]))
+            if not shape.ahead:
+                pl.when(step < work.steps)(partial(copy, step, tuple(place)))
+        if shape.ahead:
+            pl.when(step < work.steps)(partial(finish, step))
 
 
 def widen(raw: Any, block: Any, lanes: int) -> None:

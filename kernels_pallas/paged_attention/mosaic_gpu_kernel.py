@@ -245,6 +245,9 @@ def attended(
     apart = shape.apart and not masked
     meet = scratch.meet if apart else None
     s = scores(scratch.q.at[late(tile, step)], ring.blocks[0].at[slot], scales, shape, meet)
+    late_keys = shape.in_keys or shape.nibbles  # are values, or have their scales beside them
+    if not late_keys:
+        plgpu.barrier_arrive(ring.free[0].at[slot])
     position = items.position(step) + tile * shape.tokens
     hidden = mask(position, key, reach(window), shape) if masked else None
     p, now, shrink = softmax(s, top, hidden, shape)
@@ -271,7 +274,8 @@ def attended(
     pairs = [(weights[i], values.at[:, pl.ds(at, n)]) for at, n, i in shares]
     scratch.meet() if apart else None
     value = add_products(value, pairs, simulated=simulated)
-    plgpu.barrier_arrive(ring.free.at[slot])
+    for free in ring.free if late_keys else ring.free[1:]:
+        plgpu.barrier_arrive(free.at[slot])
     return value, now, total
 
 

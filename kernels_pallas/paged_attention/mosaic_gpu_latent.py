@@ -64,7 +64,7 @@ def kernel(
 ) -> None:  # fmt: skip
     stacks, scales, (o_ref, lse_ref, *mass_refs), refs = by_kind(refs, shape)
     q_smem, p_smem, shrink_smem, arrived, weighed, added, ring = refs
-    (blocks,), (ready,), free = ring.blocks, ring.ready, ring.free
+    (blocks,), (ready,), (free,) = ring.blocks, ring.ready, ring.free
     head, split, item = (lax.axis_index(name) for name in ("head", "split", "item"))
     wg, (few, many) = lax.axis_index("wg"), _shares(shape)
 
