@@ -1,14 +1,14 @@
-"""What Hopper's kernels do in their loops: `python -m benchmarks.hopper_loops --ops flash_attention`.
+"""What Hopper's kernels do in their loops: `python -m benchmarks.hopper_loops --ops sample`.
 
 Nothing runs and no clock is read: every shipped case is compiled for an H200 that is not there, its
 PTX is assembled and disassembled again (`pip install nvidia-cuda-nvcc nvidia-cuda-nvdisasm`, or a
-CUDA toolkit), and each loop that multiplies is listed with what one pass of it asks of a core.
+CUDA toolkit), and each innermost loop is listed with what one pass of it asks of a core.
 
-Cycles of pipes are floors, from how many lanes a quarter of a core has. `alone` is a model: one warp
-issues in order, with the stalls that the compiler wrote into the code; what takes as long as it
-takes (exponentials, barriers, products) takes what is assumed below, and whatever is waited for in
-memory is there. Two warpgroups that share a core overlap: then neither a pipe's sum nor the longer
-of both can be beaten, and that much is a bound. It compares two forms of a loop before a card can.
+Cycles of pipes are floors, from how many lanes a quarter of a core has. `alone_cycles` is a model:
+one warp issues in order, with the stalls that the compiler wrote into the code; what takes as long
+as it takes (exponentials, barriers, products) takes what is assumed below, and whatever is waited
+for in memory is there. Warpgroups of a core overlap: then neither a pipe's sum nor the longest of
+them can be beaten. It compares two forms of a loop before a card can, and predicts no time.
 """
 
 from __future__ import annotations
@@ -35,7 +35,10 @@ from sharding import compile_only
 # Pipes of a quarter of a core, and the cycles of one instruction of a warp in them.
 _PIPES = {
     "fma": (1, "FFMA FADD FMUL IMAD HFMA2 HADD2 HMUL2"),
-    "alu": (2, "ISETP FSETP PLOP3 FSEL SEL LOP3 FMNMX VIMNMX F2FP I2FP PRMT SHF LEA IADD3 VIADD MOV"),
+    "alu": (
+        2,
+        "ISETP FSETP PLOP3 FSEL SEL LOP3 FMNMX VIMNMX F2FP I2FP PRMT SHF LEA IADD3 VIADD MOV",
+    ),
     "special": (8, "MUFU I2F F2I F2F I2I"),
     "shared": (4, "LDS STS LDSM STSM SHFL"),  # four quarters share it
 }
@@ -97,13 +100,19 @@ def read(listing: str) -> tuple[list[Instruction], dict[str, int]]:
 
 
 def loops(code: Sequence[Instruction], labels: dict[str, int]) -> Iterator[list[Instruction]]:
-    """The path of each innermost loop: branches forward are taken, as they skip what is rare. Not
-    meant are loops of a few instructions, which wait, and ways back from behind the kernel's end."""
+    """The path of each innermost loop. Branches forward are taken, as they skip what is rare, but
+    not past a copy or half of the loop. Loops of a few instructions are not meant, for they wait,
+    and neither are ways back from where a waiter naps, behind the kernel's end."""
     back = [(labels.get(x.target or "", i), i) for i, x in enumerate(code)]
     back = [
         (begin, end) for begin, end in back
-        if end - begin > 10 and not any(x.text == "EXIT" for x in code[begin:end])
+        if end - begin > 10 and not any("NANOSLEEP" in x.text for x in code[begin:end])
     ]  # fmt: skip
+
+    def skips(i: int, to: int, begin: int, end: int) -> bool:
+        rare = not any("UTMALDG" in x.text for x in code[i:to])
+        return i < to <= end and rare and to - i <= (end - begin) // 2
+
     for begin, end in back:
         if any(begin <= low and high < end for low, high in back if (low, high) != (begin, end)):
             continue
@@ -111,7 +120,7 @@ def loops(code: Sequence[Instruction], labels: dict[str, int]) -> Iterator[list[
         while i <= end:
             path.append(code[i])
             to = labels.get(code[i].target or "", -1)
-            i = to if i < to <= end else i + 1
+            i = to if skips(i, to, begin, end) else i + 1
         yield path
 
 
@@ -167,6 +176,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--ops", nargs="*", default=[])
     parser.add_argument("--cases", nargs="*", default=[])
+    parser.add_argument("--least", type=int, default=60, help="instructions of a loop that counts")
     args = parser.parse_args()
     for tool in ("ptxas", "nvdisasm"):
         if not shutil.which(tool):
@@ -179,7 +189,7 @@ def main() -> None:
             jax.jit(runner(op, case, name, None)).lower(abstract(case, sharding)).compile()
             for kernel, listing in machine_code(Path(folder)):
                 for path in loops(*read(listing)):
-                    if any(x.cost[0] == "matrix" for x in path):
+                    if len(path) >= args.least:
                         line = {"op": op.name, "case": case.name, "kernel": kernel}
                         print(json.dumps(line | described(path)), flush=True)
 
