@@ -29,7 +29,9 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from benchmarks.compiled import TARGETS, abstract, shipped
+from benchmarks.kernels import versions
 from benchmarks.programs import runner
+from benchmarks.records import machine
 from sharding import compile_only
 
 # Pipes of a quarter of a core, and the cycles of one instruction of a warp in them.
@@ -181,6 +183,9 @@ def main() -> None:
     for tool in ("ptxas", "nvdisasm"):
         if not shutil.which(tool):
             parser.error(f"no {tool} on the PATH: it comes with nvidia-cuda-nvcc and -nvdisasm")
+    said = subprocess.run(["ptxas", "--version"], check=True, capture_output=True, text=True).stdout
+    here = {key: machine()[key] for key in ("commit", "date")}
+    print(json.dumps({"target": "sm_90a", "ptxas": said.split()[-1], **versions(), **here}))
     jax.config.update("jax_enable_compilation_cache", False)
     sharding = NamedSharding(compile_only.mesh(TARGETS["h200"]), PartitionSpec())
     with tempfile.TemporaryDirectory() as folder:
