@@ -292,8 +292,8 @@ def _shared(blocks: int) -> int:
 def _launch(operands: tuple[Any, ...], caches: list[Array], shape: Shape, interpret: Any) -> Any:
     """o [splits, heads, rows, values], where queries are; lse [splits, items, heads, rows of an
     item] and sums by part."""
-    *_, (seqs, *_), queries = operands
-    items, heads, rows = len(seqs), len(queries), shape.groups * ROWS
+    *scalars, given, queries = operands
+    items, heads, rows = len(given.seqs), len(queries), shape.groups * ROWS
     out = [
         jax.ShapeDtypeStruct((shape.splits, *queries.shape[:2], shape.values), shape.said),
         jax.ShapeDtypeStruct((shape.splits, items, heads, rows), jnp.float32),
@@ -317,4 +317,4 @@ def _launch(operands: tuple[Any, ...], caches: list[Array], shape: Shape, interp
         ),
         interpret=interpret,
         kernel_name="page_attention",
-    )(*operands, *caches)
+    )(*scalars, given.table(), queries, *caches)

@@ -25,7 +25,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.paged_attention.codec import block_of
-from kernels_pallas.tiling import late
 from kernels_pallas.wgmma import ROWS
 
 _SORTED = 4  # kinds of keys of four bits: by the half of a byte, and even or odd bytes
@@ -183,8 +182,7 @@ class Shape:
 
 
 class Items(NamedTuple):
-    """What blocks of threads are given. All int32 [items]. Numbers of one's own item are read again
-    where they are needed: registers are few, and loops full of masks.
+    """What blocks of threads are given. All int32 [items].
 
     Attributes:
         seqs: whose row of the block table leads to the pages; -1: there is no such item.
@@ -202,21 +200,32 @@ class Items(NamedTuple):
     stops: Any
     places: Any
 
-    def mine(self, step: Array | int = 0) -> Array:
-        """The number of this item. With a step, not even addresses wait in registers for it."""
-        return late(lax.axis_index("item"), jnp.int32(step))
+    def table(self) -> Array:
+        """What `Item` reads, [items, 7]."""
+        return jnp.stack(self, 1)
+
+
+class Item(NamedTuple):
+    """The item of a block of threads. Its numbers are read where they are needed: registers are
+    few, and an array for each of them would take two for its address."""
+
+    table: Any
+
+    def __getattr__(self, name: str) -> Array:
+        """Of `Items`."""
+        return self.table[lax.axis_index("item"), Items._fields.index(name)]
 
     def row(self, shape: Shape) -> Array:
-        """The first row of this item's queries and results."""
-        return self.places[self.mine()] * shape.piece
+        """The first row of its queries and results."""
+        return self.places * shape.piece
 
-    def position(self, step: Array | int = 0) -> Array:
-        """Of this item's first token."""
-        return self.firsts[self.mine(step)] + self.shifts[self.mine(step)]
+    def position(self) -> Array:
+        """Of its first token."""
+        return self.firsts + self.shifts
 
-    def behind(self, step: Array | int = 0) -> Array:
-        """The position behind this item's last token."""
-        return self.ends[self.mine(step)] + self.shifts[self.mine(step)]
+    def behind(self) -> Array:
+        """The position behind its last token."""
+        return self.ends + self.shifts
 
 
 def reach(window: Any) -> Array:
@@ -242,13 +251,12 @@ class Work(NamedTuple):
     partial: Array
 
     @classmethod
-    def of(cls, shape: Shape, window: Any, items: Items) -> Work:
-        item, split = lax.axis_index("item"), lax.axis_index("split")
-        position, seen = items.position(), reach(window)
+    def of(cls, shape: Shape, window: Any, item: Item) -> Work:
+        split, position, seen = lax.axis_index("split"), item.position(), reach(window)
         part = lax.div(jnp.maximum(position - seen + 1, 0), jnp.int32(shape.part))
-        part = jnp.maximum(part, items.begins[item])
-        end_part = lax.div(items.behind() - 1, jnp.int32(shape.part)) + 1
-        end_part = jnp.minimum(end_part, items.stops[item])
+        part = jnp.maximum(part, item.begins)
+        end_part = lax.div(item.behind() - 1, jnp.int32(shape.part)) + 1
+        end_part = jnp.minimum(end_part, item.stops)
         share = lax.div(end_part - part + shape.count - 1, jnp.int32(shape.count))  # in blocks
         share = lax.div(share + shape.splits - 1, jnp.int32(shape.splits)) * shape.count
         part = part + split * share
@@ -259,7 +267,7 @@ class Work(NamedTuple):
         partial = jnp.minimum(partial, steps)
         hidden = jnp.maximum(first + shape.groups * shape.tokens - seen, 0)  # from the last row
         whole = lax.div(hidden + shape.keys - 1, jnp.int32(shape.keys))
-        return cls(items.seqs[item], part, end_part, steps, jnp.minimum(whole, partial), partial)
+        return cls(item.seqs, part, end_part, steps, jnp.minimum(whole, partial), partial)
 
     @property
     def masked(self) -> Array:

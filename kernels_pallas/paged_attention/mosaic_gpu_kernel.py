@@ -15,7 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas import versions
 from kernels_pallas.paged_attention.codec import block_of
-from kernels_pallas.paged_attention.mosaic_gpu_blocks import Items, Ring, Shape, Work, bring, reach
+from kernels_pallas.paged_attention.mosaic_gpu_blocks import Item, Ring, Shape, Work, bring, reach
 from kernels_pallas.tiling import late
 from kernels_pallas.wgmma import ROWS, across, add_products, down, product, within
 
@@ -177,19 +177,19 @@ class Scratch(NamedTuple):
 
 
 def kernel(
-    layer: Any, window: Any, tables: Any, items: Items, q_ref: Any, *refs: Any,
+    layer: Any, window: Any, tables: Any, items: Any, q_ref: Any, *refs: Any,
     shape: Shape, simulated: bool,
 ) -> None:  # fmt: skip
     stacks, scales, (o_ref, lse_ref, *mass_refs), (scratch,) = by_kind(refs, shape)
-    head, split, item = (lax.axis_index(name) for name in ("head", "split", "item"))
-    wg = lax.axis_index("wg")
+    head, split, number = (lax.axis_index(name) for name in ("head", "split", "item"))
+    item, wg = Item(items), lax.axis_index("wg")
     turn, tile = (wg, 0) if shape.turns > 1 else (0, wg)
     mine = tile * shape.tokens  # the first of an item's tokens in these rows
     rows = pl.ds(tile * ROWS, ROWS)
 
-    @pl.when(items.seqs[item] >= 0)
+    @pl.when(item.seqs >= 0)
     def _() -> None:
-        work = Work.of(shape, window, items)
+        work = Work.of(shape, window, item)
 
         def bring_pages(caches: slice) -> None:
             if shape.readers > 1:
@@ -199,7 +199,7 @@ def kernel(
         def compute() -> None:
             if shape.readers > 1:
                 plgpu.set_max_registers(200 if shape.ahead else 240, action="increase")
-            queries = q_ref.at[head, pl.ds(items.row(shape) + tile * ROWS, ROWS)]
+            queries = q_ref.at[head, pl.ds(item.row(shape) + tile * ROWS, ROWS)]
 
             @pl.when(turn == 0)
             def _() -> None:
@@ -207,8 +207,8 @@ def kernel(
 
             plgpu.barrier_wait(scratch.arrived.at[tile])
             attend = partial(
-                attended, items, window, work, tile, scratch, shape,
-                masses=[x.at[item, head, :, rows] for x in mass_refs], simulated=simulated,
+                attended, item, window, work, tile, scratch, shape,
+                masses=[x.at[number, head, :, rows] for x in mass_refs], simulated=simulated,
             )  # fmt: skip
             walk = partial(work.walk, turn=turn, turns=shape.turns)
             state = walk(partial(attend, masked=True), nothing(shape), masked=True)
@@ -217,8 +217,8 @@ def kernel(
             pl.when(wg == 0)(scratch.meet) if shape.apart else None
             scale, lse = normal(top, total, wg, scratch, shape)
             value = [x * down(scale, x.shape) for x in value]
-            outs = lse_ref.at[split, item, head, rows], o_ref.at[split, head]
-            hand_out(value, lse, items, mine, wg, scratch, outs, shape, simulated=simulated)
+            outs = lse_ref.at[split, number, head, rows], o_ref.at[split, head]
+            hand_out(value, lse, item, mine, wg, scratch, outs, shape, simulated=simulated)
 
         shares = [slice(i, i + 1) for i in range(2)] if shape.bringers > 1 else [slice(None)]
         roles = [compute, *(partial(bring_pages, caches) for caches in shares)]
@@ -232,7 +232,7 @@ def nothing(shape: Shape) -> tuple[Any, ...]:
 
 
 def attended(
-    items: Items, window: Any, work: Work, tile: Any, scratch: Scratch, shape: Shape,
+    item: Item, window: Any, work: Work, tile: Any, scratch: Scratch, shape: Shape,
     step: Array, state: tuple[Any, ...], *, masked: bool, masses: list[Any], simulated: bool,
 ) -> tuple[Any, ...]:  # fmt: skip
     """`nothing` and what follows, with a block of keys."""
@@ -248,7 +248,7 @@ def attended(
     late_keys = shape.in_keys or shape.nibbles  # are values, or have their scales beside them
     if not late_keys:
         plgpu.barrier_arrive(ring.free[0].at[slot])
-    position = items.position(step) + tile * shape.tokens
+    position = item.position() + tile * shape.tokens
     hidden = mask(position, key, reach(window), shape) if masked else None
     p, now, shrink = softmax(s, top, hidden, shape)
     sums = part_sums(p, shape) if shape.mass else [jnp.sum(p, 1)]
@@ -259,7 +259,7 @@ def attended(
         plgpu.barrier_wait(ring.ready[1].at[slot])
         scales = ring.steps(1, step, shape) if shape.scales else None
     values = ring.blocks[-1].at[slot, :, pl.ds(0, shape.values)]
-    past = items.behind(step) - key if masked else None  # nobody sees keys from there on
+    past = item.behind() - key if masked else None  # nobody sees keys from there on
 
     def quiet() -> None:
         scratch.meet() if shape.groups > 1 else None  # where values are keys, others may read them
@@ -300,7 +300,7 @@ def normal(
 
 
 def hand_out(
-    value: list[Array], lse: Array, items: Items, mine: Any, wg: Array, scratch: Scratch,
+    value: list[Array], lse: Array, item: Item, mine: Any, wg: Array, scratch: Scratch,
     outs: tuple[Any, Any], shape: Shape, *, simulated: bool,
 ) -> None:  # fmt: skip
     """Results to global memory; if two took turns, the second one's through the first one's hands.
@@ -330,9 +330,9 @@ def hand_out(
     def out(lanes: Any) -> None:
         for row in range(0, ROWS, 8):  # none without a token
 
-            @pl.when(items.position() + mine + row // shape.group < items.behind())
+            @pl.when(item.position() + mine + row // shape.group < item.behind())
             def _(row: int = row) -> None:
-                there = pl.ds(items.row(shape) + at * ROWS + row, 8)
+                there = pl.ds(item.row(shape) + at * ROWS + row, 8)
                 plgpu.copy_smem_to_gmem(scratch.o.at[at, pl.ds(row, 8)], o_ref.at[there, lanes])
 
         last = lanes.start + STORED == shape.values

@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas import versions
-from kernels_pallas.paged_attention.mosaic_gpu_blocks import Items, Ring, Shape, Work, bring, reach
+from kernels_pallas.paged_attention.mosaic_gpu_blocks import Item, Ring, Shape, Work, bring, reach
 from kernels_pallas.paged_attention.mosaic_gpu_kernel import (
     HIDDEN,
     LOG2E,
@@ -59,14 +59,14 @@ def scratch(shape: Shape) -> list[Any]:
 
 
 def kernel(
-    layer: Any, window: Any, tables: Any, items: Items, q_ref: Any, *refs: Any,
+    layer: Any, window: Any, tables: Any, items: Any, q_ref: Any, *refs: Any,
     shape: Shape, simulated: bool,
 ) -> None:  # fmt: skip
     stacks, scales, (o_ref, lse_ref, *mass_refs), refs = by_kind(refs, shape)
     q_smem, p_smem, shrink_smem, arrived, weighed, added, ring = refs
     (blocks,), (ready,), (free,) = ring.blocks, ring.ready, ring.free
-    head, split, item = (lax.axis_index(name) for name in ("head", "split", "item"))
-    wg, (few, many) = lax.axis_index("wg"), _shares(shape)
+    head, split, number = (lax.axis_index(name) for name in ("head", "split", "item"))
+    item, wg, (few, many) = Item(items), lax.axis_index("wg"), _shares(shape)
 
     def take(step: Array) -> tuple[Any, Any]:
         """A block of keys, once it is there, and the barrier on which it is given back."""
@@ -76,7 +76,7 @@ def kernel(
         return blocks.at[slot], free.at[slot]
 
     def store(sums: Any, scale: Array, share: Any) -> None:
-        rows = pl.ds(items.row(shape), ROWS)
+        rows = pl.ds(item.row(shape), ROWS)
         for x, (first, n, part) in zip(sums, share, strict=True):
             columns = pieces(x * down(scale, x.shape), part, n, shape)
             width = n // len(columns)
@@ -93,9 +93,9 @@ def kernel(
     def nothing(share: Any) -> tuple[Array, ...]:
         return tuple(jnp.zeros((ROWS, n), jnp.float32) for _, n, _ in share)
 
-    @pl.when(items.seqs[item] >= 0)
+    @pl.when(item.seqs >= 0)
     def _() -> None:
-        work = Work.of(shape, window, items)
+        work = Work.of(shape, window, item)
 
         def bring_pages() -> None:
             plgpu.set_max_registers(48 if shape.ahead else 24, action="decrease")
@@ -103,7 +103,7 @@ def kernel(
 
         def keep_scores() -> None:
             plgpu.set_max_registers(240, action="increase")
-            queries = q_ref.at[head, pl.ds(items.row(shape), ROWS)]
+            queries = q_ref.at[head, pl.ds(item.row(shape), ROWS)]
             plgpu.copy_gmem_to_smem(queries, q_smem.at[0], arrived)
             plgpu.barrier_wait(arrived)
 
@@ -114,13 +114,13 @@ def kernel(
                 key = at * shape.part
                 steps = ring.steps(0, step, shape) if scales else None
                 s = scores(q_smem.at[late(0, step)], keys, steps, shape)
-                hidden = mask(items.position(step), key, reach(window), shape) if masked else None
+                hidden = mask(item.position(), key, reach(window), shape) if masked else None
                 p, now, shrink = softmax(s, top, hidden, shape)
                 parts = part_sums(p, shape) if shape.mass else [jnp.sum(p, 1)]
                 for masses in mass_refs:
-                    keep_masses(masses.at[item, head], parts, now * shape.unit, at)
+                    keep_masses(masses.at[number, head], parts, now * shape.unit, at)
                 total = total * shrink + sum(parts)
-                past = items.behind(step) - key if masked else None  # nobody sees these keys
+                past = item.behind() - key if masked else None  # nobody sees these keys
                 if past is not None and not shape.ahead:  # integers are finite
                     values = keys.at[:, pl.ds(0, shape.values)]
                     pl.when(past < shape.keys)(lambda: silence(values, past))
@@ -145,7 +145,7 @@ def kernel(
             shrink_smem[...] = 1 / total
             plgpu.commit_smem()
             plgpu.barrier_arrive(weighed)
-            lse_ref[split, item, head] = (top * shape.unit + jnp.log2(total)) * (1 / LOG2E)
+            lse_ref[split, number, head] = (top * shape.unit + jnp.log2(total)) * (1 / LOG2E)
             store(sums, 1 / total, few)
 
         def add_values() -> None:
