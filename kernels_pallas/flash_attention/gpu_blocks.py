@@ -174,13 +174,13 @@ class Walk(NamedTuple):
         return cls(*(table[row, block, i] for i in range(4)))
 
     @property
-    def count(self) -> Array:
+    def steps(self) -> Array:
         return self.end - self.begin
 
     @property
     def masked(self) -> Array:
         """Tiles that need a mask."""
-        return self.count - (self.part - self.whole)
+        return self.steps - (self.part - self.whole)
 
     def tile(self, step: Array) -> Array:
         end = jnp.where(step < self.masked, self.whole, self.end)
@@ -196,7 +196,7 @@ class Walk(NamedTuple):
             )
 
         state = some(0, self.masked, state, masked=True)
-        return some(self.masked, self.count, state, masked=False)
+        return some(self.masked, self.steps, state, masked=False)
 
 
 def seen(query: Array, key: Array, first: Array, shape: tuple[int, int], queries: int) -> Array:

@@ -102,7 +102,7 @@ def _kernel(
         def source(ref: Any, step: Array) -> list[Any]:
             return [ref.at[row, lax.div(head, shape.G), pl.ds(walk.tile(step) * size, size)]]
 
-        fill(walk.count, (k_ring, partial(source, k_ref)), (v_ring, partial(source, v_ref)))
+        fill(walk.steps, (k_ring, partial(source, k_ref)), (v_ring, partial(source, v_ref)))
 
     @pl.when(wg < GROUPS)
     def _compute():

@@ -107,7 +107,7 @@ def _queries_kernel(
             where = row, lax.div(head, shape.G), pl.ds(walk.tile(step) * size, size)
             return k_ref.at[where], v_ref.at[where]
 
-        fill(walk.count, (ring, sources))
+        fill(walk.steps, (ring, sources))
 
     @pl.when(wg < GROUPS)
     def _compute():
@@ -157,12 +157,12 @@ def _keys_kernel(
         plgpu.set_max_registers(24, action="decrease")
 
         def sources(step: Array) -> list[Any]:
-            queries = pl.ds(walk.tile(lax.rem(step, walk.count)) * size, size)
-            where = row, head * shape.G + lax.div(step, walk.count), queries
+            queries = pl.ds(walk.tile(lax.rem(step, walk.steps)) * size, size)
+            where = row, head * shape.G + lax.div(step, walk.steps), queries
             by_head = [x.at[where] for x in (q_ref, do_ref, lse_ref, taken_ref)]
             return [*by_head, first_ref.at[row, queries]]
 
-        fill(walk.count * shape.G, (ring, sources))
+        fill(walk.steps * shape.G, (ring, sources))
 
     @pl.when(wg < GROUPS)
     def _compute():

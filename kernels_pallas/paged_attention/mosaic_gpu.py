@@ -2,7 +2,8 @@
 
 A block of threads is given an *item*: some consecutive tokens of one sequence, a head of keys and,
 where there would be too few blocks to fill the cores, a share of the keys. Rows of a warpgroup are
-the tokens and those heads of queries that share the keys. One more warpgroup only brings pages.
+the tokens and those heads of queries that share the keys: a prompt has two such tiles, and the few
+rows of a decode step have two warpgroups that take blocks of keys in turn. Others only bring pages.
 Pages that a group of sequences begins with are items of their own, whose rows are tokens of all.
 Shares of keys merge by (o, lse), and sinks join there, as one more share without a value. Queries
 for pages of four bits are turned before, and outputs by the kernel, but for the last eight lanes.

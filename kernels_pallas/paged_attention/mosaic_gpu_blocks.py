@@ -1,8 +1,8 @@
 """Blocks of keys and values in shared memory on Hopper: whose they are, and how they are brought.
 
 Pages of floats arrive as they are multiplied. Those of eight or four bits arrive in a ring of their
-own, and the warpgroup that brings them makes bfloat16 of them on their way to the other one, which
-is exact: wgmma multiplies no floats by integers. Scales stay what they are, for logits and weights.
+own, and the warpgroup that brings them makes bfloat16 of them on their way to the others, which is
+exact: wgmma multiplies no floats by integers. Scales stay what they are, for logits and weights.
 
 Two keys of four bits share a byte, and registers cannot interleave rows. So keys of such a block
 come in another order, first all whose number is a multiple of four, then those behind them, and so

@@ -261,13 +261,13 @@ def attended(
     values = ring.blocks[-1].at[slot, :, pl.ds(0, shape.values)]
     past = item.behind() - key if masked else None  # nobody sees keys from there on
 
-    def quiet() -> None:
+    def quiet(past: Array) -> None:
         scratch.meet() if shape.groups > 1 else None  # where values are keys, others may read them
         pl.when(tile == 0)(lambda: silence(values, past))
         scratch.meet() if shape.groups > 1 else None
 
     if past is not None and not shape.ahead:  # integers are finite
-        pl.when(past < shape.keys)(quiet)
+        pl.when(past < shape.keys)(partial(quiet, past))
     weights = weigh(p, scales, past, shape)
     value = [x * down(shrink, x.shape) for x in value]
     shares = shape.shares(0, shape.values, WIDEST)

@@ -169,7 +169,7 @@ def test_hopper_walks_what_is_seen_once_and_masks_what_is_hidden_in_part(words, 
         for row in range(B):
             for block in range(T // 128):
                 walk = Walk(*np.asarray(table[row, block]))
-                tiles = [int(walk.tile(step)) for step in range(walk.count)]
+                tiles = [int(walk.tile(step)) for step in range(walk.steps)]
                 part = by_block[row, block * 128 : block * 128 + 128].reshape(128, -1, size)
                 assert set(np.flatnonzero(part.any((0, 2)))) <= set(tiles)
                 assert len(set(tiles)) == len(tiles)
