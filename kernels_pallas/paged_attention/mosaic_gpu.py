@@ -172,8 +172,9 @@ def _shape(
     keys = tile.keys or (128 if roomy else 64)
     if Z % 8 or max(Z, keys) % min(Z, keys) or keys % 64 or keys > 256:
         raise UnsupportedError(f"{Z=} keys in a page: a power of two, from 8; and {keys=}: 64s")
-    groups = tile.groups or (2 if many else 1)
-    turns = tile.turns or (1 if wide or groups > 1 or 4 * keys > M * Z else 2)
+    groups = tile.groups or (2 if many and lanes + values <= 256 else 1)
+    full = wide or groups > 1 or (rounded and values > 128)  # registers are
+    turns = tile.turns or (1 if full or 4 * keys > M * Z else 2)
     if groups * turns > (1 if wide else 2):
         most = "one, whose values two warpgroups share" if wide else "two warpgroups in all"
         raise UnsupportedError(f"{groups=} of rows, {turns=} in which they take keys: {most}")
@@ -246,7 +247,7 @@ def _parts(
 def _depths(shape: Shape, wanted: int, rounded: bool) -> tuple[int, int]:
     """Blocks that are multiplied or wait for it, and blocks of eight or four bits on their way."""
     each = 2 * shape.weights * shape.keys if shape.wide else 4 * STORED * shape.turns
-    fixed = shape.groups * ROWS * (2 * shape.lanes + each + 12 * shape.turns) + 2048
+    fixed = shape.groups * ROWS * (2 * shape.lanes + each + 12 * shape.turns) + 3072
     width = sum(shape.widths)
     scales = 4 * (shape.rows_of_scales if shape.nibbles else sum(shape.scales))
     block = shape.keys * (2 * width + scales)

@@ -109,6 +109,15 @@ class Shape:
         return 2 if self.ahead and not self.in_keys else 1
 
     @property
+    def registers(self) -> tuple[int, int]:
+        """Of a thread that brings, and of one that computes; 0: two warpgroups have enough as it
+        is."""
+        if self.readers + self.bringers == 2:
+            return 0, 0
+        few = 56 if self.ahead else 24
+        return few, min(248, (512 - self.bringers * few) // self.readers // 8 * 8)
+
+    @property
     def unit(self) -> float:
         """What products of queries and keys, or tanh of them, are in logits of base 2."""
         return self.cap or self.factor
@@ -446,7 +455,7 @@ def bring(
             if shape.nibbles:
                 unpack(raw.at[at], block.at[slot])
             else:  # few registers are left
-                widen(raw.at[at], block.at[slot], 64 if shape.wide else raw.shape[-1])
+                widen(raw.at[at], block.at[slot], 64 if shape.wide else 128)
             plgpu.barrier_arrive(ready.at[slot])
         pl.when(step + shape.ahead < work.steps)(lambda: begin(step + shape.ahead))
 
@@ -461,8 +470,9 @@ def bring(
             pl.when(step < work.steps)(partial(finish, step))
 
 
-def widen(raw: Any, block: Any, lanes: int) -> None:
-    """Rows of eight bits as bfloat16, so many lanes at a time, four of them in a thread."""
+def widen(raw: Any, block: Any, most: int) -> None:
+    """Rows of eight bits as bfloat16, eight lanes in a thread and at most so many at a time."""
+    lanes = math.gcd(raw.shape[1], most)
 
     @pl.loop(0, raw.shape[1] // lanes)  # unrolled it takes too many registers
     def _(i: Array) -> None:

@@ -185,20 +185,20 @@ def kernel(
     item, wg = Item(items), lax.axis_index("wg")
     turn, tile = (wg, 0) if shape.turns > 1 else (0, wg)
     mine = tile * shape.tokens  # the first of an item's tokens in these rows
-    rows = pl.ds(tile * ROWS, ROWS)
+    rows, (few, many) = pl.ds(tile * ROWS, ROWS), shape.registers
 
     @pl.when(item.seqs >= 0)
     def _() -> None:
         work = Work.of(shape, window, item)
 
         def bring_pages(caches: slice) -> None:
-            if shape.readers > 1:
-                plgpu.set_max_registers(56 if shape.ahead else 24, action="decrease")
+            if few:
+                plgpu.set_max_registers(few, action="decrease")
             bring(work, shape, layer, tables, stacks, scales, scratch.ring, caches)
 
         def compute() -> None:
-            if shape.readers > 1:
-                plgpu.set_max_registers(200 if shape.ahead else 240, action="increase")
+            if few:
+                plgpu.set_max_registers(many, action="increase")
             queries = q_ref.at[head, pl.ds(item.row(shape) + tile * ROWS, ROWS)]
 
             @pl.when(turn == 0)
