@@ -12,6 +12,7 @@ from kernels_pallas.op import UnsupportedError
 from kernels_pallas.paged_attention import mosaic_gpu, reference
 from kernels_pallas.paged_attention.cases import batch as step_of
 from kernels_pallas.paged_attention.coded_cases import pages_of
+from tests.sparing import sparing
 
 LENS, Z, H = (300, 70, 522), 32, 64  # five blocks of 64 keys, two and nine
 
@@ -84,3 +85,34 @@ def test_turns_are_of_one_tile_of_rows():
         UnsupportedError, match=r"groups=2 of rows, turns=2 .* two warpgroups in all"
     ):
         mosaic_gpu._shape(tile, q, pages, pages, step, H, False, 0.1, 0.0)
+
+
+FITTING = {  # kind, heads, lanes, new tokens, keys
+    "short, in no turns": ("bfloat16", 32, 128, 1, 128),
+    "wide heads": ("bfloat16", 16, 256, 1, 4096),
+    "wide heads of a prompt": ("bfloat16", 16, 256, 512, 4096),
+    "narrow heads": ("bfloat16", 32, 64, 1, 4096),
+    "a prompt": ("bfloat16", 32, 128, 512, 4096),
+    "short, of eight bits": ("int8", 32, 128, 1, 128),
+    "wide heads of eight bits": ("int8", 16, 256, 1, 4096),
+    "a prompt of four bits": ("int4", 32, 128, 512, 4096),
+}
+
+
+@pytest.mark.parametrize("name", sparing(list(FITTING), "short, in no turns", "a prompt"))
+def test_blocks_that_were_counted_fit_in_shared_memory(name):
+    """Mosaic adds barriers and room between arrays to what `_depths` counts, and refuses more."""
+    kind, heads, lanes, new, keys = FITTING[name]
+    step, pages = step_of((new,) * 2, (keys,) * 2, 128)
+    q = jax.ShapeDtypeStruct((2 * new, heads, lanes), jnp.bfloat16)
+    shape = (1, pages, 8, 128, lanes)
+    stack = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    if kind != "bfloat16":
+        stack = jax.eval_shape(lambda: pages_of(kind, jax.random.key(0), shape))
+    step = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), step)
+    exported = jax.export.export(
+        jax.jit(lambda q, k, v, step: mosaic_gpu.page_attention(q, k, v, 0, step, scale=0.1)),
+        platforms=["cuda"],
+        disabled_checks=[jax.export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")],
+    )(q, stack, stack, step)
+    assert "mosaic_gpu" in exported.mlir_module()
