@@ -246,8 +246,9 @@ def _parts(
 
 def _depths(shape: Shape, wanted: int, rounded: bool) -> tuple[int, int]:
     """Blocks that are multiplied or wait for it, and blocks of eight or four bits on their way."""
-    each = 2 * shape.weights * shape.keys if shape.wide else 4 * STORED * shape.turns
-    fixed = shape.groups * ROWS * (2 * shape.lanes + each + 12 * shape.turns) + 3072
+    each = 2 * shape.weights * shape.keys + 4 if shape.wide else (4 * STORED + 12) * shape.turns
+    barriers = 2048 if shape.wide else 3072  # and room between arrays
+    fixed = shape.groups * ROWS * (2 * shape.lanes + each) + barriers
     width = sum(shape.widths)
     scales = 4 * (shape.rows_of_scales if shape.nibbles else sum(shape.scales))
     block = shape.keys * (2 * width + scales)
