@@ -1,4 +1,4 @@
-"""Blocks of keys and values in shared memory on Hopper: whose they are, and how they are brought.
+"""Blocks of keys and values in shared memory on Hopper: whose they are, and what they pass through.
 
 Pages of floats arrive as they are multiplied. Those of eight or four bits arrive in a ring of their
 own, and the warpgroup that brings them makes bfloat16 of them on their way to the others, which is
@@ -12,10 +12,8 @@ depends on the order, if scales and masks follow it (`Shape.key_of`).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -27,16 +25,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from kernels_pallas.paged_attention.codec import block_of
 from kernels_pallas.wgmma import ROWS
 
-_SORTED = 4  # kinds of keys of four bits: by the half of a byte, and even or odd bytes
+SORTED = 4  # kinds of keys of four bits: by the half of a byte, and even or odd bytes
 _APART = 8  # lines: if scales filled their array, Mosaic would take a transposed view for flat
-_EIGHTS = plgpu.Layout.TILED(
-    plgpu.Tiling(((16, 64), (4, 64), (8,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1
-)
-_NIBBLES = plgpu.Layout.TILED(
-    plgpu.Tiling(((16, 64), (16, 16), (8, 16), (8,), (4,))),
-    warp_dims=(-7,), lane_dims=(-4, -2, -3), vector_dim=-1,
-)  # fmt: skip
-"""16 rows of 64 bytes, as `WGMMA_UPCAST_2X` has 64 of 16: four bytes in a thread."""
 
 
 @dataclass(frozen=True)
@@ -154,7 +144,7 @@ class Shape:
     @property
     def unsorted(self) -> tuple[int, int, int]:
         """Scales of a block of four bits as they arrive, and some room."""
-        return self.rows_of_scales, self.keys // _SORTED + _APART, _SORTED
+        return self.rows_of_scales, self.keys // SORTED + _APART, SORTED
 
     @property
     def said(self) -> Any:
@@ -179,12 +169,12 @@ class Shape:
         """The key of a block that a column of its logits is of."""
         if not self.nibbles:
             return column
-        size = jnp.full_like(column, self.keys // _SORTED)
-        return _SORTED * lax.rem(column, size) + lax.div(column, size)
+        size = jnp.full_like(column, self.keys // SORTED)
+        return SORTED * lax.rem(column, size) + lax.div(column, size)
 
     def columns(self, part: int) -> list[tuple[int, int]]:
         """Where the keys of a part of a block lie: (first column, behind the last one)."""
-        kinds = _SORTED if self.nibbles else 1
+        kinds = SORTED if self.nibbles else 1
         n = self.part // kinds
         starts = range(part * n, self.keys, self.keys // kinds)
         return [(start, start + n) for start in starts]
@@ -370,140 +360,3 @@ class Ring(NamedTuple):
         turn = lax.rem(step, jnp.int32(self.scales[cache].shape[0]))
         plgpu.barrier_wait(self.scaled[cache].at[turn])
         return self.scales[cache].at[turn]
-
-
-def bring(
-    work: Work, shape: Shape, layer: Any, tables: Any, stacks: Any, scales: Any, ring: Ring,
-    caches: slice = slice(None),
-) -> None:  # fmt: skip
-    """Copies blocks of keys, and of values, to shared memory as room becomes free.
-
-    Args:
-        stacks, scales: in global memory. Only rows of eight or four bits have scales, if they have
-            any. Rows of four bits lie [L, P, K, Z / 4, 2, W], their scales [L, P, n, Z / 4, 4].
-        caches: those that this warpgroup brings. Who brings keys of four bits brings all scales.
-    """
-    ring, stacks, owned = ring.of(caches), stacks[caches], shape.owned
-    if not shape.nibbles:
-        scales, owned = scales[caches], owned[caches]
-    sorts = shape.nibbles and not caches.start
-    head = lax.div(lax.axis_index("head"), jnp.int32(shape.heads))
-
-    def parts(step: Array, of: int = 1) -> Any:
-        """Where the parts of a block lie: pages, keys in them, and keys of the block, or groups of
-        `of` keys."""
-        size, first = shape.part // of, work.at(step, shape)
-        for p in range(shape.count):  # none is left out, since barriers count
-            at = jnp.minimum(first + p, work.end_part - 1)
-            page = tables[work.seq * shape.row + lax.div(at, jnp.int32(shape.parts))]
-            z = pl.ds(lax.rem(at, jnp.int32(shape.parts)) * size, size)
-            yield page, z, pl.ds(p * size, size)
-
-    def copy(step: Array, *places: tuple[Any, Any, Any]) -> None:
-        slot = lax.rem(step, jnp.int32(places[0][1].shape[0]))
-        for page, z, to in parts(step):
-            for stack, block, told in places:
-                where = stack.at[layer[0], page, head, z, pl.ds(0, block.shape[-1])]
-                plgpu.copy_gmem_to_smem(where, block.at[slot, to], told.at[slot])
-
-    def copy_pairs(step: Array) -> None:
-        slot, half = lax.rem(step, jnp.int32(shape.ahead)), shape.keys // _SORTED
-        for page, z, to in parts(step, _SORTED):
-            for stack, raw, told in zip(stacks, ring.raw, ring.arrived, strict=True):
-                for odd in range(2):
-                    where = stack.at[layer[0], page, head, z, odd, pl.ds(0, raw.shape[-1])]
-                    here = raw.at[slot, pl.ds(odd * half + to.start, to.size)]
-                    plgpu.copy_gmem_to_smem(where, here, told.at[slot])
-
-    def copy_scales(step: Array) -> None:
-        for stack, own, block, told in zip(scales, owned, ring.scales, ring.scaled, strict=True):
-            turn = lax.rem(step, jnp.int32(block.shape[0]))
-            for page, z, to in parts(step):
-                for b in range(block.shape[1]):
-                    where = stack.at[layer[0], page, head * own + b, z]
-                    plgpu.copy_gmem_to_smem(where, block.at[turn, b, to], told.at[turn])
-
-    def copy_unsorted_scales(step: Array) -> None:
-        (block,), (told,), row = ring.unsorted, ring.scaled, 0
-        turn = lax.rem(step, jnp.int32(shape.ahead))
-        for stack, own, n in zip(scales, owned, shape.scales, strict=True):
-            for page, z, to in parts(step, _SORTED):
-                for b in range(n):
-                    where = stack.at[layer[0], page, head * own + b, z]
-                    plgpu.copy_gmem_to_smem(where, block.at[turn, row + b, to], told.at[turn])
-            row += n
-
-    def begin(step: Array) -> None:
-        if shape.nibbles:
-            copy_unsorted_scales(step) if sorts else None
-            copy_pairs(step)
-        else:
-            copy(step, *zip(stacks, ring.raw, ring.arrived, strict=True))
-            copy_scales(step)
-
-    pl.loop(0, jnp.minimum(work.steps, shape.ahead))(begin) if shape.ahead else None
-
-    def finish(step: Array) -> None:
-        at, slot = (lax.rem(step, jnp.int32(n)) for n in (shape.ahead, shape.stages))
-        if sorts:
-            plgpu.barrier_wait(ring.scaled[0].at[at])
-            sort(ring.unsorted[0].at[at], ring.scales[0].at[slot])
-        for raw, arrived, block, ready in zip(
-            ring.raw, ring.arrived, ring.blocks, ring.ready, strict=True
-        ):
-            plgpu.barrier_wait(arrived.at[at])
-            if shape.nibbles:
-                unpack(raw.at[at], block.at[slot])
-            else:  # few registers are left
-                widen(raw.at[at], block.at[slot], 64 if shape.wide else 128)
-            plgpu.barrier_arrive(ready.at[slot])
-        pl.when(step + shape.ahead < work.steps)(lambda: begin(step + shape.ahead))
-
-    @pl.loop(0, work.steps + shape.stages)  # simulators want even the last block's freedom seen
-    def _step(step: Array) -> None:
-        slot = lax.rem(step, jnp.int32(shape.stages))
-        for free, *place in zip(ring.free, stacks, ring.blocks, ring.ready, strict=True):
-            pl.when(step >= shape.stages)(partial(plgpu.barrier_wait, free.at[slot]))
-            if not shape.ahead:
-                pl.when(step < work.steps)(partial(copy, step, tuple(place)))
-        if shape.ahead:
-            pl.when(step < work.steps)(partial(finish, step))
-
-
-def widen(raw: Any, block: Any, most: int) -> None:
-    """Rows of eight bits as bfloat16, eight lanes in a thread and at most so many at a time."""
-    lanes = math.gcd(raw.shape[1], most)
-
-    @pl.loop(0, raw.shape[1] // lanes)  # unrolled it takes too many registers
-    def _(i: Array) -> None:
-        at = pl.ds(i * lanes, lanes)
-        x = plgpu.layout_cast(raw[:, at], _EIGHTS)
-        block[:, at] = x.astype(block.dtype)
-
-    plgpu.commit_smem()
-
-
-def unpack(raw: Any, block: Any) -> None:
-    """Rows of four bits as bfloat16. Bitwise operations take four bytes at a time, shifts one."""
-    rows, lanes = block.shape[0] // _SORTED, math.gcd(raw.shape[1], 128)
-
-    @pl.loop(0, raw.shape[1] // lanes)
-    def _(i: Array) -> None:
-        at = pl.ds(i * lanes, lanes)
-        for odd in range(2):
-            for some in range(0, rows, 16):
-                x = plgpu.layout_cast(raw[pl.ds(odd * rows + some, 16), at], _NIBBLES)
-                x = lax.bitcast_convert_type(x, jnp.int8)
-                low = ((x & 15) ^ 8).astype(block.dtype) - 8  # two's complement of four bits
-                high = (x & -16).astype(block.dtype) * (1 / 16)
-                for half, y in enumerate((low, high)):
-                    block[pl.ds((2 * odd + half) * rows + some, 16), at] = y
-
-    plgpu.commit_smem()
-
-
-def sort(unsorted: Any, scales: Any) -> None:
-    """Scales [n, keys / 4, 4] in the order of keys [n, keys]: a thread takes one at a time."""
-    turned = unsorted.at[:, pl.ds(0, scales.shape[1] // _SORTED)].transpose((0, 2, 1))
-    x = plgpu.layout_cast(turned[...], plgpu.Layout.WG_STRIDED(turned.shape, vec_size=1))
-    scales[...] = x.reshape(scales.shape)

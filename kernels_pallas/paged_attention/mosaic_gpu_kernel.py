@@ -15,7 +15,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas import versions
 from kernels_pallas.paged_attention.codec import block_of
-from kernels_pallas.paged_attention.mosaic_gpu_blocks import Item, Ring, Shape, Work, bring, reach
+from kernels_pallas.paged_attention.mosaic_gpu_blocks import Item, Ring, Shape, Work, reach
+from kernels_pallas.paged_attention.mosaic_gpu_bringing import bring
 from kernels_pallas.tiling import late
 from kernels_pallas.wgmma import ROWS, across, add_products, down, product, within
 

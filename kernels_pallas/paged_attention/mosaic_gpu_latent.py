@@ -18,7 +18,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas import versions
-from kernels_pallas.paged_attention.mosaic_gpu_blocks import Item, Ring, Shape, Work, bring, reach
+from kernels_pallas.paged_attention.mosaic_gpu_blocks import Item, Ring, Shape, Work, reach
+from kernels_pallas.paged_attention.mosaic_gpu_bringing import bring
 from kernels_pallas.paged_attention.mosaic_gpu_kernel import (
     HIDDEN,
     LOG2E,
