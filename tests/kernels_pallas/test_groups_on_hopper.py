@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels_pallas import versions
 from kernels_pallas.paged_attention import Groups, Ragged, mosaic_gpu, reference
-from kernels_pallas.paged_attention.mosaic_gpu_blocks import ROWS
+from kernels_pallas.wgmma import ROWS
+from tests.kernels_pallas.simulating import on_hopper
 from tests.sparing import sparing
 
 Z, M, BLOCK = 32, 12, 64  # keys of a page, pages of a sequence, keys of a block
@@ -112,16 +112,9 @@ def run(step, heads, splits=1, **options):
     values[:, np.setdiff1d(told.tables, expected.tables)] = np.nan
     pages = jnp.asarray(values, jnp.bfloat16)
     q = jax.random.normal(jax.random.key(0), (int(step.row_starts[-1]), heads, 64), jnp.bfloat16)
-    tile, interpret = mosaic_gpu.GpuTile(splits=splits), versions.simulated_gpu()
-    options = {"scale": 0.2, **options}
-    try:
-        found = mosaic_gpu.page_attention(
-            q, pages, pages, 0, told, tile=tile, interpret=interpret, **options
-        )
-        found = jax.block_until_ready(found)
-        assert not versions.gpu_races_found()
-    finally:
-        versions.reset_simulated_gpu()
+    options, tile = {"scale": 0.2, **options}, mosaic_gpu.GpuTile(splits=splits)
+    attend = functools.partial(mosaic_gpu.page_attention, q, pages, pages, 0, told, **options)
+    found = on_hopper(functools.partial(attend, tile=tile))
     return found, reference.page_attention(q, pages, pages, 0, expected, **options)
 
 

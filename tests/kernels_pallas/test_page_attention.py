@@ -26,6 +26,7 @@ from kernels_pallas.paged_attention.cases import batch as step_of
 from kernels_pallas.paged_attention.ops import page_attention, page_write
 from kernels_pallas.target import Target
 from sharding import compile_only
+from tests.kernels_pallas.simulating import on_hopper
 from tests.sparing import sparing
 
 L, LAYER, M, R, T, H = 2, 1, 4, 5, 24, 128
@@ -381,26 +382,19 @@ def test_writing_says_what_it_cannot_take():
                        pages, pages, k, k, step)  # fmt: skip
 
 
-def run_write_on_hopper(tokens, new, lens, *, K, W, H, idle=0):
-    rng = np.random.default_rng(0)
-    step, P = step_of(new, lens, 16, idle)
-    pages = jnp.asarray(rng.standard_normal((2, L, P, K, 16, W)), jnp.bfloat16)
-    k, v = jnp.asarray(rng.standard_normal((2, sum(new), K, H)), jnp.float32)
-    args = (*pages, k, v, jnp.int32(LAYER), jax.tree.map(jnp.asarray, step))
-    tile = mosaic_gpu_writing.GpuTile(tokens=tokens)
-    try:
-        found = page_write.run("mosaic_gpu", *args, tile=tile, interpret=versions.simulated_gpu())
-    finally:
-        versions.reset_simulated_gpu()
-    for x, y in zip(found, page_write.reference(*args), strict=True):
-        np.testing.assert_array_equal(x, y)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("tokens", [1, 4, 16])
 def test_blocks_of_tokens_are_written_on_hopper(tokens):
     """Blocks that begin in one sequence and end in another, or behind the last; wide rows."""
-    run_write_on_hopper(tokens, (1, 5, 3, 1), (40, 21, 3, 16), K=2, W=320, H=300, idle=1)
+    rng = np.random.default_rng(0)
+    step, pages = step_of((1, 5, 3, 1), (40, 21, 3, 16), 16, idle=1)
+    stacks = jnp.asarray(rng.standard_normal((2, L, pages, 2, 16, 320)), jnp.bfloat16)
+    k, v = jnp.asarray(rng.standard_normal((2, 10, 2, 300)), jnp.float32)
+    args = (*stacks, k, v, jnp.int32(LAYER), jax.tree.map(jnp.asarray, step))
+    tile = mosaic_gpu_writing.GpuTile(tokens=tokens)
+    found = on_hopper(functools.partial(page_write.run, "mosaic_gpu", *args, tile=tile))
+    for x, y in zip(found, page_write.reference(*args), strict=True):
+        np.testing.assert_array_equal(x, y)
 
 
 REFUSED_WRITES_ON_HOPPER = {

@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas import versions
 from kernels_pallas.op import UnsupportedError
 from kernels_pallas.paged_attention import Ragged, mosaic_gpu, reference
 from kernels_pallas.paged_attention.cases import batch as step_of
 from kernels_pallas.paged_attention.codec import empty
 from kernels_pallas.paged_attention.coded_cases import pages_of
 from kernels_pallas.paged_attention.ops import page_attention, page_write
+from tests.kernels_pallas.simulating import on_hopper
 
 
 def abstract_step() -> Ragged:
@@ -39,14 +39,7 @@ def test_wide_rounded_latents_on_hopper(kind):
     args = (q, stored, None, 0, jax.tree.map(jnp.asarray, step))
     options = {"scale": 0.05, "window": jnp.int32(70), "value_dim": 384}
     tile = mosaic_gpu.GpuTile(splits=2)
-    try:
-        found = mosaic_gpu.page_attention(
-            *args, **options, tile=tile, interpret=versions.simulated_gpu()
-        )
-        found = jax.block_until_ready(found)
-        assert not versions.gpu_races_found()
-    finally:
-        versions.reset_simulated_gpu()
+    found = on_hopper(partial(mosaic_gpu.page_attention, *args, **options, tile=tile))
     for x, y in zip(found, reference.page_attention(*args, **options), strict=True):
         np.testing.assert_allclose(x, y, rtol=0.02, atol=0.02 * float(jnp.abs(y).max()))
 
@@ -60,12 +53,7 @@ def test_a_byte_of_two_blocks_of_threads_is_written_once(first):
     stored = pages_of("int4", jax.random.key(0), (1, pages, 1, 32, 64))
     k = jax.random.normal(jax.random.key(1), (71, 1, 50), jnp.bfloat16)
     args = (stored, None, k, None, 0, jax.tree.map(jnp.asarray, step))
-    try:
-        found = page_write.run("mosaic_gpu", *args, interpret=versions.simulated_gpu())
-        found = jax.block_until_ready(found)
-        assert not versions.gpu_races_found()
-    finally:
-        versions.reset_simulated_gpu()
+    found = on_hopper(partial(page_write.run, "mosaic_gpu", *args))
     expected = reference.page_write(*args)
     for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(x, y)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels_pallas import versions
 from kernels_pallas.draw import draw
 from kernels_pallas.op import UnsupportedError
 from kernels_pallas.sample import TpuTile, sample, tpu
 from kernels_pallas.target import CPU, Target
+from tests.kernels_pallas.simulating import on_hopper
 
 FORMS = {
     "reference": jax.jit(draw),
@@ -113,12 +115,7 @@ def test_rows_of_all_kinds_on_hopper():
     min_p[[10, 13]] = 0.1, 0.02
     temperature[[11, 12, 13]] = 1e-7, 5.0, 1.7
     args = rows(scores, u, temperature, top_k, top_p, min_p)
-    try:
-        found = sample.run("mosaic_gpu", *args, interpret=versions.simulated_gpu())
-        tokens = np.asarray(found).tolist()
-        assert not versions.gpu_races_found()
-    finally:
-        versions.reset_simulated_gpu()
+    tokens = np.asarray(on_hopper(partial(sample.run, "mosaic_gpu", *args))).tolist()
     assert tokens[:2] == [17, 650]
     assert tokens[2:6] == [850 + 50 * i // 4 for i in range(4)]
     assert min(tokens) >= 0 and max(tokens) < 900

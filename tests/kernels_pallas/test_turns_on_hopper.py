@@ -1,17 +1,18 @@
 """Warpgroups that take blocks of keys in turn on Hopper, those that need a mask first."""
 
 import itertools
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas import versions
 from kernels_pallas.op import UnsupportedError
 from kernels_pallas.paged_attention import mosaic_gpu, reference
 from kernels_pallas.paged_attention.cases import batch as step_of
 from kernels_pallas.paged_attention.coded_cases import pages_of
+from tests.kernels_pallas.simulating import on_hopper
 from tests.sparing import sparing
 
 LENS, Z, H = (300, 70, 522), 32, 64  # five blocks of 64 keys, two and nine
@@ -53,14 +54,7 @@ def test_turns_add_up_to_attention(tile, kind, window):
     args = (q, *stored(kind, step, pages), 0, jax.tree.map(jnp.asarray, step))
     options = {"scale": 0.1, "window": jnp.int32(window), "sinks": jnp.full((4,), 0.5)}
     tile = mosaic_gpu.GpuTile(**TILES[tile], splits=1)
-    try:
-        found = mosaic_gpu.page_attention(
-            *args, **options, tile=tile, interpret=versions.simulated_gpu()
-        )
-        found = jax.block_until_ready(found)
-        assert not versions.gpu_races_found()
-    finally:
-        versions.reset_simulated_gpu()
+    found = on_hopper(partial(mosaic_gpu.page_attention, *args, **options, tile=tile))
     for x, y in zip(found, reference.page_attention(*args, **options), strict=True):
         np.testing.assert_allclose(x, y, rtol=0.02, atol=0.02)
 

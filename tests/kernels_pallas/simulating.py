@@ -1,0 +1,20 @@
+"""Kernels in the simulator of a GPU, which looks for races."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from kernels_pallas import versions
+
+
+def on_hopper(run: Callable[..., Any]) -> Any:
+    """What run(interpret=...) comes to, once all of it has happened without a race."""
+    try:
+        found = jax.block_until_ready(run(interpret=versions.simulated_gpu()))
+        assert not versions.gpu_races_found()
+    finally:
+        versions.reset_simulated_gpu()
+    return found
