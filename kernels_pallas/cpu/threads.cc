@@ -5,6 +5,7 @@
 #include <thread>
 
 #if defined(__linux__)
+#include <pthread.h>
 #include <sched.h>
 #endif
 
@@ -44,7 +45,11 @@ Pool& Pool::shared() {
 }
 
 Pool::Pool(int num_threads) : num_helpers_(num_threads > 1 ? num_threads - 1 : 0) {
-  for (int i = 0; i < num_helpers_; ++i) std::thread([this] { help(); }).detach();
+  for (int i = 0; i < num_helpers_; ++i) {
+    std::thread helper([this] { help(); });
+    helpers_.push_back(helper.native_handle());
+    helper.detach();
+  }
 }
 
 void Pool::run(int64_t n, Call call, const void* fn) {
@@ -52,6 +57,7 @@ void Pool::run(int64_t n, Call call, const void* fn) {
     for (int64_t i = 0; i < n; ++i) call(fn, i);
     return;
   }
+  keep_apart();
   call_.store(call, std::memory_order_relaxed);
   fn_.store(fn, std::memory_order_relaxed);
   num_chunks_.store(n, std::memory_order_relaxed);
@@ -70,6 +76,22 @@ void Pool::run(int64_t n, Call call, const void* fn) {
     }
   }
   busy_.store(false);
+}
+
+// A woken helper may be put beside the caller, if other cores are busy at that moment, and Linux
+// moves it only when it next balances cores, which may be after the step. Callers are threads of
+// XLA, whose cores are their own affair.
+void Pool::keep_apart() {
+#if defined(__linux__)
+  const int core = sched_getcpu();
+  if (core == avoided_) return;
+  avoided_ = core;
+  cpu_set_t others;  // the caller's cores are those of the process: helpers have fewer
+  if (core < 0 || sched_getaffinity(0, sizeof(others), &others) != 0) return;
+  CPU_CLR(core, &others);
+  if (CPU_COUNT(&others) < num_helpers_) return;
+  for (auto helper : helpers_) pthread_setaffinity_np(helper, sizeof(others), &others);
+#endif
 }
 
 void Pool::drain() {

@@ -2,13 +2,16 @@
 //
 // The caller publishes a job of n chunks and starts on it at once; helpers claim chunks from the
 // same counter. A helper that the system does not schedule therefore delays nobody, and a second
-// handler that runs at the same time simply does all its chunks itself.
+// handler that runs at the same time simply does all its chunks itself. Helpers keep off the
+// caller's core: two that never sleep may share one for tens of milliseconds beside an idle one.
 #pragma once
 
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
 #include <mutex>
+#include <thread>
+#include <vector>
 
 namespace jaxserve {
 
@@ -30,12 +33,15 @@ class Pool {
 
   explicit Pool(int num_threads);
   void run(int64_t n, Call call, const void* fn);
+  void keep_apart();
   void drain();
   void help();
   void wait_for_work();
   bool has_work() const { return uint32_t(ticket_.load()) != 0; }
 
   int num_helpers_ = 0;
+  std::vector<std::thread::native_handle_type> helpers_;
+  int avoided_ = -1;  // the core that no helper may use; whoever is busy_ says which
   // High half: the job's number. Low half: its chunks not yet claimed. One word, so that a helper
   // that wakes up late can never claim a chunk of a job other than the one it looked at.
   alignas(64) std::atomic<uint64_t> ticket_{0};

@@ -1,5 +1,6 @@
 """Native CPU kernels against plain numpy, and their promise of batch invariance, bit for bit."""
 
+import json
 import os
 import subprocess
 import sys
@@ -396,7 +397,15 @@ sys.stdout.write(np.asarray(run(x, w)).tobytes().hex())
 """
 
 
-def run_script(tmp_path, **environment):
+CORES = f"""
+import os
+{SCRIPT}
+cores = [os.sched_getaffinity(int(task)) for task in os.listdir("/proc/self/task")]
+print("", sorted(len(x) for x in cores))
+"""
+
+
+def run_script(tmp_path, script=SCRIPT, **environment):
     environment = {
         "JAX_PLATFORMS": "cpu",
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "xla"),
@@ -406,7 +415,7 @@ def run_script(tmp_path, **environment):
         **environment,
     }
     return subprocess.run(
-        [sys.executable, "-c", SCRIPT],
+        [sys.executable, "-c", script],
         env=os.environ | environment,
         capture_output=True,
         text=True,
@@ -419,6 +428,18 @@ def test_threads_do_not_change_bits_and_compiled_programs_load_again(tmp_path):
     assert all(run.returncode == 0 for run in runs), runs[0].stderr
     assert any((tmp_path / "xla").iterdir())
     assert runs[0].stdout == runs[1].stdout == runs[2].stdout != ""
+
+
+@pytest.mark.skipif(
+    len(getattr(os, "sched_getaffinity", lambda _: ())(0)) < 2, reason="needs Linux and two cores"
+)
+def test_helpers_keep_off_the_core_of_their_caller(tmp_path):
+    run = run_script(tmp_path, CORES, JAXSERVE_NUM_THREADS="2")
+    assert run.returncode == 0, run.stderr
+    helper, *others = json.loads(run.stdout.split(" ", 1)[1])
+    cores = len(os.sched_getaffinity(0))
+    assert helper == cores - 1
+    assert others == [cores] * len(others) != []
 
 
 def test_unavailable_is_an_answer_not_an_error(tmp_path):
