@@ -31,6 +31,12 @@ class Kernel:
         fills: the loads of them.
         loops: the depth of each loop on a TPU, in order, and its bundles of instructions outside of
             loops within. What is around them, and the loop over the grid, come first.
+        branches: bundles of each stretch that a branch may skip on a TPU, and registers stored
+            there for lack of room; in order, those only that hold no other of a quarter of them.
+        spilling: what those stores and loads add to the bundles of a TPU, as a share of them.
+        chains: cycles from the first instruction of a stretch without branches to the last one that
+            waits for it, on a TPU, as its compiler believes them to be; in order, those over 100.
+            A loop takes no fewer, and a bundle that waits is counted once.
         registers: of each thread of a GPU.
     """
 
@@ -38,6 +44,9 @@ class Kernel:
     spills: int
     fills: int
     loops: tuple[tuple[int, int], ...] = ()
+    branches: tuple[tuple[int, int], ...] = ()
+    spilling: float = 0.0
+    chains: tuple[int, ...] = ()
     registers: int = 0
 
     @property
@@ -73,26 +82,69 @@ def compile_with_report(lowered: Any) -> tuple[Any, list[Kernel]]:
 
 def _of_bundles(folder: Path, name: str) -> Kernel:
     """Of one row of numbers for each bundle, and a listing in which `>` is the depth of a loop."""
-    found = list(folder.glob(f"*-{name}-*-final_hlo-static-per-bundle-utilization.txt"))
-    listing = list(folder.glob(f"*-{name}-*[0-9]-final_bundles.txt"))
-    if len(found) != 1 or len(listing) != 1:
-        raise RuntimeError(f"{len(found)} reports of {name}, expected one: was prepare() called?")
-    _, columns, _, _, *rows = found[0].read_text().splitlines()
+    table = _only(folder, f"*-{name}-*-final_hlo-static-per-bundle-utilization.txt")
+    listing = _only(folder, f"*-{name}-*[0-9]-final_bundles.txt")
+    _, columns, _, _, *rows = table.splitlines()
     names = [column.strip() for column in columns.split(",")]
     bundles = [dict(zip(names, map(int, row.split()), strict=True)) for row in rows]
-    spills, fills = (sum(b[unit] for b in bundles) for unit in ("VSTORE:SPILL", "VLOAD:FILL"))
-    loops = tuple((depth, count) for depth, count in _loops(listing[0].read_text()))
-    return Kernel(name, spills, fills, loops)
+    stored, loaded = ([b[unit] for b in bundles] for unit in ("VSTORE:SPILL", "VLOAD:FILL"))
+    loops = tuple((depth, count) for depth, count in _loops(listing))
+    branches = tuple((end - begin, sum(stored[begin:end])) for begin, end in _branches(listing))
+    without, with_ = (
+        _expanded(folder, f"*-{name}-*[0-9]-region-expansion{kind}.txt")
+        for kind in ("-no-spills-fills", "")
+    )
+    blocks = _only(folder, f"*-{name}-*critical-path.txt").split("New basic block")
+    lengths = (max(map(int, re.findall(r"Length to end: (\d+)", x)), default=0) for x in blocks)
+    return Kernel(
+        name, sum(stored), sum(loaded), loops, branches, with_ / without - 1,
+        tuple(n for n in lengths if n > 100),
+    )  # fmt: skip
+
+
+def _only(folder: Path, pattern: str) -> str:
+    found = list(folder.glob(pattern))
+    if len(found) != 1:
+        raise RuntimeError(f"{len(found)} of {pattern}, expected one: was prepare() called?")
+    return found[0].read_text()
+
+
+def _expanded(folder: Path, pattern: str) -> float:
+    """How much longer the assignment of registers made the whole kernel; 1.0 if it is not said."""
+    text = "".join(file.read_text() for file in folder.glob(pattern))
+    found = re.search(r"^ordinal=0 .* expansion=(\S+)$", text, re.MULTILINE)
+    return float(found[1]) if found else 1.0
+
+
+def _branches(listing: str) -> list[tuple[int, int]]:
+    """The first bundle and the one behind the last of each stretch that a branch may skip, without
+    those that another fills by a quarter. What a branch leads to is named in a remark there."""
+    waiting, found = dict[str, int](), list[tuple[int, int]]()
+    for line in listing.splitlines():
+        if not (bundle := re.match(r" *(?:0x)?([0-9a-f]+) +[A-Z]* *: >* *\{", line)):
+            continue
+        at = int(bundle[1], 16)
+        for region in re.findall(r"(?:Start/End empty|End) region (\d+)", line):
+            if region in waiting:
+                found.append((waiting.pop(region), at))
+        if branch := re.search(r"sbr\.rel .*target = \$region(\d+)", line):
+            waiting[branch[1]] = at + 1
+    within = [
+        max((d - c for c, d in found if a <= c and d <= b and (a, b) != (c, d)), default=0)
+        for a, b in found
+    ]
+    return sorted((a, b) for (a, b), most in zip(found, within, strict=True) if 4 * most < b - a)
 
 
 def _loops(listing: str) -> list[list[int]]:
-    """Depth and own bundles of each loop of a listing: `LB` begins one, and `>` is its depth."""
+    """Depth and own bundles of each loop of a listing: `LB` begins one, and `>` is its depth, which
+    an empty bundle does not say."""
     loops = [[0, 0]]
     open_ = loops[:]
-    for mark, depth in re.findall(
-        r"^ *(?:0x)?[0-9a-f]+ +([A-Z]*) *: (>*) *\{", listing, re.MULTILINE
+    for mark, depth, empty in re.findall(
+        r"^ *(?:0x)?[0-9a-f]+ +([A-Z]*) *: (>*) *\{(\}?)", listing, re.MULTILINE
     ):
-        open_ = open_[: len(depth) + (mark != "LB")]
+        open_ = open_ if empty else open_[: len(depth) + (mark != "LB")]
         if mark == "LB":
             open_ = [*open_, [len(depth), 0]]
             loops.append(open_[-1])

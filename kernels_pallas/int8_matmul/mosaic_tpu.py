@@ -26,7 +26,8 @@ _FINISHED = (64, 256)  # of it, which registers hold as floats
 @dataclass(frozen=True)
 class Tile:
     """rows of x, cols (rows of w) and depth (of K) in a step of the grid, of which part_rows and
-    part_cols are multiplied at a time: small parts spill nothing, large ones fill the matrix unit.
+    part_cols are multiplied at a time: small parts spill nothing, large ones fill the matrix unit,
+    which says nothing for some 200 cycles after each.
     """
 
     rows: int = tried(1024, 128, 512)
@@ -38,7 +39,8 @@ class Tile:
     @classmethod
     def default(cls, T: int, gated: bool) -> Tile:
         if T <= 128:  # weights are read once and decide the time: few, long reads
-            return cls(128, 256 if gated else 512, 2048, 32 if T <= 64 else 128, 128)
+            cols = 256 if gated else 512
+            return cls(128, cols, 2048, 128, cols)
         return cls()  # sums stay in the MXU over all of a deep block
 
 

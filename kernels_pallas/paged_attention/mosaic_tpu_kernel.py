@@ -29,6 +29,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 HIDDEN = -1e30  # finite: a row that has seen nothing yet must not become NaN
 LANES = 128
+_AT_ONCE = 2**18  # logits: all registers
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,11 @@ class Shape:
     key_parts: tuple[int, ...] = ()
     value_parts: tuple[int, ...] = ()
     nibbles: bool = False
+
+    def side(self, rows: int) -> int:
+        """Heads that are computed side by side: one waits a few hundred cycles for its products
+        and for sums across lanes, which are nothing to do with another's."""
+        return math.gcd(self.heads, max(1, _AT_ONCE // (rows * self.page * self.pages)))
 
 
 class Spans(NamedTuple):
@@ -314,48 +320,91 @@ def _attend(
     reach = jnp.where(window > 0, window, 2**30)
     all_own = (first >= item.first) & (first + tokens <= item.end)
     all_seen = all_own & (key + S - 1 <= at[0]) & (key > at[1] - reach)
-    precision = lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
-    dot = partial(lax.dot_general, precision=precision, preferred_element_type=jnp.float32)
 
     def token(shape_: tuple[int, ...], axis: int) -> Array:  # the step's, of each row
         return first + _div(lax.broadcasted_iota(jnp.int32, shape_, axis), shape.group)
 
-    def head(h: Array, masked: bool) -> None:
-        asked, s = q[h, rows], []
-        for lanes, k, by in keys.split(h, asked.shape[1], asked.dtype):
-            part = dot(asked[:, lanes], k, (((1,), (1,)), ((), ())))  # [rows, S]
-            s.append(part if by is None else part * by)
-        s = sum(s[1:], s[0])
-        s = jnp.tanh(s * shape.squash) if shape.squash else s
-        own = None
-        if masked:
-            t = token((count, 1), 0)
-            own = item.owns(t)
-            last = jnp.where(own, t + item.shift, -1) - key  # of the block's keys, the last seen
-            z = lax.broadcasted_iota(jnp.int32, s.shape, 1)
-            s = jnp.where((z <= last) & (z > last - reach), s, HIDDEN)
-        before = top[h, rows]  # in every lane the same
-        now = jnp.maximum(before, jnp.max(s, 1, keepdims=True))
-        p = _exp(s - _lanes(now, S), shape.unit)
-        shrink = _exp(before - now, shape.unit)
-        top[h, rows] = now
-        total[h, rows] = total[h, rows] * shrink + jnp.sum(p, 1, keepdims=True)
-        if mass is not None:
-            at = h, pl.ds(pl.multiple_of(page, shape.pages), shape.pages), rows
-            found = _page_sums(p, now, shape)
-            mass[at] = jnp.where(item.owns(token(found.shape, 1)), found, mass[at])
-        sums = list[Array]()
-        for _, v, by in values.split(h, shape.value_dim, asked.dtype):
-            weights = (p if by is None else p * by).astype(v.dtype)
-            sums.append(dot(weights, v, (((1,), (0,)), ((), ()))))
-        added = sums[0] if len(sums) == 1 else jnp.concatenate(sums, 1)
-        added += o[h, rows] * _lanes(shrink, shape.value_dim)
-        # others' rows have no business with these values, which might be NaN
-        o[h, rows] = added if own is None else jnp.where(own, added, o[h, rows])
+    def mask() -> tuple[Array, Array]:
+        own = item.owns(token((count, 1), 0))
+        last = jnp.where(own, token((count, 1), 0) + item.shift, -1) - key  # of the block's keys
+        z = lax.broadcasted_iota(jnp.int32, (count, S), 1)
+        return own, (z <= last) & (z > last - reach)
 
-    pl.when(all_seen)(lambda: pl.loop(0, shape.heads)(partial(head, masked=False)))
+    def attend(n: Array, masked: bool) -> None:
+        own, seen = mask() if masked else (None, None)
+        side = shape.side(count)
+        heads = [n * side + k for k in range(side)]
+        # The matrix unit keeps to this order, and nothing is read behind what is written: so all
+        # wait for their results at once.
+        scores = [_scores(q[h, rows], keys, h, shape) for h in heads]
+        found = [_weigh(s, seen, top[h, rows], shape) for h, s in zip(heads, scores, strict=True)]
+        sums = [
+            total[h, rows] * w.shrink + jnp.sum(w.p, 1, keepdims=True)
+            for h, w in zip(heads, found, strict=True)
+        ]
+        added = [
+            _product(w.p, values, h, q.dtype, shape)
+            + o[h, rows] * _lanes(w.shrink, shape.value_dim)
+            for h, w in zip(heads, found, strict=True)
+        ]
+        if own is not None:  # others' rows have no business with these values, which might be NaN
+            added = [jnp.where(own, x, o[h, rows]) for h, x in zip(heads, added, strict=True)]
+        for h, w, sum_, x in zip(heads, found, sums, added, strict=True):
+            top[h, rows], total[h, rows], o[h, rows] = w.top, sum_, x
+            if mass is not None:
+                at = h, pl.ds(pl.multiple_of(page, shape.pages), shape.pages), rows
+                each = _page_sums(w.p, w.top, shape)
+                mass[at] = jnp.where(item.owns(token(each.shape, 1)), each, mass[at])
+
+    loop = pl.loop(0, shape.heads // shape.side(count))
+    pl.when(all_seen)(lambda: loop(partial(attend, masked=False)))
     some_seen = ~all_seen & (key <= jnp.minimum(at[1], item.end - 1 + item.shift))
-    pl.when(some_seen)(lambda: pl.loop(0, shape.heads)(partial(head, masked=True)))
+    pl.when(some_seen)(lambda: loop(partial(attend, masked=True)))
+
+
+class Weights(NamedTuple):
+    """What a block of keys brings a head's rows.
+
+    Attributes:
+        p: exponentials [rows, S].
+        top: the largest logits by now, and `shrink` what all before becomes for them, both
+            [rows, LANES] and in every lane the same.
+    """
+
+    p: Array
+    top: Array
+    shrink: Array
+
+
+def _dot(a: Array, b: Array, over: tuple[int, int]) -> Array:
+    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    axes = (((over[0],), (over[1],)), ((), ()))
+    return lax.dot_general(a, b, axes, precision, preferred_element_type=jnp.float32)
+
+
+def _scores(asked: Array, keys: Rows, h: Array, shape: Shape) -> Array:
+    """Logits of a head's rows [rows, S], before tanh."""
+    parts = list[Array]()
+    for lanes, k, by in keys.split(h, asked.shape[1], asked.dtype):
+        part = _dot(asked[:, lanes], k, (1, 1))
+        parts.append(part if by is None else part * by)
+    return sum(parts[1:], parts[0])
+
+
+def _weigh(s: Array, seen: Array | None, before: Array, shape: Shape) -> Weights:
+    s = jnp.tanh(s * shape.squash) if shape.squash else s
+    s = s if seen is None else jnp.where(seen, s, HIDDEN)
+    now = jnp.maximum(before, jnp.max(s, 1, keepdims=True))
+    p = _exp(s - _lanes(now, s.shape[1]), shape.unit)
+    return Weights(p, now, _exp(before - now, shape.unit))
+
+
+def _product(p: Array, values: Rows, h: Array, dtype: Any, shape: Shape) -> Array:
+    """Sums of a head's weighted values [rows, value_dim]."""
+    sums = list[Array]()
+    for _, v, by in values.split(h, shape.value_dim, dtype):
+        sums.append(_dot((p if by is None else p * by).astype(v.dtype), v, (1, 0)))
+    return sums[0] if len(sums) == 1 else jnp.concatenate(sums, 1)
 
 
 def _page_sums(p: Array, top: Array, shape: Shape) -> Array:

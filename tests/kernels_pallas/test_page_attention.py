@@ -19,6 +19,7 @@ from kernels_pallas.paged_attention import (
     mosaic_gpu,
     mosaic_gpu_writing,
     mosaic_tpu,
+    mosaic_tpu_kernel,
     reference,
     writing,
 )
@@ -435,3 +436,18 @@ def test_donated_caches_stay_where_they_are(body, target, name):
     memory = write.lower(*args).compile().memory_analysis()
     assert memory.alias_size_in_bytes >= sum(x.size * 2 for x in args[:2] if x is not None)
     assert memory.temp_size_in_bytes < 2**21
+
+
+@pytest.mark.parametrize("name", ["mixed-grouped", "mass-bf16", "int8-windowed"])
+def test_heads_side_by_side_get_the_bits_that_each_gets_alone(name: str, monkeypatch):
+    case = next(case for case in page_attention.cases if case.name == name)
+    args, arrays = case.make(jax.random.key(0))
+
+    def run() -> list[np.ndarray]:
+        found = page_attention.run("mosaic_tpu", *args, interpret=True, **arrays, **case.options)
+        return [np.asarray(x) for x in jax.tree.leaves(found)]
+
+    together = run()
+    monkeypatch.setattr(mosaic_tpu_kernel, "_AT_ONCE", 0)
+    for x, y in zip(together, run(), strict=True):
+        np.testing.assert_array_equal(x, y)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from sharding.kernel_report import Kernel, _loops, _of_bundles, _of_ptxas
+from sharding.kernel_report import Kernel, _branches, _loops, _of_bundles, _of_ptxas
 
 LISTING = """
 = control target key start
@@ -13,7 +13,8 @@ LB: loop body
    0x3   : > { %s3 = sadd.s32 1, %s1 }
    0x4 LB: >> { %s4 = sadd.s32 1, %s1 }
    0x5 LB: >> { %s5 = sadd.s32 1, %s1 }
-   0x6   : >> { %s5 = sadd.s32 1, %s1 }
+   0x6   :  {}
+   0x7   : >> { %s5 = sadd.s32 1, %s1 }
    0xa PF: > { %v448_v1 = vld [vmem:[%s2299_s22 + $0x188] sm:$0xff] }
    0xb   :  { %s6 = sadd.s32 1, %s1 }
 """
@@ -25,6 +26,14 @@ MXU, XLU, VALU, VPOP, EUP, VLOAD, VLOAD:FILL, VSTORE, VSTORE:SPILL, SALU
 1 0 0 0 0 1 3 0 0 0
 0 0 4 0 0 0 0 1 1 0
 """
+CHAINS = """
+New basic block in region: region0 {members=2 hlo=attend.1 parent=-1}
+  Length to end: 16, %s6840 = sld [smem:[#allocation13 + $0x20]]
+
+New basic block in region: region8 {members=46 hlo=attend.1 parent=0}
+  Length to end: 140, %1115 = vmatmul.mubr.bf16.vlgmr.msra.gmra.mxu0 %v6919
+  Length to end: 38, %v1117 = vpop.f32.mrf.mxu0
+"""
 PTXAS = """ptxas info    : Compiling entry function 'page_attention_mosaic_gpu_kernel' for 'sm_90a'
 ptxas info    : Function properties for page_attention_mosaic_gpu_kernel
     0 bytes stack frame, 8 bytes spill stores, 12 bytes spill loads
@@ -33,7 +42,7 @@ ptxas info    : Used 168 registers, used 16 barriers, 1 bytes smem
 
 
 def test_loops_nest_and_follow_each_other():
-    assert _loops(LISTING) == [[0, 3], [1, 3], [2, 1], [2, 2]]
+    assert _loops(LISTING) == [[0, 3], [1, 3], [2, 1], [2, 3]]
 
 
 def test_a_kernel_is_told_from_its_neighbours(tmp_path):
@@ -42,12 +51,35 @@ def test_a_kernel_is_told_from_its_neighbours(tmp_path):
         at = f"179-{name}-70-final_hlo-static-per-bundle-utilization.txt"
         (tmp_path / at).write_text(rows)
         (tmp_path / f"179-{name}-72-final_bundles.txt").write_text(LISTING)
+        at = f"179-{name}-67-region-expansion"
+        (tmp_path / f"{at}.txt").write_text("ordinal=0 before=8 after=10 expansion=1.25\n")
+        (tmp_path / f"{at}-no-spills-fills.txt").write_text("")
+        (tmp_path / f"179-{name}-24-critical-path.txt").write_text(CHAINS)
         (tmp_path / f"179-{name}-71-schedule-analysis_final_bundles.txt").write_text("")
     found = _of_bundles(tmp_path, "attend.1")
-    assert found == Kernel("attend.1", 3, 3, ((0, 3), (1, 3), (2, 1), (2, 2)))
-    assert found.length == 9
+    assert found == Kernel("attend.1", 3, 3, ((0, 3), (1, 3), (2, 1), (2, 3)), (), 0.25, (140,))
+    assert found.length == 10
     with pytest.raises(RuntimeError, match="was prepare"):
         _of_bundles(tmp_path, "copy")
+
+
+BRANCHES = """
+   0x8   : > { %816 = sbr.rel (%p1_p1) target = $region5 }
+   0x9   : > { %817 = sbr.rel (%p2_p1) target = $region6 }
+   0xa   :  {} /* End region 4 */
+   0xb   : > { %818 = sbr.rel (%p2_p1) target = $region7 }
+   0xc   : > { %v1_v1 = vld [vmem:[%s2] sm:$0xff] }
+   0xd PF: > { %p3 = scmp.ne.s32 %s1, 0 } /* Start/End empty region 7 :: Start region 8 */
+   0xe   :  {}
+  0x10   : > { %p3 = scmp.ne.s32.totalorder %s1, 0 } /* End region 6 */
+  0x11 PF: > { %p4 = scmp.ne.s32.totalorder %s1, 0 } /* Start/End empty region 5 */
+  0x12   : > { %819 = sbr.rel (%p1_p1) target = $region1 }
+"""
+
+
+def test_branches_that_hold_little_else():
+    """The first one's eight bundles are filled by the second one's, which hold a short one."""
+    assert _branches(BRANCHES) == [(0xA, 0x10), (0xC, 0xD)]
 
 
 def test_what_ptxas_says():
