@@ -11,7 +11,8 @@ from kernels_pallas.paged_attention.codec import put
 
 SHARED_KEYS = {"tpu": 512, "gpu": 256, "cpu": 64}
 """Keys of which a platform's kernel is given whole multiples to share. On TPU and CPU they are one
-of its blocks, unless it is told otherwise; on Hopper, four, for a share that must be merged."""
+of its blocks, unless it is told otherwise, or half a block on a TPU where a program has one head of
+keys, and shares an even number of them; on Hopper, four, for a share that must be merged."""
 
 
 class Groups(NamedTuple):
