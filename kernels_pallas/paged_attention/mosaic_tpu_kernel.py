@@ -27,9 +27,12 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from kernels_pallas.tiling import divisor
+
 HIDDEN = -1e30  # finite: a row that has seen nothing yet must not become NaN
 LANES = 128
-_AT_ONCE = 2**18  # logits: all registers
+_SIDE = 8  # heads of keys at once, at most, and logits: four times what registers hold
+_AT_ONCE = 2**18
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,8 @@ class Shape:
     def side(self, rows: int) -> int:
         """Heads that are computed side by side: one waits a few hundred cycles for its products
         and for sums across lanes, which are nothing to do with another's."""
-        return math.gcd(self.heads, max(1, _AT_ONCE // (rows * self.page * self.pages)))
+        most = _AT_ONCE // (rows * self.page * self.pages)
+        return divisor(self.heads, min(most, _SIDE), 1)
 
 
 class Spans(NamedTuple):

@@ -451,3 +451,12 @@ def test_heads_side_by_side_get_the_bits_that_each_gets_alone(name: str, monkeyp
     monkeypatch.setattr(mosaic_tpu_kernel, "_AT_ONCE", 0)
     for x, y in zip(together, run(), strict=True):
         np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize(
+    ("heads", "rows", "side"),
+    [(8, 16, 8), (8, 128, 4), (32, 16, 8), (6, 16, 6), (6, 128, 3), (1, 128, 1)],
+)
+def test_as_many_heads_side_by_side_as_divide_them(heads: int, rows: int, side: int):
+    shape = mosaic_tpu_kernel.Shape(heads, 4, 64, 4, 32, 64, 8, 16, 128, 0.0, 1.0, False)
+    assert shape.side(rows) == side
