@@ -42,3 +42,10 @@ def late(index: Array | int, step: Array) -> Array:
     """An index that a GPU's compilers do not know before the step: they would work addresses out in
     front of the loop, and keep them until registers spill."""
     return index + lax.div(step, jnp.int32(_FAR))
+
+
+def product(a: Array, b: Array, over: tuple[int, int]) -> Array:
+    """Sums of products over one axis of each, in float32."""
+    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None  # else it is rounded
+    axes = (((over[0],), (over[1],)), ((), ()))
+    return lax.dot_general(a, b, axes, precision, preferred_element_type=jnp.float32)

@@ -26,10 +26,10 @@ from kernels_pallas.flash_attention.tpu_blocks import (
     columns,
     is_turned,
     logits,
-    product,
     rows,
     width_axis,
 )
+from kernels_pallas.tiling import product
 
 _NOTHING = -1e30  # a maximum before any logit: finite, so that hidden logits of -inf weigh 0
 

@@ -30,10 +30,10 @@ from kernels_pallas.flash_attention.tpu_blocks import (
     columns,
     is_turned,
     logits,
-    product,
     rows,
     width_axis,
 )
+from kernels_pallas.tiling import product
 
 
 def backward(

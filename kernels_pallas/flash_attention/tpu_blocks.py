@@ -194,10 +194,3 @@ def logits(s: Array, scale: float, soft_cap: float) -> Array:
     if not soft_cap:
         return s * (scale * LOG2E)
     return jnp.tanh(s * (scale / soft_cap)) * (soft_cap * LOG2E)
-
-
-def product(a: Array, b: Array, over: tuple[int, int]) -> Array:
-    """Sums of products over one axis of each, in float32."""
-    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None  # else it is rounded
-    axes = (((over[0],), (over[1],)), ((), ()))
-    return lax.dot_general(a, b, axes, precision, preferred_element_type=jnp.float32)

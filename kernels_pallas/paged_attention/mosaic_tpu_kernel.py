@@ -27,7 +27,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas.tiling import divisor
+from kernels_pallas.tiling import divisor, product
 
 HIDDEN = -1e30  # finite: a row that has seen nothing yet must not become NaN
 LANES = 128
@@ -347,7 +347,7 @@ def _attend(
             for h, w in zip(heads, found, strict=True)
         ]
         added = [
-            _product(w.p, values, h, q.dtype, shape)
+            _outputs(w.p, values, h, q.dtype, shape)
             + o[h, rows] * _lanes(w.shrink, shape.value_dim)
             for h, w in zip(heads, found, strict=True)
         ]
@@ -380,17 +380,11 @@ class Weights(NamedTuple):
     shrink: Array
 
 
-def _dot(a: Array, b: Array, over: tuple[int, int]) -> Array:
-    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    axes = (((over[0],), (over[1],)), ((), ()))
-    return lax.dot_general(a, b, axes, precision, preferred_element_type=jnp.float32)
-
-
 def _scores(asked: Array, keys: Rows, h: Array, shape: Shape) -> Array:
     """Logits of a head's rows [rows, S], before tanh."""
     parts = list[Array]()
     for lanes, k, by in keys.split(h, asked.shape[1], asked.dtype):
-        part = _dot(asked[:, lanes], k, (1, 1))
+        part = product(asked[:, lanes], k, (1, 1))
         parts.append(part if by is None else part * by)
     return sum(parts[1:], parts[0])
 
@@ -403,11 +397,11 @@ def _weigh(s: Array, seen: Array | None, before: Array, shape: Shape) -> Weights
     return Weights(p, now, _exp(before - now, shape.unit))
 
 
-def _product(p: Array, values: Rows, h: Array, dtype: Any, shape: Shape) -> Array:
+def _outputs(p: Array, values: Rows, h: Array, dtype: Any, shape: Shape) -> Array:
     """Sums of a head's weighted values [rows, value_dim]."""
     sums = list[Array]()
     for _, v, by in values.split(h, shape.value_dim, dtype):
-        sums.append(_dot((p if by is None else p * by).astype(v.dtype), v, (1, 0)))
+        sums.append(product((p if by is None else p * by).astype(v.dtype), v, (1, 0)))
     return sums[0] if len(sums) == 1 else jnp.concatenate(sums, 1)
 
 
