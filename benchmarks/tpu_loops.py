@@ -61,8 +61,8 @@ def rivals(op: str, case: Case) -> Iterator[Entrant]:
         for tile in _SPLASH:
             run = _splash(args, case.options.get("window", 0), tile, op.endswith("gradient"))
             yield Entrant("splash_attention", tile, run, args[:4])
-    window = "window" in arrays or case.options.get("mass")
-    if op == "page_attention" and isinstance(args[1], jax.ShapeDtypeStruct) and not window:
+    more = "window" in arrays or case.options.get("mass")
+    if op == "page_attention" and isinstance(args[1], jax.ShapeDtypeStruct) and not more:
         for tile in _RAGGED if args[2] is not None else ():  # it knows no latents
             yield Entrant("ragged_paged_attention", tile, *_ragged(args, case, tile))
 

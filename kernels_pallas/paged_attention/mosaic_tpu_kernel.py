@@ -31,8 +31,8 @@ from kernels_pallas.tiling import divisor, product
 
 HIDDEN = -1e30  # finite: a row that has seen nothing yet must not become NaN
 LANES = 128
-_SIDE = 8  # heads of keys at once, at most, and logits: four times what registers hold
-_AT_ONCE = 2**18
+_SIDE = 8  # heads of keys side by side, at most
+_AT_ONCE = 2**18  # logits, at most: four times what registers hold
 
 
 @dataclass(frozen=True)
