@@ -45,7 +45,7 @@ BOUNDS = (
     ),
     Bound(
         "grouped_matmul", ".*-bfloat16-bfloat16",
-        "as the product in eight bits: parts of 128 x 128 spill nothing and take 1.6 to 2.2 times "
+        "as the product in eight bits: parts of 128 x 128 spill nothing and take 1.3 to 2.2 times "
         "as long",
         (112, 112, 233, 0), (112, 112, 118, 0),
     ),
