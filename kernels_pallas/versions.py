@@ -31,7 +31,13 @@ def store_narrow(ref: Any, x: Any) -> None:
 
 def simulated_tpu() -> Any:
     """What `interpret=` takes to simulate a TPU kernel and look for races."""
-    return pltpu.InterpretParams(detect_races=True)
+    return _looking_for_races(pltpu.InterpretParams)
+
+
+def _looking_for_races(params: Any) -> Any:
+    """To the end, and not to the first of them, as from 0.12 on by default."""
+    further = {"on_race": "warn"} if hasattr(params, "on_race") else {}
+    return params(detect_races=True, **further)
 
 
 def tpu_races_found() -> bool:
@@ -44,11 +50,11 @@ def tpu_races_found() -> bool:
 def simulated_gpu() -> Any:
     """What `interpret=` takes to simulate a Mosaic GPU kernel and look for races."""
     if hasattr(plgpu, "InterpretGPUParams"):  # from 0.11 on
-        return plgpu.InterpretGPUParams(detect_races=True)  # type: ignore[attr-defined]
+        return _looking_for_races(plgpu.InterpretGPUParams)  # type: ignore[attr-defined]
     from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
     _complete_simulator()
-    return InterpretGPUParams(detect_races=True)
+    return _looking_for_races(InterpretGPUParams)
 
 
 @functools.cache

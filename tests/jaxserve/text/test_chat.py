@@ -3,11 +3,12 @@
 # ruff: noqa: RUF001 - DeepSeek's tokens are spelled with fullwidth bars
 
 import pytest
-from transformers import PreTrainedTokenizerFast
 
 from jaxserve.errors import RequestError
 from jaxserve.text.chat import render_chat
 from jaxserve.text.tokenizer import Tokenizer
+
+transformers = pytest.importorskip("transformers", reason="it is in the extra `parity`")
 
 SPECIAL = {"bos_token": "<|begin|>", "eos_token": "<|end|>"}
 
@@ -203,7 +204,7 @@ def both(backends):
     backend = backends["byte_level"]
     return (
         Tokenizer(backend, special_tokens=SPECIAL),
-        PreTrainedTokenizerFast(tokenizer_object=backend, **SPECIAL),
+        transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **SPECIAL),
     )
 
 

@@ -4,10 +4,11 @@ import json
 
 import pytest
 from tokenizers import Tokenizer as Backend
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from jaxserve.errors import CheckpointError, RequestError
 from jaxserve.text.tokenizer import Tokenizer
+
+transformers = pytest.importorskip("transformers", reason="it is in the extra `parity`")
 
 KINDS = ["byte_level", "llama", "gemma", "word_level"]
 TEXTS = [
@@ -22,8 +23,8 @@ TEXTS = [
 ]
 
 
-def fast(backend: Backend, **options) -> PreTrainedTokenizerFast:
-    return PreTrainedTokenizerFast(tokenizer_object=backend, **options)
+def fast(backend: Backend, **options) -> transformers.PreTrainedTokenizerFast:
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **options)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -60,7 +61,7 @@ def test_special_tokens_may_be_declared_in_any_of_the_files(backends, folder, de
         "map": {"tokenizer_config": {}, "special_tokens_map": names},
     }[declared]
     path = folder(backend, **files)
-    ours, theirs = Tokenizer.from_folder(path), AutoTokenizer.from_pretrained(path)
+    ours, theirs = Tokenizer.from_folder(path), transformers.AutoTokenizer.from_pretrained(path)
     text = "<|begin|>a <|pad|> b<|end|><|im_end|>"
     assert ours.encode(text) == theirs.encode(text)
     assert (ours.bos_token_id, ours.vocab_size) == (theirs.bos_token_id, len(theirs))
@@ -73,7 +74,7 @@ def test_extra_special_tokens_become_whole_tokens(backends, folder):
     path = folder(
         backends["llama"], tokenizer_config={"additional_special_tokens": ["[INST]", "fox"]}
     )
-    ours, theirs = Tokenizer.from_folder(path), AutoTokenizer.from_pretrained(path)
+    ours, theirs = Tokenizer.from_folder(path), transformers.AutoTokenizer.from_pretrained(path)
     text = "[INST] the fox jumps [INST]"
     assert ours.encode(text) == theirs.encode(text)
     assert ours.special_ids == set(theirs.added_tokens_decoder)
@@ -93,9 +94,9 @@ def test_a_post_processor_is_not_doubled(backends, folder):
     config = {"bos_token": "<s>", "add_bos_token": True, "tokenizer_class": "LlamaTokenizer"}
     path = folder(backends["llama"], tokenizer_config=config)
     assert Tokenizer.from_folder(path).encode("the fox").count(1) == 1
-    assert Tokenizer.from_folder(path).encode("the fox") == AutoTokenizer.from_pretrained(
-        path
-    ).encode("the fox")
+    assert Tokenizer.from_folder(path).encode(
+        "the fox"
+    ) == transformers.AutoTokenizer.from_pretrained(path).encode("the fox")
 
 
 @pytest.mark.parametrize(

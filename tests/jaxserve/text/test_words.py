@@ -1,11 +1,12 @@
 """The tokenizer of whole words: transformers reads it, and spaces come back."""
 
 import pytest
-from transformers import AutoTokenizer
 
 from jaxserve.text.tokenizer import Tokenizer
 from jaxserve.text.virtual_tokens import add_virtual_tokens
 from jaxserve.text.words import write_word_tokenizer
+
+transformers = pytest.importorskip("transformers", reason="it is in the extra `parity`")
 
 TEXT = "12 9 : 12 9 = 16 ; 16 |"
 
@@ -17,7 +18,7 @@ def folder(tmp_path):
 
 
 def test_spaces_come_back(folder):
-    ours, theirs = Tokenizer.from_folder(folder), AutoTokenizer.from_pretrained(folder)
+    ours, theirs = Tokenizer.from_folder(folder), transformers.AutoTokenizer.from_pretrained(folder)
     ids = ours.encode(TEXT)
     assert ids == theirs(TEXT)["input_ids"]
     assert len(ids) == 1 + len(TEXT.split())
@@ -36,7 +37,7 @@ def test_virtual_tokens_stand_before_texts_and_chats(folder, tmp_path):
     target = tmp_path / "grown"
     before = Tokenizer.from_folder(folder)
     first = add_virtual_tokens(folder, target, 3)
-    ours, theirs = Tokenizer.from_folder(target), AutoTokenizer.from_pretrained(target)
+    ours, theirs = Tokenizer.from_folder(target), transformers.AutoTokenizer.from_pretrained(target)
     assert first == before.vocab_size
     ids = [first, first + 1, first + 2, *before.encode(TEXT)]
     assert ours.encode(TEXT) == theirs(TEXT)["input_ids"] == ids
