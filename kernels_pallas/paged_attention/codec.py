@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial, reduce
-from itertools import accumulate, groupby
+from itertools import accumulate
 from typing import Any
 
 import jax
@@ -203,17 +203,20 @@ def turned_by_product(pages: Pages, x: Array) -> Array:
         return x
     ends = zip(pages.parts, accumulate(pages.parts), strict=True)
     parts = [n for n, end in ends if end - n < x.shape[-1]]
-    x, begin, rows = _widened(x, sum(parts)), 0, list[Array]()
-    for n, same in groupby(parts):  # parts alike turn by one product
-        lanes = n * len(list(same))
-        blocks = x[..., begin : begin + lanes].reshape(*x.shape[:-1], -1, block_of(n))
-        by = jnp.asarray(signs(block_of(n)), x.dtype)
-        turned = jnp.dot(
-            blocks, by, precision=lax.Precision.HIGHEST, preferred_element_type=x.dtype
-        )
-        rows.append(turned.reshape(*x.shape[:-1], lanes))
-        begin += lanes
-    return jnp.concatenate(rows, -1) if len(rows) > 1 else rows[0]
+    blocks = [block_of(n) for n in parts for _ in range(n // block_of(n))]
+    rows = x.reshape(-1, x.shape[-1])
+
+    def product(part: Array, by: Array) -> Array:
+        how = {"precision": lax.Precision.HIGHEST, "preferred_element_type": x.dtype}
+        return jnp.dot(part, by[: part.shape[1]], **how)
+
+    # Each writes its lanes of the result. One product of all blocks would make them an axis of
+    # their own, which a TPU pads to eights and copies.
+    each = [
+        product(rows[:, end - n : end], jnp.asarray(signs(n), x.dtype))
+        for n, end in zip(blocks, accumulate(blocks), strict=True)
+    ]
+    return jnp.concatenate(each, -1).reshape(*x.shape[:-1], -1)
 
 
 def block_of(lanes: int) -> int:
