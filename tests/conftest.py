@@ -30,6 +30,7 @@ _DEFAULTS = {
     "JAX_COMPILATION_CACHE_DIR": str(Path(__file__).parents[1] / ".jaxserve-cache" / "tests"),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
     "HF_HUB_OFFLINE": "1",
+    "NPROC": str(max(8, os.cpu_count() or 1)),  # a simulated GPU's warpgroups wait for each other
 }
 for name, value in _DEFAULTS.items():  # before JAX is imported; a caller's own settings win
     os.environ.setdefault(name, value)
