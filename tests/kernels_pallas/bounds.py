@@ -95,21 +95,6 @@ BOUNDS = (
         (1336, 1342, 1427, 1300), (1299, 1347, 1477, 1222),
     ),
     Bound(
-        "page_write", "int4-latent.*",
-        "64 rows, whole tiles of nibbles, of five parts are turned and rounded at a time",
-        (61, 58, 193, 188), (58, 62, 211, 174),
-    ),
-    Bound(
-        "page_write", "int4-.*",
-        "eight registers of rows are turned at a time, beside their neighbours and masks",
-        (8, 8, 0, 0), (14, 26, 0, 0),
-    ),
-    Bound(
-        "page_write", "int8-latent.*",
-        "a row of 640 lanes is rounded at a time; writing waits for memory",
-        (23, 29, 15, 3), (23, 24, 12, 3),
-    ),
-    Bound(
         "flash_attention", ".*",
         "512 queries by 512 keys: tiles of 128 spill 16 to 31 and take 2.3 (v5e) to 3.4 (v6e) "
         "times the bundles; 256 by 256 spill a tenth, in 30 to 60 % more",

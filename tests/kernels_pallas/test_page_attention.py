@@ -20,8 +20,8 @@ from kernels_pallas.paged_attention import (
     mosaic_gpu_writing,
     mosaic_tpu,
     mosaic_tpu_kernel,
+    mosaic_tpu_writing,
     reference,
-    writing,
 )
 from kernels_pallas.paged_attention.cases import batch as step_of
 from kernels_pallas.paged_attention.ops import page_attention, page_write
@@ -356,9 +356,9 @@ def both_writes(tile):
 
 
 WRITERS = [
-    writing.TpuTile(slots=8, items=2),
-    writing.TpuTile(slots=16, items=3),
-    writing.TpuTile(slots=32),
+    mosaic_tpu_writing.TpuTile(slots=8, items=2),
+    mosaic_tpu_writing.TpuTile(slots=16, items=3),
+    mosaic_tpu_writing.TpuTile(slots=32),
 ]
 
 
