@@ -22,12 +22,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.op import UnsupportedError, tried
+from kernels_pallas.paged_attention import mosaic_tpu_rounding as rounding
 from kernels_pallas.paged_attention.codec import (
     Int4Pages,
     Int8Pages,
@@ -39,11 +39,10 @@ from kernels_pallas.paged_attention.ragged import Ragged
 from kernels_pallas.tiling import divisor
 
 _LANES = 128
-_SUBLANES = 8
 _TABLE = 2**17  # entries: half of a v5e's SMEM
 _VMEM, _SPARE = 32 * 2**20, 4 * 2**20
 _SUFFIXES = {jnp.dtype(jnp.int8): "_int8", jnp.dtype(jnp.uint8): "_int4"}  # of names
-_AT_ONCE = 32  # registers of rows whose heads are filled in side by side
+_SIDE, _AT_ONCE = 8, 32  # heads that are filled in side by side, and registers of their rows
 
 
 @dataclass(frozen=True)
@@ -159,7 +158,7 @@ def _shape(stacks: list[Any], batch: Ragged, T: int, dtype: Any, tile: TpuTile) 
     _check(stacks, lanes, batch.tables.shape)
     parts = tuple(p.parts if isinstance(p, Int8Pages | Int4Pages) else () for p in stacks)
     if isinstance(stacks[0], QuantizedPages):
-        block, least = _SUBLANES, 64 if isinstance(stacks[0], Int4Pages) else 32
+        block, least = rounding.SUBLANES, 64 if isinstance(stacks[0], Int4Pages) else 32
         group, whole = least, _LANES if any(parts) else least
         if Z % whole:
             raise UnsupportedError(
@@ -177,8 +176,8 @@ def _shape(stacks: list[Any], batch: Ragged, T: int, dtype: Any, tile: TpuTile) 
     depth = min(tile.items, _VMEM // held)
     if depth < 2:
         raise UnsupportedError(f"two pages of {K=} heads, {Z=} slots do not fit into VMEM")
-    heads = _AT_ONCE // (2 * align // _SUBLANES * max(lanes) // _LANES)
-    heads, vmem = divisor(K, heads, 1), depth * held + _SPARE
+    heads = _AT_ONCE // (2 * align // rounding.SUBLANES * max(lanes) // _LANES)
+    heads, vmem = divisor(K, min(heads, _SIDE), 1), depth * held + _SPARE
     return Shape(Z, group, least, block, M, align, heads, depth, vmem, parts)
 
 
@@ -228,15 +227,25 @@ class _Place(NamedTuple):
 
 
 class _Block(NamedTuple):
-    """Consecutive slots [block, 1] of a page, those among them that are filled in, which one of the
-    tile's is the first, and what new rows there are for them: `block` of those from `begin`, once
-    they are rolled by `back`."""
+    """Consecutive slots [block, 1] of a page from `first`, and those among them that are filled in.
+    Their new rows are the first ones of those from `begin`, once these are rolled by `back`."""
 
+    first: Array
     slots: Array
     own: Array
-    within: Array
     begin: Array
     back: Array
+
+
+class _Cache(NamedTuple):
+    """An item of one cache while it is here: new rows [K, tokens, W], values [K, Z, W] with half as
+    many rows of four bits, scales [K * parts, Z] of those, or calibrated steps [K, W]."""
+
+    new: Any
+    values: Any
+    scale: Any
+    steps: Any
+    parts: tuple[int, ...]
 
 
 def _kernel(*refs: Any, shape: Shape) -> None:
@@ -248,6 +257,7 @@ def _kernel(*refs: Any, shape: Shape) -> None:
     caches, rest = rest[leaves : 2 * leaves], rest[2 * leaves :]  # those that come in go out
     fresh, old, arrived = rest[:stacks], rest[stacks:-1], rest[-1]
     owned, count = _owned(shape.parts), count[0]
+    nibbles = old[0].dtype == jnp.uint8
 
     def place(i: Array) -> _Place:
         seq, begin = seqs[i], pages[i] * shape.page
@@ -288,6 +298,13 @@ def _kernel(*refs: Any, shape: Shape) -> None:
 
     def merge(i: Array) -> None:
         at, n = place(i), lax.rem(i, jnp.int32(shape.depth))
+        here = [
+            _Cache(
+                fresh[c].at[n], old[values].at[n], None if scale is None else old[scale].at[n],
+                steps[c] if steps else None, shape.parts[c],
+            )
+            for c, (values, scale) in enumerate(owned)
+        ]  # fmt: skip
 
         @pl.loop(lax.div(at.first, shape.block), lax.div(at.end - 1, shape.block) + 1)
         def _(b: Array) -> None:
@@ -295,17 +312,16 @@ def _kernel(*refs: Any, shape: Shape) -> None:
 
             @pl.loop(0, new[0].shape[0] // shape.heads)
             def _(s: Array) -> None:
+                each = [(c, s * shape.heads + k) for c in here for k in range(shape.heads)]
+                rows = [_rows(c, h, block, shape) for c, h in each]
+                if nibbles:
+                    rows = rounding.turned(rows, [c.parts for c, _ in each])
                 # Nothing is read behind what is written, so that all heads wait at once.
                 filled = [
-                    each
-                    for c, (values, scale) in enumerate(owned)
-                    for h in range(shape.heads)
-                    for each in _filled(
-                        block, fresh[c].at[n], old[values].at[n],
-                        None if scale is None else old[scale].at[n],
-                        steps[c] if steps else None, s * shape.heads + h, b, shape, shape.parts[c],
-                    )
-                ]  # fmt: skip
+                    replaced
+                    for (c, h), x in zip(each, rows, strict=True)
+                    for replaced in _filled(c, h, x, block, shape)
+                ]
                 for ref, where, x in filled:
                     ref[where] = x
 
@@ -344,92 +360,30 @@ def _block(at: _Place, slot: Array, shape: Shape) -> _Block:
     row, size = at.token + slot - at.base, 2 * shape.align
     begin = jnp.clip(_down(row, shape.align), 0, shape.page + shape.align - size)
     back = lax.rem(begin - row + size, jnp.int32(size))
-    within = lax.rem(slot, jnp.int32(shape.tile))
-    return _Block(slots, own, within, pl.multiple_of(begin, shape.align), back)
+    return _Block(slot, slots, own, pl.multiple_of(begin, shape.align), back)
+
+
+def _rows(cache: _Cache, h: Array, block: _Block, shape: Shape) -> Array:
+    """New rows [block, W] of a head for the slots of a block; what is not own is anything."""
+    window = h, pl.ds(block.begin, 2 * shape.align)
+    rows = pltpu.roll(cache.new[window].astype(jnp.float32), block.back, 0)  # of whole words
+    return rows[: shape.block]
 
 
 def _filled(
-    block: _Block, fresh: Any, kept: Any, scale: Any, steps: Any, h: Array, b: Array, shape: Shape,
-    parts: tuple[int, ...],
-) -> Iterator[tuple[Any, Any, Array]]:  # fmt: skip
-    """What to write, and where, for a head's rows of a block."""
-    rows = fresh[h, pl.ds(block.begin, 2 * shape.align)].astype(jnp.float32)  # to roll whole words
-    rows = pltpu.roll(rows, block.back, 0)[: shape.block]
-    if scale is not None:
-        code = _nibbles if kept.dtype == jnp.uint8 else _bytes
-        coded = [
-            code(rows[:, end - n : end]) for n, end in zip(parts, accumulate(parts), strict=True)
-        ]
-        rows = jnp.concatenate([x for x, _ in coded], 1)
-        for i, (_, step) in enumerate(coded):
+    cache: _Cache, h: Array, rows: Array, block: _Block, shape: Shape
+) -> Iterator[tuple[Any, Any, Array]]:
+    """What is written, and where, for a head's rows of a block."""
+    values, parts = cache.values, cache.parts
+    if parts:
+        rows, steps = rounding.coded(rows, parts, values.dtype)
+        for i, step in enumerate(steps):
             where = pl.ds(h * len(parts) + i, 1)
-            yield scale, where, _along_lanes(scale[where], step, block)
-    elif steps is not None:
-        rows = jnp.clip(rows * steps[pl.ds(h, 1)], -127.0, 127.0)
-    size = shape.tile * kept.shape[1] // shape.page
-    first = lax.div(b * shape.block, jnp.int32(shape.tile)) * size
-    where = h, pl.ds(pl.multiple_of(first, size), size)
-    yield kept, where, _replaced(kept[where], rows, block)
-
-
-def _replaced(tile: Array, rows: Array, block: _Block) -> Array:
-    """A tile of a page with own rows [block, W] in their slots. Slots that share a word, four of
-    bytes or eight of nibbles, are consecutive, as `mosaic_tpu_kernel.Rows` says."""
-    if tile.dtype in (jnp.bfloat16, jnp.float32):
-        return jnp.where(block.own, rows, tile.astype(jnp.float32)).astype(tile.dtype)
-    bits = 4 if tile.dtype == jnp.uint8 else 8
-    slots, words = 32 // bits, pltpu.bitcast(tile, jnp.int32)
-    rows = lax.round(rows, lax.RoundingMethod.TO_NEAREST_EVEN).astype(jnp.int32)
-    row = lax.broadcasted_iota(jnp.int32, words.shape, 0)
-    shift, mask = lax.rem(row, jnp.int32(slots)) * bits, jnp.int32(2**bits - 1)
-    new = jnp.where(block.own, (rows & mask) << shift, 0)
-    gone = jnp.where(block.own, mask << shift, 0)
-    for i in range(_SUBLANES // slots):
-        mine = lax.div(row, jnp.int32(slots)) == i
-        here = row == lax.div(block.within, jnp.int32(slots)) + i
-        old, bits_ = (_united(jnp.where(mine, x, 0)) for x in (gone, new))
-        words = jnp.where(here, (words & ~old) | bits_, words)
-    return pltpu.bitcast(words, tile.dtype)
-
-
-def _united(x: Array) -> Array:
-    """The bits of all eight rows, in each of them."""
-    for step in (4, 2, 1):
-        x = x | pltpu.roll(x, step, 0)
-    return x
-
-
-def _along_lanes(scales: Array, step: Array, block: _Block) -> Array:
-    """Scales [1, Z] of a page's slots with those of own rows, `step` [block, 1], in their lanes."""
-    lane = lax.broadcasted_iota(jnp.int32, (step.shape[0], scales.shape[1]), 1)
-    mine = (lane == block.slots) & block.own
-    found = jnp.sum(jnp.where(mine, step, 0.0), 0, keepdims=True)
-    new = jnp.max(jnp.where(mine, 1.0, 0.0), 0, keepdims=True) > 0
-    return jnp.where(new, found, scales)
-
-
-def _bytes(x: Array) -> tuple[Array, Array]:
-    """A part of rows [block, n] over its steps, and these [block, 1]."""
-    top = jnp.max(jnp.abs(x), 1, keepdims=True)
-    return x * jnp.where(top > 0, 127.0 / top, 0.0), top * (1 / 127.0)
-
-
-def _nibbles(x: Array) -> tuple[Array, Array]:
-    """To the bit as `codec` has it: rows are turned, and what is largest in them becomes -8."""
-    x = _turned(x)
-    high, low = jnp.max(x, 1, keepdims=True), jnp.min(x, 1, keepdims=True)
-    top = jnp.where(high >= -low, high, low)
-    top = jnp.where(high != high, high, top)
-    return jnp.clip(x * jnp.where(top != 0, -8.0 / top, 0.0), -8.0, 7.0), top * (-1 / 8)
-
-
-def _turned(x: Array) -> Array:
-    """`codec.hadamard`, the same sums in the same order: lanes meet those a power of two away."""
-    n, lane, step = x.shape[1], lax.broadcasted_iota(jnp.int32, x.shape, 1), 1
-    block = n & -n
-    while step < block:
-        second = (lane & step) != 0
-        other = jnp.where(second, pltpu.roll(x, step, 1), pltpu.roll(x, n - step, 1))
-        x = other + jnp.where(second, -x, x)
-        step *= 2
-    return x * np.float32(block**-0.5)
+            scales = cache.scale[where]
+            yield cache.scale, where, rounding.along_lanes(scales, step, block.slots, block.own)
+    elif cache.steps is not None:
+        rows = jnp.clip(rows * cache.steps[pl.ds(h, 1)], -127.0, 127.0)
+    size, tile = shape.tile * values.shape[1] // shape.page, jnp.int32(shape.tile)
+    where = h, pl.ds(pl.multiple_of(lax.div(block.first, tile) * size, size), size)
+    first = lax.rem(block.first, tile)
+    yield values, where, rounding.replaced(values[where], rows, first, block.own)

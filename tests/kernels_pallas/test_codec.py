@@ -290,6 +290,22 @@ def test_the_tpu_writer_touches_slots_of_new_tokens_alone(kind, data, seed):
     jax.tree.map(np.testing.assert_array_equal, found, reference.page_write(*args))
 
 
+@pytest.mark.parametrize("kind", sparing([*FORMATS, "bfloat16"], "int4", "bfloat16"))
+def test_the_tpu_writer_fills_wide_rows_of_many_heads(kind):
+    """Four of twelve heads at a time."""
+    step, P = step_of((1, 20, 1), (140, 37, 128), TPU_PAGE)
+    shape = (L, P, 12, TPU_PAGE, 256)
+    pages = (
+        jax.random.normal(jax.random.key(0), shape, jnp.bfloat16)
+        if kind == "bfloat16"
+        else pages_of(kind, jax.random.key(0), shape, (128, 128))
+    )
+    k, v = (normal(seed, 22, 12, 250).astype(jnp.bfloat16) for seed in (1, 2))
+    args = pages, pages, k, v, LAYER, jax.tree.map(jnp.asarray, step)
+    found = on_tpu(ops.page_write, *args)
+    jax.tree.map(np.testing.assert_array_equal, found, reference.page_write(*args))
+
+
 @pytest.mark.parametrize("op", [ops.page_write, ops.page_attention], ids=lambda op: op.name)
 @pytest.mark.parametrize("name", sparing(["int8-latent", "int4"], "int8-latent"))
 def test_it_has_no_race_on_a_simulated_tpu(op, name):
