@@ -138,17 +138,17 @@ def _branches(listing: str) -> list[tuple[int, int]]:
 
 def _loops(listing: str) -> list[list[int]]:
     """Depth and own bundles of each loop of a listing: `LB` begins one, and `>` is its depth, which
-    an empty bundle does not say."""
+    an empty bundle does not say. Bundles of a loop around may stand within one."""
     loops = [[0, 0]]
-    open_ = loops[:]
+    last, at = {0: loops[0]}, loops[0]
     for mark, depth, empty in re.findall(
         r"^ *(?:0x)?[0-9a-f]+ +([A-Z]*) *: (>*) *\{(\}?)", listing, re.MULTILINE
     ):
-        open_ = open_ if empty else open_[: len(depth) + (mark != "LB")]
         if mark == "LB":
-            open_ = [*open_, [len(depth), 0]]
-            loops.append(open_[-1])
-        open_[-1][1] += 1
+            last[len(depth)] = [len(depth), 0]
+            loops.append(last[len(depth)])
+        at = at if empty else last[len(depth)]
+        at[1] += 1
     return loops
 
 

@@ -15,6 +15,8 @@ LB: loop body
    0x5 LB: >> { %s5 = sadd.s32 1, %s1 }
    0x6   :  {}
    0x7   : >> { %s5 = sadd.s32 1, %s1 }
+   0x8   : > { %s3 = sadd.s32 (%p7), 1, %s1 }
+   0x9   : >> { %s5 = sadd.s32 1, %s1 }
    0xa PF: > { %v448_v1 = vld [vmem:[%s2299_s22 + $0x188] sm:$0xff] }
    0xb   :  { %s6 = sadd.s32 1, %s1 }
 """
@@ -42,7 +44,7 @@ ptxas info    : Used 168 registers, used 16 barriers, 1 bytes smem
 
 
 def test_loops_nest_and_follow_each_other():
-    assert _loops(LISTING) == [[0, 3], [1, 3], [2, 1], [2, 3]]
+    assert _loops(LISTING) == [[0, 3], [1, 4], [2, 1], [2, 4]]
 
 
 def test_a_kernel_is_told_from_its_neighbours(tmp_path):
@@ -57,8 +59,8 @@ def test_a_kernel_is_told_from_its_neighbours(tmp_path):
         (tmp_path / f"179-{name}-24-critical-path.txt").write_text(CHAINS)
         (tmp_path / f"179-{name}-71-schedule-analysis_final_bundles.txt").write_text("")
     found = _of_bundles(tmp_path, "attend.1")
-    assert found == Kernel("attend.1", 3, 3, ((0, 3), (1, 3), (2, 1), (2, 3)), (), 0.25, (140,))
-    assert found.length == 10
+    assert found == Kernel("attend.1", 3, 3, ((0, 3), (1, 4), (2, 1), (2, 4)), (), 0.25, (140,))
+    assert found.length == 12
     with pytest.raises(RuntimeError, match="was prepare"):
         _of_bundles(tmp_path, "copy")
 
