@@ -1,10 +1,10 @@
 """Writing a step's keys and values into their pages on a TPU, in place; rounded on their way where
 pages have eight or four bits.
 
-Memory moves in tiles of rows, and a new key is one row. So an *item* is a page of one sequence that
-gets new rows: those groups of its slots that they fall into are read, filled and written back. Its
-scales come and go whole, since they lie along lanes. Several items are on their way at once, and no
-two have a page in common, since only its owner writes it.
+Memory moves in tiles of rows, and a new key is one row. So an *item* is an aligned group of slots
+of one sequence that gets new rows: it is read, filled and written back. Where rows have scales it
+is a page, of which only such groups come and go; its scales do as a whole, since they lie along
+lanes. Several items are on their way at once. No two share a slot: only its owner writes a page.
 
 Rows are filled in by *blocks* of consecutive slots, as few as there are rows in a register: a step
 that decodes has one new row for each sequence, and all others of its tile would be turned and
@@ -60,6 +60,7 @@ class Shape:
 
     Attributes:
         page: slots in a page.
+        item: slots of an item.
         group: slots that come and go by one copy.
         tile: slots of a tile, the least that does: of four bits two share a row.
         block: slots that are filled in at a time.
@@ -72,6 +73,7 @@ class Shape:
     """
 
     page: int
+    item: int
     group: int
     tile: int
     block: int
@@ -103,10 +105,16 @@ def page_write(
     leaves = [leaf for pages in stacks for leaf in _written(pages)]
     scalars = (
         jnp.asarray(layer, jnp.int32).reshape(1), batch.row_starts, batch.kv_lens,
-        batch.tables.reshape(-1), *_items(batch, T, shape.page),
+        batch.tables.reshape(-1), *_items(batch, T, shape.item),
     )  # fmt: skip
     hbm, vmem = (pl.BlockSpec(memory_space=m) for m in (pltpu.MemorySpace.HBM, pltpu.VMEM))
-    first, fresh = len(scalars) + len(rows_in) + len(steps), shape.page + shape.align
+    first, fresh = len(scalars) + len(rows_in) + len(steps), shape.item // shape.align + 1
+
+    def held(leaf: Array) -> tuple[int, ...]:
+        """Of an item's values, or scales of a page."""
+        _, _, *sizes = leaf.shape
+        return (*sizes[:-2], sizes[-2] * shape.item // shape.page, sizes[-1])
+
     out = iter(
         pl.pallas_call(
             partial(_kernel, shape=shape),
@@ -116,8 +124,11 @@ def page_write(
                 in_specs=[*[hbm] * len(rows_in), *[vmem] * len(steps), *[hbm] * len(leaves)],
                 out_specs=[hbm] * len(leaves),
                 scratch_shapes=[
-                    *(pltpu.VMEM((shape.depth, K, fresh, x.shape[-1]), x.dtype) for x in rows_in),
-                    *(pltpu.VMEM((shape.depth, *leaf.shape[2:]), leaf.dtype) for leaf in leaves),
+                    *(
+                        pltpu.VMEM((shape.depth, fresh, K, shape.align, x.shape[-1]), x.dtype)
+                        for x in rows_in
+                    ),
+                    *(pltpu.VMEM((shape.depth, *held(leaf)), leaf.dtype) for leaf in leaves),
                     pltpu.SemaphoreType.DMA((2, shape.depth)),
                 ],
             ),
@@ -171,14 +182,15 @@ def _shape(stacks: list[Any], batch: Ragged, T: int, dtype: Any, tile: TpuTile) 
             raise UnsupportedError(
                 f"groups of {group} slots: take a divisor of {Z=}, whole {align}s"
             )
-    held = (Z + align) * jnp.dtype(dtype).itemsize + Z * stacks[0].dtype.itemsize
+    item = Z if any(parts) else group
+    held = (item + align) * jnp.dtype(dtype).itemsize + item * stacks[0].dtype.itemsize
     held *= sum(lanes) * K
     depth = min(tile.items, _VMEM // held)
     if depth < 2:
-        raise UnsupportedError(f"two pages of {K=} heads, {Z=} slots do not fit into VMEM")
+        raise UnsupportedError(f"two times {item} slots of {K=} heads do not fit into VMEM")
     heads = _AT_ONCE // (2 * align // rounding.SUBLANES * max(lanes) // _LANES)
     heads, vmem = divisor(K, min(heads, _SIDE), 1), depth * held + _SPARE
-    return Shape(Z, group, least, block, M, align, heads, depth, vmem, parts)
+    return Shape(Z, item, group, least, block, M, align, heads, depth, vmem, parts)
 
 
 def _check(stacks: list[Any], lanes: list[int], table: tuple[int, ...]) -> None:
@@ -202,24 +214,25 @@ def _check(stacks: list[Any], lanes: list[int], table: tuple[int, ...]) -> None:
         raise UnsupportedError(f"{rows} rows of scales: pad them to 1, 2, 4 or eights")
 
 
-def _items(batch: Ragged, T: int, Z: int) -> tuple[Array, Array, Array]:
-    """The sequence of each item, which of its pages it is, and how many items there are."""
+def _items(batch: Ragged, T: int, slots: int) -> tuple[Array, Array, Array]:
+    """The sequence of each item, which of its items it is, and how many there are."""
     starts, ends = batch.row_starts[:-1], batch.row_starts[1:]
     R = starts.shape[0]
     real = (jnp.arange(R) < batch.num_seqs) & (ends > starts)
-    page = (batch.kv_lens - (ends - starts)) // Z
-    count = jnp.where(real, (batch.kv_lens - 1) // Z - page + 1, 0)
+    item = (batch.kv_lens - (ends - starts)) // slots
+    count = jnp.where(real, (batch.kv_lens - 1) // slots - item + 1, 0)
     before = jnp.cumsum(count, dtype=jnp.int32)
-    i = jnp.arange(pl.cdiv(T, Z) + 2 * R, dtype=jnp.int32)  # a chunk may begin and end anywhere
+    i = jnp.arange(pl.cdiv(T, slots) + 2 * R, dtype=jnp.int32)  # a chunk may begin and end anywhere
     seqs = jnp.minimum(jnp.sum(before <= i[:, None], 1), R - 1).astype(jnp.int32)
-    return seqs, (page - before + count)[seqs] + i, before[-1:]
+    return seqs, (item - before + count)[seqs] + i, before[-1:]
 
 
 class _Place(NamedTuple):
-    """Where an item lies: slot s is that of token `token` + s of the step, if first <= s < end.
-    The token `base` is the first one that is copied."""
+    """Where an item lies: in groups of a page from `group`. Slot s is that of token `token` + s of
+    the step, if first <= s < end; the token `base` is the first one that is copied."""
 
     page: Array
+    group: Array
     token: Array
     first: Array
     end: Array
@@ -227,8 +240,8 @@ class _Place(NamedTuple):
 
 
 class _Block(NamedTuple):
-    """Consecutive slots [block, 1] of a page from `first`, and those among them that are filled in.
-    Their new rows are the first ones of those from `begin`, once these are rolled by `back`."""
+    """Consecutive slots [block, 1] of an item from `first`, and which of them are filled in. Their
+    new rows are the first of those in copies `begin` and the next, rolled by `back`."""
 
     first: Array
     slots: Array
@@ -238,8 +251,8 @@ class _Block(NamedTuple):
 
 
 class _Cache(NamedTuple):
-    """An item of one cache while it is here: new rows [K, tokens, W], values [K, Z, W] with half as
-    many rows of four bits, scales [K * parts, Z] of those, or calibrated steps [K, W]."""
+    """An item of one cache while it is here: copies of new rows [copies, K, align, W], values
+    [K, item, W] with half as many rows of four bits, scales [K * parts, Z], known steps [K, W]."""
 
     new: Any
     values: Any
@@ -249,7 +262,7 @@ class _Cache(NamedTuple):
 
 
 def _kernel(*refs: Any, shape: Shape) -> None:
-    layer, starts, lens, tables, seqs, pages, count, *rest = refs
+    layer, starts, lens, tables, seqs, items, count, *rest = refs
     stacks = len(shape.parts)
     leaves = sum(2 if parts else 1 for parts in shape.parts)
     known = len(rest) - 1 - 2 * stacks - 3 * leaves  # steps that were calibrated
@@ -257,56 +270,60 @@ def _kernel(*refs: Any, shape: Shape) -> None:
     caches, rest = rest[leaves : 2 * leaves], rest[2 * leaves :]  # those that come in go out
     fresh, old, arrived = rest[:stacks], rest[stacks:-1], rest[-1]
     owned, count = _owned(shape.parts), count[0]
+    values, scales = [x for x, _ in owned], [x for _, x in owned if x is not None]
     nibbles = old[0].dtype == jnp.uint8
 
     def place(i: Array) -> _Place:
-        seq, begin = seqs[i], pages[i] * shape.page
+        seq, begin = seqs[i], items[i] * shape.item
         shift = lens[seq] - starts[seq + 1]
         first = jnp.maximum(starts[seq] + shift - begin, 0)
-        end = jnp.minimum(lens[seq] - begin, shape.page)
-        page, token = tables[seq * shape.row + pages[i]], begin - shift
-        return _Place(page, token, first, end, _down(token + first, shape.align))
+        end = jnp.minimum(lens[seq] - begin, shape.item)
+        page = tables[seq * shape.row + lax.div(begin, jnp.int32(shape.page))]
+        group = lax.div(lax.rem(begin, jnp.int32(shape.page)), jnp.int32(shape.group))
+        token = begin - shift
+        return _Place(page, group, token, first, end, _down(token + first, shape.align))
 
-    def move(i: Array, act: str, out: bool) -> None:
+    def move(i: Array, at: _Place, act: str, out: bool) -> None:
         """Starts or awaits what an item begins with, or what it ends with."""
-        at, n = place(i), lax.rem(i, jnp.int32(shape.depth))
+        n = lax.rem(i, jnp.int32(shape.depth))
 
         def copy(there: Any, here: Any) -> None:
             ends = (here, there) if out else (there, here)
             getattr(pltpu.make_async_copy(*ends, arrived.at[int(out), n]), act)()
 
-        for values, scale in owned:
-            if scale is not None:
-                copy(caches[scale].at[layer[0], at.page], old[scale].at[n])
-            size = shape.group * old[values].shape[2] // shape.page  # two slots may share a row
+        for scale in scales:
+            copy(caches[scale].at[layer[0], at.page], old[scale].at[n])
 
-            @pl.loop(lax.div(at.first, shape.group), lax.div(at.end - 1, shape.group) + 1)
-            def _(g: Array, values: int = values, size: int = size) -> None:
-                rows = pl.ds(pl.multiple_of(g * size, size), size)
-                copy(caches[values].at[layer[0], at.page, :, rows], old[values].at[n, :, rows])
+        @_over(at, shape.group, shape)
+        def _(g: Array) -> None:
+            for leaf in values:
+                size = old[leaf].shape[2] * shape.group // shape.item  # two slots may share a row
+
+                def rows(g: Array, size: int = size) -> Any:
+                    return pl.ds(pl.multiple_of(g * size, size), size)
+
+                there = caches[leaf].at[layer[0], at.page, :, rows(at.group + g)]
+                copy(there, old[leaf].at[n, :, rows(g)])
 
         if not out:
 
             @pl.loop(0, lax.div(at.token + at.end - 1 - at.base, shape.align) + 1)
             def _(b: Array) -> None:
-                def rows(first: Array | int) -> Any:
-                    begin = pl.multiple_of(first + b * shape.align, shape.align)
-                    return pl.ds(begin, shape.align)
-
+                begin = pl.multiple_of(at.base + b * shape.align, shape.align)
                 for there, here in zip(new, fresh, strict=True):
-                    copy(there.at[:, rows(at.base)], here.at[n, :, rows(0)])
+                    copy(there.at[:, pl.ds(begin, shape.align)], here.at[n, b])
 
-    def merge(i: Array) -> None:
-        at, n = place(i), lax.rem(i, jnp.int32(shape.depth))
+    def merge(i: Array, at: _Place) -> None:
+        n = lax.rem(i, jnp.int32(shape.depth))
         here = [
             _Cache(
-                fresh[c].at[n], old[values].at[n], None if scale is None else old[scale].at[n],
+                fresh[c].at[n], old[leaf].at[n], None if scale is None else old[scale].at[n],
                 steps[c] if steps else None, shape.parts[c],
             )
-            for c, (values, scale) in enumerate(owned)
+            for c, (leaf, scale) in enumerate(owned)
         ]  # fmt: skip
 
-        @pl.loop(lax.div(at.first, shape.block), lax.div(at.end - 1, shape.block) + 1)
+        @_over(at, shape.block, shape)
         def _(b: Array) -> None:
             block = _block(at, b * shape.block, shape)
 
@@ -325,28 +342,38 @@ def _kernel(*refs: Any, shape: Shape) -> None:
                 for ref, where, x in filled:
                     ref[where] = x
 
+    def begin(i: Array) -> None:
+        move(i, place(i), "start", out=False)
+
+    def end(i: Array) -> None:
+        move(i, place(i), "wait", out=True)
+
     ahead = shape.depth // 2
-    pl.loop(0, jnp.minimum(ahead, count))(partial(move, act="start", out=False))
+    pl.loop(0, jnp.minimum(ahead, count))(begin)
 
     @pl.loop(0, count)
     def _(i: Array) -> None:
-        @pl.when(i + ahead < count)
-        def _() -> None:
-            free = i + ahead - shape.depth
-            pl.when(free >= 0)(lambda: move(free, "wait", True))
-            move(i + ahead, "start", False)
+        free, at = i + ahead - shape.depth, place(i)
+        pl.when((free >= 0) & (i + ahead < count))(lambda: end(free))
+        pl.when(i + ahead < count)(lambda: begin(i + ahead))
+        move(i, at, "wait", out=False)
+        merge(i, at)
+        move(i, at, "start", out=True)
 
-        move(i, "wait", False)
-        merge(i)
-        move(i, "start", True)
-
-    pl.loop(jnp.maximum(count - shape.depth, 0), count)(partial(move, act="wait", out=True))
+    pl.loop(jnp.maximum(count - shape.depth, 0), count)(end)
 
 
 def _owned(parts: tuple[tuple[int, ...], ...]) -> list[tuple[int, int | None]]:
     """For each cache, which leaf its values are and which its scales."""
     ends = list(accumulate(2 if each else 1 for each in parts))
     return [(e - 2, e - 1) if each else (e - 1, None) for e, each in zip(ends, parts, strict=True)]
+
+
+def _over(at: _Place, unit: int, shape: Shape) -> Any:
+    """A loop over as many slots of an item as new rows fall into; none where that is all."""
+    if unit == shape.item:
+        return lambda body: body(jnp.int32(0))
+    return pl.loop(lax.div(at.first, jnp.int32(unit)), lax.div(at.end - 1, jnp.int32(unit)) + 1)
 
 
 def _down(x: Array, unit: int) -> Array:
@@ -358,16 +385,15 @@ def _block(at: _Place, slot: Array, shape: Shape) -> _Block:
     slots = slot + lax.broadcasted_iota(jnp.int32, (shape.block, 1), 0)
     own = (slots >= at.first) & (slots < at.end)
     row, size = at.token + slot - at.base, 2 * shape.align
-    begin = jnp.clip(_down(row, shape.align), 0, shape.page + shape.align - size)
-    back = lax.rem(begin - row + size, jnp.int32(size))
-    return _Block(slot, slots, own, pl.multiple_of(begin, shape.align), back)
+    begin = jnp.clip(lax.div(row, jnp.int32(shape.align)), 0, shape.item // shape.align - 1)
+    back = lax.rem(begin * shape.align - row + size, jnp.int32(size))
+    return _Block(slot, slots, own, begin, back)
 
 
 def _rows(cache: _Cache, h: Array, block: _Block, shape: Shape) -> Array:
     """New rows [block, W] of a head for the slots of a block; what is not own is anything."""
-    window = h, pl.ds(block.begin, 2 * shape.align)
-    rows = pltpu.roll(cache.new[window].astype(jnp.float32), block.back, 0)  # of whole words
-    return rows[: shape.block]
+    rows = jnp.concatenate([cache.new[block.begin, h], cache.new[block.begin + 1, h]])
+    return pltpu.roll(rows.astype(jnp.float32), block.back, 0)[: shape.block]  # of whole words
 
 
 def _filled(
@@ -383,7 +409,7 @@ def _filled(
             yield cache.scale, where, rounding.along_lanes(scales, step, block.slots, block.own)
     elif cache.steps is not None:
         rows = jnp.clip(rows * cache.steps[pl.ds(h, 1)], -127.0, 127.0)
-    size, tile = shape.tile * values.shape[1] // shape.page, jnp.int32(shape.tile)
+    size, tile = values.shape[1] * shape.tile // shape.item, jnp.int32(shape.tile)
     where = h, pl.ds(pl.multiple_of(lax.div(block.first, tile) * size, size), size)
     first = lax.rem(block.first, tile)
     yield values, where, rounding.replaced(values[where], rows, first, block.own)
