@@ -14,7 +14,7 @@ rounded for nothing. The heads of a block are filled in side by side.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -84,6 +84,11 @@ class Shape:
     vmem: int
     parts: tuple[tuple[int, ...], ...]
 
+    def held(self, leaf: Array) -> tuple[int, ...]:
+        """The shape of an item of a cache: values [K, item, W], or scales of a page."""
+        _, _, *heads, rows, lanes = leaf.shape
+        return (*heads, rows * self.item // self.page, lanes)
+
 
 def page_write(
     k_pages: Any, v_pages: Any, k: Array, v: Array | None, layer: Array | int, batch: Ragged, *,
@@ -92,7 +97,7 @@ def page_write(
     """`reference.page_write` as a TPU kernel."""
     stacks = [k_pages] if v_pages is None else [k_pages, v_pages]
     new = [k] if v is None else [k, v]
-    (T, K, _), dtype = k.shape, _dtype(k, stacks)
+    T, dtype = k.shape[0], _dtype(k, stacks)
     shape = _shape(stacks, batch, T, dtype, tile or TpuTile())
     tokens = pl.cdiv(T, shape.align) * shape.align
 
@@ -107,41 +112,8 @@ def page_write(
         jnp.asarray(layer, jnp.int32).reshape(1), batch.row_starts, batch.kv_lens,
         batch.tables.reshape(-1), *_items(batch, T, shape.item),
     )  # fmt: skip
-    hbm, vmem = (pl.BlockSpec(memory_space=m) for m in (pltpu.MemorySpace.HBM, pltpu.VMEM))
-    first, fresh = len(scalars) + len(rows_in) + len(steps), shape.item // shape.align + 1
-
-    def held(leaf: Array) -> tuple[int, ...]:
-        """Of an item's values, or scales of a page."""
-        _, _, *sizes = leaf.shape
-        return (*sizes[:-2], sizes[-2] * shape.item // shape.page, sizes[-1])
-
-    out = iter(
-        pl.pallas_call(
-            partial(_kernel, shape=shape),
-            grid_spec=pltpu.PrefetchScalarGridSpec(
-                num_scalar_prefetch=len(scalars),
-                grid=(1,),
-                in_specs=[*[hbm] * len(rows_in), *[vmem] * len(steps), *[hbm] * len(leaves)],
-                out_specs=[hbm] * len(leaves),
-                scratch_shapes=[
-                    *(
-                        pltpu.VMEM((shape.depth, fresh, K, shape.align, x.shape[-1]), x.dtype)
-                        for x in rows_in
-                    ),
-                    *(pltpu.VMEM((shape.depth, *held(leaf)), leaf.dtype) for leaf in leaves),
-                    pltpu.SemaphoreType.DMA((2, shape.depth)),
-                ],
-            ),
-            out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves],
-            input_output_aliases={first + i: i for i in range(len(leaves))},
-            compiler_params=pltpu.CompilerParams(
-                vmem_limit_bytes=shape.vmem,  # no more: XLA keeps new rows in the rest
-                disable_bounds_checks=True,  # half of what it takes to begin a copy
-            ),
-            interpret=interpret,
-            name="page_write" + _SUFFIXES.get(stacks[0].dtype, ""),
-        )(*scalars, *rows_in, *steps, *leaves)
-    )
+    name = "page_write" + _SUFFIXES.get(stacks[0].dtype, "")
+    out = iter(_launch(scalars, rows_in, steps, leaves, shape, name, interpret))
     results = [
         pages.with_written([next(out) for _ in pages.written])
         if isinstance(pages, QuantizedPages)
@@ -149,6 +121,41 @@ def page_write(
         for pages in stacks
     ]
     return results[0], None if v_pages is None else results[1]
+
+
+def _launch(
+    scalars: Sequence[Array], new: list[Array], steps: list[Array], leaves: list[Array],
+    shape: Shape, name: str, interpret: Any,
+) -> list[Array]:  # fmt: skip
+    """The caches' leaves, with new rows [K, T, W] in their places."""
+    hbm, vmem = (pl.BlockSpec(memory_space=m) for m in (pltpu.MemorySpace.HBM, pltpu.VMEM))
+    first, copies = len(scalars) + len(new) + len(steps), shape.item // shape.align + 1
+
+    def fresh(x: Array) -> tuple[int, ...]:
+        return shape.depth, copies, x.shape[0], shape.align, x.shape[2]
+
+    return pl.pallas_call(
+        partial(_kernel, shape=shape),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(scalars),
+            grid=(1,),
+            in_specs=[*[hbm] * len(new), *[vmem] * len(steps), *[hbm] * len(leaves)],
+            out_specs=[hbm] * len(leaves),
+            scratch_shapes=[
+                *(pltpu.VMEM(fresh(x), x.dtype) for x in new),
+                *(pltpu.VMEM((shape.depth, *shape.held(leaf)), leaf.dtype) for leaf in leaves),
+                pltpu.SemaphoreType.DMA((2, shape.depth)),
+            ],
+        ),
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves],
+        input_output_aliases={first + i: i for i in range(len(leaves))},
+        compiler_params=pltpu.CompilerParams(
+            vmem_limit_bytes=shape.vmem,  # no more: XLA keeps new rows in the rest
+            disable_bounds_checks=True,  # half of what it takes to begin a copy
+        ),
+        interpret=interpret,
+        name=name,
+    )(*scalars, *new, *steps, *leaves)
 
 
 def _dtype(new: Array, stacks: list[Any]) -> Any:
@@ -281,7 +288,8 @@ def _kernel(*refs: Any, shape: Shape) -> None:
         page = tables[seq * shape.row + lax.div(begin, jnp.int32(shape.page))]
         group = lax.div(lax.rem(begin, jnp.int32(shape.page)), jnp.int32(shape.group))
         token = begin - shift
-        return _Place(page, group, token, first, end, _down(token + first, shape.align))
+        base = lax.div(token + first, jnp.int32(shape.align)) * shape.align
+        return _Place(page, group, token, first, end, base)
 
     def move(i: Array, at: _Place, act: str, out: bool) -> None:
         """Starts or awaits what an item begins with, or what it ends with."""
@@ -374,11 +382,6 @@ def _over(at: _Place, unit: int, shape: Shape) -> Any:
     if unit == shape.item:
         return lambda body: body(jnp.int32(0))
     return pl.loop(lax.div(at.first, jnp.int32(unit)), lax.div(at.end - 1, jnp.int32(unit)) + 1)
-
-
-def _down(x: Array, unit: int) -> Array:
-    """A multiple of `unit`; of what is less than 0, the next one upwards."""
-    return lax.div(x, jnp.int32(unit)) * unit
 
 
 def _block(at: _Place, slot: Array, shape: Shape) -> _Block:
