@@ -109,6 +109,12 @@ def write_folder(folder: Path, tokenizer: Tokenizer, **files: object) -> Path:
 
 
 @pytest.fixture(scope="session")
+def transformers():
+    """For tests that compare with it, and those alone."""
+    return pytest.importorskip("transformers", reason="it is in the extra `parity`")
+
+
+@pytest.fixture(scope="session")
 def backends() -> dict[str, Tokenizer]:
     return {name: build() for name, build in BUILDERS.items()}
 

@@ -8,8 +8,6 @@ from jaxserve.errors import RequestError
 from jaxserve.text.chat import render_chat
 from jaxserve.text.tokenizer import Tokenizer
 
-transformers = pytest.importorskip("transformers", reason="it is in the extra `parity`")
-
 SPECIAL = {"bos_token": "<|begin|>", "eos_token": "<|end|>"}
 
 CHATML = """\
@@ -200,12 +198,14 @@ TOOLS = [
 
 
 @pytest.fixture(scope="module")
-def both(backends):
+def ours(backends):
+    return Tokenizer(backends["byte_level"], special_tokens=SPECIAL)
+
+
+@pytest.fixture(scope="module")
+def theirs(backends, transformers):
     backend = backends["byte_level"]
-    return (
-        Tokenizer(backend, special_tokens=SPECIAL),
-        transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **SPECIAL),
-    )
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **SPECIAL)
 
 
 CHATS = {"plain": PLAIN, "long": LONG, "system": SYSTEM, "thinking": THINKING, "calling": CALLING}
@@ -216,8 +216,8 @@ RENDERED = [(t, c) for t in TEMPLATES for c in CHATS if (t, c) not in REFUSED]
 @pytest.mark.parametrize(("template", "chat"), RENDERED)
 @pytest.mark.parametrize("tools", [None, TOOLS])
 @pytest.mark.parametrize("prompt", [True, False])
-def test_the_prompt_is_that_of_transformers(both, template, chat, tools, prompt):
-    (ours, theirs), messages = both, CHATS[chat]
+def test_the_prompt_is_that_of_transformers(ours, theirs, template, chat, tools, prompt):
+    messages = CHATS[chat]
     options = {
         "tools": tools,
         "add_generation_prompt": prompt,
@@ -236,8 +236,7 @@ def test_the_prompt_is_that_of_transformers(both, template, chat, tools, prompt)
         ("mistral", {"bos_token": "<s>"}),
     ],
 )
-def test_further_names_for_the_template(both, template, extra):
-    ours, theirs = both
+def test_further_names_for_the_template(ours, theirs, template, extra):
     text = TEMPLATES[template]
     rendered = render_chat(ours, PLAIN, chat_template=text, chat_template_kwargs=extra)
     assert rendered == theirs.apply_chat_template(
@@ -248,8 +247,7 @@ def test_further_names_for_the_template(both, template, extra):
 
 @pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize("text", ["The answer", "The answer is ", "x"])
-def test_continuing_the_final_message(both, template, text):
-    ours, theirs = both
+def test_continuing_the_final_message(ours, theirs, template, text):
     messages = [*PLAIN, {"role": "assistant", "content": text}]
     options = {"chat_template": TEMPLATES[template], "continue_final_message": True}
     rendered = render_chat(ours, messages, add_generation_prompt=False, **options)
@@ -257,8 +255,7 @@ def test_continuing_the_final_message(both, template, text):
     assert rendered.rstrip().endswith(text.strip())
 
 
-def test_documents_reach_the_template(both):
-    ours, theirs = both
+def test_documents_reach_the_template(ours, theirs):
     text = (
         "{% for d in documents %}{{ d.title }}: {{ d.text }}\n{% endfor %}{{ messages[0].content }}"
     )
@@ -278,10 +275,10 @@ def calling(*calls) -> list[dict]:
 
 
 @pytest.mark.parametrize("template", ["chatml", "llama3", "mistral", "deepseek", "gpt_oss"])
-def test_parts_are_joined_for_templates_that_want_text(both, template):
+def test_parts_are_joined_for_templates_that_want_text(ours, template):
     joined = [{"role": "user", "content": "one\ntwo"}]
     options = {"chat_template": TEMPLATES[template]}
-    assert render_chat(both[0], PARTS, **options) == render_chat(both[0], joined, **options)
+    assert render_chat(ours, PARTS, **options) == render_chat(ours, joined, **options)
 
 
 @pytest.mark.parametrize(
@@ -292,8 +289,7 @@ def test_parts_are_joined_for_templates_that_want_text(both, template):
         "{% set c = messages[0].content %}{% for p in c %}<{{ p.text }}>{% endfor %}",
     ],
 )
-def test_parts_are_kept_for_templates_that_loop_over_them(both, template):
-    ours, theirs = both
+def test_parts_are_kept_for_templates_that_loop_over_them(ours, theirs, template):
     expected = theirs.apply_chat_template(
         PARTS, tokenize=False, add_generation_prompt=True, chat_template=template
     )
@@ -301,12 +297,12 @@ def test_parts_are_kept_for_templates_that_loop_over_them(both, template):
 
 
 @pytest.mark.parametrize("template", ["chatml", "llama3", "gpt_oss", "deepseek"])
-def test_arguments_may_be_an_object_or_its_text(both, template):
+def test_arguments_may_be_an_object_or_its_text(ours, template):
     text = {**CALL, "arguments": '{"city": "Zürich", "days": 2}'}
     as_text = [{**CALLING[1], "tool_calls": [{"type": "function", "function": text}]}]
     options = {"chat_template": TEMPLATES[template]}
-    rendered = render_chat(both[0], [PLAIN[0], *as_text], **options)
-    assert rendered == render_chat(both[0], CALLING[:2], **options)
+    rendered = render_chat(ours, [PLAIN[0], *as_text], **options)
+    assert rendered == render_chat(ours, CALLING[:2], **options)
     assert "Zürich" in rendered
 
 
@@ -346,13 +342,13 @@ def test_the_checkpoint_s_own_templates(backends):
         (PLAIN, {**CONTINUE, "chat_template": "x"}, "leaves", "messages"),
     ],
 )
-def test_what_cannot_be_rendered_is_the_request_s_fault(both, messages, options, match, param):
+def test_what_cannot_be_rendered_is_the_request_s_fault(ours, messages, options, match, param):
     with pytest.raises(RequestError, match=match) as raised:
-        render_chat(both[0], messages, **{"chat_template": CHATML, **options})
+        render_chat(ours, messages, **{"chat_template": CHATML, **options})
     assert raised.value.param == param
 
 
-def test_messages_are_left_as_they_were(both):
+def test_messages_are_left_as_they_were(ours):
     message = {"role": "assistant", "content": [{"type": "text", "text": "a"}]}
-    render_chat(both[0], [message], chat_template=GEMMA, **CONTINUE)
+    render_chat(ours, [message], chat_template=GEMMA, **CONTINUE)
     assert message == {"role": "assistant", "content": [{"type": "text", "text": "a"}]}

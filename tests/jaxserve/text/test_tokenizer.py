@@ -8,8 +8,6 @@ from tokenizers import Tokenizer as Backend
 from jaxserve.errors import CheckpointError, RequestError
 from jaxserve.text.tokenizer import Tokenizer
 
-transformers = pytest.importorskip("transformers", reason="it is in the extra `parity`")
-
 KINDS = ["byte_level", "llama", "gemma", "word_level"]
 TEXTS = [
     "",
@@ -23,13 +21,17 @@ TEXTS = [
 ]
 
 
-def fast(backend: Backend, **options) -> transformers.PreTrainedTokenizerFast:
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **options)
+@pytest.fixture
+def fast(transformers):
+    """Makes their tokenizer of a backend."""
+    return lambda backend, **options: transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, **options
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("add_special_tokens", [True, False])
-def test_ids_are_those_of_transformers(backends, kind, add_special_tokens):
+def test_ids_are_those_of_transformers(fast, backends, kind, add_special_tokens):
     ours, theirs = Tokenizer(backends[kind]), fast(backends[kind])
     expected = [theirs.encode(t, add_special_tokens=add_special_tokens) for t in TEXTS]
     assert [ours.encode(t, add_special_tokens) for t in TEXTS] == expected
@@ -38,7 +40,7 @@ def test_ids_are_those_of_transformers(backends, kind, add_special_tokens):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("skip", [True, False])
-def test_decoding_is_that_of_transformers(backends, kind, skip):
+def test_decoding_is_that_of_transformers(fast, backends, kind, skip):
     ours, theirs = Tokenizer(backends[kind]), fast(backends[kind])
     for text in TEXTS:
         ids = theirs.encode(text)
@@ -48,7 +50,9 @@ def test_decoding_is_that_of_transformers(backends, kind, skip):
 
 
 @pytest.mark.parametrize("declared", ["strings", "dicts", "added_tokens_decoder", "map"])
-def test_special_tokens_may_be_declared_in_any_of_the_files(backends, folder, declared):
+def test_special_tokens_may_be_declared_in_any_of_the_files(
+    transformers, backends, folder, declared
+):
     names = {"bos_token": "<|begin|>", "eos_token": "<|end|>", "pad_token": "<|pad|>"}
     plain = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False}
     as_dicts = {k: {"__type": "AddedToken", "content": v, **plain} for k, v in names.items()}
@@ -70,7 +74,7 @@ def test_special_tokens_may_be_declared_in_any_of_the_files(backends, folder, de
     assert ours.decode(ours.encode(text)) == theirs.decode(theirs.encode(text), True)
 
 
-def test_extra_special_tokens_become_whole_tokens(backends, folder):
+def test_extra_special_tokens_become_whole_tokens(transformers, backends, folder):
     path = folder(
         backends["llama"], tokenizer_config={"additional_special_tokens": ["[INST]", "fox"]}
     )
@@ -82,7 +86,9 @@ def test_extra_special_tokens_become_whole_tokens(backends, folder):
 
 @pytest.mark.parametrize("bos", [None, True, False])
 @pytest.mark.parametrize("eos", [None, True, False])
-def test_bos_and_eos_options_count_when_tokenizer_json_adds_nothing(backends, folder, bos, eos):
+def test_bos_and_eos_options_count_when_tokenizer_json_adds_nothing(
+    fast, backends, folder, bos, eos
+):
     config = {"bos_token": "<|begin|>", "eos_token": "<|end|>"}
     config |= {k: v for k, v in [("add_bos_token", bos), ("add_eos_token", eos)] if v is not None}
     ours = Tokenizer.from_folder(folder(backends["byte_level"], tokenizer_config=config))
@@ -90,7 +96,7 @@ def test_bos_and_eos_options_count_when_tokenizer_json_adds_nothing(backends, fo
     assert ours.encode("hi", add_special_tokens=False) == backends["byte_level"].encode("hi").ids
 
 
-def test_a_post_processor_is_not_doubled(backends, folder):
+def test_a_post_processor_is_not_doubled(transformers, backends, folder):
     config = {"bos_token": "<s>", "add_bos_token": True, "tokenizer_class": "LlamaTokenizer"}
     path = folder(backends["llama"], tokenizer_config=config)
     assert Tokenizer.from_folder(path).encode("the fox").count(1) == 1

@@ -6,8 +6,6 @@ from jaxserve.text.tokenizer import Tokenizer
 from jaxserve.text.virtual_tokens import add_virtual_tokens
 from jaxserve.text.words import write_word_tokenizer
 
-transformers = pytest.importorskip("transformers", reason="it is in the extra `parity`")
-
 TEXT = "12 9 : 12 9 = 16 ; 16 |"
 
 
@@ -17,7 +15,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_spaces_come_back(folder):
+def test_spaces_come_back(transformers, folder):
     ours, theirs = Tokenizer.from_folder(folder), transformers.AutoTokenizer.from_pretrained(folder)
     ids = ours.encode(TEXT)
     assert ids == theirs(TEXT)["input_ids"]
@@ -33,7 +31,7 @@ def test_unknown_words_and_repeated_ones(folder, tmp_path):
         write_word_tokenizer(tmp_path, ["a", "a"])
 
 
-def test_virtual_tokens_stand_before_texts_and_chats(folder, tmp_path):
+def test_virtual_tokens_stand_before_texts_and_chats(transformers, folder, tmp_path):
     target = tmp_path / "grown"
     before = Tokenizer.from_folder(folder)
     first = add_virtual_tokens(folder, target, 3)
