@@ -64,7 +64,7 @@ class Outcome:
 def tune(op: Op, name: str, case: Case, target: str, most: int) -> tuple[list[Outcome], Any]:
     """What was tried, and the entry for the table: None where a body's own choice stands."""
     tried = list[Outcome]()
-    for tile in (None, *candidates(op.bodies[name], most)):
+    for tile in (None, *candidates(op.bodies[name], target, most)):
         outcome = _compiled(op, name, case, target, tile or op.bodies[name].wanted(target))
         tried.append(dataclasses.replace(outcome, tile=tile))
         if tried[-1].stands:

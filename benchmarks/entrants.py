@@ -108,7 +108,8 @@ class Field:
     def tuned(self, expected: Any, most: int, seed: int = 0) -> Iterator[Entrant]:
         """The quickest tiles of each body, of `most` that are tried."""
         for name, body in self._here().items():
-            tried = [self.implementation(expected, name, t) for t in candidates(body, most, seed)]
+            tiles = candidates(body, self.device, most, seed)
+            tried = [self.implementation(expected, name, tile) for tile in tiles]
             right = {c.entrant.name: c for c in check(tried) if c.launch}
             launches = {key: c.launch for key, c in right.items() if c.launch}
             times = race(launches, 0.01, least=2, batch=0.005)
@@ -148,9 +149,9 @@ class Field:
         )  # fmt: skip
 
 
-def candidates(body: Body, most: int, seed: int = 0) -> list[Any]:
-    """Tiles to try, `most` of them, drawn from all."""
-    tiles = list(body.tiles())
+def candidates(body: Body, device: str, most: int, seed: int = 0) -> list[Any]:
+    """Tiles to try on a device, `most` of them, drawn from all."""
+    tiles = list(body.tiles(device))
     return random.Random(seed).sample(tiles, most) if len(tiles) > most else tiles
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import jax
@@ -50,14 +50,15 @@ class Body:
     tile: type
     wanted: Callable[[str], Any] = lambda device: None
 
-    def tiles(self) -> Iterator[Any]:
-        """What tuning tries besides None, which leaves the choice to the body."""
+    def tiles(self, device: str) -> Iterator[Any]:
+        """What tuning tries besides what the body wants there, which these differ from."""
         choices = {
             f.name: f.metadata["tried"] for f in fields(self.tile) if f.metadata.get("tried")
         }
+        wanted = self.wanted(device) or self.tile()
         if choices:
             for sizes in itertools.product(*choices.values()):
-                yield self.tile(**dict(zip(choices, sizes, strict=True)))
+                yield replace(wanted, **dict(zip(choices, sizes, strict=True)))
 
 
 @dataclass(frozen=True)

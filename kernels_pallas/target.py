@@ -22,6 +22,13 @@ _DEVICES = {
 }
 """Short names of device kinds: those of files under tuned/."""
 
+_NARROW = ("v4", "v5e", "v5p")
+
+
+def matrix_unit(device: str) -> int:
+    """Columns of a product that a TPU's matrix unit works on at a time; it takes as many of K."""
+    return 128 if device in _NARROW else 256
+
 
 @dataclass(frozen=True)
 class Target:

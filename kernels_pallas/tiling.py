@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,25 +18,41 @@ def divisor(size: int, limit: int, unit: int) -> int:
     return unit * max(d for d in range(1, max(1, limit // unit) + 1) if size // unit % d == 0)
 
 
-def in_parts(size: tuple[int, int], part: tuple[int, int], act: Callable[[Any, Any], None]) -> None:
-    """Has a kernel act on ranges of rows and of columns, in loops, until a block is covered.
+def in_parts(
+    size: tuple[int, int], part: tuple[int, int], act: Callable[[Any, Any], None],
+    stretch: tuple[int, int] | None = None,
+) -> None:  # fmt: skip
+    """Has a kernel act on ranges of rows and of columns until a block is covered.
 
     Blocks are large, so that little is read twice; a part is what registers hold. Columns are
     lanes, so that parts of them are divisors; a last part of the rows may be shorter.
+
+    Args:
+        stretch: rows and columns whose parts are written out one behind another, which the compiler
+            has overlap; one part if it is None. Over the stretches of a block there are loops, and
+            whatever waits in one is waited for at its end.
     """
-    columns = divisor(size[1], part[1], 128) if size[1] % 128 == 0 else size[1]
-    rows = min(part[0], size[0])
+    tall, wide = stretch or part
+    tall, across = min(tall, size[0]), _lanes(size[1], wide)
+    rows, columns = min(part[0], tall), _lanes(across, part[1])
 
-    @pl.loop(0, size[1] // columns)
+    def write_out(count: int, row: Any, column: Any) -> None:
+        for i, j in itertools.product(range(0, count, rows), range(0, across, columns)):
+            here = pl.ds(row + i, min(rows, count - i))
+            act(here, pl.ds(pl.multiple_of(column + j, columns), columns))
+
+    @pl.loop(0, size[1] // across)
     def _(j: Array) -> None:
-        across = pl.ds(pl.multiple_of(j * columns, columns), columns)
-
-        @pl.loop(0, size[0] // rows)
+        @pl.loop(0, size[0] // tall)
         def _(i: Array) -> None:
-            act(pl.ds(pl.multiple_of(i * rows, rows), rows), across)
+            write_out(tall, pl.multiple_of(i * tall, rows), j * across)
 
-        if size[0] % rows:
-            act(pl.ds(size[0] // rows * rows, size[0] % rows), across)
+        if size[0] % tall:
+            write_out(size[0] % tall, size[0] // tall * tall, j * across)
+
+
+def _lanes(size: int, limit: int) -> int:
+    return divisor(size, limit, 128) if size % 128 == 0 else size
 
 
 def late(index: Array | int, step: Array) -> Array:

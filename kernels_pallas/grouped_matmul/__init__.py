@@ -13,7 +13,7 @@ grouped_matmul = Op(
     "grouped_matmul",
     reference,
     {
-        "mosaic_tpu": Body("tpu", mosaic_tpu.tpu, mosaic_tpu.Tile),
+        "mosaic_tpu": Body("tpu", mosaic_tpu.tpu, mosaic_tpu.Tile, mosaic_tpu.Tile.wanted),
         "mosaic_gpu": Body("gpu", mosaic_gpu.gpu, mosaic_gpu.Tile),
     },
     CASES,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,29 +15,38 @@ from jax.experimental.pallas import tpu as pltpu
 from kernels_pallas.grouped_matmul.reference import check
 from kernels_pallas.grouped_matmul.visits import visits
 from kernels_pallas.op import UnsupportedError, tried
+from kernels_pallas.target import matrix_unit
 from kernels_pallas.tiling import divisor, in_parts
 
 _SCALE_ROWS = 8  # experts whose scales are read together: rows of a tile in VMEM
 _VMEM = 40 * 2**20  # of 64 MiB on the smallest part
-_PART = (128, 512)  # of the output, multiplied at a time: each ends with some 200 idle cycles
+_STRETCH = (256, 512)  # of the output, written out: each ends with some 200 idle cycles
 _FINISHED = (64, 256)  # of it, which registers hold as floats
 
 
 @dataclass(frozen=True)
 class Tile:
-    """rows of x, cols (rows of w) and bytes (of a row of w) in a step of the grid."""
+    """rows of x (0 for about as many as a group has, since a visit multiplies whole blocks), cols
+    (rows of w) and bytes (of a row of w) in a step of the grid; unit: `matrix_unit` of the device,
+    the columns that are multiplied at a time.
+    """
 
-    rows: int = tried(128, 32, 64, 256)
+    rows: int = tried(0, 32, 64, 128, 256)
     cols: int = tried(512, 256, 1024)
     bytes: int = tried(4096, 2048)
+    unit: int = 256
 
     @classmethod
-    def default(cls, M: int, E: int) -> Tile:
-        """A visit multiplies whole blocks, so a block is about as long as a group."""
-        return cls(rows=min(256, max(32, 1 << (M // E - 1).bit_length() if M > E else 32)))
+    def wanted(cls, device: str) -> Tile:
+        return cls(unit=matrix_unit(device))
+
+    def rows_of(self, M: int, E: int) -> int:
+        """In a block, of M rows in E groups."""
+        mean = min(256, max(32, 1 << (M // E - 1).bit_length() if M > E else 32))
+        return min(M, self.rows or mean)
 
 
-def _kernel(block_ref, group_ref, row_ref, starts_ref, x_ref, w_ref, *refs):
+def _kernel(block_ref, group_ref, row_ref, starts_ref, x_ref, w_ref, *refs, unit: int):
     *scale_refs, out_ref, sum_ref = refs
     v, k = pl.program_id(1), pl.program_id(2)
     group = group_ref[v]
@@ -67,7 +77,8 @@ def _kernel(block_ref, group_ref, row_ref, starts_ref, x_ref, w_ref, *refs):
         y = jnp.where(mine, y, out_ref[rows, columns].astype(jnp.float32))
         out_ref[rows, columns] = y.astype(out_ref.dtype)
 
-    pl.when(real)(lambda: in_parts(out_ref.shape, _PART, multiply))
+    part = _STRETCH[0], unit
+    pl.when(real)(lambda: in_parts(out_ref.shape, part, multiply, _STRETCH))
     pl.when(k == pl.num_programs(2) - 1)(lambda: in_parts(out_ref.shape, _FINISHED, finish))
 
 
@@ -83,8 +94,8 @@ def tpu(
         raise UnsupportedError(f"{K=} and {N=} must be whole lanes of 128")
     if x.dtype not in (jnp.bfloat16, jnp.int8):
         raise UnsupportedError(f"rows are {x.dtype}: expected bfloat16 or int8")
-    tile = tile or Tile.default(M, E)
-    rows, cols = min(tile.rows, M), min(tile.cols, N)
+    tile = tile or Tile()
+    rows, cols = tile.rows_of(M, E), min(tile.cols, N)
     depth = divisor(K, tile.bytes // x.dtype.itemsize, 128)
     plan = visits(group_sizes, M, rows)
     row = plan.weight + (0 if layer is None else layer * E)  # of all layers' experts
@@ -109,7 +120,7 @@ def tpu(
         ]
         operands += [x_scale[:, None], w_scale.reshape(-1, N)]
     return pl.pallas_call(
-        _kernel,
+        partial(_kernel, unit=tile.unit),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=4,
             grid=(pl.cdiv(N, cols), plan.used, K // depth),

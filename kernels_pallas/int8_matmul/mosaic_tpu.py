@@ -16,37 +16,52 @@ from jax.experimental.pallas import tpu as pltpu
 from kernels_pallas.int8_matmul.reference import check
 from kernels_pallas.linear import GATES
 from kernels_pallas.op import UnsupportedError, tried
+from kernels_pallas.target import matrix_unit
 from kernels_pallas.tiling import divisor, in_parts
 
 _SCALE_ROWS = 8  # layers whose scales are read together: rows of a tile in VMEM
+_FEW = 128  # rows, which one step takes
 _VMEM = 40 * 2**20  # of 64 MiB on the smallest part
 _FINISHED = (64, 256)  # of it, which registers hold as floats
 
 
 @dataclass(frozen=True)
 class Tile:
-    """rows of x, cols (rows of w) and depth (of K) in a step of the grid, of which part_rows and
-    part_cols are multiplied at a time: small parts spill nothing, large ones fill the matrix unit,
-    which says nothing for some 200 cycles after each.
+    """rows of x, cols (rows of w) and depth (of K) in a step of the grid, 0 for as many as suit the
+    rows there are; unit: `matrix_unit` of the device, which decides what is multiplied at a time.
     """
 
-    rows: int = tried(1024, 128, 512)
-    cols: int = tried(512, 256, 1024)
-    depth: int = tried(4096, 1024, 2048)
-    part_rows: int = tried(512, 256)
-    part_cols: int = 256
+    rows: int = tried(0, 128, 512, 1024)
+    cols: int = tried(0, 256, 512, 1024)
+    depth: int = tried(0, 1024, 2048, 4096)
+    unit: int = 256
 
     @classmethod
-    def default(cls, T: int, gated: bool) -> Tile:
-        if T <= 128:  # weights are read once and decide the time: few, long reads
-            cols = 256 if gated else 512
-            return cls(128, cols, 2048, 128, cols)
-        return cls()  # sums stay in the MXU over all of a deep block
+    def wanted(cls, device: str) -> Tile:
+        return cls(unit=matrix_unit(device))
+
+    def suited(self, T: int, gated: bool) -> Tile:
+        """With sizes for T rows instead of 0."""
+        if T <= _FEW:  # weights are read once and decide the time: few, long reads
+            rows, cols, depth = _FEW, 256 if gated else 512, 2048
+        else:  # sums stay in the unit over all of a deep block
+            rows, cols, depth = 1024, 512, 4096
+        return Tile(self.rows or rows, self.cols or cols, self.depth or depth, self.unit)
+
+    def parts(self, T: int, gated: bool) -> tuple[tuple[int, int], tuple[int, int]]:
+        """`part` and `stretch` of `in_parts`. The unit says nothing for some 200 cycles after each
+        stretch, which is four products, or two of those that take twice as long. A part leaves
+        registers for what is read ahead of it, but for a v6e, whose unit it has to fill.
+        """
+        narrow = self.unit == 128
+        if T <= _FEW:
+            return (32, 512) if narrow else (128, 128), (_FEW, 512)
+        return (256, 256), (512 if narrow or gated else 1024, 256)
 
 
 def _kernel(
     layer_ref, x_ref, x_scale_ref, *refs, gated: bool, biased: bool, activation: str | None,
-    part: tuple[int, int],
+    parts: tuple[tuple[int, int], tuple[int, int]],
 ):  # fmt: skip
     """refs: weights, their scales, bias, output, sums; two of weights, scales and sums if gated."""
     count = 1 + gated
@@ -79,7 +94,8 @@ def _kernel(
             out += bias_ref[pl.ds(row, 1), columns]
         out_ref[rows, columns] = out.astype(out_ref.dtype)
 
-    in_parts(out_ref.shape, part, multiply)
+    part, stretch = parts
+    in_parts(out_ref.shape, part, multiply, stretch)
     pl.when(k == pl.num_programs(2) - 1)(lambda: in_parts(out_ref.shape, _FINISHED, finish))
 
 
@@ -94,7 +110,7 @@ def tpu(
     (T, K), N = x.shape, w.shape[-2]
     if K % 128 or N % 128:
         raise UnsupportedError(f"{K=} and {N=} must be whole lanes of 128")
-    tile = tile or Tile.default(T, gated)
+    tile = (tile or Tile()).suited(T, gated)
     rows = T if tile.rows >= T else tile.rows // 32 * 32
     cols, depth = min(tile.cols, N), divisor(K, tile.depth, 128)
 
@@ -114,7 +130,7 @@ def tpu(
             gated=gated,
             biased=bias is not None,
             activation=activation,
-            part=(tile.part_rows, tile.part_cols),
+            parts=tile.parts(T, gated),
         ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,

@@ -210,11 +210,12 @@ def test_agreement():
 def test_candidates_are_drawn_from_what_tiles_declare():
     for each in OPS:
         for body in each.bodies.values():
-            tiles = list(body.tiles())
+            tiles = list(body.tiles("v5p"))
             assert len(set(tiles)) == len(tiles)
-            assert not tiles or body.tile() in tiles, "the default is tried"
-            drawn = candidates(body, 3)
-            assert drawn == candidates(body, 3) and len(drawn) == min(3, len(tiles))
+            wanted = body.wanted("v5p") or body.tile()
+            assert not tiles or wanted in tiles, "what is tried begins with what a device wants"
+            drawn = candidates(body, "v5p", 3)
+            assert drawn == candidates(body, "v5p", 3) and len(drawn) == min(3, len(tiles))
 
 
 SMALL = [(o, c) for o in OPS for c in o.cases if not c.shipped and o.name != "paged_attention"]
