@@ -19,7 +19,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from benchmarks.entrants import Checked, Field, check, short
 from benchmarks.floors import Floor, Rates, Sizes, measure
 from benchmarks.programs import input_sets
 from benchmarks.records import ROOT, cpu_name, machine
+from benchmarks.reports import Report, hung
 from benchmarks.stopwatch import Times, fastest, race
 from jaxserve.plan import memory_limit
 from kernels_pallas import tuning
@@ -237,34 +238,39 @@ def device_named(name: str) -> Any:
 
 def run(
     device: Any, settings: Settings, work: Sequence[tuple[Op, Case]], out: Path, *,
-    sizes: Sizes | None = None, tables: Path = tuning.TUNED,
+    sizes: Sizes | None = None, tables: Path = tuning.TUNED, resume: str = "",
+    checked: Path | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Measures everything and returns what is written to `out`."""
-    started, platform = time.monotonic(), platform_of(device)
+    """Measures everything and returns what is written to `out`.
+
+    Args:
+        resume: why an earlier process ended in the middle of the case that `out` tells of.
+        checked: a report of correctness, whose cases without an answer are not run.
+    """
+    report, platform = Report.resumed(out, resume), platform_of(device)
     jax.config.update("jax_default_device", device)  # of threads that compile, too
     rates = measure(device, sizes or Sizes.of(platform))
-    bench = Bench(device, rates, settings, started)
-    head = {
+    settings = replace(settings, budget=settings.budget - report.before)
+    bench = Bench(device, rates, settings, report.started)
+    report.head = {
         "name": "kernels", "device": name_of(device), "kind": device.device_kind,
         "versions": versions(), "rates": rates.record(), "host": machine(),
     }  # fmt: skip
-    print(json.dumps(head), flush=True)
-    report, records = dict[str, Any](), list[dict[str, Any]]()
-    for op, case in work:
-        found = bench.case(op, case)
-        records += found
+    print(json.dumps(report.head), flush=True)
+    hangs = hung(checked)
+    for op, case in report.each(work):
+        about = {"op": op.name, "case": case.name}
+        skipped = [about | {"skipped": "it gave no answer when it was checked"}]
+        found = skipped if (op.name, case.name) in hangs else bench.case(op, case)
         for line in found:
             print_line(line)
-        took = round(time.monotonic() - started, 1)
-        report = head | {"seconds": took, "summary": summary(records), "records": records}
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(report, indent=1) + "\n")
         if bench.won:
             tuning.merge(tables / f"{name_of(device)}.json", bench.won)
-    report["rates_after"] = measure(device, sizes or Sizes.of(platform)).record()
-    out.write_text(json.dumps(report, indent=1) + "\n")
-    print(json.dumps(report.get("summary", {})), flush=True)
-    return report
+        report.add(found, summary=summary([*report.records, *found]))
+    after = measure(device, sizes or Sizes.of(platform)).record()
+    written = report.write(summary=summary(report.records), rates_after=after)
+    print(json.dumps(written["summary"]), flush=True)
+    return written
 
 
 def main() -> None:
@@ -283,6 +289,8 @@ def main() -> None:
     parser.add_argument("--tables", type=Path, default=tuning.TUNED, help="of --tune")
     parser.add_argument("--smoke", action="store_true", help="the small cases of the tests")
     parser.add_argument("--out", type=Path, help="benchmarks/results/<device>-<date>.json")
+    parser.add_argument("--checked", type=Path, help="correctness.json of benchmarks.accelerator")
+    parser.add_argument("--resume", default="", metavar="REASON", help="go on with --out")
     args = parser.parse_args()
     device = device_named(args.device)
     most = args.most_floor_ms or (40.0 if platform_of(device) == "cpu" else 100.0)
@@ -294,7 +302,10 @@ def main() -> None:
     out = args.out or ROOT / "benchmarks" / "results" / f"{name_of(device)}-{date}.json"
     work = list(chosen(args.ops, args.cases, shipped=settings.shipped))
     sizes = Sizes.of(platform_of(device), smoke=args.smoke)
-    run(device, settings, work, out, sizes=sizes, tables=args.tables)
+    run(
+        device, settings, work, out, sizes=sizes, tables=args.tables, resume=args.resume,
+        checked=args.checked,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,0 +1,156 @@
+"""Reports that are written as they go, so that a run goes on behind a case that ended it.
+
+A kernel that has never met its hardware may hang there, or leave a device that answers nobody any
+more. Neither can be caught by the process that it happens to. So a report says which case is being
+run, `supervised` ends a process that says nothing new, and the next one begins behind that case.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kernels_pallas.op import Case, Op
+
+NO_ANSWER = "no answer"
+"""How the reason begins for a case that hung."""
+
+
+@dataclass
+class Report:
+    """One JSON file of records, each of an op's case.
+
+    Attributes:
+        path: of the file; None to write nothing.
+        head: what it begins with.
+        more: what stands beside it, and changes.
+        running: the op and case that may end the process.
+        before: seconds that earlier processes of this run took.
+    """
+
+    path: Path | None
+    head: dict[str, Any] = field(default_factory=dict)
+    more: dict[str, Any] = field(default_factory=dict)
+    records: list[dict[str, Any]] = field(default_factory=list)
+    running: dict[str, str] | None = None
+    before: float = 0.0
+    started: float = field(default_factory=time.monotonic)
+
+    @classmethod
+    def resumed(cls, path: Path, reason: str) -> Report:
+        """What an earlier process wrote, whose last case failed for that reason; or an empty one,
+        without a reason."""
+        report = cls(path)
+        if reason and (found := read(path)):
+            report.records, report.before = found["records"], found["seconds"]
+            if last := found.get("running"):
+                report.records.append(last | {"correct": False, "failed": reason})
+        return report
+
+    @property
+    def seconds(self) -> float:
+        return round(self.before + time.monotonic() - self.started, 1)
+
+    def each(self, work: Sequence[tuple[Op, Case]]) -> Iterator[tuple[Op, Case]]:
+        """What is left of the work, written down before it is given out."""
+        done = {(r["op"], r["case"]) for r in self.records}
+        for op, case in work:
+            if (op.name, case.name) not in done:
+                self.running = {"op": op.name, "case": case.name}
+                self.write()
+                yield op, case
+        self.running = None
+
+    def add(self, records: Sequence[dict[str, Any]], **more: Any) -> None:
+        """Writes down what the running case has given.
+
+        Raises:
+            SystemExit: the device does not answer since, so that whatever follows would fail, too.
+        """
+        self.records += records
+        self.running = None
+        self.write(**more)
+        if any("failed" in r for r in records) and (reason := _ill()):
+            raise SystemExit(f"the device answers nobody since: {reason}")
+
+    def write(self, **more: Any) -> dict[str, Any]:
+        """The report, which is also in its file."""
+        self.more |= more
+        running = {"running": self.running} if self.running else {}
+        report = self.head | {"seconds": self.seconds} | self.more | running
+        report["records"] = self.records
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.write_text(json.dumps(report, indent=1) + "\n")
+        return report
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A report; nothing if there is none, or if its process was ended while it wrote."""
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return {}
+
+
+def hung(path: Path | None) -> set[tuple[str, str]]:
+    """Ops and cases that gave no answer when that report was made."""
+    records = read(path).get("records", []) if path else []
+    return {(r["op"], r["case"]) for r in records if r.get("failed", "").startswith(NO_ANSWER)}
+
+
+def _ill() -> str:
+    """Why the device cannot add any more; "" if it can."""
+    import jax
+    import jax.numpy as jnp
+
+    try:
+        jax.block_until_ready(jnp.ones(8) + 1)
+    except Exception as error:  # whatever it is, nothing else will run either
+        return " ".join(str(error).split())[:200]
+    return ""
+
+
+def supervised(
+    command: Sequence[str], path: Path, *, patience: float, seconds: float, **popen: Any
+) -> str:
+    """Runs a command that writes a report until it ends well, and says how it ended.
+
+    A process that dies, or writes nothing for `patience` seconds, is followed by one that is told
+    the reason (`--resume REASON`) and goes on behind the case in question. A process that dies
+    before its first case is followed by none.
+    """
+    deadline, reason, seen, lost = time.monotonic() + seconds, "", None, 0
+    while True:
+        again = ["--resume", reason] if reason else []
+        child = subprocess.Popen([*command, *again], **popen)
+        reason = _watched(child, path, patience, deadline)
+        if not reason:
+            return f"well, behind {lost} that ended it" if lost else "well"
+        if time.monotonic() >= deadline:
+            return f"over {seconds:g} s"
+        state = read(path)
+        now = len(state.get("records", [])), state.get("running")
+        if now == seen or now == (0, None):
+            return reason
+        seen, lost = now, lost + 1
+
+
+def _watched(child: subprocess.Popen, path: Path, patience: float, deadline: float) -> str:
+    """Waits for a process, and ends it where it hangs. Returns why it has not ended well."""
+    began = time.time()
+    while child.poll() is None:
+        written = path.stat().st_mtime if path.exists() else 0.0
+        quiet = time.time() - max(began, written)
+        if quiet > patience or time.monotonic() >= deadline:
+            child.kill()
+            child.wait()
+            return f"{NO_ANSWER} for {patience:g} s"
+        time.sleep(0.2)
+    return f"exit {child.returncode}" if child.returncode else ""
