@@ -23,6 +23,7 @@ KINDS = ("float32", "uint16", "int8", "static", "int4")
 LATENT = (64, 32)  # a value's lanes, and those that its key has besides
 
 
+@functools.lru_cache(1)
 def arrays_of(kind, N, K, H, latent=False, seed=0):
     """q, k, v and two layers of pages that hold something."""
     keys = jax.random.split(jax.random.key(seed), 5)
