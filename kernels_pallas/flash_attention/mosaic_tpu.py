@@ -24,8 +24,10 @@ from kernels_pallas.flash_attention.tpu_blocks import (
     Shape,
     TpuTile,
     columns,
+    in_turn,
     is_turned,
     logits,
+    part_of,
     rows,
     width_axis,
 )
@@ -87,19 +89,19 @@ def _kernel(
         seen = blocks.seen(outer_ref[step], inner_ref[step], first_ref[0]) if masked else None
         k, v = rows(k_ref[0, 0], shape.H), columns(v_ref[0, 0], shape.Hv)
 
-        def scores(g: int) -> Array:  # [bk, bq]
-            return product(k, q_ref[0, g], (1, width_axis(shape.H)))
+        def scores(g: int, at: slice) -> Array:  # [bk, part of bq]
+            return product(k, part_of(q_ref, shape.H, g, at), (1, width_axis(shape.H)))
 
-        ahead = scores(0)
-        for g in range(shape.G):  # the matrix unit is a head ahead of the softmax
-            s, ahead = ahead, scores(min(g + 1, shape.G - 1))
+        for g, at, s in in_turn(shape, scores, ahead=3):
             s = logits(s, scale, soft_cap)
-            s = s if seen is None else jnp.where(seen, s, -jnp.inf)
-            top = jnp.maximum(top_ref[g], jnp.max(s, 0, keepdims=True))
-            p, shrink = jnp.exp2(s - top), jnp.exp2(top_ref[g] - top)
-            top_ref[g] = top
-            total_ref[g] = total_ref[g] * shrink + jnp.sum(p, 0, keepdims=True)
-            value_ref[g] = value_ref[g] * shrink + product(v, p.astype(v.dtype), (1, 0))
+            s = s if seen is None else jnp.where(seen[:, at], s, -jnp.inf)
+            before = top_ref[g, :, at]
+            top = jnp.maximum(before, jnp.max(s, 0, keepdims=True))
+            p, shrink = jnp.exp2(s - top), jnp.exp2(before - top)
+            top_ref[g, :, at] = top
+            total_ref[g, :, at] = total_ref[g, :, at] * shrink + jnp.sum(p, 0, keepdims=True)
+            value = product(v, p.astype(v.dtype), (1, 0))
+            value_ref[g, :, at] = value_ref[g, :, at] * shrink + value
 
     pl.when(flags & MASKED != 0)(partial(attend, True))
     pl.when(flags & MASKED == 0)(partial(attend, False))

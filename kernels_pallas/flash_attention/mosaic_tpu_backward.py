@@ -5,8 +5,9 @@ Both make the probabilities again from lse, so neither adds to what the other wr
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
@@ -28,8 +29,10 @@ from kernels_pallas.flash_attention.tpu_blocks import (
     Shape,
     TpuTile,
     columns,
+    in_turn,
     is_turned,
     logits,
+    part_of,
     rows,
     width_axis,
 )
@@ -79,21 +82,38 @@ def backward(
     return dq, dk, dv, sinks_gradient(sinks, lse, taken)
 
 
-def _probabilities(
-    shape: Shape, k: Array, v: Array, g: int, seen: Array | None,
-    q_ref, do_ref, lse_ref, taken_ref, scale: float, soft_cap: float,
-) -> tuple[Array, Array]:  # fmt: skip
-    """Probabilities of head g, and the slopes of its products of q and k but for the scale."""
-    row = (0, 0, slice(g, g + 1))
-    s = logits(product(k, q_ref[0, g], (1, width_axis(shape.H))), scale, soft_cap)  # [bk, bq]
-    p = jnp.exp2(s - lse_ref[row])
-    p = p if seen is None else jnp.where(seen, p, 0.0)
-    dp = product(v, do_ref[0, g], (1, width_axis(shape.Hv)))
-    ds = p * (dp - taken_ref[row])
-    if soft_cap:
-        bent = s * (1 / (soft_cap * LOG2E))  # the hyperbolic tangent
-        ds = ds * (1.0 - bent * bent)
-    return p, ds
+class _Slopes(NamedTuple):
+    """How probabilities and their slopes come from a block of keys and parts of the queries."""
+
+    shape: Shape
+    k: Array
+    v: Array
+    seen: Array | None
+    q: Any
+    do: Any
+    lse: Any
+    taken: Any
+    scale: float
+    soft_cap: float
+
+    def products(self, g: int, at: slice) -> tuple[Array, Array]:
+        """Of keys and queries, and of values and what `o` is asked for [bk, part of bq]."""
+        H, Hv = self.shape.H, self.shape.Hv
+        s = product(self.k, part_of(self.q, H, g, at), (1, width_axis(H)))
+        return s, product(self.v, part_of(self.do, Hv, g, at), (1, width_axis(Hv)))
+
+    def in_turn(self, ahead: int) -> Iterator[tuple[int, slice, Array, Array]]:
+        """Head, queries, probabilities, and slopes of the products of q and k but for the scale."""
+        for g, at, (s, dp) in in_turn(self.shape, self.products, ahead):
+            row = (0, 0, slice(g, g + 1), at)
+            s = logits(s, self.scale, self.soft_cap)
+            p = jnp.exp2(s - self.lse[row])
+            p = p if self.seen is None else jnp.where(self.seen[:, at], p, 0.0)
+            ds = p * (dp - self.taken[row])
+            if self.soft_cap:
+                bent = s * (1 / (self.soft_cap * LOG2E))  # the hyperbolic tangent
+                ds = ds * (1.0 - bent * bent)
+            yield g, at, p, ds
 
 
 def _queries_kernel(
@@ -111,11 +131,11 @@ def _queries_kernel(
         seen = blocks.seen(outer_ref[step], inner_ref[step], first_ref[0]) if masked else None
         k, v = rows(k_ref[0, 0], shape.H), rows(v_ref[0, 0], shape.Hv)
         k_columns = columns(k_ref[0, 0], shape.H)
-        for g in range(shape.G):
-            _, ds = _probabilities(
-                shape, k, v, g, seen, q_ref, do_ref, lse_ref, taken_ref, scale, soft_cap
-            )
-            sum_ref[g] += product(k_columns, ds.astype(k.dtype), (1, 0))
+        slopes = _Slopes(
+            shape, k, v, seen, q_ref, do_ref, lse_ref, taken_ref, scale, soft_cap
+        )  # fmt: skip
+        for g, at, _, ds in slopes.in_turn(ahead=1):
+            sum_ref[g, :, at] += product(k_columns, ds.astype(k.dtype), (1, 0))
 
     pl.when(flags & MASKED != 0)(partial(add, True))
     pl.when(flags & MASKED == 0)(partial(add, False))
@@ -142,11 +162,11 @@ def _keys_kernel(
     def add(masked: bool) -> None:
         seen = blocks.seen(outer_ref[step], inner_ref[step], first_ref[0]) if masked else None
         k, v = rows(k_ref[0, 0], shape.H), rows(v_ref[0, 0], shape.Hv)
-        for g in range(shape.G):
-            p, ds = _probabilities(
-                shape, k, v, g, seen, q_ref, do_ref, lse_ref, taken_ref, scale, soft_cap
-            )
-            q, do = q_ref[0, g], do_ref[0, g]
+        slopes = _Slopes(
+            shape, k, v, seen, q_ref, do_ref, lse_ref, taken_ref, scale, soft_cap
+        )  # fmt: skip
+        for g, at, p, ds in slopes.in_turn(ahead=0):  # the matrix unit has enough to do
+            q, do = part_of(q_ref, shape.H, g, at), part_of(do_ref, shape.Hv, g, at)
             v_sum_ref[...] += product(p.astype(do.dtype), do, (1, 1 - width_axis(shape.Hv)))
             k_sum_ref[...] += product(ds.astype(q.dtype), q, (1, 1 - width_axis(shape.H)))
 

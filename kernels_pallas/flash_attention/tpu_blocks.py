@@ -8,7 +8,7 @@ pairs lies in scalar memory. Nothing is spent on pairs that a mask would erase.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,9 +21,11 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.flash_attention.reference import Steps
 from kernels_pallas.op import UnsupportedError, tried
+from kernels_pallas.tiling import divisor
 
 LOG2E = math.log2(math.e)
 LANES = 128
+_PART = 256
 _MOST_STEPS = 64 * 1024  # three words each, in a scalar memory of 1 MiB
 
 
@@ -64,12 +66,7 @@ class Shape:
         if T % LANES:
             raise UnsupportedError(f"{T=} must be a multiple of {LANES}: pad with segment 0")
         bq = min(tile.q, max(LANES, 4 * tile.q * K // N))  # blocks of many heads fill VMEM sooner
-        return cls(B, N, K, T, H, Hv, _dividing(T, bq), _dividing(T, tile.k))
-
-
-def _dividing(T: int, wanted: int) -> int:
-    """The largest multiple of 128 up to `wanted` that divides T."""
-    return max(n for n in range(LANES, max(LANES, wanted) + 1, LANES) if T % n == 0)
+        return cls(B, N, K, T, H, Hv, divisor(T, bq, LANES), divisor(T, tile.k, LANES))
 
 
 @dataclass(frozen=True)
@@ -187,6 +184,28 @@ def rows(block: Array, width: int) -> Array:
 def columns(block: Array, width: int) -> Array:
     """A block of one head as [width, tokens]."""
     return block if is_turned(width) else block.T
+
+
+def part_of(ref: Any, width: int, g: int, at: slice) -> Array:
+    """Some queries of a head, from a block of "queries"."""
+    return ref[0, g, :, at] if is_turned(width) else ref[0, g, at]
+
+
+def in_turn(
+    shape: Shape, begin: Callable[[int, slice], Any], ahead: int
+) -> Iterator[tuple[int, slice, Any]]:
+    """Heads of a block and parts of their queries, with what `begin` has made of each.
+
+    A part is some 256 queries: its scores are twice what registers hold, and a matrix unit is as
+    wide. So many parts `ahead` have begun when one is given out: the matrix unit has their scores
+    to compute while the softmax is at work. More of them hide more, and spill more.
+    """
+    size = divisor(shape.bq, _PART, LANES)
+    parts = [(g, slice(i, i + size)) for g in range(shape.G) for i in range(0, shape.bq, size)]
+    begun = [begin(*part) for part in parts[:ahead]]
+    for n, part in enumerate(parts):
+        begun += [begin(*following) for following in parts[n + ahead : n + ahead + 1]]
+        yield *part, begun.pop(0)
 
 
 def logits(s: Array, scale: float, soft_cap: float) -> Array:

@@ -99,19 +99,32 @@ def test_values_and_slopes_whatever_is_skipped(words, heads, widths, tile, windo
     sinks = jnp.linspace(-1.0, 1.0, N) if sunk else None
     options = {"scale": 0.2, "window": window, "soft_cap": soft_cap}
 
-    def both(form, q, k, v, sinks):
-        """Results, and slopes of a sum in which both results weigh."""
+    agrees_with_the_reference(TpuTile(*tile), (q, k, v, sinks), segments, options)
 
+
+@pytest.mark.parametrize("T", [384, 512])
+@pytest.mark.parametrize("H", [64, 128])
+def test_every_part_of_a_block_is_attended(T, H):
+    """One block of queries and keys, of three parts or two."""
+    q, k, v = operands(1, 2, 1, T, H, H)
+    options = {"scale": 0.2, "window": 200, "soft_cap": 3.0}
+    segments = documents("aabbbcdd")[:, :T]
+    agrees_with_the_reference(TpuTile(), (q, k, v, jnp.linspace(-1.0, 1.0, 2)), segments, options)
+
+
+def agrees_with_the_reference(tile, arguments, segments, options):
+    """Results, and slopes of a sum in which both results weigh."""
+
+    def both(form):
         def score(q, k, v, sinks):
             o, lse = form(q, k, v, segments, sinks=sinks, **options)
             seen = jnp.where(jnp.isfinite(lse), lse, 0.0)
             return jnp.sum(jnp.sin(o)) + jnp.sum(seen**2), (o, lse)
 
-        wanted = (0, 1, 2) if sinks is None else (0, 1, 2, 3)
-        return jax.jit(jax.grad(score, wanted, has_aux=True))(q, k, v, sinks)
+        wanted = (0, 1, 2) if arguments[-1] is None else (0, 1, 2, 3)
+        return jax.jit(jax.grad(score, wanted, has_aux=True))(*arguments)
 
-    found = both(simulated(TpuTile(*tile)), q, k, v, sinks)
-    expected = both(reference.attend, q, k, v, sinks)
+    found, expected = both(simulated(tile)), both(reference.attend)
     for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         bound = 2e-5 * max(1.0, float(jnp.abs(jnp.where(jnp.isfinite(y), y, 0)).max()))
         np.testing.assert_allclose(x, y, rtol=0, atol=bound)
