@@ -56,7 +56,9 @@ class Tile:
         narrow = self.unit == 128
         if T <= _FEW:
             return (32, 512) if narrow else (128, 128), (_FEW, 512)
-        return (256, 256), (512 if narrow or gated else 1024, 256)
+        most = 512 if narrow or gated else 1024  # rows of 256 columns
+        tall = min(T, most)
+        return (256, 256), (tall, 256 * most // tall)
 
 
 def _kernel(

@@ -77,6 +77,13 @@ def test_any_shape_on_tpu(T, N, K, layers, form, depth):
          activation=gate)  # fmt: skip
 
 
+@pytest.mark.parametrize("T", [160, 320, 600])
+@pytest.mark.parametrize("device", ["v5e", "v6e"])
+def test_blocks_of_several_parts_on_tpu(T, device):
+    """A part that is cut, parts side by side, and a second stretch that is cut."""
+    same("mosaic_tpu", T, 1024, 128, TpuTile.wanted(device), biased=True)
+
+
 @pytest.mark.parametrize("T", [1, 20, 64])
 @pytest.mark.parametrize(("warpgroups", "depth"), sparing([(1, 128), (1, 256), (2, 128)], (1, 256)))
 def test_any_tile_on_hopper(T, warpgroups, depth):
