@@ -20,7 +20,7 @@ from kernels_pallas.tiling import divisor, in_parts
 
 _SCALE_ROWS = 8  # experts whose scales are read together: rows of a tile in VMEM
 _VMEM = 40 * 2**20  # of 64 MiB on the smallest part
-_STRETCH = (256, 512)  # of the output, written out: each ends with some 200 idle cycles
+_ACROSS = 512  # columns that are written out: each such stretch ends with some 200 idle cycles
 _FINISHED = (64, 256)  # of it, which registers hold as floats
 
 
@@ -28,17 +28,19 @@ _FINISHED = (64, 256)  # of it, which registers hold as floats
 class Tile:
     """rows of x (0 for about as many as a group has, since a visit multiplies whole blocks), cols
     (rows of w) and bytes (of a row of w) in a step of the grid; unit: `matrix_unit` of the device,
-    the columns that are multiplied at a time.
+    the columns that are multiplied at a time; tall: the rows, where they have eight bits.
     """
 
     rows: int = tried(0, 32, 64, 128, 256)
     cols: int = tried(512, 256, 1024)
     bytes: int = tried(4096, 2048)
     unit: int = 256
+    tall: int = tried(256, 128)
 
     @classmethod
     def wanted(cls, device: str) -> Tile:
-        return cls(unit=matrix_unit(device))
+        """256 rows of eight bits spill three times as much on a v6e, in 38 % fewer cycles."""
+        return cls(unit=matrix_unit(device), tall=128 if device == "v6e" else 256)
 
     def rows_of(self, M: int, E: int) -> int:
         """In a block, of M rows in E groups."""
@@ -46,7 +48,7 @@ class Tile:
         return min(M, self.rows or mean)
 
 
-def _kernel(block_ref, group_ref, row_ref, starts_ref, x_ref, w_ref, *refs, unit: int):
+def _kernel(block_ref, group_ref, row_ref, starts_ref, x_ref, w_ref, *refs, part: tuple[int, int]):
     *scale_refs, out_ref, sum_ref = refs
     v, k = pl.program_id(1), pl.program_id(2)
     group = group_ref[v]
@@ -77,8 +79,8 @@ def _kernel(block_ref, group_ref, row_ref, starts_ref, x_ref, w_ref, *refs, unit
         y = jnp.where(mine, y, out_ref[rows, columns].astype(jnp.float32))
         out_ref[rows, columns] = y.astype(out_ref.dtype)
 
-    part = _STRETCH[0], unit
-    pl.when(real)(lambda: in_parts(out_ref.shape, part, multiply, _STRETCH))
+    stretch = part[0], _ACROSS
+    pl.when(real)(lambda: in_parts(out_ref.shape, part, multiply, stretch))
     pl.when(k == pl.num_programs(2) - 1)(lambda: in_parts(out_ref.shape, _FINISHED, finish))
 
 
@@ -120,7 +122,7 @@ def tpu(
         ]
         operands += [x_scale[:, None], w_scale.reshape(-1, N)]
     return pl.pallas_call(
-        partial(_kernel, unit=tile.unit),
+        partial(_kernel, part=(tile.tall if x.dtype == jnp.int8 else 256, tile.unit)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=4,
             grid=(pl.cdiv(N, cols), plan.used, K // depth),
