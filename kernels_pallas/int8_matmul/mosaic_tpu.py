@@ -48,16 +48,17 @@ class Tile:
             rows, cols, depth = 1024, 512, 4096
         return Tile(self.rows or rows, self.cols or cols, self.depth or depth, self.unit)
 
-    def parts(self, T: int, gated: bool) -> tuple[tuple[int, int], tuple[int, int]]:
-        """`part` and `stretch` of `in_parts`. The unit says nothing for some 200 cycles after each
-        stretch, which is four products, or two of those that take twice as long. A part leaves
-        registers for what is read ahead of it, but for a v6e, whose unit it has to fill.
+    def parts(self, rows: int, gated: bool) -> tuple[tuple[int, int], tuple[int, int]]:
+        """`part` and `stretch` of `in_parts`, for a block of so many rows. The unit says nothing
+        for some 200 cycles after each stretch, which is four products, or two of those that take
+        twice as long. A part leaves registers for what is read ahead of it, but for a v6e, whose
+        unit it has to fill.
         """
         narrow = self.unit == 128
-        if T <= _FEW:
+        if rows <= _FEW:
             return (32, 512) if narrow else (128, 128), (_FEW, 512)
         most = 512 if narrow or gated else 1024  # rows of 256 columns
-        tall = min(T, most)
+        tall = min(rows, most)
         return (256, 256), (tall, 256 * most // tall)
 
 
@@ -132,7 +133,7 @@ def tpu(
             gated=gated,
             biased=bias is not None,
             activation=activation,
-            parts=tile.parts(T, gated),
+            parts=tile.parts(rows, gated),
         ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
