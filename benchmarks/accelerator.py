@@ -20,11 +20,13 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.records import ROOT, machine
-from benchmarks.reports import supervised
-from kernels_pallas.op import Case, Op
+from benchmarks.reports import Report, supervised
+
+if TYPE_CHECKING:  # who watches imports no JAX
+    from kernels_pallas.op import Case, Op
 
 PART = 580.0
 """Seconds of a part, unless it is told otherwise."""
@@ -117,7 +119,6 @@ def check(device_name: str, out: Path, *, smoke: bool, resume: str = "") -> dict
     import jax
 
     from benchmarks.kernels import device_named, name_of, platform_of, versions
-    from benchmarks.reports import Report
 
     device = device_named(device_name)
     jax.config.update("jax_default_device", device)

@@ -27,20 +27,19 @@ class Report:
     """One JSON file of records, each of an op's case.
 
     Attributes:
-        path: of the file; None to write nothing.
+        path: of the file.
         head: what it begins with.
         more: what stands beside it, and changes.
         running: the op and case that may end the process.
-        before: seconds that earlier processes of this run took.
+        began: when the run did, in its first process: seconds since 1970.
     """
 
-    path: Path | None
+    path: Path
     head: dict[str, Any] = field(default_factory=dict)
     more: dict[str, Any] = field(default_factory=dict)
     records: list[dict[str, Any]] = field(default_factory=list)
     running: dict[str, str] | None = None
-    before: float = 0.0
-    started: float = field(default_factory=time.monotonic)
+    began: float = field(default_factory=time.time)
 
     @classmethod
     def resumed(cls, path: Path, reason: str) -> Report:
@@ -48,14 +47,15 @@ class Report:
         without a reason."""
         report = cls(path)
         if reason and (found := read(path)):
-            report.records, report.before = found["records"], found["seconds"]
+            report.records, report.began = found["records"], found["began"]
             if last := found.get("running"):
                 report.records.append(last | {"correct": False, "failed": reason})
         return report
 
     @property
     def seconds(self) -> float:
-        return round(self.before + time.monotonic() - self.started, 1)
+        """Since the run began, in whatever process."""
+        return round(time.time() - self.began, 1)
 
     def each(self, work: Sequence[tuple[Op, Case]]) -> Iterator[tuple[Op, Case]]:
         """What is left of the work, written down before it is given out."""
@@ -83,20 +83,20 @@ class Report:
         """The report, which is also in its file."""
         self.more |= more
         running = {"running": self.running} if self.running else {}
-        report = self.head | {"seconds": self.seconds} | self.more | running
-        report["records"] = self.records
-        if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_text(json.dumps(report, indent=1) + "\n")
+        times = {"began": self.began, "seconds": self.seconds}
+        report = self.head | times | self.more | running | {"records": self.records}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        part = self.path.with_suffix(
+            ".part"
+        )  # whoever is ended while it writes leaves a whole file
+        part.write_text(json.dumps(report, indent=1) + "\n")
+        part.replace(self.path)
         return report
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A report; nothing if there is none, or if its process was ended while it wrote."""
-    try:
-        return json.loads(path.read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
-        return {}
+    """A report; nothing if there is none."""
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def hung(path: Path | None) -> set[tuple[str, str]]:

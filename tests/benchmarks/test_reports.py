@@ -47,6 +47,7 @@ def test_a_case_that_hangs_or_dies_costs_only_itself(tmp_path):
         None, "no answer for 3 s", None, "exit 9", None,
     ]  # fmt: skip
     assert report["right"] == 3 and "running" not in report
+    assert report["seconds"] > 3, "what hung has taken its time, too"
     assert hung(tmp_path / "report.json") == {("op", "hangs")}
 
 
