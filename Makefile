@@ -17,7 +17,8 @@ HASTY   := $(XLA_FLAGS) --xla_backend_optimization_level=0
 
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: demo setup test slow test-all aot lint format format-check types imports bench eval clean
+.PHONY: demo setup test slow test-all sanitize aot lint format format-check types imports bench eval
+.PHONY: clean
 .DEFAULT_GOAL := test
 
 demo: $(VENV)/.demo  ## Serves a model of ours, and solves a problem through an OpenAI client
@@ -30,6 +31,15 @@ slow: $(VENV)/.dev  ## The slow ones; SLOW=600 starts none after ten minutes
 	$(PYTEST) -m "slow and not gpu and not tpu and not aot" --slow $(SLOW) $(ARGS)
 
 test-all: test slow
+
+# Who leaves an array is ended at once: -s, for its last words would be lost with pytest's capture.
+SANITIZED := -fsanitize=address,undefined -fno-sanitize-recover=undefined -g1 -O1
+PRELOADED  = $(foreach library,libasan.so libstdc++.so,$(shell g++ -print-file-name=$(library)))
+
+sanitize: $(VENV)/.dev  ## The C++ kernels, caught where they leave an array; CXXFLAGS=-march=haswell
+	LD_PRELOAD="$(PRELOADED)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 CXX=g++ \
+	  JAXSERVE_CXXFLAGS="$(SANITIZED) $(CXXFLAGS)" XLA_FLAGS="$(HASTY)" $(BIN)/python -m pytest -q -s \
+	  tests/kernels_pallas/test_cpu*.py tests/kernels_pallas/test_codec.py -k "cpu or native" $(ARGS)
 
 aot: $(VENV)/.aot  ## Compiles for TPUs and for Hopper, none of which need be there
 	$(PYTEST) --dist load -m aot $(ARGS)

@@ -18,7 +18,13 @@ import numpy as np
 from jax import Array
 
 from kernels_pallas.cpu import build
-from kernels_pallas.paged_attention.codec import Int4Pages, Int8Pages, Pages, QuantizedPages
+from kernels_pallas.paged_attention.codec import (
+    Int4Pages,
+    Int8Pages,
+    Pages,
+    QuantizedPages,
+    whole_parts,
+)
 from kernels_pallas.paged_attention.ragged import Groups
 
 __all__ = [
@@ -182,6 +188,7 @@ def paged_attention(
     """
     T, N, _ = q.shape
     value_dim = value_dim or (v if v is not None else q).shape[-1]
+    _check_lanes(q, k, v, k_pages, v_pages, value_dim)
     sinks = jnp.zeros(0, jnp.float32) if sinks is None else sinks.astype(jnp.float32)
     pages = (k_pages,) if v is None else (k_pages, v_pages)
     rows = (x.astype(jnp.float32) for x in (q, k, v) if x is not None)
@@ -234,6 +241,21 @@ def _parts(pages: Pages | None) -> np.ndarray:
     """Lanes of the parts that have scales of their own; none where scales are calibrated."""
     parts = pages.parts if isinstance(pages, Int8Pages | Int4Pages) else ()
     return np.array(parts, np.int64)
+
+
+def _check_lanes(
+    q: Array, k: Array, v: Array | None, k_pages: Pages, v_pages: Pages | None, value_dim: int
+) -> None:
+    """Kernels take rows to be as long as those of pages, and turn values back by whole parts."""
+    owner = k_pages if v_pages is None else v_pages
+    for x, pages in ((q, k_pages), (k, k_pages), (v, owner)):
+        if x is not None and x.shape[-1] != pages.shape[-1]:
+            raise ValueError(f"rows of {x.shape[-1]} lanes do not fit pages of {pages.shape[-1]}")
+    if value_dim > owner.shape[-1] or value_dim != whole_parts(owner, value_dim):
+        raise ValueError(
+            f"value_dim={value_dim} must be at most {owner.shape[-1]} lanes, and end a part where "
+            "pages are of four bits"
+        )
 
 
 def _floats(*shape: int) -> jax.ShapeDtypeStruct:

@@ -266,7 +266,7 @@ void finish(const Attention<T>& job, int64_t kv_head, const Stretch& stretch,
     Row row = work.rows[i];
     float shrink = 1.0f;
     if (job.sinks) shrink = row.add_sink(job.sinks[query % job.num_heads]);
-    const float factor = row.sum > 0 ? shrink / row.sum : 0.0f;
+    const float factor = row.sum == 0 ? 0.0f : shrink / row.sum;
     const float* sums = work.sums + i * padded;
     float* out = job.out + query * job.value_dim;
     for (int64_t j = 0; j < job.value_dim; ++j) out[j] = sums[j] * factor;

@@ -85,7 +85,7 @@ using Parts = ffi::Span<const int64_t>;
 CodedPages coded_pages_of(ffi::AnyBuffer values, FloatsOut scales, Scalar layer, Parts parts) {
   const bool nibbles = values.element_type() == ffi::U8;
   auto [dims, offset] = slice(values, layer, 4);
-  const int64_t first_scale = slice(*scales, layer, parts.size() ? 3 : 2).offset;
+  const auto [scale_dims, first_scale] = slice(*scales, layer, parts.size() ? 3 : 2);
   return {static_cast<uint8_t*>(values.untyped_data()) + offset,
           scales->typed_data() + first_scale,
           dims[0],
@@ -94,6 +94,7 @@ CodedPages coded_pages_of(ffi::AnyBuffer values, FloatsOut scales, Scalar layer,
           dims[3],
           parts.begin(),
           int64_t(parts.size()),
+          scale_dims[1],
           nibbles};
 }
 

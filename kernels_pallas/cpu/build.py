@@ -8,6 +8,7 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -66,6 +67,11 @@ def _compiler() -> str | None:
     return shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
 
 
+def _flags() -> list[str]:
+    """JAXSERVE_CXXFLAGS come last and win: `make sanitize` is made of them."""
+    return [*_FLAGS, *shlex.split(os.environ.get("JAXSERVE_CXXFLAGS", ""))]
+
+
 def _failure(path: Path) -> Path:
     return path.with_suffix(".failed")
 
@@ -81,7 +87,7 @@ def _sources() -> list[Path]:
 
 def _fingerprint(compiler: str) -> str:
     """Changes with anything the library depends on: sources, jaxlib's headers, CPU, compiler."""
-    parts = [jaxlib.version.__version__, _cpu(), compiler, " ".join(_FLAGS)]
+    parts = [jaxlib.version.__version__, _cpu(), compiler, " ".join(_flags())]
     parts += [p.read_text() for p in sorted(_FOLDER.glob("*.h")) + _sources()]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
 
@@ -108,7 +114,7 @@ def _compile(compiler: str, path: Path) -> None:
         include = f"-isystem{jax.ffi.include_dir()}"
         jobs = [
             subprocess.Popen(
-                [*nice, compiler, *_FLAGS, include, "-c", str(source), "-o", str(target)],
+                [*nice, compiler, *_flags(), include, "-c", str(source), "-o", str(target)],
                 stderr=subprocess.PIPE,
                 text=True,
             )
@@ -119,6 +125,6 @@ def _compile(compiler: str, path: Path) -> None:
             if job.returncode:
                 raise subprocess.CalledProcessError(job.returncode, job.args, stderr=stderr)
         built = Path(folder) / "library.so"
-        link = [compiler, "-shared", "-pthread", *map(str, objects), "-o", str(built)]
+        link = [compiler, *_flags(), "-shared", *map(str, objects), "-o", str(built)]
         subprocess.run(link, check=True, capture_output=True, text=True)
         built.replace(path)

@@ -13,10 +13,10 @@ namespace jaxserve {
 // has a scale that was calibrated.
 struct CodedPages {
   uint8_t* values;  // [P, K, Z, width], or two slots a byte: [P, K, Z / 2, width]
-  float* scales;    // [P, K * parts, Z] or [K, width]
+  float* scales;    // [P, scale_rows, Z], the first K * parts of them in use, or [K, width]
   int64_t num_pages, num_heads, page_size, width;
   const int64_t* parts;
-  int64_t num_parts;
+  int64_t num_parts, scale_rows;
   bool nibbles;
 
   bool calibrated() const { return num_parts == 0; }
@@ -31,7 +31,7 @@ struct CodedPages {
     return values + ((page * num_heads + head) * rows + at) * width;
   }
   float* scale(int64_t page, int64_t head, int64_t part, int64_t slot) const {
-    return scales + ((page * num_heads + head) * num_parts + part) * page_size + slot;
+    return scales + (page * scale_rows + head * num_parts + part) * page_size + slot;
   }
 
   // Rotates the first lanes of a row, as keys are rotated; its own inverse.

@@ -122,9 +122,9 @@ constexpr int kSweepCols = 4;
 constexpr int64_t kSweepAhead = 4096;  // bytes: the hardware foresees less, and stops at every page
 
 // to[i] = the sum of register i.
-inline void sum_each(const I (&from)[kSweepCols], float* to) {
+inline void sum_each(const U (&from)[kSweepCols], float* to) {
 #if defined(__AVX512F__)
-  auto fold = [](I a, I b) {
+  auto fold = [](U a, U b) {
     const __m512i x = bitcast<__m512i>(a), y = bitcast<__m512i>(b);
     return _mm512_add_epi32(_mm512_unpacklo_epi32(x, y), _mm512_unpackhi_epi32(x, y));
   };
@@ -135,7 +135,7 @@ inline void sum_each(const I (&from)[kSweepCols], float* to) {
   store(to, _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1)));
 #else
   for (int i = 0; i < kSweepCols; ++i) {
-    int32_t sum = 0;
+    uint32_t sum = 0;
     for (int lane = 0; lane < kLanes; ++lane) sum += from[i][lane];
     to[i] = bitcast<float>(sum);
   }
@@ -149,7 +149,7 @@ void sweep(const int8_t* x, int64_t x_stride, int64_t rows, const int8_t* w, int
            int64_t cols, float* out, int64_t out_stride) {
   using V = Vec<int8_t>;
   for (int64_t c = 0; c < cols; c += kSweepCols) {
-    I sums[R][kSweepCols] = {};
+    U sums[R][kSweepCols] = {};
 #pragma GCC unroll 4
     for (int j = 0; j < kSweepCols; ++j) {
       for (int64_t i = 0; i < k; i += V::kSize, w += V::kSize) {
@@ -277,9 +277,9 @@ void multiply_odd(const Packed<T>& x, int64_t begin, int64_t end, const T* w, in
 inline void apply_scales(const RowScale* rows, int64_t num_rows, const float* scales, int64_t cols,
                          float* out, int64_t out_stride) {
   for (int64_t r = 0; r < num_rows; ++r, out += out_stride) {
-    const int32_t extra = 128 * rows[r].sum;  // see Vec<int8_t>
+    const uint32_t extra = 128 * rows[r].sum;  // see Vec<int8_t>
     for (int64_t c = 0; c < cols; ++c) {
-      const int32_t sum = bitcast<int32_t>(out[c]) - extra;
+      const auto sum = int32_t(bitcast<uint32_t>(out[c]) - extra);
       out[c] = float(sum) * rows[r].scale * scales[c];
     }
   }

@@ -44,8 +44,8 @@ inline void add_to(float* c, F sum, Start start, int row) {
 }
 
 // Sums of integers wait as integers where their floats will be.
-inline void add_to(float* c, I sum, Start start, int) {
-  store(c, start.keep ? sum + load<I>(c) : sum);
+inline void add_to(float* c, U sum, Start start, int) {
+  store(c, start.keep ? sum + load<U>(c) : sum);
 }
 
 // c[r] = start + sum over words of a[r][word] * b[word]

@@ -7,10 +7,11 @@
 
 namespace jaxserve {
 
-// What takes sums of an eight-bit row back to floats: its step, and the sum of its values.
+// What takes sums of an eight-bit row back to floats: its step, and the sum of its values, which
+// wraps around where the row is not finite.
 struct RowScale {
   float scale;
-  int32_t sum;
+  uint32_t sum;
 };
 
 // Halves round to even. Not by adding kRound: the compiler would contract that with a product
@@ -62,13 +63,13 @@ inline RowScale quantize(const From* from, int64_t n, int8_t* to) {
   });
   const float top = max_lanes(tops) + sum_lanes(zeros);
   const F steps = splat(top > 0.0f ? 127.0f / top : 0.0f);
-  I sums{};
+  U sums{};
   for_registers(from, n, [&](int64_t i, F x) {
     const I whole = round_to_int(x * steps);
     store_bytes(to + i, whole);
-    sums += whole;
+    sums += bitcast<U>(whole);
   });
-  int32_t sum = 0;
+  uint32_t sum = 0;
   for (int i = 0; i < kLanes; ++i) sum += sums[i];
   return {top * (1 / 127.0f), sum};
 }

@@ -5,6 +5,13 @@
 #include <cstdlib>
 #include <memory>
 
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#else
+#define ASAN_POISON_MEMORY_REGION(start, size)
+#define ASAN_UNPOISON_MEMORY_REGION(start, size)
+#endif
+
 namespace jaxserve {
 
 // An arena of one thread for the length of one call: take() hands out 64-byte aligned arrays.
@@ -13,25 +20,34 @@ class Scratch {
   // Reserves for everything that will be taken; earlier pointers become invalid.
   void reset(int64_t bytes) {
     used_ = 0;
-    if (bytes <= size_) return;
-    data_.reset();  // free before allocating, or the peak is the sum of both
-    data_.reset(static_cast<char*>(std::aligned_alloc(64, round_up(bytes))));
-    size_ = round_up(bytes);
+    if (bytes > size_) {
+      data_.reset();  // free before allocating, or the peak is the sum of both
+      data_.reset(static_cast<char*>(std::aligned_alloc(64, round_up(bytes))));
+      size_ = round_up(bytes);
+    }
+    ASAN_POISON_MEMORY_REGION(data_.get(), size_);
   }
 
   template <class T>
   T* take(int64_t count) {
     char* start = data_.get() + used_;
     used_ += bytes<T>(count);
+    ASAN_UNPOISON_MEMORY_REGION(start, count * sizeof(T));
     return reinterpret_cast<T*>(start);
   }
 
   template <class T>
   static int64_t bytes(int64_t count) {
-    return round_up(count * int64_t(sizeof(T)));
+    return round_up(count * int64_t(sizeof(T))) + kGap;
   }
 
  private:
+#if defined(__SANITIZE_ADDRESS__)
+  static constexpr int64_t kGap = 64;  // who leaves his array shall not find another
+#else
+  static constexpr int64_t kGap = 0;
+#endif
+
   struct Free {
     void operator()(char* p) const { std::free(p); }
   };

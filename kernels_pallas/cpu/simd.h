@@ -142,21 +142,22 @@ struct Vec<bf16> {
 };
 
 // The instruction wants one operand without sign: weights come with 128 added, which makes sums too
-// large by 128 times the sum of the row of x. Whoever scales the sums takes that off again.
+// large by 128 times the sum of the row of x. Whoever scales the sums takes that off again; until
+// then they may wrap around, and so have no sign.
 template <>
 struct Vec<int8_t> {
   using Reg = U;
-  using Sum = I;
+  using Sum = U;
   static constexpr int kPerLane = 4;
   static constexpr int kSize = 4 * kLanes;
   static U broadcast(const int8_t* p) { return U{} + load<uint32_t>(p); }
   static U weights(U words) { return words ^ 0x80808080u; }
-  static I dot(I sum, U x, U weights) {
+  static U dot(U sum, U x, U weights) {
 #if defined(__AVX512VNNI__)
-    return bitcast<I>(_mm512_dpbusd_epi32(bitcast<__m512i>(sum), bitcast<__m512i>(weights),
+    return bitcast<U>(_mm512_dpbusd_epi32(bitcast<__m512i>(sum), bitcast<__m512i>(weights),
                                           bitcast<__m512i>(x)));
 #elif defined(__AVXVNNI__)
-    return bitcast<I>(_mm256_dpbusd_avx_epi32(bitcast<__m256i>(sum), bitcast<__m256i>(weights),
+    return bitcast<U>(_mm256_dpbusd_avx_epi32(bitcast<__m256i>(sum), bitcast<__m256i>(weights),
                                               bitcast<__m256i>(x)));
 #else
     // Sixteen bits for every factor: products of pairs then fit, as the plain instruction's do not.
@@ -171,18 +172,19 @@ struct Vec<int8_t> {
  private:
   // Sums of neighbours' products.
   template <class S16>
-  static I multiply_pairs(S16 a, S16 b) {
+  static U multiply_pairs(S16 a, S16 b) {
 #if defined(__AVX512BW__)
-    return bitcast<I>(_mm512_madd_epi16(bitcast<__m512i>(a), bitcast<__m512i>(b)));
+    return bitcast<U>(_mm512_madd_epi16(bitcast<__m512i>(a), bitcast<__m512i>(b)));
 #elif defined(__AVX2__)
-    return bitcast<I>(_mm256_madd_epi16(bitcast<__m256i>(a), bitcast<__m256i>(b)));
+    return bitcast<U>(_mm256_madd_epi16(bitcast<__m256i>(a), bitcast<__m256i>(b)));
 #else
     const I x = bitcast<I>(a), y = bitcast<I>(b);
-    return ((x << 16) >> 16) * ((y << 16) >> 16) + (x >> 16) * (y >> 16);
+    return bitcast<U>(((x << 16) >> 16) * ((y << 16) >> 16) + (x >> 16) * (y >> 16));
 #endif
   }
 };
 
+// Of a NaN and something, the second; also in minimum().
 inline F maximum(F a, F b) {
 #if defined(__AVX512F__)
   return _mm512_max_ps(a, b);
@@ -254,9 +256,9 @@ inline F scale_by_power(F p, F n) {
 #endif
 }
 
-// e^x to about one unit in the last place; exactly 1 at 0, exactly 0 at minus infinity.
+// e^x to about one unit in the last place; exactly 1 at 0 and 0 at minus infinity; NaN for NaN.
 inline F exp(F x) {
-  x = minimum(maximum(x, splat(-110.0f)), splat(110.0f));
+  x = minimum(splat(110.0f), maximum(splat(-110.0f), x));
   F n = (x * 1.44269504f + kRound) - kRound;
   F r = x - n * 0.693359375f + n * 2.12194440e-4f;
   F p = splat(1.9875691500e-4f);

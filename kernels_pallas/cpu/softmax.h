@@ -38,23 +38,21 @@ struct Row {
   float sum = 0;
 
   // Turns scores into exponentials in place and returns the factor by which everything
-  // accumulated so far must shrink. A block with no visible key changes nothing, bit for bit.
+  // accumulated so far must shrink. A block with no visible key changes nothing, bit for bit; a
+  // visible score that is NaN, or plus infinity, makes the sum NaN.
   float add(float* scores, int64_t begin, int64_t end, const Scores& how) {
     F best = splat(kMinusInfinity);
     for (int64_t key = 0; key < kBlockKeys; key += kLanes) {
       F x = visible(load<F>(scores + key), key, begin, end, how);
-      best = maximum(best, x);
+      best = maximum(x, best);
       store(scores + key, x);
     }
     const float before = most;
     most = std::max(before, max_lanes(best));
-    if (most == kMinusInfinity) {
-      std::memset(scores, 0, kBlockKeys * sizeof(float));
-      return 1.0f;
-    }
+    const float base = most == kMinusInfinity ? 0.0f : most;
     F total{};
     for (int64_t key = 0; key < kBlockKeys; key += kLanes) {
-      F e = exp(load<F>(scores + key) - most);
+      F e = exp(load<F>(scores + key) - base);
       total += e;
       store(scores + key, e);
     }
@@ -72,7 +70,7 @@ struct Row {
     return shrink;
   }
 
-  float log_sum() const { return sum > 0 ? most + std::log(sum) : kMinusInfinity; }
+  float log_sum() const { return sum == 0 ? kMinusInfinity : most + std::log(sum); }
 };
 
 }  // namespace jaxserve

@@ -244,6 +244,34 @@ def test_native_kernels_keep_the_contract(kind, variant):
 
 
 @native
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.int4])
+def test_native_kernels_leave_padding_of_scales_alone(dtype):
+    """Three heads have three rows of scales, which a page may pad to eight."""
+    (q, k, v, *_, layer, step), arrays, options = arrays_of("int8", N=3, K=3, H=32)
+    P = blank("int8", step_of((1, 21, 1, 3), (70, 40, 9, 64), Z, 2)[1], 3, 32).shape[1]
+    pages = codec.empty(dtype, (L, P, 3, Z, 32), whole=True)
+    pages = put(pages, normal(7, P * Z, 3, 32), LAYER, *jnp.divmod(jnp.arange(P * Z), Z))
+    o, _, *stored = in_cpp(**options)(q, k, v, pages, pages, layer, step, arrays)
+    want, _, *expected = compiled(reference.paged_attention, **options)(
+        (q, k, v, pages, pages, layer, step), arrays
+    )
+    jax.tree.map(np.testing.assert_array_equal, stored, expected)
+    np.testing.assert_allclose(o, want, atol=0.02 * float(jnp.abs(want).max()))
+
+
+@native
+def test_native_kernels_say_what_they_cannot_take():
+    """They would read past the end of rows, or turn lanes that are another head's."""
+    run = functools.partial(jax.eval_shape, in_cpp(scale=1.0, value_dim=96))
+    (q, k, _, pages, _, *rest), arrays, _ = arrays_of("int4", N=4, K=1, H=128)
+    with pytest.raises(ValueError, match="value_dim=96 must be at most 128 lanes, and end a part"):
+        run(q, k, None, pages, None, *rest, arrays)
+    short, k_pages = k[..., :100], jnp.zeros(pages.shape)
+    with pytest.raises(ValueError, match="rows of 100 lanes do not fit pages of 128"):
+        run(q, short, None, k_pages, None, *rest, arrays)
+
+
+@native
 @pytest.mark.parametrize("variant", ["grouped", "latent"])
 @pytest.mark.parametrize("kind", FORMATS)
 def test_native_bits_do_not_depend_on_the_batch(kind, variant):

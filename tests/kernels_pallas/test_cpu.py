@@ -301,6 +301,26 @@ def test_paged_attention_does_not_depend_on_chunking(dtype, window, heads):
         np.testing.assert_array_equal(k_pages, want_pages[0])
 
 
+@pytest.mark.parametrize("dtype", ["float32", "uint16"])
+@pytest.mark.parametrize("soft_cap", [0.0, 1.5])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_paged_attention_to_what_is_not_finite_says_so(dtype, soft_cap, bad):
+    """Of a query: all of its outputs. Of a key: those of queries that see it."""
+    batch = Paged([(1, 40), (70, 133)], 4, 2, 64, 64, dtype)
+    want, want_lse, *_ = batch.run(soft_cap=soft_cap)
+    batch.q[20, 1, 5] = bad
+    batch.k[60, 1, 7] = np.nan
+    out, lse, *_ = batch.run(soft_cap=soft_cap)
+    lost = np.zeros((74, 4), bool)
+    lost[20, 1] = not soft_cap or np.isnan(bad)
+    lost[60:71, 2:] = True
+    np.testing.assert_array_equal(np.isnan(out).all(-1), lost)
+    np.testing.assert_array_equal(np.isnan(lse), lost)
+    lost[20, 1] = True  # infinite logits may be capped
+    np.testing.assert_array_equal(out[~lost], np.asarray(want)[~lost])
+    np.testing.assert_array_equal(lse[~lost], np.asarray(want_lse)[~lost])
+
+
 def test_paged_attention_shares_pages_written_in_this_step():
     """Two sequences with one table: the second asks about tokens the first one stores."""
     batch = Paged([(32, 32), (1, 33)], 4, 2, 64, 64, "float32")

@@ -59,6 +59,15 @@ def test_extreme_values_do_not_saturate():
         np.testing.assert_array_equal(linear(x, w)[0], product(x, w))
 
 
+def test_sums_may_wrap_around_on_the_way():
+    """Those with 128 added to every weight do, and what is left fits again."""
+    k = 70_016
+    w = Int8Weight(jnp.full((32, k), 127, jnp.int8), jnp.ones(32))
+    for rows in (1, 5):
+        x = jnp.full((rows, k), 3.0)
+        np.testing.assert_array_equal(linear(x, w)[0], product(x, w))
+
+
 def test_layers_of_a_stack_padding_and_zero_rows():
     stack = weight(0, 3, 48, 64)
     x = normal(1, 9, 64).at[2].set(0)
