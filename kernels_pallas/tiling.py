@@ -10,6 +10,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
+ALIGNED_FLOATS = 32
+"""Of shared memory on Hopper: a copy of a tensor begins at a multiple of 128 bytes."""
+
 _FAR = 2**20  # steps: more than there are
 
 

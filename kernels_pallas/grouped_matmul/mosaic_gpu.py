@@ -21,6 +21,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from kernels_pallas.grouped_matmul.reference import check
 from kernels_pallas.grouped_matmul.visits import blocks
 from kernels_pallas.op import UnsupportedError, tried
+from kernels_pallas.tiling import ALIGNED_FLOATS
 
 _LINE = 128  # bytes of K that a swizzled row of shared memory holds
 _TURNED = 64  # tokens that are turned and stored at a time
@@ -68,6 +69,7 @@ def _kernel(group_ref, start_ref, size_ref, layer_ref, x_ref, w_ref, *refs, tile
     wg = lax.axis_index("wg") if tile.warpgroups > 1 else 0
     first = lax.axis_index("n") * (tile.rows * tile.warpgroups)
     rows = pl.ds(first + wg * tile.rows, tile.rows)
+    x_scale_mine = x_scale_smem.at[wg, pl.ds(0, tile.tokens)]
 
     def step(_, x_smem, w_smem, total):
         plgpu.wgmma(total, w_smem.at[pl.ds(wg * tile.rows, tile.rows)], x_smem.T)
@@ -76,7 +78,7 @@ def _kernel(group_ref, start_ref, size_ref, layer_ref, x_ref, w_ref, *refs, tile
 
     def compute(pipeline):
         if scale_refs:
-            plgpu.copy_gmem_to_smem(scale_refs[0].at[tokens], x_scale_smem.at[wg], arrived.at[wg])
+            plgpu.copy_gmem_to_smem(scale_refs[0].at[tokens], x_scale_mine, arrived.at[wg])
             w_scale = scale_refs[1].at[expert, rows]
             plgpu.copy_gmem_to_smem(w_scale, w_scale_smem.at[wg], arrived.at[wg])
 
@@ -87,7 +89,7 @@ def _kernel(group_ref, start_ref, size_ref, layer_ref, x_ref, w_ref, *refs, tile
                 plgpu.barrier_wait(arrived.at[wg])
                 y = y.astype(jnp.float32)
                 real = lax.broadcast(group < E, (tile.tokens,))  # a scale of padding may be NaN
-                x_scale = jnp.where(real, x_scale_smem[wg], 0.0)
+                x_scale = jnp.where(real, x_scale_mine[...], 0.0)
                 y *= lax.broadcast_in_dim(x_scale, shape, (1,))
                 y *= lax.broadcast_in_dim(w_scale_smem[wg], shape, (0,))
             y = y.astype(out_ref.dtype)
@@ -179,7 +181,7 @@ def gpu(
         **(threads if tile.warpgroups > 1 else {}),
         scratch_types=[
             *[plgpu.SMEM((tile.warpgroups, _TURNED, tile.rows), out_dtype) for _ in range(2)],
-            plgpu.SMEM((tile.warpgroups, tile.tokens), jnp.float32),
+            plgpu.SMEM((tile.warpgroups, max(tile.tokens, ALIGNED_FLOATS)), jnp.float32),
             plgpu.SMEM((tile.warpgroups, tile.rows), jnp.float32),
             plgpu.Barrier(num_arrivals=2, num_barriers=tile.warpgroups),
         ],

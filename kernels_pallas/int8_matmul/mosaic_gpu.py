@@ -20,6 +20,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from kernels_pallas.int8_matmul.reference import check
 from kernels_pallas.linear import GATES
 from kernels_pallas.op import UnsupportedError, tried
+from kernels_pallas.tiling import ALIGNED_FLOATS
 
 _LINE = 128  # bytes of K that a swizzled row of shared memory holds
 _SHARED = 224 * 1024  # bytes of shared memory of a core that tiles may take
@@ -65,6 +66,7 @@ def _kernel(
     layer = layer_ref[0]
     wg = lax.axis_index("wg") if tile.warpgroups > 1 else 0
     tokens = pl.ds(lax.axis_index("t") * tile.tokens, tile.tokens)
+    x_scale_mine = x_scale_smem.at[wg, pl.ds(0, tile.tokens)]
     first = lax.axis_index("n") * (64 * tile.warpgroups)
     rows, chunk = pl.ds(first + wg * 64, 64), out_smem.shape[1]
 
@@ -75,7 +77,7 @@ def _kernel(
         return sums
 
     def compute(pipeline):
-        plgpu.copy_gmem_to_smem(x_scale_ref.at[tokens], x_scale_smem.at[wg], arrived.at[wg])
+        plgpu.copy_gmem_to_smem(x_scale_ref.at[tokens], x_scale_mine, arrived.at[wg])
         for i, ref in enumerate(per_row):
             plgpu.copy_gmem_to_smem(ref.at[layer, rows], row_smem.at[wg, i], arrived.at[wg])
 
@@ -83,7 +85,7 @@ def _kernel(
             pipeline(sums)
             plgpu.barrier_wait(arrived.at[wg])
             shape = (64, tile.tokens)
-            x_scale = lax.broadcast_in_dim(x_scale_smem[wg], shape, (1,))
+            x_scale = lax.broadcast_in_dim(x_scale_mine[...], shape, (1,))
             y = [
                 total[...].astype(jnp.float32)
                 * x_scale
@@ -141,6 +143,9 @@ def gpu(
     if K % _LINE or N % 64:
         raise UnsupportedError(f"{K=} must be a multiple of {_LINE}, and {N=} of 64")
     tile = tile or Tile.default(T, N, K, gated)
+    rows = 64 * tile.warpgroups
+    if K % tile.depth or N % rows:
+        raise UnsupportedError(f"{tile}: {K=} is no multiple of {tile.depth}, or {N=} of {rows}")
     padding = -T % tile.tokens
     x, x_scale = jnp.pad(x, ((0, padding), (0, 0))), jnp.pad(x_scale, (0, padding))
     weights: list[Any] = [w, up][: 1 + gated]
@@ -152,12 +157,12 @@ def gpu(
     y = plgpu.kernel(
         partial(_kernel, tile=tile, gated=gated, biased=bias is not None, activation=activation),
         out_type=jax.ShapeDtypeStruct((T + padding, N), out_dtype),
-        grid=(N // (64 * tile.warpgroups), (T + padding) // tile.tokens),
+        grid=(N // rows, (T + padding) // tile.tokens),
         grid_names=("n", "t"),
         **(threads if tile.warpgroups > 1 else {}),
         scratch_types=[
             plgpu.SMEM((tile.warpgroups, min(tile.tokens, _STORED), 64), out_dtype),
-            plgpu.SMEM((tile.warpgroups, tile.tokens), jnp.float32),
+            plgpu.SMEM((tile.warpgroups, max(tile.tokens, ALIGNED_FLOATS)), jnp.float32),
             plgpu.SMEM((tile.warpgroups, len(per_row), 64), jnp.float32),
             plgpu.Barrier(num_arrivals=1 + len(per_row), num_barriers=tile.warpgroups),
         ],

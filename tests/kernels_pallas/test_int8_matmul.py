@@ -96,6 +96,9 @@ def test_what_is_refused():
         same("mosaic_tpu", 8, 128, 96)
     with pytest.raises(UnsupportedError, match="N=100"):
         same("mosaic_gpu", 8, 100, 128)
+    for N, K in ((192, 256), (128, 384)):  # a block more would be needed than the grid has
+        with pytest.raises(UnsupportedError, match=f"{K=} is no multiple of 256, or {N=} of 128"):
+            same("mosaic_gpu", 8, N, K, GpuTile(tokens=8, warpgroups=2, depth=256))
     x, one, w = jnp.zeros((4, 128), jnp.int8), jnp.ones(4), jnp.zeros((4, 128), jnp.int8)
     run = int8_matmul.reference
     with pytest.raises(ValueError, match=r"w is \(4, 128\).*\[L, N, K\]"):
