@@ -53,18 +53,25 @@ def stages(part: int, out: Path, *, smoke: bool, device: str, seconds: float = P
     """What a part consists of, in so many seconds."""
     if part == 1:
         small, check = ["--smoke"] if smoke else [], seconds * 0.26
-        budget = 60 if smoke else round(seconds - check - 40)  # rates are taken once more behind it
-        correct, found = out / "correctness.json", out / "kernels.json"
+        correct, found, tuned = (out / f"{x}.json" for x in ("correctness", "kernels", "tiles"))
+        tune = ["--tune", "--tiles", "6", "--tables", str(out), "--no-torch"]
         return [
             Stage(
                 "correctness", "benchmarks.accelerator",
                 ["--check", "--device", device, "--out", str(correct), *small], check, correct,
             ),
-            Stage(
-                "kernels", "benchmarks.kernels",
-                ["--device", device, "--tune", "--tiles", "6", "--tables", str(out), *small,
-                 "--budget-seconds", str(budget), "--checked", str(correct), "--out", str(found)],
-                budget + 40, found,
+            *(
+                Stage(
+                    path.stem, "benchmarks.kernels",
+                    ["--device", device, *small, *more, "--checked", *map(str, checked),
+                     "--budget-seconds", str(60 if smoke else round(seconds * share - 30)),
+                     "--out", str(path)],
+                    seconds * share, path,
+                )
+                for path, checked, share, more in (
+                    (found, [correct], 0.44, []),
+                    (tuned, [correct, found], 0.3, tune),  # one that hangs costs no figure above
+                )
             ),
         ]  # fmt: skip
     shapes = ("tiny", "tiny-moe") if smoke else ("8b", "30b-a3b")
@@ -138,12 +145,13 @@ def check(device_name: str, out: Path, *, smoke: bool, resume: str = "") -> dict
 
 
 def _work(platform: str, smoke: bool) -> list[tuple[Op, Case]]:
-    """Cases of ops that have a body there, small ones first."""
+    """Cases of ops that have a body there, small ones first, and of all ops in turns."""
+    from benchmarks.kernels import in_turns
     from kernels_pallas.registry import OPS
 
     here = [op for op in OPS if any(body.platform == platform for body in op.bodies.values())]
     work = [(op, case) for op in here for case in op.cases if not (smoke and case.shipped)]
-    return sorted(work, key=lambda pair: pair[1].shipped)
+    return sorted(in_turns(work), key=lambda pair: pair[1].shipped)
 
 
 def _checked(op: Op, case: Case, platform: str, device: str) -> Iterator[dict[str, Any]]:

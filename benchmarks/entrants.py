@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import random
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -173,6 +174,7 @@ def check(entrants: Sequence[Entrant]) -> list[Checked]:
 
 def _compared(entrant: Entrant, program: Program | TorchProgram | Exception) -> Checked:
     if not isinstance(program, Exception):
+        print(f"... {entrant.name}", file=sys.stderr, flush=True)  # should it be the last to run
         try:
             found = agreement(entrant.view(program.first()), entrant.expected, entrant.tolerance)
             if found.right:

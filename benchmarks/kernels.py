@@ -18,6 +18,7 @@ import json
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -204,6 +205,15 @@ def chosen(ops: Sequence[str], cases: Sequence[str], shipped: bool) -> Iterator[
                 yield op, case
 
 
+def in_turns(work: Sequence[tuple[Op, Case]]) -> list[tuple[Op, Case]]:
+    """The first case of each op, then the second of each: a run that ends early has met all ops."""
+    met, turns = Counter[str](), list[int]()
+    for op, _ in work:
+        turns.append(met[op.name])
+        met[op.name] += 1
+    return [work[i] for i in sorted(range(len(work)), key=turns.__getitem__)]
+
+
 def print_line(line: dict[str, Any]) -> None:
     words = f"{line['op']:26}{line['case']:34}{line.get('contestant', ''):40}"
     if "ms" in line:
@@ -239,13 +249,13 @@ def device_named(name: str) -> Any:
 def run(
     device: Any, settings: Settings, work: Sequence[tuple[Op, Case]], out: Path, *,
     sizes: Sizes | None = None, tables: Path = tuning.TUNED, resume: str = "",
-    checked: Path | None = None,
+    checked: Sequence[Path] = (),
 ) -> dict[str, Any]:  # fmt: skip
     """Measures everything and returns what is written to `out`.
 
     Args:
         resume: why an earlier process ended in the middle of the case that `out` tells of.
-        checked: a report of correctness, whose cases without an answer are not run.
+        checked: earlier reports, whose cases without an answer are not run.
     """
     report, platform = Report.resumed(out, resume), platform_of(device)
     jax.config.update("jax_default_device", device)  # of threads that compile, too
@@ -256,7 +266,7 @@ def run(
         "versions": versions(), "rates": rates.record(), "host": machine(),
     }  # fmt: skip
     print(json.dumps(report.head), flush=True)
-    hangs = hung(checked)
+    hangs = set[tuple[str, str]]().union(*map(hung, checked))
     for op, case in report.each(work):
         about = {"op": op.name, "case": case.name}
         skipped = [about | {"skipped": "it gave no answer when it was checked"}]
@@ -288,7 +298,7 @@ def main() -> None:
     parser.add_argument("--tables", type=Path, default=tuning.TUNED, help="of --tune")
     parser.add_argument("--smoke", action="store_true", help="the small cases of the tests")
     parser.add_argument("--out", type=Path, help="benchmarks/results/<device>-<date>.json")
-    parser.add_argument("--checked", type=Path, help="correctness.json of benchmarks.accelerator")
+    parser.add_argument("--checked", type=Path, nargs="*", default=[], help="earlier reports")
     parser.add_argument("--resume", default="", metavar="REASON", help="go on with --out")
     args = parser.parse_args()
     device = device_named(args.device)
@@ -299,7 +309,7 @@ def main() -> None:
     )  # fmt: skip
     date = datetime.date.today().isoformat()
     out = args.out or ROOT / "benchmarks" / "results" / f"{name_of(device)}-{date}.json"
-    work = list(chosen(args.ops, args.cases, shipped=settings.shipped))
+    work = in_turns(list(chosen(args.ops, args.cases, shipped=settings.shipped)))
     sizes = Sizes.of(platform_of(device), smoke=args.smoke)
     run(
         device, settings, work, out, sizes=sizes, tables=args.tables, resume=args.resume,

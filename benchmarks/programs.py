@@ -115,16 +115,17 @@ def _with(rest: Any, state: Any, in_place: tuple[tuple[int, int], ...]) -> Any:
 
 
 class TorchProgram:
-    """One torch contestant; on a GPU a graph of its calls, which costs as little to start."""
+    """One torch contestant; on a GPU a graph of its calls, which costs as little to start.
+
+    It is recorded when the race begins and not beside other contestants, which are compiled by
+    other threads: what those ask of the card meanwhile would be an error, theirs and torch's.
+    """
 
     def __init__(self, way: Alternative, sets: Sequence[Any], platform: str):
         import torch
 
         self._way, self._torch, self._gpu = way, torch, platform == "gpu"
         self._parts = [way.prepare(x) for x in sets]
-        self._graph: Any = None
-        if self._gpu:
-            self._graph = self._captured()
 
     def _all(self) -> list[Any]:
         return [self._way.run(parts) for parts in self._parts]
@@ -138,12 +139,21 @@ class TorchProgram:
                 self._all()
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self._kept = self._all()
-            return graph
+            return graph if self._fills(graph) else None
         except RuntimeError:
             torch.cuda.synchronize()
             return None
+
+    def _fills(self, graph: Any) -> bool:
+        """Whether its results come from the graph: autograd may have worked on another stream."""
+        results = [x.detach() for x in jax.tree.leaves(self._kept)]
+        for x in results:
+            x.zero_()
+        graph.replay()
+        self._wait(None)
+        return all(bool(x.count_nonzero()) for x in results)
 
     def first(self) -> tuple[Any, Any]:
         """Nothing is carried; and the result for the first set."""
@@ -152,7 +162,8 @@ class TorchProgram:
         return (), out
 
     def launch(self) -> Launch:
-        start = self._all if self._graph is None else self._graph.replay
+        graph = self._captured() if self._gpu else None
+        start = self._all if graph is None else graph.replay
         return Launch(start, self._wait, len(self._parts))
 
     def _wait(self, _: Any) -> None:

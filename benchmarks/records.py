@@ -82,5 +82,8 @@ def _cpu_fields() -> dict[str, str]:
 
 def _commit() -> str:
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    try:
+        found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    except OSError:  # a machine that was lent for an hour need not have git
+        return "unknown"
     return found.stdout.strip() or "unknown"

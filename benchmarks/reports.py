@@ -99,9 +99,9 @@ def read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def hung(path: Path | None) -> set[tuple[str, str]]:
+def hung(path: Path) -> set[tuple[str, str]]:
     """Ops and cases that gave no answer when that report was made."""
-    records = read(path).get("records", []) if path else []
+    records = read(path).get("records", [])
     return {(r["op"], r["case"]) for r in records if r.get("failed", "").startswith(NO_ANSWER)}
 
 

@@ -11,7 +11,7 @@ from benchmarks.accelerator import Stage, run, stages
 def test_parts_fit_into_ten_minutes(tmp_path):
     for part in (1, 2):
         planned = stages(part, tmp_path, smoke=False, device="auto")
-        assert sum(stage.seconds for stage in planned) <= 590
+        assert sum(stage.seconds for stage in planned) <= 580.001
         assert len({stage.name for stage in planned}) == len(planned)
 
 
@@ -32,7 +32,7 @@ def test_a_stage_that_fails_or_hangs_does_not_end_the_part(tmp_path, monkeypatch
 def test_it_runs_from_end_to_end(tmp_path):
     first = {s["stage"]: s["ended"] for s in run(1, tmp_path, smoke=True, device="cpu")}
     log = (tmp_path / "part-1.log").read_text()
-    assert first == {"correctness": "well", "kernels": "well"}, log
+    assert first == {"correctness": "well", "kernels": "well", "tiles": "well"}, log
     found = json.loads((tmp_path / "correctness.json").read_text())
     assert found["right"] >= 8 and found["not"] == 0
     report = json.loads((tmp_path / "kernels.json").read_text())

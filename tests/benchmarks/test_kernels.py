@@ -160,6 +160,12 @@ def test_what_is_fast_but_behind_is_listed():
     assert found["behind_an_alternative"] == ["o c: 2 against 1 ms"]
 
 
+def test_a_run_that_ends_early_has_met_all_ops():
+    ops = {"a": 3, "b": 1, "c": 2}
+    work = [(Op(o, reference, {}, ()), case()) for o, count in ops.items() for _ in range(count)]
+    assert "".join(op.name for op, _ in kernels.in_turns(work)) == "abcaca"
+
+
 def test_contestants_take_turns():
     order = []
 

@@ -38,7 +38,7 @@ def traced(op: Op) -> Iterator[tuple[Case, Any]]:
         yield from ((case, tile) for tile in (None, *tiles))
 
 
-@pytest.mark.parametrize("op", [op for op in OPS if "mosaic_gpu" in op.bodies], ids=lambda o: o.name)
+@pytest.mark.parametrize("op", [x for x in OPS if "mosaic_gpu" in x.bodies], ids=lambda o: o.name)
 def test_copies_into_shared_memory_are_aligned(op: Op, monkeypatch):
     uneven, copy = set[tuple[str, tuple[int, ...]]](), plgpu.copy_gmem_to_smem
 
