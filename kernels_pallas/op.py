@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
 from collections.abc import Callable, Iterator, Mapping
@@ -148,7 +149,10 @@ class Op:
         """The result of one implementation."""
         if name == "reference":
             return self.reference(*args, **options)
-        return self.bodies[name].run(*args, tile=tile, interpret=interpret, **options)
+        body = self.bodies[name]
+        if body.platform == "gpu" and not interpret:
+            return _lowered_once(body.run, args, tile, options)
+        return body.run(*args, tile=tile, interpret=interpret, **options)
 
     def signature(self, *args: Any, **options: Any) -> str:
         """`signature` of a call of this op, however its arguments are passed."""
@@ -165,6 +169,25 @@ class Op:
             return [named]
         here = [n for n, body in self.bodies.items() if body.platform == target.platform]
         return sorted([*here, "reference"], key=lambda name: name != won)
+
+
+def _lowered_once(run: Callable[..., Any], args: Any, tile: Any, options: dict[str, Any]) -> Any:
+    """run(*args), which the same types, tile and fixed options trace and lower but once.
+
+    Layers of a step on a GPU are written out one behind another, and a Hopper kernel takes a second
+    to lower: more than all else at the start of an engine.
+    """
+    arrays = {
+        name: value for name, value in options.items()
+        if any(isinstance(x, jax.Array | np.ndarray) for x in jax.tree.leaves(value))
+    }  # fmt: skip
+    fixed = tuple((k, options[k]) for k in sorted(options) if k not in arrays)
+    return _jitted(run, tile, fixed)(*args, **arrays)
+
+
+@functools.cache
+def _jitted(run: Callable[..., Any], tile: Any, fixed: tuple[tuple[str, Any], ...]) -> Any:
+    return jax.jit(functools.partial(run, tile=tile, **dict(fixed)))
 
 
 def signature(*args: Any, **options: Any) -> str:

@@ -129,6 +129,26 @@ def test_lowers_with_nothing_but_jaxlib(op: Op, body: str, case: Case):
     assert re.search(r"tpu_custom_call|mosaic_gpu", exported.mlir_module())
 
 
+def test_layers_that_are_written_out_lower_a_hopper_kernel_once():
+    [op] = (op for op in OPS if op.name == "page_attention")
+    case = next(case for case in op.cases if case.name == "mixed-grouped")
+
+    def layers(args, arrays):
+        q, k_pages, v_pages, _, *rest = args
+        for layer in range(3):
+            parts = q, k_pages, v_pages, layer, *rest
+            o, _, *_ = op.run("mosaic_gpu", *parts, **arrays, **case.options)
+            q += o.astype(q.dtype)
+        return q
+
+    exported = jax.export.export(
+        jax.jit(layers), platforms=["cuda"],
+        disabled_checks=[jax.export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")],
+    )(*abstract(case))  # fmt: skip
+    module = exported.mlir_module()
+    assert len(re.findall(r"custom_call @mosaic_gpu", module)) == 1, "and not one for each layer"
+
+
 @pytest.fixture(scope="module")
 def compiled():
     with compiling.compiler() as run:

@@ -51,7 +51,7 @@ def test_copies_into_shared_memory_are_aligned(op: Op, monkeypatch):
     for case, tile in traced(op):
 
         def run(args: Any, arrays: Any, tile: Any = tile, case: Case = case) -> Any:
-            return op.run("mosaic_gpu", *args, tile=tile, **arrays, **case.options)
+            return op.bodies["mosaic_gpu"].run(*args, tile=tile, **arrays, **case.options)
 
         try:
             jax.eval_shape(run, *jax.eval_shape(case.make, jax.random.key(0)))
