@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 import kernels_pallas.cpu
 from jaxserve.cache.kv_cache import page_bytes, storage_dtype, stored_shape
-from jaxserve.checkpoint.quantized import scheme
+from jaxserve.checkpoint.schemes import scheme
 from jaxserve.config import EngineConfig
 from jaxserve.errors import ConfigError
 from jaxserve.split import (

@@ -96,6 +96,7 @@ class ServedWeights:
             plan.dtype,
             unrolled=plan.unrolled,
             convert=quant.quantize if plan.quantization else None,
+            keeps_int8=quant.is_quantized,
             place=self._place,
             progress=self.config.progress,
         )

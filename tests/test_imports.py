@@ -38,7 +38,7 @@ MAY_IMPORT = {
     "jaxserve.split": """jaxserve.config jaxserve.errors jaxserve.models.parallel
         moe kernels_pallas sharding""",
     "jaxserve.plan": """jaxserve.split jaxserve.config jaxserve.errors jaxserve.cache
-        jaxserve.checkpoint.quantized moe kernels_pallas sharding jax""",
+        jaxserve.checkpoint.schemes moe kernels_pallas sharding jax""",
     "jaxserve.deployment": """jaxserve.models jaxserve.checkpoint jaxserve.errors
         sharding jax""",
     "jaxserve.deployment.compiled": """jaxserve.engine jaxserve.split jaxserve.plan jaxserve.config

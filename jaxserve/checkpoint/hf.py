@@ -13,8 +13,9 @@ import jax
 import numpy as np
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-from jaxserve.checkpoint.quantized import EightBits, QuantizedShards, scheme
+from jaxserve.checkpoint.quantized import EightBits, QuantizedShards
 from jaxserve.checkpoint.safetensors import Shards
+from jaxserve.checkpoint.schemes import scheme
 from jaxserve.errors import CheckpointError
 from jaxserve.models.family import Family
 from sharding.tree import Weight, abstract, is_weight, unstack
@@ -34,13 +35,25 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{folder} has no config.json; is it the folder of a Hugging Face model?"
         )
+    config = _json_object(path)
+    beside, older = folder / "hf_quant_config.json", config.pop("compression_config", None)
+    if "quantization_config" not in config:
+        if older:  # what compressed-tensors called it at first
+            config["quantization_config"] = {"quant_method": "compressed-tensors", **older}
+        elif beside.exists():  # where modelopt keeps it
+            said = _json_object(beside).get("quantization") or {}
+            config["quantization_config"] = {"quant_method": "modelopt", **said}
+    return config
+
+
+def _json_object(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_text())
+        found = json.loads(path.read_text())
     except ValueError as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, not {type(config).__name__}")
-    return config
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, not {type(found).__name__}")
+    return found
 
 
 def model_config(family: Family, hf: Mapping[str, Any]) -> Any:
@@ -69,6 +82,7 @@ def load_params(
     *,
     unrolled: bool = False,
     convert: Callable[[Weight, Any], Any] | None = None,
+    keeps_int8: Callable[[Weight], bool] = lambda _: True,
     place: Callable[[Weight, Any], Any] = lambda _, x: jax.device_put(x),
     progress: bool = True,
 ) -> Any:
@@ -77,6 +91,7 @@ def load_params(
     Args:
         convert: makes of each leaf what is placed, such as an eight-bit weight. It is given an
             array, or `EightBits` where the checkpoint itself stores int8.
+        keeps_int8: of which leaves; others are given in `dtype`, however they are stored.
 
     One leaf at a time is on its way: host memory stays within the tree plus one leaf (and on CPU
     within the tree, since its buffers are handed over rather than copied).
@@ -102,7 +117,8 @@ def load_params(
 
         def load(w: Weight) -> jax.Array:
             bar.advance(task, math.prod(w.shape(cfg.sizes)) * np.dtype(w.dtype or dtype).itemsize)
-            leaf = None if convert is None else _fill_int8(w, shards, cfg)
+            as_stored = convert is not None and keeps_int8(w)
+            leaf = _fill_int8(w, shards, cfg) if as_stored else None
             if leaf is None:
                 leaf = _fill(w, shards, cfg, np.dtype(w.dtype or dtype))
             return place(w, leaf if convert is None else convert(w, leaf))
@@ -123,7 +139,7 @@ def _fill(w: Weight, shards: Shards, cfg: Any, dtype: np.dtype) -> np.ndarray:
 
 def _fill_int8(w: Weight, shards: Shards, cfg: Any) -> EightBits | None:
     """The leaf as the checkpoint stores it; None if any part of it is not int8."""
-    if not isinstance(shards, QuantizedShards) or shards.scheme.kind != "int8" or w.read:
+    if not isinstance(shards, QuantizedShards) or not shards.holds_rows_of_int8 or w.read:
         return None
     shape = w.shape(cfg.sizes)
     parts = list(tensor_names(w, shape))

@@ -1,40 +1,20 @@
-"""Checkpoints whose large weights are stored in eight bits, each with scales beside it.
-
-Two ways of saying so in `quantization_config` are known: that of compressed-tensors (vLLM's), int8
-or float8 with a scale for each row or tensor under `..._scale`, and DeepSeek's "fp8", float8 with a
-scale for each block under `..._scale_inv`. All of them are symmetric.
-"""
+"""Reads checkpoints whose large weights are stored in eight bits, each with scales beside it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import ml_dtypes
 import numpy as np
 
-from jaxserve.checkpoint.safetensors import Shards
+from jaxserve.checkpoint.safetensors import FLOATS, Shards, splits
+from jaxserve.checkpoint.schemes import Scheme
 from jaxserve.errors import CheckpointError
 
 _TYPES = {"int8": ("int8",), "fp8": ("float8_e4m3fn", "float8_e5m2")}
-
-
-@dataclass(frozen=True)
-class Scheme:
-    """How large weights are stored.
-
-    Attributes:
-        kind: "int8" or "fp8".
-        rounds_activations: the checkpoint is meant for products of eight bits on both sides.
-        scale: what follows a weight's name in that of its scales.
-        block: rows and columns that share a scale; None: rows, or the whole tensor.
-    """
-
-    kind: str
-    rounds_activations: bool
-    scale: str = "_scale"
-    block: tuple[int, int] | None = None
+_SCALE_TYPES = (*FLOATS, "float8_e8m0fnu")
+_CHUNK = 1 << 20  # elements that are floats at a time: a whole matrix takes four times its bytes
 
 
 class EightBits(NamedTuple):
@@ -44,52 +24,16 @@ class EightBits(NamedTuple):
     scale: np.ndarray
 
 
-def scheme(hf: Mapping[str, Any]) -> Scheme | None:
-    """What config.json says of eight-bit weights; None if it does not speak of them.
+class _Scales(NamedTuple):
+    """Of a matrix [N, K]: float32 [ceil(N / n), ceil(K / k)], and the tile (n, k) of each."""
 
-    Raises:
-        CheckpointError: it speaks of something that is not supported.
-    """
-    config = hf.get("quantization_config") or {}
-    method = config.get("quant_method")
-    if method == "fp8":
-        block = config.get("weight_block_size")
-        _expect(
-            "activation_scheme", config.get("activation_scheme", "dynamic"), "dynamic", "static"
-        )
-        if block is None:
-            return Scheme("fp8", True)
-        if not (isinstance(block, list) and len(block) == 2 and min(block) > 0):
-            raise CheckpointError(
-                f"quantization_config.weight_block_size {block!r}: expected [n, k]"
-            )
-        return Scheme("fp8", True, "_scale_inv", (block[0], block[1]))
-    return _compressed_tensors(config) if method == "compressed-tensors" else None
+    values: np.ndarray
+    tile: tuple[int, int]
 
-
-def _compressed_tensors(config: Mapping[str, Any]) -> Scheme:
-    groups = config.get("config_groups")
-    group = next(iter(groups.values())) if isinstance(groups, dict) and len(groups) == 1 else None
-    if not isinstance(group, dict) or not isinstance(group.get("weights"), dict):
-        raise CheckpointError(
-            f"quantization_config.config_groups {groups!r}: expected one group, with weights"
-        )
-    weights, activations = group["weights"], group.get("input_activations")
-    for side in (weights, activations or {"num_bits": 8, "symmetric": True}):
-        _expect("num_bits", side.get("num_bits"), 8)
-        _expect("symmetric", side.get("symmetric", True), True)
-    _expect("weights.strategy", weights.get("strategy", "tensor"), "channel", "tensor")
-    _expect("weights.type", weights.get("type", "int"), "int", "float")
-    kind = "int8" if weights.get("type", "int") == "int" else "fp8"
-    return Scheme(kind, activations is not None)
-
-
-def _expect(key: str, seen: Any, *known: Any) -> None:
-    if seen not in known:
-        names = ", ".join(map(repr, known))
-        raise CheckpointError(
-            f"quantization_config: {key} {seen!r} is not supported; known: {names}"
-        )
+    def of_rows(self, start: int, stop: int, width: int) -> np.ndarray:
+        """What multiplies these rows: [stop - start, width], or one for each."""
+        rows = self.values[np.arange(start, stop) // self.tile[0]]
+        return rows if rows.shape[1] == 1 else rows.repeat(self.tile[1], 1)[:, :width]
 
 
 class QuantizedShards(Shards):
@@ -99,41 +43,83 @@ class QuantizedShards(Shards):
         super().__init__(folder)
         self.scheme = scheme
 
+    @property
+    def holds_rows_of_int8(self) -> bool:
+        """`read_int8` can be used: every scale is that of a row."""
+        return self.scheme.kind == "int8" and self.scheme.block is None
+
     def is_quantized(self, name: str) -> bool:
         return name in self.tensors and self.tensors[name].dtype.name in _TYPES[self.scheme.kind]
 
     def read(self, name: str, out: np.ndarray) -> None:
-        """As `Shards.read`; scales are multiplied in."""
-        if self.is_quantized(name):
-            x = self.get(name)
-            if x.size != out.size:
-                raise self._misshapen(name, x.shape, out.shape)
-            out[...] = x.reshape(out.shape).astype(out.dtype)
-        else:
-            super().read(name, out)
-
-    def get(self, name: str) -> np.ndarray:
-        """As `Shards.get`, but float32 where the tensor is stored in eight bits.
+        """As `Shards.read`; scales are multiplied in.
 
         Raises:
-            CheckpointError: its scales are missing, misshapen or not finite; a value is NaN.
+            CheckpointError: a tensor or its scales are missing, misshapen, of a type that
+                config.json does not speak of, or out of range.
         """
-        raw = self._raw(name)
         if not self.is_quantized(name):
-            return raw
-        x = raw.astype(np.float32) * self._scales(name, raw.shape)
-        if not np.isfinite(x).all():
-            raise CheckpointError(f"{name} holds NaN or infinity; it cannot be served")
-        return x
+            self._check_float(name)
+            return super().read(name, out)
+        shape = self._matrix(name, out.shape)
+        raw, scales = self._raw(name), self._scales(name, shape)
+        self._widen(name, raw, scales, out.reshape(shape))
+
+    def get(self, name: str) -> np.ndarray:
+        """As `Shards.get`, but float32 where the tensor is stored in eight bits."""
+        tensor = self._find(name)
+        eight = self.is_quantized(name)
+        out = np.empty(tensor.shape, np.float32 if eight else tensor.dtype)
+        self.read(name, out)
+        return out
 
     def read_int8(self, name: str, out: EightBits) -> None:
         """Fills `out`, whose scale has one axis less for each axis that is contracted."""
-        raw = self._raw(name)
-        if raw.size != out.values.size or raw.shape[0] != out.scale.size:
-            raise self._misshapen(name, raw.shape, out.values.shape)
-        out.values[...] = raw.reshape(out.values.shape)
-        rows = np.broadcast_to(self._scales(name, raw.shape), (raw.shape[0], 1))
+        shape = self._matrix(name, out.values.shape)
+        if shape[0] != out.scale.size:
+            raise _misshapen(name, shape, out.values.shape)
+        scales = self._scales(name, shape)
+        out.values[...] = self._raw(name).reshape(out.values.shape)
+        rows = np.broadcast_to(scales.of_rows(0, shape[0], 1), (shape[0], 1))
         out.scale[...] = rows.reshape(out.scale.shape)
+
+    def _matrix(self, name: str, wanted: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of a stored matrix, of which `wanted` splits axes."""
+        tensor = self._find(name)
+        if len(tensor.shape) != 2:
+            raise CheckpointError(
+                f"{name} in {tensor.path.name} is {tensor.dtype.name} {list(tensor.shape)}; "
+                f"only matrices can be stored in eight bits, and {list(wanted)} is expected"
+            )
+        if not splits(tensor.shape, wanted):
+            raise _misshapen(name, tensor.shape, wanted)
+        return tensor.shape
+
+    def _widen(self, name: str, raw: np.ndarray, scales: _Scales, out: np.ndarray) -> None:
+        """out = raw * scales, by rows."""
+        width, most = raw.shape[1], float(ml_dtypes.finfo(out.dtype).max)
+        step = max(1, _CHUNK // max(1, width))
+        for i in range(0, len(raw), step):
+            part = _floats(raw[i : i + step])
+            with np.errstate(over="ignore", invalid="ignore"):  # looked for below
+                part *= scales.of_rows(i, i + len(part), width)
+            top = np.abs(part).max(initial=0)
+            if not np.isfinite(top):
+                raise CheckpointError(f"{name} holds NaN or infinity; it cannot be served")
+            if top > most:
+                raise CheckpointError(
+                    f"{name} exceeds {out.dtype.name}; load it as bfloat16 or float32"
+                )
+            out[i : i + step] = part.astype(out.dtype)
+
+    def _check_float(self, name: str) -> None:
+        """Refuses a tensor that config.json, or what lies beside it, says is something else."""
+        tensor, kind = self._find(name), self.scheme.kind
+        seen = f"{name} in {tensor.path.name} is {tensor.dtype.name} {list(tensor.shape)}"
+        if any(tensor.dtype.name in types for types in _TYPES.values()):
+            raise CheckpointError(f"{seen}, but quantization_config says {kind}")
+        if key := self._scale_name(name):
+            raise CheckpointError(f"{seen}, but {key} lies beside it; expected {kind}")
 
     def _raw(self, name: str) -> np.ndarray:
         """A tensor as it is stored."""
@@ -142,21 +128,48 @@ class QuantizedShards(Shards):
         super().read(name, out)
         return out
 
-    def _scales(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
-        """The scales of a tensor [N, K], of a shape that multiplies it."""
-        key = name + self.scheme.scale
-        if key not in self.tensors:
-            raise CheckpointError(f"{name} is stored in eight bits, but {key} is missing")
-        scale = self._raw(key).astype(np.float32)
-        if self.scheme.block is not None:
-            rows, cols = self.scheme.block
-            expected = (-(-shape[0] // rows), -(-shape[-1] // cols))
-            if scale.shape != expected:
-                raise self._misshapen(key, scale.shape, expected)
-            return np.repeat(np.repeat(scale, rows, 0), cols, 1)[: shape[0], : shape[-1]]
-        if scale.size not in (1, shape[0]):
-            raise self._misshapen(key, scale.shape, (shape[0], 1))
-        return scale.reshape(-1, 1)
+    def _scale_name(self, name: str) -> str | None:
+        found = (name + suffix for suffix in self.scheme.scales)
+        return next((key for key in found if key in self.tensors), None)
 
-    def _misshapen(self, name: str, seen: Any, wanted: Any) -> CheckpointError:
-        return CheckpointError(f"{name} has shape {list(seen)}; expected {list(wanted)}")
+    def _scales(self, name: str, shape: tuple[int, ...]) -> _Scales:
+        """The scales of a matrix of that shape; each is a number from 0."""
+        if (key := self._scale_name(name)) is None:
+            keys = " or ".join(name + suffix for suffix in self.scheme.scales)
+            raise CheckpointError(f"{name} is stored in eight bits, but {keys} is missing")
+        stored, (rows, cols) = self._find(key), shape
+        block, scale_type = self.scheme.block, stored.dtype.name
+        if scale_type not in _SCALE_TYPES:
+            raise CheckpointError(f"{key} is {scale_type}; expected {', '.join(_SCALE_TYPES)}")
+        tiles = (rows, 1) if block is None else (-(-rows // block[0]), -(-cols // block[1]))
+        by_block = block is not None and stored.shape == tiles
+        count = int(np.prod(stored.shape))
+        if not by_block and not (self.scheme.by_row and count in (1, rows)):
+            raise _misshapen(key, stored.shape, tiles)
+        with np.errstate(over="ignore"):  # looked for below
+            scale = self._raw(key).astype(np.float32)
+        if not np.all(np.isfinite(scale) & (scale >= 0)):
+            raise CheckpointError(f"{key} holds a scale that is NaN, infinite or below 0")
+        self._check_zero_point(name)
+        if by_block:
+            assert block is not None
+            return _Scales(scale, block)
+        return _Scales(scale.reshape(-1, 1), (1 if count == rows else rows, cols))
+
+    def _check_zero_point(self, name: str) -> None:
+        """Symmetric weights may come with zeros for zero points, as old exporters wrote them."""
+        key = f"{name}_zero_point"
+        if key in self.tensors and np.any(self._raw(key).astype(np.float32)):
+            raise CheckpointError(f"{key} is not 0, but quantization_config says symmetric")
+
+
+def _floats(x: np.ndarray) -> np.ndarray:
+    """float32 of what has eight bits; float8 by a table, as its cast takes four times as long."""
+    if x.dtype == np.int8:
+        return x.astype(np.float32)
+    table = np.arange(256, dtype=np.uint8).view(x.dtype).astype(np.float32)
+    return np.take(table, x.view(np.uint8), out=np.empty(x.shape, np.float32), mode="wrap")
+
+
+def _misshapen(name: str, seen: Any, wanted: Any) -> CheckpointError:
+    return CheckpointError(f"{name} has shape {list(seen)}; expected {list(wanted)}")

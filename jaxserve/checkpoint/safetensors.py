@@ -21,6 +21,7 @@ from jaxserve.errors import CheckpointError
 DTYPES: dict[str, Any] = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
     "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2,
+    "F8_E8M0": ml_dtypes.float8_e8m0fnu,
     "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8,
     "BOOL": np.bool_,
 }  # fmt: skip
@@ -59,15 +60,15 @@ class Shards:
         """
         t = self._find(name)
         count = out.size
-        if not _splits(t.shape, out.shape):
+        if not splits(t.shape, out.shape):
             raise CheckpointError(
                 f"{name} in {t.path.name} has shape {list(t.shape)}, "
                 f"but config.json asks for {list(out.shape)}"
             )
-        if t.dtype != out.dtype and t.dtype.name not in _EXPONENT:
+        if t.dtype != out.dtype and t.dtype.name not in FLOATS:
             raise CheckpointError(
-                f"{name} in {t.path.name} has type {t.dtype.name}: it is quantised in a way that "
-                "is not supported"
+                f"{name} in {t.path.name} has type {t.dtype.name} and shape {list(t.shape)}, and "
+                "no quantization_config in config.json explains it; take the checkpoint in floats"
             )
         flat = out.reshape(-1)
         with t.path.open("rb") as file:
@@ -163,7 +164,7 @@ def _damaged(path: Path, name: str, entry: Any) -> CheckpointError:
     return CheckpointError(f"{name} in {path.name} has a damaged entry {entry}; download it again")
 
 
-def _splits(stored: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+def splits(stored: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
     """Whether `wanted` is `stored` with axes split, as [N * H, D] is into [N, H, D]."""
     for size in stored:
         product, used = 1, 0
@@ -175,17 +176,18 @@ def _splits(stored: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
     return int(np.prod(wanted)) == 1
 
 
-_EXPONENT = {
+FLOATS = {
     "float64": (np.uint64, 0x7FF0000000000000),
     "float32": (np.uint32, 0x7F800000),
     "bfloat16": (np.uint16, 0x7F80),
     "float16": (np.uint16, 0x7C00),
 }
+"""Types that are cast to others -> an integer as wide, and where it holds the exponent."""
 
 
 def _finite(x: np.ndarray) -> bool:
     """Whether a flat array of floats has neither NaN nor infinity, by its exponent bits."""
-    if x.dtype.name not in _EXPONENT:
+    if x.dtype.name not in FLOATS:
         return True
-    bits, mask = _EXPONENT[x.dtype.name]
+    bits, mask = FLOATS[x.dtype.name]
     return not np.any((x.view(bits) & bits(mask)) == mask)

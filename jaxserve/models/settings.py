@@ -33,14 +33,21 @@ def choice(hf: Mapping[str, Any], key: str, known: Mapping[Any, T], default: Any
     return known[value]
 
 
-EIGHT_BITS = ("compressed-tensors", "fp8")
+EIGHT_BITS = ("compressed-tensors", "fp8", "fbgemm_fp8", "modelopt")
 """Quantisations that `checkpoint.quantized` reads as floats, for any family."""
 
 
 def refuse_quantised(hf: Mapping[str, Any], supported: tuple[str, ...] = EIGHT_BITS) -> str | None:
     """The checkpoint's `quant_method`; CheckpointError unless it is None or one of `supported`."""
-    known = {name: name for name in (None, *supported)}
-    return choice(hf, "quantization_config.quant_method", known, None)
+    config = hf.get("quantization_config") or {}
+    method = config.get("quant_method")
+    if method in supported or not config:
+        return method
+    known = ", ".join(map(repr, supported))
+    raise CheckpointError(
+        f"quantization_config.quant_method {method!r} in config.json is not supported; known: "
+        f"{known}. Take the checkpoint in floats, and quantization='int8'"
+    )
 
 
 # ---- what a value may be -------------------------------------------------------------------

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from jaxserve.checkpoint import cache_scales, hf, hub
 from jaxserve.checkpoint.export import save_pretrained
-from jaxserve.checkpoint.quantized import scheme
+from jaxserve.checkpoint.schemes import scheme
 from jaxserve.errors import CheckpointError, ConfigError
 from jaxserve.models.family import family
 from jaxserve.quant import rotate, scale_search

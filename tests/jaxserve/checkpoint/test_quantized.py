@@ -14,7 +14,8 @@ from safetensors.numpy import load_file, save_file
 
 from jaxserve import LLM, SamplingParams
 from jaxserve.checkpoint import hf
-from jaxserve.checkpoint.quantized import scheme
+from jaxserve.checkpoint.safetensors import Shards
+from jaxserve.checkpoint.schemes import scheme
 from jaxserve.errors import CheckpointError
 from jaxserve.models.family import family
 from jaxserve.quant import weights
@@ -39,6 +40,14 @@ W8A8 = {
 WEIGHTS_ONLY = json.loads(json.dumps(W8A8))
 WEIGHTS_ONLY["config_groups"]["group_0"]["input_activations"] = None
 FP8_ROWS = json.loads(json.dumps(W8A8).replace('"int"', '"float"'))
+W8A8_BLOCKS = json.loads(
+    json.dumps(W8A8)
+)  # float8 with scales for blocks, as vLLM's exporter has it
+W8A8_BLOCKS["config_groups"]["group_0"]["weights"] = {
+    **INT8, "type": "float", "strategy": "block", "block_structure": [16, 32],
+}  # fmt: skip
+FBGEMM = {"quant_method": "fbgemm_fp8", "modules_to_not_convert": ["lm_head"]}
+FP8_TENSORS = {"quant_method": "fp8", "activation_scheme": "static", "weight_block_size": None}
 FP8_BLOCKS = {
     "quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic",
     "weight_block_size": [16, 32],
@@ -48,13 +57,19 @@ FP8_BLOCKS = {
 def stored(x: np.ndarray, config: dict[str, Any]) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """The tensors, by what follows the name, and the floats that they stand for."""
     x = x.astype(np.float32)
-    if config is FP8_BLOCKS:
+    if config is FP8_TENSORS:  # transformers' name of a scale, and beside it what is passed over
+        scale = np.float32(np.abs(x).max() / 448)
+        values = (x / scale).astype(ml_dtypes.float8_e4m3fn)
+        beside = {"": values, "_scale_inv": np.asarray(scale), "_input_scale": np.ones(1)}
+        return beside, values.astype(np.float32) * scale
+    if config in (FP8_BLOCKS, W8A8_BLOCKS):
         tiles = [-(-n // b) for n, b in zip(x.shape, (16, 32), strict=True)]
         scale = np.random.default_rng(0).uniform(0.5, 2, tiles).astype(np.float32)
         whole = scale.repeat(16, 0).repeat(32, 1)[: x.shape[0], : x.shape[1]]
         values = (x / whole).astype(ml_dtypes.float8_e4m3fn)
-        return {"": values, "_scale_inv": scale}, values.astype(np.float32) * whole
-    if config is FP8_ROWS:
+        suffix = "_scale_inv" if config is FP8_BLOCKS else "_scale"
+        return {"": values, suffix: scale}, values.astype(np.float32) * whole
+    if config in (FP8_ROWS, FBGEMM):
         scale = np.abs(x).max(1, keepdims=True) / 448
         values = (x / scale).astype(ml_dtypes.float8_e4m3fn)
     else:
@@ -82,7 +97,10 @@ def load(folder: Path, **options: Any) -> Any:
 
 
 @pytest.mark.parametrize("model_type", ["llama", "deepseek_v3", "qwen3_moe"])
-@pytest.mark.parametrize("config", [W8A8, WEIGHTS_ONLY, FP8_ROWS, FP8_BLOCKS])
+@pytest.mark.parametrize(
+    "config",
+    [W8A8, WEIGHTS_ONLY, FP8_ROWS, FP8_BLOCKS, W8A8_BLOCKS, FP8_TENSORS, FBGEMM],
+)
 def test_floats_are_what_the_bits_stand_for(tmp_path, config, model_type):
     floats = write(tmp_path / "eight", config, model_type)
     write_checkpoint(tmp_path / "plain", model_type, tokenizer=False, **SMALL)
@@ -118,9 +136,70 @@ def test_what_a_checkpoint_is_made_for_is_how_it_is_served(tmp_path):
 
 
 def rewrite(folder: Path, **changes: np.ndarray | None) -> None:
-    path = folder / "model.safetensors"
-    tensors = {**load_file(path), **changes}
+    path, shards = folder / "model.safetensors", Shards(folder)
+    tensors = {**{name: shards.get(name) for name in shards.tensors}, **changes}
     save_file({name: x for name, x in tensors.items() if x is not None}, path)
+
+
+def test_groups_of_modules_may_differ_in_what_shares_a_scale(tmp_path):
+    """As llm-compressor writes them: rows of attention, blocks of the MLP."""
+    config = json.loads(json.dumps(FP8_ROWS))
+    rows, tiles = (c["config_groups"]["group_0"] for c in (FP8_ROWS, W8A8_BLOCKS))
+    config["config_groups"] = {
+        "group_0": {**rows, "targets": ["re:.*self_attn.*"]},
+        "group_1": {**tiles, "targets": ["re:.*mlp.*"]},
+    }
+    write_checkpoint(tmp_path, "llama", tokenizer=False, **SMALL, quantization_config=config)
+    tensors, floats = load_file(tmp_path / "model.safetensors"), {}
+    for name in [n for n in tensors if n.endswith("proj.weight")]:
+        kind = FP8_ROWS if "self_attn" in name else W8A8_BLOCKS
+        parts, floats[name] = stored(tensors.pop(name), kind)
+        tensors |= {name + suffix: x for suffix, x in parts.items()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    layers = load(tmp_path).stacks[0]
+    np.testing.assert_array_equal(np.asarray(layers.attn.wq)[1].reshape(64, 64), floats[NAME])
+    np.testing.assert_array_equal(layers.mlp.w_up[1], floats["model.layers.1.mlp.up_proj.weight"])
+
+
+@pytest.mark.parametrize("key", ["compression_config", "hf_quant_config.json"])
+def test_where_else_it_may_be_said(tmp_path, key):
+    kind = W8A8 if key == "compression_config" else FP8_ROWS
+    floats = write(tmp_path, kind)
+    config = json.loads((tmp_path / "config.json").read_text())
+    said = config.pop("quantization_config")
+    if key == "compression_config":
+        config[key] = said
+    else:
+        modelopt = {"quant_algo": "FP8_PER_CHANNEL_PER_TOKEN", "exclude_modules": ["lm_head"]}
+        (tmp_path / key).write_text(json.dumps({"quantization": modelopt}))
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    wq = load(tmp_path).stacks[0].attn.wq
+    np.testing.assert_array_equal(np.asarray(wq)[1].reshape(64, 64), floats[NAME])
+
+
+def test_what_stays_in_floats_is_of_the_type_that_is_served(tmp_path):
+    """An exporter that was told of no exceptions rounds tables and routers too."""
+    write(tmp_path, W8A8, "qwen3_moe")
+    table = "model.embed_tokens.weight"
+    parts, floats = stored(load_file(tmp_path / "model.safetensors")[table], W8A8)
+    rewrite(tmp_path, **{table + suffix: x for suffix, x in parts.items()})
+    raw = hf.read_config(tmp_path)
+    f = family(raw["model_type"])
+    params = hf.load_params(
+        tmp_path, f, hf.model_config(f, raw), "bfloat16", convert=weights.quantize,
+        keeps_int8=weights.is_quantized, progress=False,
+    )  # fmt: skip
+    assert params.embed.dtype == ml_dtypes.bfloat16
+    np.testing.assert_array_equal(params.embed, floats.astype(ml_dtypes.bfloat16))
+    assert isinstance(params.lm_head, Int8Weight)
+
+
+def test_exponents_as_scales(tmp_path):
+    write(tmp_path, FP8_BLOCKS)
+    scale = np.full((4, 2), 0.25, ml_dtypes.float8_e8m0fnu)
+    values = np.ones((64, 64), ml_dtypes.float8_e4m3fn)
+    rewrite(tmp_path, **{NAME: values, NAME + "_scale_inv": scale})
+    assert np.all(np.asarray(load(tmp_path).stacks[0].attn.wq[1]) == 0.25)
 
 
 @pytest.mark.parametrize("convert", [None, weights.quantize])
@@ -130,6 +209,16 @@ def rewrite(folder: Path, **changes: np.ndarray | None) -> None:
         ({NAME + "_scale": None}, f"{NAME}_scale is missing"),
         ({NAME + "_scale": np.ones((7, 1), np.float32)}, rf"{NAME}_scale has shape \[7, 1\]"),
         ({NAME + "_scale": np.full((64, 1), np.nan, np.float32)}, f"{NAME}_scale .*NaN"),
+        ({NAME + "_scale": np.full((64, 1), -1, np.float32)}, f"{NAME}_scale .*below 0"),
+        ({NAME + "_scale": np.ones((64, 1), np.int32)}, f"{NAME}_scale is int32; expected float"),
+        ({NAME + "_zero_point": np.ones((64, 1), np.int8)}, f"{NAME}_zero_point is not 0"),
+        ({NAME: np.ones((64, 64), np.float32)}, rf"{NAME} .*float32 \[64, 64\].*{NAME}_scale"),
+        ({NAME: np.asarray(3, np.int8)}, rf"{NAME} in model.safetensors is int8 \[\]; only matr"),
+        ({NAME: np.zeros((64, 1, 64), np.int8)}, rf"{NAME} .*int8 \[64, 1, 64\]; only matrices"),
+        (
+            {NAME: np.zeros((64, 64), ml_dtypes.float8_e4m3fn)},
+            rf"{NAME} in model.safetensors is float8_e4m3fn \[64, 64\], but .* says int8",
+        ),
         ({NAME: np.zeros((64, 63), np.int8)}, rf"{NAME} has shape \[64, 63\]; expected \[.*64\]"),
     ],
 )
@@ -140,9 +229,33 @@ def test_a_corrupt_checkpoint_is_refused_by_name(tmp_path, changes, message, con
         load(tmp_path, convert=convert)
 
 
+def test_a_matrix_that_lies_the_other_way_is_refused(tmp_path):
+    """One scale for all of it fits both ways, and so does the number of values."""
+    write(tmp_path, FP8_TENSORS)
+    name = "model.layers.1.mlp.down_proj.weight"
+    rewrite(tmp_path, **{name: np.ones((128, 64), ml_dtypes.float8_e4m3fn)})
+    with pytest.raises(CheckpointError, match=rf"{name} .*\[128, 64\]; expected \[64, 128\]"):
+        load(tmp_path)
+
+
+def test_eight_bits_that_config_json_does_not_speak_of(tmp_path):
+    write(tmp_path, W8A8)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["quantization_config"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"type int8 and shape .* no quantization_config"):
+        load(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"format": "pack-quantized"}, "format 'pack-quantized'"),
+        ({"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity_config.format 'sparse"),
+        ({"transform_config": {"config_groups": {"R1": {}}}}, "transform_config"),
+        ({"config_groups": {"a": {"weights": {**INT8}, "input_activations": "x"}}}, "s 'x': exp"),
+        ({"quant_method": "fp8", "weight_block_size": ["a", 1]}, "weight_block_size .*whole"),
+        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "quant_algo 'NVFP4'"),
         ({"config_groups": {}}, "config_groups"),
         ({"config_groups": [1]}, "config_groups"),
         ({"config_groups": {"a": {"weights": {**INT8, "num_bits": 4}}}}, "num_bits 4"),

@@ -70,6 +70,7 @@ REFUSED = [
     ("gpt_oss", {"swiglu_alpha": 1.0}, "swiglu_alpha 1.0"),
     ("gpt_oss", {"hidden_act": "gelu"}, "hidden_act 'gelu'"),
     ("gpt_oss", {"quantization_config": {"quant_method": "fp8"}}, "quant_method 'fp8'"),
+    ("llama", {"quantization_config": {"bits": 4, "group_size": 64}}, "quant_method None"),
 ]
 
 

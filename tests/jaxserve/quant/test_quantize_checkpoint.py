@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from jaxserve import LLM, SamplingParams
 from jaxserve.checkpoint import hf
-from jaxserve.checkpoint.quantized import scheme
+from jaxserve.checkpoint.schemes import scheme
 from jaxserve.cli import main
 from jaxserve.cli.quantize import own_text, read
 from jaxserve.errors import CheckpointError, ConfigError

@@ -1,0 +1,143 @@
+"""What `quantization_config` says of weights in eight bits.
+
+Four ways of saying it are known: that of compressed-tensors (vLLM's), int8 or float8 with a scale
+for each row, tensor or block; "fp8" of transformers, DeepSeek and vLLM, float8 with a scale for
+each block or tensor; "fbgemm_fp8", for each row; and NVIDIA's "modelopt". Weights are symmetric in
+all of them. Scales of activations and of the cache are passed over: both get their own here.
+"""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from jaxserve.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How large weights are stored.
+
+    Attributes:
+        kind: "int8" or "fp8".
+        rounds_activations: the checkpoint is meant for products of eight bits on both sides.
+        scales: what may follow a weight's name in that of its scales.
+        block: rows and columns that share a scale, where scales are for blocks.
+        by_row: there are weights with a scale for each row, or for the whole tensor.
+    """
+
+    kind: str
+    rounds_activations: bool
+    scales: tuple[str, ...] = ("_scale",)
+    block: tuple[int, int] | None = None
+    by_row: bool = True
+
+
+_INVERSE = ("_scale_inv", "_scale")
+"""transformers writes the first, vLLM's own exporters the second; both are multiplied in."""
+
+_FORMATS = (None, "int-quantized", "float-quantized", "naive-quantized", "mixed-precision")
+"""Of compressed-tensors: a value is a byte. Others pack several into a word."""
+
+
+def scheme(hf: Mapping[str, Any]) -> Scheme | None:
+    """What config.json says of eight-bit weights; None if it does not speak of them.
+
+    Raises:
+        CheckpointError: it speaks of something that is not supported.
+    """
+    config = hf.get("quantization_config") or {}
+    if not isinstance(config, Mapping):
+        raise CheckpointError(f"quantization_config {config!r} in config.json: expected an object")
+    match config.get("quant_method"):
+        case "compressed-tensors":
+            return _compressed_tensors(config)
+        case "fp8":
+            return _fp8(config)
+        case "fbgemm_fp8":
+            return Scheme("fp8", True)
+        case "modelopt":
+            return _modelopt(config)
+    return None
+
+
+def _fp8(config: Mapping[str, Any]) -> Scheme:
+    _expect("activation_scheme", config.get("activation_scheme", "dynamic"), "dynamic", "static")
+    if (block := config.get("weight_block_size")) is None:
+        return Scheme("fp8", True, _INVERSE)
+    return Scheme("fp8", True, _INVERSE, _block("weight_block_size", block), by_row=False)
+
+
+def _modelopt(config: Mapping[str, Any]) -> Scheme | None:
+    if (algorithm := config.get("quant_algo")) is None:
+        return None  # the cache alone is quantised
+    _expect("quant_algo", algorithm, "FP8", "FP8_PER_CHANNEL_PER_TOKEN")
+    return Scheme("fp8", True)
+
+
+def _compressed_tensors(config: Mapping[str, Any]) -> Scheme:
+    _expect("format", config.get("format"), *_FORMATS)
+    sparsity = config.get("sparsity_config") or {}
+    _expect("sparsity_config.format", sparsity.get("format", "dense"), "dense")
+    if (config.get("transform_config") or {}).get("config_groups"):
+        raise CheckpointError(
+            "quantization_config.transform_config: activations that are rotated while the model "
+            "runs are not supported; take a checkpoint without"
+        )
+    groups = config.get("config_groups")
+    if not isinstance(groups, Mapping) or not groups:
+        raise CheckpointError(
+            f"quantization_config.config_groups {groups!r}: expected groups, each with weights"
+        )
+    found = [_group(f"config_groups.{name}", group) for name, group in groups.items()]
+    kinds, blocks = {s.kind for s in found}, {s.block for s in found if s.block}
+    if len(kinds) > 1 or len(blocks) > 1:
+        raise CheckpointError(
+            "quantization_config.config_groups differ in the "
+            f"{'type' if len(kinds) > 1 else 'block_structure'} of weights; expected one for all"
+        )
+    return Scheme(
+        kinds.pop(), all(s.rounds_activations for s in found),
+        block=blocks.pop() if blocks else None, by_row=any(s.by_row for s in found),
+    )  # fmt: skip
+
+
+def _group(name: str, group: Any) -> Scheme:
+    weights = group.get("weights") if isinstance(group, Mapping) else None
+    activations = group.get("input_activations") if isinstance(group, Mapping) else None
+    for key, side in (("weights", weights), ("input_activations", activations or {"num_bits": 8})):
+        if not isinstance(side, Mapping):
+            seen = reprlib.repr(side if isinstance(group, Mapping) else group)
+            raise CheckpointError(f"quantization_config.{name}.{key} {seen}: expected an object")
+        _expect(f"{name}.{key}.num_bits", side.get("num_bits"), 8)
+    assert weights is not None
+    _expect(f"{name}.format", group.get("format"), *_FORMATS)
+    _expect(f"{name}.weights.symmetric", weights.get("symmetric", True), True)
+    _expect(f"{name}.weights.type", weights.get("type", "int"), "int", "float")
+    strategy = weights.get("strategy") or "tensor"
+    _expect(f"{name}.weights.strategy", strategy, "channel", "tensor", "block")
+    key, in_blocks = f"{name}.weights.block_structure", strategy == "block"
+    return Scheme(
+        "int8" if weights.get("type", "int") == "int" else "fp8", activations is not None,
+        block=_block(key, weights.get("block_structure")) if in_blocks else None,
+        by_row=not in_blocks,
+    )  # fmt: skip
+
+
+def _block(key: str, seen: Any) -> tuple[int, int]:
+    if isinstance(seen, list) and len(seen) == 2 and all(type(n) is int and n > 0 for n in seen):
+        return seen[0], seen[1]
+    raise CheckpointError(
+        f"quantization_config.{key} {seen!r}: expected [n, k], whole numbers from 1"
+    )
+
+
+def _expect(key: str, seen: Any, *known: Any) -> None:
+    if seen not in known:
+        names = ", ".join(repr(value) for value in known if value is not None)
+        raise CheckpointError(
+            f"quantization_config.{key} {seen!r} is not supported; known: {names}. Take the "
+            "checkpoint in floats, and quantization='int8'"
+        )
