@@ -71,5 +71,6 @@ def weight_bytes(
         else:
             total += size * np.dtype(w.dtype or dtype).itemsize
     if quantization and declared.lm_head is None:
-        total += int(np.prod(declared.embed.shape(sizes)))
+        rows, lanes = declared.embed.shape(sizes)
+        total += rows * (lanes + 4)  # an eight-bit copy for the head
     return total

@@ -76,6 +76,12 @@ def test_it_takes_as_much_memory_as_planned(folder):
         assert "int8" in llm.plan.describe()
 
 
+def test_a_tied_head_of_its_own_is_planned_for(tmp_path):
+    write_checkpoint(tmp_path, "qwen3", tokenizer=False, tie_word_embeddings=True)
+    with serve(tmp_path) as llm:
+        assert llm.plan.weight_bytes == sum(x.nbytes for x in jax.tree.leaves(llm.params))
+
+
 @pytest.mark.slow
 def test_native_kernels_and_the_reference_agree(folder):
     with serve(folder, kernels="reference") as llm:
