@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from jaxserve.checkpoint.hf import tensor_names
@@ -48,10 +49,8 @@ def save_pretrained(
         CheckpointError: a weight has no form in a checkpoint, or writing failed; `folder` is as
             it was.
     """
-    fresh = folder.with_name(f".{folder.name}.writing")
+    fresh = begin(folder)
     try:
-        shutil.rmtree(fresh, ignore_errors=True)
-        fresh.mkdir(parents=True)
         if beside is not None:
             _copy_text_files(beside, fresh)
         tensors = named_tensors(family, cfg, params)
@@ -61,12 +60,29 @@ def save_pretrained(
         if card is not None:
             (fresh / "README.md").write_text(card)
         _write_shards(fresh, tensors)
+        for file in fresh.glob("*.safetensors"):  # which the package gives to its owner alone
+            shutil.copymode(fresh / "config.json", file)
         if folder.exists():
             shutil.rmtree(folder)
         fresh.rename(folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(fresh, ignore_errors=True)
         raise CheckpointError(f"{folder} was not written: {error}") from error
+
+
+def begin(folder: Path) -> Path:
+    """An empty folder beside the one to write, which is as it was.
+
+    Raises:
+        CheckpointError: nothing can be written there.
+    """
+    fresh = folder.with_name(f".{folder.name}.writing")
+    try:
+        shutil.rmtree(fresh, ignore_errors=True)
+        fresh.mkdir(parents=True)
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be written: {error}") from error
+    return fresh
 
 
 def named_tensors(family: Family, cfg: Any, params: Any) -> dict[str, np.ndarray]:

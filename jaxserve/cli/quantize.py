@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import reprlib
 import sys
 import typing
 from pathlib import Path
@@ -31,14 +32,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "if it has some",
     )  # fmt: skip
     parser.add_argument(
-        "--plain", action="store_true", help="round to the nearest, and read no text"
-    )
+        "--plain", action="store_true",
+        help="round to the nearest: only the measures that are asked for, and per channel and "
+        "mixed precision",
+    )  # fmt: skip
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     group = parser.add_argument_group("measures")
     kinds, texts = typing.get_type_hints(QuantizeConfig), describe(QuantizeConfig)
     for field in dataclasses.fields(QuantizeConfig):
         options: dict[str, Any] = typed(kinds[field.name])
-        options |= {"default": field.default, "help": texts[field.name]}
+        text = f"{texts[field.name]} (default: {field.default})"
+        options |= {"default": argparse.SUPPRESS, "help": text}  # --plain has other defaults
         group.add_argument(f"--{field.name.replace('_', '-')}", **options)
 
 
@@ -47,7 +51,13 @@ def run(args: argparse.Namespace) -> None:
     from jaxserve.quant import PLAIN, QuantizeConfig, check_paths, quantize_checkpoint
 
     names = [f.name for f in dataclasses.fields(QuantizeConfig)]
-    config = PLAIN if args.plain else QuantizeConfig(**{n: getattr(args, n) for n in names})
+    asked = {name: getattr(args, name) for name in names if hasattr(args, name)}
+    config = dataclasses.replace(PLAIN if args.plain else QuantizeConfig(), **asked)
+    if args.calibration is not None and not config.calibrated:
+        raise ConfigError(
+            f"--calibration {args.calibration}: no measure that is left reads text; leave it out, "
+            "or ask for one, such as --compensation"
+        )
     folder = check_paths(args.model, args.out, args.revision)
     progress = not args.quiet and sys.stderr.isatty()
     documents = None
@@ -70,23 +80,30 @@ def read(folder: Path, file: Path) -> list[list[int]]:
 
     tokenizer = Tokenizer.from_folder(folder)
     try:
-        lines = [line for line in file.read_text().splitlines() if line.strip()]
-        texts = [_text(json.loads(line)) for line in lines]
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ConfigError(
-            f'--calibration {file}: {error}; expected lines of {{"text": ...}} or '
-            '{"prompt": ..., "completion": ...}'
-        ) from None
-    if not texts:
-        raise ConfigError(f"--calibration {file} has no lines")
+        lines = file.read_text().splitlines()
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--calibration {file} cannot be read: {error}") from None
+    texts = [_text(file, i, line) for i, line in enumerate(lines, 1) if line.strip()]
+    if not any(texts):
+        raise ConfigError(f"--calibration {file} has no {'text in it' if texts else 'lines'}")
     end = sorted(tokenizer.eos_token_ids)[:1]
     return [ids + end for ids in tokenizer.encode_batch(texts)]
 
 
-def _text(entry: dict[str, str]) -> str:
-    if "text" in entry:
-        return entry["text"]
-    return f"{entry['prompt']} {entry['completion']}"
+def _text(file: Path, number: int, line: str) -> str:
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        entry = None
+    for keys in (("text",), ("prompt", "completion")):
+        parts = [entry.get(key) for key in keys] if isinstance(entry, dict) else []
+        texts = [part for part in parts if isinstance(part, str)]
+        if len(texts) == len(keys):
+            return " ".join(texts)
+    raise ConfigError(
+        f'--calibration {file}, line {number}: {reprlib.repr(line)}; expected {{"text": ...}} or '
+        '{"prompt": ..., "completion": ...}, of texts'
+    )
 
 
 def own_text(folder: Path, *, seed: int = 0, progress: bool = False) -> list[list[int]]:

@@ -11,7 +11,7 @@ import numpy as np
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from jaxserve.checkpoint import cache_scales, hf, hub
-from jaxserve.checkpoint.export import save_pretrained
+from jaxserve.checkpoint.export import begin, save_pretrained
 from jaxserve.checkpoint.schemes import scheme
 from jaxserve.errors import CheckpointError, ConfigError
 from jaxserve.models.family import family
@@ -55,7 +55,7 @@ def quantize_checkpoint(
 
     Raises:
         CheckpointError: the model cannot be read, is in eight bits already, or is of a family that
-            cannot be written.
+            cannot be written; or `out` cannot.
         ConfigError: `out` is not empty, or measures were asked for that need documents.
     """
     config, out = config or QuantizeConfig(), Path(out).expanduser()
@@ -185,6 +185,8 @@ def check_paths(model: str | Path, out: str | Path, revision: str | None = None)
         raise ConfigError(f"{out} is a file; give a folder that is not there yet")
     if out.exists() and any(out.iterdir()):
         raise ConfigError(f"{out} is not empty; give a folder that is not there yet")
+    if out.exists() and out.samefile(Path.cwd()):  # it is replaced, under the feet of a shell
+        raise ConfigError(f"{out} is the folder that you are in; give one that is not there yet")
     folder = hub.resolve(model, revision)
     raw = hf.read_config(folder)
     family(raw.get("model_type"))
@@ -195,6 +197,7 @@ def check_paths(model: str | Path, out: str | Path, revision: str | None = None)
         )
     if why := REFUSED.get(raw.get("model_type", "")):
         raise CheckpointError(f"{raw['model_type']} cannot be quantised: {why}")
+    begin(out).rmdir()  # now, not when hours of rounding are done
     return folder
 
 

@@ -40,6 +40,8 @@ class QuantizeConfig:
     def __post_init__(self):
         if self.rows < 1:
             raise ConfigError(f"rows={self.rows} must be at least 1; 1024 is the default")
+        if self.seed < 0:
+            raise ConfigError(f"seed={self.seed} must be 0 or more; 0 is the default")
 
     @property
     def calibrated(self) -> bool:

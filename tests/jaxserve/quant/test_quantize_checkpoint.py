@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from jaxserve import LLM, SamplingParams
@@ -19,7 +20,7 @@ from jaxserve.cli import main
 from jaxserve.cli.quantize import own_text, read
 from jaxserve.errors import CheckpointError, ConfigError
 from jaxserve.models.family import family
-from jaxserve.quant import PLAIN, QuantizeConfig, quantize_checkpoint, weights
+from jaxserve.quant import PLAIN, QuantizeConfig, check_paths, quantize_checkpoint, weights
 from jaxserve.quant.checkpoint import quantize
 from jaxserve.quant.leaves import Leaves, readers
 from jaxserve.quant.record import TOKENS, batches, record
@@ -202,8 +203,9 @@ def test_the_command_reads_what_it_is_given_or_has_the_model_write(tmp_path, cap
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("", "has no lines"), ("{", "expected lines"), ('{"prompt": "a"}', "'completion'"),
-     ("[1]", "expected lines")],
+    [("", "has no lines"), ("{", "line 1: '{'; expected"), ("[1]", "line 1: '[1]'; expected"),
+     ('{"text": "a"}\n\n{"prompt": "a"}', "line 3: '{\"prompt\": \"a\"}'; expected"),
+     ('{"text": 5}', "line 1: '{\"text\": 5}'; expected"), ('{"text": ""}', "has no text in it")],
 )  # fmt: skip
 def test_calibration_that_cannot_be_read_is_refused(content, message, tmp_path, capsys):
     source = write_checkpoint(tmp_path / "in", "llama")
@@ -214,10 +216,46 @@ def test_calibration_that_cannot_be_read_is_refused(content, message, tmp_path, 
     assert not (tmp_path / "out").exists()
 
 
-def test_what_cannot_be_done_is_said_before_anything_is(tmp_path):
+def test_plain_takes_what_is_asked_for_beside_it(tmp_path, capsys):
+    source = write_checkpoint(tmp_path / "in", "llama")
+    plain = ["quantize", str(source), str(tmp_path / "out"), "--plain"]
+    assert main([*plain, "--calibration", str(tmp_path / "no.jsonl")]) == 1
+    assert "no measure that is left reads text" in capsys.readouterr().err
+    assert main([*plain, "--rotations"]) == 0
+    assert "mixed precision, rotations, per channel." in (tmp_path / "out/README.md").read_text()
+
+
+def test_whoever_may_read_the_folder_may_read_its_weights(tmp_path):
+    source = write_checkpoint(tmp_path / "in", "llama", tokenizer=False)
+    out = quantize_checkpoint(source, tmp_path / "out", PLAIN, progress=False)
+    assert len({file.stat().st_mode for file in out.iterdir()}) == 1
+
+
+def test_a_full_disk(tmp_path, monkeypatch):
+    source = write_checkpoint(tmp_path / "in", "llama", tokenizer=False)
+
+    def full(*_):
+        raise SafetensorError("I/O error: No space left on device")
+
+    monkeypatch.setattr("jaxserve.checkpoint.export.save_file", full)
+    with pytest.raises(CheckpointError, match=r"out was not written: .*No space left"):
+        quantize_checkpoint(source, tmp_path / "out", PLAIN, progress=False)
+    assert [file.name for file in tmp_path.iterdir()] == ["in"]
+
+
+def test_what_cannot_be_done_is_said_before_anything_is(tmp_path, monkeypatch):
     source = write_checkpoint(tmp_path / "in", "llama", tokenizer=False)
     with pytest.raises(CheckpointError, match="nowhere is no folder here"):
         quantize_checkpoint(tmp_path / "nowhere", tmp_path / "out")
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match=r"out cannot be written: .*Not a directory"):
+        check_paths(source, tmp_path / "file" / "out")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(ConfigError, match="is the folder that you are in"):
+        check_paths(source, ".")
+    with pytest.raises(ConfigError, match="seed=-1 must be 0 or more"):
+        QuantizeConfig(seed=-1)
     with pytest.raises(ConfigError, match="in is not empty; give a folder that is not there"):
         quantize_checkpoint(source, source)
     with pytest.raises(ConfigError, match=r"config.json is a file"):
