@@ -54,8 +54,10 @@ def save_pretrained(
         if beside is not None:
             _copy_text_files(beside, fresh)
         tensors = named_tensors(family, cfg, params)
-        dtype = next(iter(tensors.values())).dtype.name
-        text = json.dumps({**config, "dtype": dtype}, indent=2)
+        said = {**config, "dtype": next(iter(tensors.values())).dtype.name}
+        if not any(x.dtype == np.int8 for x in tensors.values()):  # it spoke of what was loaded
+            said.pop("quantization_config", None)
+        text = json.dumps(said, indent=2)
         (fresh / "config.json").write_text(text + "\n")
         if card is not None:
             (fresh / "README.md").write_text(card)

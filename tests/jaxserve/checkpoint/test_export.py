@@ -33,6 +33,13 @@ def test_every_tensor_comes_back(tmp_path, model_type):
     assert (copy / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
 
 
+def test_floats_are_not_said_to_be_quantised(tmp_path):
+    """They come of a checkpoint in eight bits that was trained further, for one."""
+    fp8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    _, copy = exported(tmp_path, "llama", tokenizer=False, quantization_config=fp8)
+    assert "quantization_config" not in read_config(copy)
+
+
 def test_a_layout_that_can_only_be_read_is_named(tmp_path):
     with pytest.raises(CheckpointError, match=r"experts.* can only be read"):
         exported(tmp_path, "gpt_oss")

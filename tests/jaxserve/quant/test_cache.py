@@ -107,7 +107,9 @@ def test_scales_are_the_largest_that_were_seen(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"no archive", "cannot be read"),
+        (b"no archive", "no zip archive"),
+        (b"", "no zip archive"),
+        ("text", "no numbers from 0"),
         ({"k": np.ones((1, 2, 3))}, "has scales .* expected"),
         ("nan", "no numbers from 0"),
     ],
@@ -119,9 +121,10 @@ def test_what_is_not_the_models_is_refused(tmp_path, content, message):
     heads, key, value = cfg.kv_shape
     if isinstance(content, bytes):
         (folder / cache_scales.FILE).write_bytes(content)
-    elif content == "nan":
+    elif isinstance(content, str):
         shapes = {"k": (cfg.num_layers, heads, key), "v": (cfg.num_layers, heads, value)}
-        cache_scales.save(folder, {k: np.full(s, np.nan) for k, s in shapes.items()})
+        nothing: Any = "?" if content == "text" else np.nan
+        np.savez(folder / cache_scales.FILE, **{k: np.full(s, nothing) for k, s in shapes.items()})
     else:
         cache_scales.save(folder, content)
     with pytest.raises(CheckpointError, match=message):
