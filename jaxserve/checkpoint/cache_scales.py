@@ -7,6 +7,7 @@ scale for each lane.
 from __future__ import annotations
 
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -37,16 +38,19 @@ def load(
     """
     if not (folder / FILE).exists():
         return None
+    if not zipfile.is_zipfile(folder / FILE):
+        raise CheckpointError(f"{folder / FILE} is damaged: no zip archive; remove it")
     heads, *lanes = kv_shape
     wanted = {k: (num_layers, heads, n) for k, n in zip("kv", lanes, strict=True) if n}
     try:
         with np.load(folder / FILE, allow_pickle=False) as stored:
             found = {name: stored[name] for name in stored.files}
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+    except (EOFError, OSError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise CheckpointError(f"{folder / FILE} cannot be read ({error}); remove it") from None
     seen = {name: x.shape for name, x in found.items()}
     if seen != wanted:
         raise CheckpointError(f"{folder / FILE} has scales {seen}; expected {wanted}. Remove it")
-    if not all(np.isfinite(x).all() and (x >= 0).all() for x in found.values()):
+    numbers = all(np.issubdtype(x.dtype, np.floating) for x in found.values())
+    if not numbers or not all(np.isfinite(x).all() and (x >= 0).all() for x in found.values()):
         raise CheckpointError(f"{folder / FILE} has scales that are no numbers from 0; remove it")
     return tuple(found[name].astype(np.float32) for name in wanted)

@@ -123,8 +123,8 @@ def test_what_is_not_the_models_is_refused(tmp_path, content, message):
         (folder / cache_scales.FILE).write_bytes(content)
     elif isinstance(content, str):
         shapes = {"k": (cfg.num_layers, heads, key), "v": (cfg.num_layers, heads, value)}
-        nothing: Any = "?" if content == "text" else np.nan
-        np.savez(folder / cache_scales.FILE, **{k: np.full(s, nothing) for k, s in shapes.items()})
+        value = "?" if content == "text" else np.nan
+        np.savez(folder / cache_scales.FILE, **{k: np.full(s, value) for k, s in shapes.items()})
     else:
         cache_scales.save(folder, content)
     with pytest.raises(CheckpointError, match=message):
