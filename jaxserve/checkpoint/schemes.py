@@ -38,8 +38,10 @@ class Scheme:
 _INVERSE = ("_scale_inv", "_scale")
 """transformers writes the first, vLLM's own exporters the second; both are multiplied in."""
 
-_FORMATS = (None, "int-quantized", "float-quantized", "naive-quantized", "mixed-precision")
-"""Of compressed-tensors: a value is a byte. Others pack several into a word."""
+_FORMATS = (
+    None, "int-quantized", "float-quantized", "naive-quantized", "mixed-precision", "dense",
+)  # fmt: skip
+"""Of compressed-tensors: a value is a byte, or a float. Others pack several into a word."""
 
 
 def scheme(hf: Mapping[str, Any]) -> Scheme | None:
@@ -77,7 +79,7 @@ def _modelopt(config: Mapping[str, Any]) -> Scheme | None:
     return Scheme("fp8", True)
 
 
-def _compressed_tensors(config: Mapping[str, Any]) -> Scheme:
+def _compressed_tensors(config: Mapping[str, Any]) -> Scheme | None:
     _expect("format", config.get("format"), *_FORMATS)
     sparsity = config.get("sparsity_config") or {}
     _expect("sparsity_config.format", sparsity.get("format", "dense"), "dense")
@@ -87,11 +89,13 @@ def _compressed_tensors(config: Mapping[str, Any]) -> Scheme:
             "runs are not supported; take a checkpoint without"
         )
     groups = config.get("config_groups")
-    if not isinstance(groups, Mapping) or not groups:
+    if not isinstance(groups, Mapping) or not (groups or config.get("kv_cache_scheme")):
         raise CheckpointError(
             f"quantization_config.config_groups {groups!r}: expected groups, each with weights"
         )
-    found = [_group(f"config_groups.{name}", group) for name, group in groups.items()]
+    each = (_group(f"config_groups.{name}", group) for name, group in groups.items())
+    if not (found := [scheme for scheme in each if scheme is not None]):
+        return None  # the cache alone is quantised
     kinds, blocks = {s.kind for s in found}, {s.block for s in found if s.block}
     if len(kinds) > 1 or len(blocks) > 1:
         raise CheckpointError(
@@ -104,7 +108,10 @@ def _compressed_tensors(config: Mapping[str, Any]) -> Scheme:
     )  # fmt: skip
 
 
-def _group(name: str, group: Any) -> Scheme:
+def _group(name: str, group: Any) -> Scheme | None:
+    """What a group says of its modules' weights; None if only of what goes in or comes out."""
+    if isinstance(group, Mapping) and group and group.get("weights") is None:
+        return None
     weights = group.get("weights") if isinstance(group, Mapping) else None
     activations = group.get("input_activations") if isinstance(group, Mapping) else None
     for key, side in (("weights", weights), ("input_activations", activations or {"num_bits": 8})):

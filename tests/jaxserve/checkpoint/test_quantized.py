@@ -46,6 +46,7 @@ W8A8_BLOCKS = json.loads(
 W8A8_BLOCKS["config_groups"]["group_0"]["weights"] = {
     **INT8, "type": "float", "strategy": "block", "block_structure": [16, 32],
 }  # fmt: skip
+FP8_CACHE = {**INT8, "type": "float", "strategy": "tensor", "dynamic": False}
 FBGEMM = {"quant_method": "fbgemm_fp8", "modules_to_not_convert": ["lm_head"]}
 FP8_TENSORS = {"quant_method": "fp8", "activation_scheme": "static", "weight_block_size": None}
 FP8_BLOCKS = {
@@ -159,6 +160,18 @@ def test_groups_of_modules_may_differ_in_what_shares_a_scale(tmp_path):
     layers = load(tmp_path).stacks[0]
     np.testing.assert_array_equal(np.asarray(layers.attn.wq)[1].reshape(64, 64), floats[NAME])
     np.testing.assert_array_equal(layers.mlp.w_up[1], floats["model.layers.1.mlp.up_proj.weight"])
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {**W8A8, "config_groups": {}, "kv_cache_scheme": FP8_CACHE, "format": "dense"},
+        {**W8A8, "config_groups": {"attention": {"weights": None, "input_activations": FP8_CACHE}}},
+        {"quant_method": "modelopt", "quant_algo": None, "kv_cache_quant_algo": "FP8"},
+    ],
+)
+def test_a_cache_in_eight_bits_says_nothing_of_weights(said):
+    assert scheme({"quantization_config": said}) is None
 
 
 @pytest.mark.parametrize("key", ["compression_config", "hf_quant_config.json"])
