@@ -14,6 +14,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 ROWS = 64  # of a warpgroup: what wgmma fixes
 
 
+def registers(warpgroups: int) -> int:
+    """Of a thread of each, together, as a block of threads starts: equal shares of what there is,
+    by eights. Who then asks for more than the others have given back waits for ever."""
+    return 512 // warpgroups // 8 * 8 * warpgroups
+
+
 def product(a: Any, b: Any, meanwhile: Callable[[], None] | None = None) -> Array:
     """a @ b of tiles in shared memory, [64, n] in float32. `meanwhile` is done before its end."""
 

@@ -23,7 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.paged_attention.codec import block_of
-from kernels_pallas.wgmma import ROWS
+from kernels_pallas.wgmma import ROWS, registers
 
 SORTED = 4  # kinds of keys of four bits: by the half of a byte, and even or odd bytes
 _APART = 8  # lines: if scales filled their array, Mosaic would take a transposed view for flat
@@ -102,10 +102,12 @@ class Shape:
     def registers(self) -> tuple[int, int]:
         """Of a thread that brings, and of one that computes; 0: two warpgroups have enough as it
         is."""
-        if self.readers + self.bringers == 2:
+        warpgroups = self.readers + self.bringers
+        if warpgroups == 2:
             return 0, 0
         few = 56 if self.ahead else 24
-        return few, min(248, (512 - self.bringers * few) // self.readers // 8 * 8)
+        left = registers(warpgroups) - self.bringers * few
+        return few, min(248, left // self.readers // 8 * 8)
 
     @property
     def unit(self) -> float:

@@ -46,6 +46,12 @@ def _shares(shape: Shape) -> tuple[_Shares, _Shares]:
     return shape.shares(0, first, _WIDEST), shape.shares(first, shape.values, _WIDEST)
 
 
+def _registers(shape: Shape) -> tuple[int, int, int]:
+    """Of a thread that keeps scores, that adds values, and that brings pages: all that three
+    warpgroups have (`wgmma.registers`)."""
+    return (240, 224, 40) if shape.ahead else (240, 240, 24)
+
+
 def scratch(shape: Shape) -> list[Any]:
     """What `kernel` asks for."""
     return [
@@ -68,6 +74,7 @@ def kernel(
     (blocks,), (ready,), (free,) = ring.blocks, ring.ready, ring.free
     head, split, number = (lax.axis_index(name) for name in ("head", "split", "item"))
     item, wg, (few, many) = Item(items), lax.axis_index("wg"), _shares(shape)
+    for_scores, for_values, to_bring = _registers(shape)
 
     def take(step: Array) -> tuple[Any, Any]:
         """A block of keys, once it is there, and the barrier on which it is given back."""
@@ -99,11 +106,11 @@ def kernel(
         work = Work.of(shape, window, item)
 
         def bring_pages() -> None:
-            plgpu.set_max_registers(48 if shape.ahead else 24, action="decrease")
+            plgpu.set_max_registers(to_bring, action="decrease")
             bring(work, shape, layer, tables, stacks, scales, ring)
 
         def keep_scores() -> None:
-            plgpu.set_max_registers(240, action="increase")
+            plgpu.set_max_registers(for_scores, action="increase")
             queries = q_ref.at[head, pl.ds(item.row(shape), ROWS)]
             plgpu.copy_gmem_to_smem(queries, q_smem.at[0], arrived)
             plgpu.barrier_wait(arrived)
@@ -150,7 +157,7 @@ def kernel(
             store(sums, 1 / total, few)
 
         def add_values() -> None:
-            plgpu.set_max_registers(224 if shape.ahead else 240, action="increase")
+            plgpu.set_max_registers(for_values, action="increase")
 
             def attend(step: Array, sums: tuple[Array, ...]) -> tuple[Array, ...]:
                 keys, done = take(step)

@@ -7,11 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 
 from kernels_pallas.op import UnsupportedError
 from kernels_pallas.paged_attention import mosaic_gpu, reference
 from kernels_pallas.paged_attention.cases import batch as step_of
 from kernels_pallas.paged_attention.coded_cases import pages_of
+from kernels_pallas.paged_attention.ops import page_attention
+from kernels_pallas.wgmma import registers
 from tests.kernels_pallas.simulating import on_hopper
 from tests.sparing import sparing
 
@@ -68,6 +71,44 @@ def test_decode_steps_are_attended_in_turns(prompts, M, turns):
     shape = mosaic_gpu._shape(mosaic_gpu.GpuTile(), q, pages, pages, step, H, False, 0.1, 0.0)
     assert (shape.turns, shape.apart) == (turns, prompts)
     assert shape.stages % turns == 0  # or a warpgroup would miss what becomes of its slots
+
+
+SHIPPED = [case for case in page_attention.cases if case.shipped]
+
+
+@pytest.mark.parametrize("case", SHIPPED, ids=lambda case: case.name)
+def test_warpgroups_ask_for_no_more_registers_than_there_are(case):
+    """Or the last one to ask waits for ever, which neither a simulator nor a compiler finds."""
+    args, arrays = jax.eval_shape(case.make, jax.random.key(0))
+    traced = jax.make_jaxpr(
+        lambda args, arrays: page_attention.run("mosaic_gpu", *args, **arrays, **case.options)
+    )(args, arrays)
+    [kernel] = [eqn for eqn in _equations(traced.jaxpr) if eqn.primitive.name == "mpmd_map"]
+    [mesh], [body] = kernel.params["meshes"], kernel.params["jaxprs"]
+    asked = [_registers(eqn) for eqn in _equations(body) if eqn.primitive.name == "cond"]
+    asked = max(asked, key=sum)  # of the branches to which warpgroups go
+    assert (0 in asked) == (mesh.num_threads == 2)
+    first = mesh.num_threads - len(asked) + 1  # warpgroups that share one
+    assert sum(asked[1:]) + first * asked[0] <= registers(mesh.num_threads)
+
+
+def _registers(cond):
+    """What each branch asks for: of jax 0.10 it is an operand."""
+    return [
+        sum(
+            eqn.params["n"] if "n" in eqn.params else int(eqn.invars[0].val)
+            for eqn in branch.eqns
+            if "set_max_registers" in eqn.primitive.name
+        )
+        for branch in cond.params["branches"]
+    ]
+
+
+def _equations(jaxpr):
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for inner in jaxprs_in_params(eqn.params):
+            yield from _equations(inner)
 
 
 def test_turns_are_of_one_tile_of_rows():
