@@ -191,8 +191,12 @@ def _shape(
         G, heads, tokens, groups, turns, apart, 0, splits, shared, part, Z // part, keys // part, M,
         lanes, values, in_keys, wide, 0, nibbles, *parts, owned, mass, factor, cap,
     )  # fmt: skip
-    stages, ahead = _depths(shape, tile.stages, rounded)
-    return replace(shape, stages=stages, ahead=ahead)
+    try:
+        return _with_depths(shape, tile.stages, rounded)
+    except UnsupportedError:
+        if tile.turns or turns == 1:
+            raise
+        return _with_depths(replace(shape, turns=1), tile.stages, rounded)
 
 
 def _lanes(H: int, value_dim: int, k_pages: Any, v_pages: Any) -> tuple[int, int, bool]:
@@ -244,8 +248,10 @@ def _parts(
     return keys, of_values
 
 
-def _depths(shape: Shape, wanted: int, rounded: bool) -> tuple[int, int]:
-    """Blocks that are multiplied or wait for it, and blocks of eight or four bits on their way."""
+def _with_depths(shape: Shape, wanted: int, rounded: bool) -> Shape:
+    """With blocks that are multiplied or wait for it, and blocks of eight or four bits on their
+    way. A slot is of one turn: a barrier that one warpgroup waits for, and then another, tells
+    the second of blocks that are long gone."""
     each = 2 * shape.weights * shape.keys + 4 if shape.wide else (4 * STORED + 12) * shape.turns
     barriers = 2048 if shape.wide else 3072  # and room between arrays
     fixed = shape.groups * ROWS * (2 * shape.lanes + each) + barriers
@@ -257,21 +263,21 @@ def _depths(shape: Shape, wanted: int, rounded: bool) -> tuple[int, int]:
         raw = shape.keys * (width + scales)
         if shape.nibbles:
             raw = shape.keys * width // 2 + 4 * math.prod(shape.unsorted)
-        stages = 2 if room >= 2 * (block + raw) else 1
+        stages = 2 if shape.turns > 1 or room >= 2 * (block + raw) else 1
         ahead = wanted or max(1, min(6, (room - stages * block) // raw))
         ahead = max(2, ahead // 2 * 2) if shape.turns > 1 else ahead
         bits = "four" if shape.nibbles else "eight"
         used, said = stages * block + ahead * raw, f"{stages} + {ahead} in {bits} bits of"
     else:
         stages, ahead = wanted or max(2, min(6, room // block)), 0
-        stages = stages // shape.turns * shape.turns
+        stages = max(1, stages // shape.turns) * shape.turns
         used, said = stages * block, f"{stages}"
     if used > room:
         raise UnsupportedError(
             f"{said} blocks of {shape.keys} keys of {shape.lanes} and values of {shape.values} "
             f"lanes need {fixed + used} bytes of shared memory, and {_SHARED} are there"
         )
-    return stages, ahead
+    return replace(shape, stages=stages, ahead=ahead)
 
 
 def _splits(blocks: int, steps: int, prompts: bool) -> int:

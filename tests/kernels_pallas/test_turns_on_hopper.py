@@ -73,6 +73,35 @@ def test_decode_steps_are_attended_in_turns(prompts, M, turns):
     assert shape.stages % turns == 0  # or a warpgroup would miss what becomes of its slots
 
 
+WIDE = {  # lanes of keys and of values, tile, turns
+    "more keys at a time": (128, 128, {"keys": 128}, 1),
+    "wide keys": (320, 128, {}, 1),
+    "as wide as two turns have room for": (256, 128, {}, 2),
+}
+
+
+@pytest.mark.parametrize("name", WIDE)
+def test_turns_share_no_slot(name):
+    """Where shared memory holds one block, all warpgroups that compute would wait for its slot."""
+    lanes, values, tile, turns = WIDE[name]
+    shape = _shape_of_rounded(lanes, values, mosaic_gpu.GpuTile(**tile))
+    assert shape.turns == turns
+    assert not any(n % turns for n in (shape.stages, shape.ahead, shape.stages + shape.ahead))
+
+
+def test_turns_that_were_asked_for_must_have_room():
+    with pytest.raises(UnsupportedError, match=r"2 \+ 2 in eight bits of blocks of 64 keys of 320"):
+        _shape_of_rounded(320, 128, mosaic_gpu.GpuTile(turns=2))
+
+
+def _shape_of_rounded(lanes, values, tile):
+    step, pages = step_of((1, 1), (4096, 1), 128)
+    q = jax.ShapeDtypeStruct((2, 8, lanes), jnp.bfloat16)
+    k, v = (jax.eval_shape(lambda n=n: pages_of("int8", jax.random.key(0), (1, pages, 2, 128, n)))
+            for n in (lanes, values))  # fmt: skip
+    return mosaic_gpu._shape(tile, q, k, v, step, values, False, 0.1, 0.0)
+
+
 SHIPPED = [case for case in page_attention.cases if case.shipped]
 
 
@@ -136,7 +165,8 @@ FITTING = {  # kind, heads, lanes, new tokens, keys
 
 @pytest.mark.parametrize("name", sparing(list(FITTING), "short, in no turns", "a prompt"))
 def test_blocks_that_were_counted_fit_in_shared_memory(name):
-    """Mosaic adds barriers and room between arrays to what `_depths` counts, and refuses more."""
+    """Mosaic adds barriers and room between arrays to what `_with_depths` counts, and refuses
+    more."""
     kind, heads, lanes, new, keys = FITTING[name]
     step, pages = step_of((new,) * 2, (keys,) * 2, 128)
     q = jax.ShapeDtypeStruct((2 * new, heads, lanes), jnp.bfloat16)
