@@ -33,8 +33,7 @@ from kernels_pallas.paged_attention.ragged import Ragged, owners
 _ROWS = 64  # tokens: rows of a tile of registers
 _OWN = _ROWS - 1  # of a block of threads
 _SPARE = 8  # rows behind those of tokens, since each looks at the one behind it
-_COPY = 256  # lanes that one copy takes
-_LINE = 128  # bytes: where in shared memory a copy may begin
+_LINE = 128  # bytes: where in shared memory a copy may begin, and lanes that one takes
 _SHARED = 224 * 1024  # bytes of shared memory of a block
 _SOME = 16  # rows whose bytes are put together at a time
 _BYTES = plgpu.Layout.TILED(
@@ -62,9 +61,9 @@ class Shape:
     def copies(self) -> list[tuple[int, Any]]:
         """In which a token's bytes come and go: the cache, and lanes."""
         return [
-            (cache, pl.ds(begin, min(_COPY, n - begin)))
+            (cache, pl.ds(begin, min(_LINE, n - begin)))
             for cache, n in enumerate(self.lanes)
-            for begin in range(0, n, _COPY)
+            for begin in range(0, n, _LINE)
         ]
 
 
@@ -143,7 +142,7 @@ def _launch(
     caches = jax.tree.map(lambda x: jax.new_ref(x, memory_space=plgpu.GMEM), moved)
     scratch = [
         [plgpu.SMEM((_ROWS + _SPARE, _stride(n)), jnp.uint8) for n in shape.lanes],
-        [plgpu.SMEM((_ROWS, _stride(n)), jnp.uint8) for n in shape.lanes],
+        [plgpu.SMEM((-(-n // _LINE), _ROWS, _LINE), jnp.uint8) for n in shape.lanes],
         [plgpu.SMEM((len(each), _ROWS), jnp.float32) for each in shape.parts],
         plgpu.SMEM((_ROWS,), jnp.int32),
         plgpu.Barrier(),
@@ -184,7 +183,8 @@ def _kernel(layer, first_token, slots, written, *refs: Any, shape: Shape, simula
         @pl.when(alone)
         def _() -> None:
             for there, cache, lanes in bytes_of(slots[block, t]):
-                plgpu.copy_gmem_to_smem(there, old[cache].at[pl.ds(t, 1), lanes], kept)
+                here = old[cache].at[lanes.start // _LINE, pl.ds(t, 1), pl.ds(0, lanes.size)]
+                plgpu.copy_gmem_to_smem(there, here, kept)
 
         @pl.when(jnp.logical_not(alone))
         def _() -> None:
@@ -268,16 +268,21 @@ def _rounded(columns: list[Array], first: Any, row: Any, scale: Any) -> None:
 
 def _pack(row: Any, old: Any, kind: Any, i: Array) -> None:
     """Nibbles of some tokens with those of the tokens behind them, or with what was there. Rows
-    that come later still are what they were."""
+    that come later still are what they were.
+
+    Args:
+        old: [lines, tokens, lanes of one]. Copies mix up the words of a line by its place in shared
+            memory, which registers are loaded by only if it is a line of a tile.
+    """
     first = i * _SOME
 
     def ints(x: Array) -> Array:
         return plgpu.layout_cast(x, _BYTES).astype(jnp.int32)
 
-    for lanes in range(0, old.shape[1], _LINE):
-        at = pl.ds(lanes, _LINE)
+    for line in range(old.shape[0]):
+        at = pl.ds(line * _LINE, _LINE)
         own, behind = (ints(row[pl.ds(first + n, _SOME), at]) for n in (0, 1))
-        before = ints(old[pl.ds(first, _SOME), at])
+        before = ints(old[line, pl.ds(first, _SOME)])
         is_ = lax.broadcast_in_dim(kind[pl.ds(first, _SOME)], own.shape, (0,))
         low = jnp.where(is_ == _ODD, before, own) & 15
         high = jnp.where(is_ == _ODD, own << 4, jnp.where(is_ == _BOTH, behind << 4, before)) & 240

@@ -24,9 +24,8 @@ from kernels_pallas.paged_attention.codec import QuantizedPages, StaticInt8Pages
 from kernels_pallas.paged_attention.ragged import Ragged, owners
 
 _ROWS = 64  # tokens: rows of a tile of registers
-_WIDE = 128  # lanes of a row that registers hold at a time
-_COPY = 256  # lanes that one copy takes
 _LINE = 128  # bytes: where in shared memory a copy may begin
+_WIDE = _LINE  # lanes of a row that registers hold at a time, and that one copy takes
 _SHARED = 224 * 1024  # bytes of shared memory of a block
 
 
@@ -106,7 +105,7 @@ def _launch(
     scratch = [
         [plgpu.SMEM((_ROWS, n), shape.dtype) for n in shape.lanes],
         [plgpu.SMEM((n,), jnp.float32) for n in known],
-        [plgpu.SMEM((_ROWS, _stride(n)), jnp.int8) for n in shape.lanes],
+        [plgpu.SMEM((-(-n // _WIDE), _ROWS, _WIDE), jnp.int8) for n in shape.lanes],
         [plgpu.SMEM((_ROWS,), jnp.float32) for each in shape.parts for _ in each],
         plgpu.Barrier(num_arrivals=copies),
     ]
@@ -141,8 +140,9 @@ def _kernel(layer, slots, *refs: Any, shape: Shape) -> None:
     leaving = list[Any]()  # what a token has: where it is, in which array, row and lanes it belongs
     for x, row, n, parts in zip(fresh, rows, shape.lanes, shape.parts, strict=True):
         values = next(caches)
-        for begin in range(0, n, _COPY):
-            leaving.append((row, values, head, pl.ds(begin, min(_COPY, n - begin))))
+        for i, begin in enumerate(range(0, n, _WIDE)):
+            size = min(_WIDE, n - begin)
+            leaving.append((row.at[i, :, pl.ds(0, size)], values, head, pl.ds(begin, size)))
         if not parts:
             _calibrated(x, next(known), row)
             continue
@@ -165,13 +165,17 @@ def _kernel(layer, slots, *refs: Any, shape: Shape) -> None:
                     there[layer[0], number, at, z] = here[t]
                 else:
                     there = there.at[layer[0], number, at, pl.ds(z, 1), lanes]
-                    plgpu.copy_smem_to_gmem(here.at[pl.ds(t, 1), lanes], there)
+                    plgpu.copy_smem_to_gmem(here.at[pl.ds(t, 1)], there)
 
     plgpu.wait_smem_to_gmem(0)
 
 
 def _rounded(x: Any, first: int, lanes: int, row: Any, scale: Any) -> None:
-    """A part of rows [tokens, lanes], each over a step of its own: `quantize_rows` on the way."""
+    """A part of rows [tokens, lanes], each over a step of its own: `quantize_rows` on the way.
+
+    Args:
+        row: [lines, tokens, lanes of one].
+    """
     pieces = _pieces(first, lanes)
     top = jnp.zeros((_ROWS,), jnp.float32)
     for at in pieces:
@@ -179,7 +183,8 @@ def _rounded(x: Any, first: int, lanes: int, row: Any, scale: Any) -> None:
     steps = jnp.where(top > 0, 127.0 / top, 0.0)
     for at in pieces:
         y = _floats(x, at)
-        row[:, at] = _nearest(y * lax.broadcast_in_dim(steps, y.shape, (0,))).astype(jnp.int8)
+        y = _nearest(y * lax.broadcast_in_dim(steps, y.shape, (0,)))
+        row[_line(at)] = y.astype(jnp.int8)
     scale[...] = top * (1 / 127.0)
 
 
@@ -188,13 +193,21 @@ def _calibrated(x: Any, steps: Any, row: Any) -> None:
     for at in _pieces(0, x.shape[1]):
         y = _floats(x, at)
         y = _nearest(y * lax.broadcast_in_dim(steps[at], y.shape, (1,)))
-        row[:, at] = jnp.clip(y, -127.0, 127.0).astype(jnp.int8)
+        row[_line(at)] = jnp.clip(y, -127.0, 127.0).astype(jnp.int8)
 
 
 def _pieces(first: int, lanes: int) -> list[Any]:
-    """Lanes that registers hold at a time."""
-    end = first + lanes
-    return [pl.ds(begin, min(_WIDE, end - begin)) for begin in range(first, end, _WIDE)]
+    """Lanes that registers hold at a time, of one line each."""
+    end, begins = first + lanes, range(first // _WIDE * _WIDE, first + lanes, _WIDE)
+    ranges = [(max(first, begin), min(end, begin + _WIDE)) for begin in begins]
+    return [pl.ds(begin, behind - begin) for begin, behind in ranges]
+
+
+def _line(lanes: Any) -> tuple[Any, ...]:
+    """Where some lanes of one line are. Copies mix up the words of a line by its place in shared
+    memory, and registers are stored as if what they are stored to began where that begins anew:
+    lines of a tile do, and a line of a wider row does not."""
+    return lanes.start // _WIDE, slice(None), pl.ds(lanes.start % _WIDE, lanes.size)
 
 
 def _floats(x: Any, lanes: Any) -> Array:

@@ -1,5 +1,6 @@
 """Hopper's kernels on rounded pages: wide latents, and what they refuse. Others are cases."""
 
+import itertools
 from dataclasses import replace
 from functools import partial
 
@@ -10,6 +11,7 @@ import pytest
 
 from kernels_pallas.op import UnsupportedError
 from kernels_pallas.paged_attention import Ragged, mosaic_gpu, reference
+from kernels_pallas.paged_attention import mosaic_gpu_int8_writing as int8_writing
 from kernels_pallas.paged_attention.cases import batch as step_of
 from kernels_pallas.paged_attention.codec import empty
 from kernels_pallas.paged_attention.coded_cases import pages_of
@@ -80,6 +82,20 @@ def test_it_says_what_rounded_pages_it_cannot_take_on_hopper(name):
 
     with pytest.raises(UnsupportedError, match=message):
         jax.eval_shape(run, q, pages, step)
+
+
+@pytest.mark.parametrize("parts", [(256,), (512, 64), (64, 128), (64, 64, 192)])
+def test_registers_hold_lanes_of_one_line(parts):
+    """Copies mix up the words of a line of 128 bytes by where it lies, which stores to a part of a
+    wider row would not know of. Simulators do not either."""
+    begins = itertools.accumulate((0, *parts[:-1]))
+    pieces = [int8_writing._pieces(*x) for x in zip(begins, parts, strict=True)]
+    pieces = list(itertools.chain(*pieces))
+    held = [lane for x in pieces for lane in range(x.start, x.start + x.size)]
+    assert held == list(range(sum(parts)))
+    for piece in pieces:
+        line, _, lanes = int8_writing._line(piece)
+        assert line * 128 + lanes.start == piece.start and lanes.start + lanes.size <= 128
 
 
 ROUNDED_WRITES_REFUSED_ON_HOPPER = {
