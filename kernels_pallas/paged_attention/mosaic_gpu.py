@@ -43,6 +43,7 @@ from kernels_pallas.wgmma import ROWS
 _SHARED = 227 * 1024  # bytes of shared memory that a block may take
 _VALUES = 256  # lanes of values that a warpgroup's registers hold
 _CORES = 132
+_LONG = 2048  # keys that a sequence may have: of fewer, too many share a block with the last
 _LINE = 32  # scales: 128 bytes, at whose multiples a copy to shared memory may begin
 
 
@@ -168,8 +169,10 @@ def _shape(
     G, R, M = N // K // heads, *batch.tables.shape
     tokens, many = ROWS // G, T > 4 * R and not in_keys  # prompts: two groups of rows share keys
     rounded = isinstance(k_pages, QuantizedPages)
-    roomy = many and lanes + values <= 256 and not (rounded or mass)  # in registers and memory
-    keys = tile.keys or (128 if roomy else 64)
+    nibbles = isinstance(k_pages, Int4Pages)
+    some = M * Z >= _LONG and not many if nibbles else many and not rounded
+    roomy = lanes + values <= 256 and not (in_keys or mass)  # in registers and memory
+    keys = tile.keys or (128 if roomy and some else 64)
     if Z % 8 or max(Z, keys) % min(Z, keys) or keys % 64 or keys > 256:
         raise UnsupportedError(f"{Z=} keys in a page: a power of two, from 8; and {keys=}: 64s")
     groups = tile.groups or (2 if many and lanes + values <= 256 else 1)
@@ -185,7 +188,7 @@ def _shape(
     shared = _shared(-(-T // (groups * tokens)) * K * heads * splits) if sharing else 0
     factor, cap = (scale / soft_cap, soft_cap * LOG2E) if soft_cap else (scale * LOG2E, 0.0)
     part = min(Z, keys)
-    stacks, nibbles = (k_pages, v_pages), isinstance(k_pages, Int4Pages)
+    stacks = (k_pages, v_pages)
     owned = tuple(len(x.parts) for x in stacks if isinstance(x, Int8Pages | Int4Pages))
     shape = Shape(
         G, heads, tokens, groups, turns, apart, 0, splits, shared, part, Z // part, keys // part, M,

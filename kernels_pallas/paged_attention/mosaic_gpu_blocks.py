@@ -101,11 +101,11 @@ class Shape:
     @property
     def registers(self) -> tuple[int, int]:
         """Of a thread that brings, and of one that computes; 0: two warpgroups have enough as it
-        is."""
+        is. Masks take more where keys are sorted, or of several pages."""
         warpgroups = self.readers + self.bringers
         if warpgroups == 2:
             return 0, 0
-        few = 56 if self.ahead else 24
+        few = (40 if self.nibbles or self.count > 1 else 56) if self.ahead else 24
         left = registers(warpgroups) - self.bringers * few
         return few, min(248, left // self.readers // 8 * 8)
 

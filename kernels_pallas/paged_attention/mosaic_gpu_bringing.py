@@ -106,7 +106,7 @@ def bring(
             if shape.nibbles:
                 unpack(raw.at[at], block.at[slot])
             else:  # few registers are left
-                widen(raw.at[at], block.at[slot], 64 if shape.wide else 128)
+                widen(raw.at[at], block.at[slot], 64 if shape.wide or shape.keys > 64 else 128)
             plgpu.barrier_arrive(ready.at[slot])
         pl.when(step + shape.ahead < work.steps)(lambda: begin(step + shape.ahead))
 
@@ -137,18 +137,19 @@ def widen(raw: Any, block: Any, most: int) -> None:
 def unpack(raw: Any, block: Any) -> None:
     """Rows of four bits as bfloat16. Bitwise operations take four bytes at a time, shifts one."""
     rows, lanes = block.shape[0] // SORTED, math.gcd(raw.shape[1], 128)
+    n = min(rows, 32)
 
     @pl.loop(0, raw.shape[1] // lanes)
     def _(i: Array) -> None:
         at = pl.ds(i * lanes, lanes)
         for odd in range(2):
-            for some in range(0, rows, 16):
-                x = plgpu.layout_cast(raw[pl.ds(odd * rows + some, 16), at], _NIBBLES)
+            for some in range(0, rows, n):
+                x = plgpu.layout_cast(raw[pl.ds(odd * rows + some, n), at], _NIBBLES)
                 x = lax.bitcast_convert_type(x, jnp.int8)
                 low = ((x & 15) ^ 8).astype(block.dtype) - 8  # two's complement of four bits
                 high = (x & -16).astype(block.dtype) * (1 / 16)
                 for half, y in enumerate((low, high)):
-                    block[pl.ds((2 * odd + half) * rows + some, 16), at] = y
+                    block[pl.ds((2 * odd + half) * rows + some, n), at] = y
 
     plgpu.commit_smem()
 

@@ -183,47 +183,56 @@ def kernel(
 ) -> None:  # fmt: skip
     stacks, scales, (o_ref, lse_ref, *mass_refs), (scratch,) = by_kind(refs, shape)
     head, split, number = (lax.axis_index(name) for name in ("head", "split", "item"))
-    item, wg = Item(items), lax.axis_index("wg")
-    turn, tile = (wg, 0) if shape.turns > 1 else (0, wg)
-    mine = tile * shape.tokens  # the first of an item's tokens in these rows
-    rows, (few, many) = pl.ds(tile * ROWS, ROWS), shape.registers
+    item, (few, many) = Item(items), shape.registers
+
+    def bring_pages(caches: slice) -> None:
+        if few:
+            plgpu.set_max_registers(few, action="decrease")
+        work = Work.of(shape, window, item)
+        bring(work, shape, layer, tables, stacks, scales, scratch.ring, caches)
+
+    def compute() -> None:
+        if few:
+            plgpu.set_max_registers(many, action="increase")
+        wg, turn, tile = place(shape)
+        queries = q_ref.at[head, pl.ds(item.row(shape) + tile * ROWS, ROWS)]
+
+        @pl.when(turn == 0)
+        def _() -> None:
+            plgpu.copy_gmem_to_smem(queries, scratch.q.at[tile], scratch.arrived.at[tile])
+
+        plgpu.barrier_wait(scratch.arrived.at[tile])
+        masses = [x.at[number, head, :, pl.ds(tile * ROWS, ROWS)] for x in mass_refs]
+
+        def walk(state: Any, masked: bool) -> Any:
+            work = Work.of(shape, window, item)
+            attend = partial(
+                attended, item, window, work, tile, scratch, shape,
+                masked=masked, masses=masses, simulated=simulated,
+            )  # fmt: skip
+            return work.walk(attend, state, masked=masked, turn=turn, turns=shape.turns)
+
+        state = walk(nothing(shape), masked=True)
+        pl.when(wg == 1)(scratch.meet) if shape.apart else None  # and is half a block behind
+        value, top, total = walk(state, masked=False)
+        pl.when(wg == 0)(scratch.meet) if shape.apart else None
+        wg, _, tile = place(shape)  # anew: no register is left in which to keep it
+        scale, lse = normal(top, total, wg, scratch, shape)
+        value = [x * down(scale, x.shape) for x in value]
+        outs = lse_ref.at[split, number, head, pl.ds(tile * ROWS, ROWS)], o_ref.at[split, head]
+        hand_out(value, lse, item, wg, scratch, outs, shape, simulated=simulated)
 
     @pl.when(item.seqs >= 0)
     def _() -> None:
-        work = Work.of(shape, window, item)
-
-        def bring_pages(caches: slice) -> None:
-            if few:
-                plgpu.set_max_registers(few, action="decrease")
-            bring(work, shape, layer, tables, stacks, scales, scratch.ring, caches)
-
-        def compute() -> None:
-            if few:
-                plgpu.set_max_registers(many, action="increase")
-            queries = q_ref.at[head, pl.ds(item.row(shape) + tile * ROWS, ROWS)]
-
-            @pl.when(turn == 0)
-            def _() -> None:
-                plgpu.copy_gmem_to_smem(queries, scratch.q.at[tile], scratch.arrived.at[tile])
-
-            plgpu.barrier_wait(scratch.arrived.at[tile])
-            attend = partial(
-                attended, item, window, work, tile, scratch, shape,
-                masses=[x.at[number, head, :, rows] for x in mass_refs], simulated=simulated,
-            )  # fmt: skip
-            walk = partial(work.walk, turn=turn, turns=shape.turns)
-            state = walk(partial(attend, masked=True), nothing(shape), masked=True)
-            pl.when(wg == 1)(scratch.meet) if shape.apart else None  # and is half a block behind
-            value, top, total = walk(partial(attend, masked=False), state, masked=False)
-            pl.when(wg == 0)(scratch.meet) if shape.apart else None
-            scale, lse = normal(top, total, wg, scratch, shape)
-            value = [x * down(scale, x.shape) for x in value]
-            outs = lse_ref.at[split, number, head, rows], o_ref.at[split, head]
-            hand_out(value, lse, item, mine, wg, scratch, outs, shape, simulated=simulated)
-
         shares = [slice(i, i + 1) for i in range(2)] if shape.bringers > 1 else [slice(None)]
         roles = [compute, *(partial(bring_pages, caches) for caches in shares)]
-        lax.switch(jnp.maximum(wg - shape.readers + 1, 0), roles)
+        lax.switch(jnp.maximum(lax.axis_index("wg") - shape.readers + 1, 0), roles)
+
+
+def place(shape: Shape) -> tuple[Array, Any, Any]:
+    """Of a warpgroup that computes: its number, when it takes blocks, and its tile of rows."""
+    wg = lax.axis_index("wg")
+    return (wg, wg, 0) if shape.turns > 1 else (wg, 0, wg)
 
 
 def nothing(shape: Shape) -> tuple[Any, ...]:
@@ -301,7 +310,7 @@ def normal(
 
 
 def hand_out(
-    value: list[Array], lse: Array, item: Item, mine: Any, wg: Array, scratch: Scratch,
+    value: list[Array], lse: Array, item: Item, wg: Array, scratch: Scratch,
     outs: tuple[Any, Any], shape: Shape, *, simulated: bool,
 ) -> None:  # fmt: skip
     """Results to global memory; if two took turns, the second one's through the first one's hands.
@@ -311,6 +320,7 @@ def hand_out(
     """
     lse_ref, o_ref = outs
     at = 0 if shape.turns > 1 else wg
+    first = at * shape.tokens  # of the item's tokens, the first in these rows
 
     def put_lse() -> None:
         scratch.lse[at] = lse
@@ -324,14 +334,15 @@ def hand_out(
         for i, x in enumerate(columns):
             lanes = pl.ds(i * width, width)
             if add is not None:
-                x = x + versions.load_narrow(add.at[:, lanes], plgpu.Layout.WGMMA, simulated)
+                other = versions.load_narrow(add.at[:, lanes], plgpu.Layout.WGMMA, simulated)
+                x = x + other.astype(x.dtype)
             versions.store_narrow(to.at[:, lanes], x.astype(to.dtype))
         plgpu.commit_smem()
 
     def out(lanes: Any) -> None:
         for row in range(0, ROWS, 8):  # none without a token
 
-            @pl.when(item.position() + mine + row // shape.group < item.behind())
+            @pl.when(item.position() + first + row // shape.group < item.behind())
             def _(row: int = row) -> None:
                 there = pl.ds(item.row(shape) + at * ROWS + row, 8)
                 plgpu.copy_smem_to_gmem(scratch.o.at[at, pl.ds(row, 8)], o_ref.at[there, lanes])

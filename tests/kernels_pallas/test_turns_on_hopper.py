@@ -40,9 +40,15 @@ def stored(kind, step, pages):
     )
 
 
-TILES = {"turns": {"turns": 2}, "rows": {"groups": 2}}  # of blocks of keys, or at the matrix unit
+TILES = {  # of blocks of keys, or at the matrix unit
+    "turns": {"turns": 2},
+    "turns of 128": {"turns": 2, "keys": 128},
+    "rows": {"groups": 2},
+    "rows of 128": {"groups": 2, "keys": 128},
+}
 SIMULATED = [
     *itertools.product(["turns"], ["bfloat16", "int8", "static", "int4"], [0, 150]),
+    *itertools.product(["turns of 128", "rows of 128"], ["int8", "int4"], [150]),
     ("rows", "bfloat16", 150),
 ]
 
@@ -51,7 +57,7 @@ SIMULATED = [
 @pytest.mark.parametrize(("tile", "kind", "window"), SIMULATED)
 def test_turns_add_up_to_attention(tile, kind, window):
     """With a window, blocks at both ends of a row need a mask, and some lie between."""
-    new = (1, 2, 1) if tile == "turns" else (1, 20, 1)
+    new = (1, 2, 1) if "turns" in TILES[tile] else (1, 20, 1)
     step, pages = step_of(new, LENS, Z)
     q = jax.random.normal(jax.random.key(2), (sum(new), 4, H), jnp.bfloat16)
     args = (q, *stored(kind, step, pages), 0, jax.tree.map(jnp.asarray, step))
@@ -140,6 +146,23 @@ def _equations(jaxpr):
             yield from _equations(inner)
 
 
+@pytest.mark.parametrize(
+    ("kind", "new", "M", "keys"),
+    [("int4", 1, 16, 128), ("int4", 1, 8, 64), ("int4", 300, 16, 64), ("int8", 1, 16, 64),
+     ("bfloat16", 1, 16, 64), ("bfloat16", 300, 8, 128)],
+)  # fmt: skip
+def test_blocks_are_as_large_as_two_have_room(kind, new, M, keys):
+    """What a block costs beside its keys is shared by more of them."""
+    step, _ = step_of((new, 1), (M * 128, 1), 128)
+    q = jax.ShapeDtypeStruct((new + 1, 4, 128), jnp.bfloat16)
+    pages = jax.ShapeDtypeStruct((1, 2 * M + 1, 1, 128, 128), jnp.bfloat16)
+    if kind != "bfloat16":
+        pages = jax.eval_shape(lambda: pages_of(kind, jax.random.key(0), pages.shape))
+    shape = mosaic_gpu._shape(mosaic_gpu.GpuTile(), q, pages, pages, step, 128, False, 0.1, 0.0)
+    assert shape.keys == keys and shape.stages > 1
+    assert shape.turns == (1 if new > 1 else 2)
+
+
 def test_turns_are_of_one_tile_of_rows():
     step, _ = step_of((1, 1), (200, 1), Z)
     q = jax.ShapeDtypeStruct((2, 4, H), jnp.bfloat16)
@@ -158,6 +181,9 @@ FITTING = {  # kind, heads, lanes, new tokens, keys
     "narrow heads": ("bfloat16", 32, 64, 1, 4096),
     "a prompt": ("bfloat16", 32, 128, 512, 4096),
     "short, of eight bits": ("int8", 32, 128, 1, 128),
+    "eight bits": ("int8", 32, 128, 1, 4096),
+    "a prompt of eight bits": ("int8", 32, 128, 512, 4096),
+    "four bits": ("int4", 32, 128, 1, 4096),
     "wide heads of eight bits": ("int8", 16, 256, 1, 4096),
     "a prompt of four bits": ("int4", 32, 128, 512, 4096),
 }
