@@ -35,7 +35,7 @@ from kernels_pallas.paged_attention.codec import (
 )
 from kernels_pallas.paged_attention.mosaic_gpu_blocks import Shape
 from kernels_pallas.paged_attention.mosaic_gpu_items import held, most_items, plan
-from kernels_pallas.paged_attention.mosaic_gpu_kernel import HIDDEN, LOG2E, STORED, Scratch, kernel
+from kernels_pallas.paged_attention.mosaic_gpu_kernel import HIDDEN, LOG2E, Scratch, kernel
 from kernels_pallas.paged_attention.ragged import Ragged, owners
 from kernels_pallas.weight import Weight, as_array
 from kernels_pallas.wgmma import ROWS
@@ -169,8 +169,7 @@ def _shape(
     G, R, M = N // K // heads, *batch.tables.shape
     tokens, many = ROWS // G, T > 4 * R and not in_keys  # prompts: two groups of rows share keys
     rounded = isinstance(k_pages, QuantizedPages)
-    nibbles = isinstance(k_pages, Int4Pages)
-    some = M * Z >= _LONG and not many if nibbles else many and not rounded
+    some = M * Z >= _LONG and not many if rounded else many
     roomy = lanes + values <= 256 and not (in_keys or mass)  # in registers and memory
     keys = tile.keys or (128 if roomy and some else 64)
     if Z % 8 or max(Z, keys) % min(Z, keys) or keys % 64 or keys > 256:
@@ -188,7 +187,7 @@ def _shape(
     shared = _shared(-(-T // (groups * tokens)) * K * heads * splits) if sharing else 0
     factor, cap = (scale / soft_cap, soft_cap * LOG2E) if soft_cap else (scale * LOG2E, 0.0)
     part = min(Z, keys)
-    stacks = (k_pages, v_pages)
+    stacks, nibbles = (k_pages, v_pages), isinstance(k_pages, Int4Pages)
     owned = tuple(len(x.parts) for x in stacks if isinstance(x, Int8Pages | Int4Pages))
     shape = Shape(
         G, heads, tokens, groups, turns, apart, 0, splits, shared, part, Z // part, keys // part, M,
@@ -255,7 +254,7 @@ def _with_depths(shape: Shape, wanted: int, rounded: bool) -> Shape:
     """With blocks that are multiplied or wait for it, and blocks of eight or four bits on their
     way. A slot is of one turn: a barrier that one warpgroup waits for, and then another, tells
     the second of blocks that are long gone."""
-    each = 2 * shape.weights * shape.keys + 4 if shape.wide else (4 * STORED + 12) * shape.turns
+    each = 2 * shape.weights * shape.keys + 4 if shape.wide else 128 + 4 + 8 * shape.turns
     barriers = 2048 if shape.wide else 3072  # and room between arrays
     fixed = shape.groups * ROWS * (2 * shape.lanes + each) + barriers
     width = sum(shape.widths)

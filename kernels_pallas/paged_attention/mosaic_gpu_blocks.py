@@ -101,11 +101,11 @@ class Shape:
     @property
     def registers(self) -> tuple[int, int]:
         """Of a thread that brings, and of one that computes; 0: two warpgroups have enough as it
-        is. Masks take more where keys are sorted, or of several pages."""
+        is. Masks take more where keys are sorted."""
         warpgroups = self.readers + self.bringers
         if warpgroups == 2:
             return 0, 0
-        few = (40 if self.nibbles or self.count > 1 else 56) if self.ahead else 24
+        few = (40 if self.nibbles else 48) if self.ahead else 24
         left = registers(warpgroups) - self.bringers * few
         return few, min(248, left // self.readers // 8 * 8)
 
@@ -153,6 +153,11 @@ class Shape:
         """The type of outputs. Shares of wide rows are written and read as often as many keys in
         four bits, whose own rounding is ninety times that of bfloat16."""
         return jnp.bfloat16 if self.nibbles and self.splits > 1 else jnp.float32
+
+    @property
+    def stored(self) -> int:
+        """Lanes of outputs that are turned over to a copy at a time: 128 bytes of a row."""
+        return 128 // jnp.dtype(self.said).itemsize
 
     def shares(self, first: int, end: int, widest: int) -> list[tuple[int, int, int]]:
         """Lanes of values as products take them: (first lane, lanes, the part that they are of)."""

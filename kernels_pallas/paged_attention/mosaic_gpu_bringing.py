@@ -106,7 +106,7 @@ def bring(
             if shape.nibbles:
                 unpack(raw.at[at], block.at[slot])
             else:  # few registers are left
-                widen(raw.at[at], block.at[slot], 64 if shape.wide or shape.keys > 64 else 128)
+                widen(raw.at[at], block.at[slot], 64 if shape.wide else 128)
             plgpu.barrier_arrive(ready.at[slot])
         pl.when(step + shape.ahead < work.steps)(lambda: begin(step + shape.ahead))
 

@@ -23,7 +23,6 @@ from kernels_pallas.wgmma import ROWS, across, add_products, down, product, with
 TINY = 1e-37
 HIDDEN = -1e30  # finite: a row that has seen nothing yet must not become NaN
 LOG2E = math.log2(math.e)
-STORED = 64  # lanes that are turned over to a copy at a time
 WIDEST = 128  # lanes of a product: more fill the registers
 
 
@@ -147,7 +146,7 @@ class Scratch(NamedTuple):
 
     Attributes:
         q: [groups, rows, lanes], brought once; `arrived`, a barrier each, says so.
-        o: [readers, rows, STORED], on their way out or to another warpgroup; lse: [groups, rows].
+        o: [groups, rows, stored], on their way out or to another warpgroup; lse: [groups, rows].
         told: the highest product and the sum [readers, 2, rows] of those that take turns.
         met: where warpgroups that compute wait for each other.
     """
@@ -164,7 +163,7 @@ class Scratch(NamedTuple):
     def of(cls, shape: Shape) -> Scratch:
         return cls(
             plgpu.SMEM((shape.groups, ROWS, shape.lanes), jnp.bfloat16),
-            plgpu.SMEM((shape.readers, ROWS, STORED), shape.said),
+            plgpu.SMEM((shape.groups, ROWS, shape.stored), shape.said),
             plgpu.SMEM((shape.groups, ROWS), jnp.float32),
             plgpu.SMEM((shape.readers, 2, ROWS), jnp.float32),
             plgpu.Barrier(num_barriers=shape.groups),
@@ -329,14 +328,14 @@ def hand_out(
 
     pl.when(wg == 0)(put_lse) if shape.turns > 1 else put_lse()
 
-    def put(columns: list[Array], to: Any, add: Any) -> None:
-        width = STORED // len(columns)
+    def put(columns: list[Array], *, adds: bool) -> None:
+        width = shape.stored // len(columns)
         for i, x in enumerate(columns):
-            lanes = pl.ds(i * width, width)
-            if add is not None:
-                other = versions.load_narrow(add.at[:, lanes], plgpu.Layout.WGMMA, simulated)
+            some = scratch.o.at[at, :, pl.ds(i * width, width)]
+            if adds:
+                other = versions.load_narrow(some, plgpu.Layout.WGMMA, simulated)
                 x = x + other.astype(x.dtype)
-            versions.store_narrow(to.at[:, lanes], x.astype(to.dtype))
+            versions.store_narrow(some, x.astype(some.dtype))
         plgpu.commit_smem()
 
     def out(lanes: Any) -> None:
@@ -347,25 +346,25 @@ def hand_out(
                 there = pl.ds(item.row(shape) + at * ROWS + row, 8)
                 plgpu.copy_smem_to_gmem(scratch.o.at[at, pl.ds(row, 8)], o_ref.at[there, lanes])
 
-        last = lanes.start + STORED == shape.values
+        last = lanes.start + shape.stored == shape.values
         plgpu.wait_smem_to_gmem(0, wait_read_only=not last)
 
     shares = shape.shares(0, shape.values, WIDEST)
     for x, (start, n, part) in zip(value, shares, strict=True):
-        columns = pieces(x, part, STORED, shape)
-        count = len(columns) * STORED // n
+        columns = pieces(x, part, shape.stored, shape)
+        count = len(columns) * shape.stored // n
         for i in range(0, len(columns), count):
-            some, lanes = columns[i : i + count], pl.ds(start + i * n // len(columns), STORED)
+            some, lanes = columns[i : i + count], pl.ds(start + i * n // len(columns), shape.stored)
             if shape.turns == 1:
-                put(some, scratch.o.at[at], None)
+                put(some, adds=False)
                 out(lanes)
                 continue
-            pl.when(wg == 1)(partial(put, some, scratch.o.at[1], None))
+            pl.when(wg == 1)(partial(put, some, adds=False))
             scratch.meet()
 
             @pl.when(wg == 0)
             def _(some: Any = some, lanes: Any = lanes) -> None:
-                put(some, scratch.o.at[0], scratch.o.at[1])
+                put(some, adds=True)
                 out(lanes)
 
             scratch.meet()

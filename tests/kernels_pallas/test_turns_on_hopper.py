@@ -80,8 +80,9 @@ def test_decode_steps_are_attended_in_turns(prompts, M, turns):
 
 
 WIDE = {  # lanes of keys and of values, tile, turns
-    "more keys at a time": (128, 128, {"keys": 128}, 1),
-    "wide keys": (320, 128, {}, 1),
+    "more keys at a time": (128, 128, {"keys": 128}, 2),
+    "as many as there is room for": (128, 128, {"keys": 256}, 1),
+    "wide keys": (448, 128, {}, 1),
     "as wide as two turns have room for": (256, 128, {}, 2),
 }
 
@@ -96,8 +97,8 @@ def test_turns_share_no_slot(name):
 
 
 def test_turns_that_were_asked_for_must_have_room():
-    with pytest.raises(UnsupportedError, match=r"2 \+ 2 in eight bits of blocks of 64 keys of 320"):
-        _shape_of_rounded(320, 128, mosaic_gpu.GpuTile(turns=2))
+    with pytest.raises(UnsupportedError, match=r"2 \+ 2 in eight bits of blocks of 64 keys of 448"):
+        _shape_of_rounded(448, 128, mosaic_gpu.GpuTile(turns=2))
 
 
 def _shape_of_rounded(lanes, values, tile):
@@ -148,7 +149,7 @@ def _equations(jaxpr):
 
 @pytest.mark.parametrize(
     ("kind", "new", "M", "keys"),
-    [("int4", 1, 16, 128), ("int4", 1, 8, 64), ("int4", 300, 16, 64), ("int8", 1, 16, 64),
+    [("int4", 1, 16, 128), ("int4", 1, 8, 64), ("int4", 300, 16, 64), ("int8", 1, 16, 128),
      ("bfloat16", 1, 16, 64), ("bfloat16", 300, 8, 128)],
 )  # fmt: skip
 def test_blocks_are_as_large_as_two_have_room(kind, new, M, keys):
