@@ -1,0 +1,55 @@
+"""Kernels for Hopper executed as what they are compiled to, wherever they are called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from kernels_pallas.paged_attention import (
+    mosaic_gpu_int4_writing,
+    mosaic_gpu_int8_writing,
+    mosaic_gpu_writing,
+)
+from tests.kernels_pallas.hopper import host, launch
+from tests.kernels_pallas.hopper.memory import Findings
+
+_WRITING = (mosaic_gpu_writing, mosaic_gpu_int8_writing, mosaic_gpu_int4_writing)
+
+Changed = Callable[[launch.Compiled], launch.Compiled]
+
+
+@contextmanager
+def executing(changed: Changed = lambda kernel: kernel, seed: int = 0) -> Iterator[Findings]:
+    """Kernels that are called meanwhile are compiled, changed and executed; what was wrong.
+
+    Args:
+        seed: of the order in which warpgroups and copies go on, and of what nobody has written.
+    """
+    findings = Findings()
+
+    def run(function: Callable[..., Any], *operands: Any) -> Any:
+        try:
+            found, wrong = launch.executed(function, *operands, changed=changed, seed=seed)
+        except host.UnreadableError as error:
+            pytest.skip(f"what this release of JAX launches cannot be read: {error}")
+        findings.update(wrong)
+        return found
+
+    kernel = plgpu.kernel
+    with ExitStack() as stack:
+        made = lambda *args, **options: partial(run, kernel(*args, **options))  # noqa: E731
+        stack.enter_context(mock.patch.object(plgpu, "kernel", made))
+        for module in _WRITING:  # these return arrays that they were given, which a jit must make
+            stack.enter_context(mock.patch.object(module, "_launch", _launched(module, run)))
+        yield findings
+
+
+def _launched(module: Any, run: Callable[..., Any]) -> Callable[..., Any]:
+    whole = module._launch
+    return lambda *operands, **options: run(partial(whole, **options), *operands)

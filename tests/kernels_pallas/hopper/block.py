@@ -1,0 +1,121 @@
+"""What the warpgroups of a block of threads share: memories, barriers, registers and copies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from tests.kernels_pallas.hopper.memory import (
+    PARAMETER,
+    PARAMETERS,
+    Descriptor,
+    FaultError,
+    Findings,
+    Global,
+    Shared,
+)
+
+_REGISTERS = 1 << 16  # of a core
+
+
+class Barrier:
+    """An mbarrier (9.7.13.15): a phase is over when all have arrived, and all bytes have."""
+
+    def __init__(self, arrivals: int) -> None:
+        self._arrivals = self._awaited = arrivals
+        self._bytes = self.phase = 0
+
+    def arrive(self, count: int) -> None:
+        if count > self._awaited:
+            raise FaultError(f"{count} arrive at a barrier that waits for {self._awaited}")
+        self._awaited -= count
+        self._turn()
+
+    def expect(self, count: int) -> None:
+        self._bytes += count
+
+    def bring(self, count: int) -> None:
+        self._bytes -= count
+        self._turn()
+
+    def passed(self, parity: int) -> bool:
+        """Whether the phase of that parity is over: the one that goes on has the other parity."""
+        return self.phase != parity
+
+    def _turn(self) -> None:
+        if not (self._awaited or self._bytes):
+            self.phase ^= 1
+            self._awaited = self._arrivals
+
+    def __str__(self) -> str:
+        return f"phase {self.phase}, {self._awaited} arrivals and {self._bytes} bytes short"
+
+
+class Pool:
+    """Registers of threads (setmaxnreg, 9.7.20.5), of which each is launched with equally many."""
+
+    def __init__(self, threads: int) -> None:
+        self.each = min(_REGISTERS // threads // 8 * 8, 255)
+        self.left = 0
+
+    def change(self, held: int, wanted: int) -> bool:
+        """Whether a warpgroup has them now; if not, it must wait for others to give some back."""
+        if wanted - held > self.left:
+            return False
+        self.left -= wanted - held
+        return True
+
+
+@dataclass(frozen=True)
+class Copy:
+    """One that goes on by itself. `run` may be called again, and does nothing then."""
+
+    what: str
+    _act: Callable[[], None]
+    _done: list[bool] = field(default_factory=list)
+
+    @property
+    def done(self) -> bool:
+        return bool(self._done)
+
+    def run(self) -> None:
+        if not self._done:
+            self._done.append(True)
+            self._act()
+
+
+@dataclass
+class Block:
+    """A block of threads.
+
+    Attributes:
+        index: x, y and z in the grid.
+        parameters: addresses of arrays; None for the one that holds descriptors.
+        copies: that have been asked for; they run at any time.
+        arrived: warpgroups that have come to barrier 0, ever.
+    """
+
+    index: tuple[int, int, int]
+    warpgroups: int
+    memory: Global
+    shared: Shared
+    parameters: Sequence[int | None]
+    descriptors: Sequence[Descriptor]
+    pool: Pool
+    findings: Findings
+    barriers: dict[int, Barrier] = field(default_factory=dict)
+    copies: list[Copy] = field(default_factory=list)
+    arrived: int = 0
+
+    def barrier(self, address: int) -> Barrier:
+        if address not in self.barriers:
+            raise FaultError(f"no mbarrier at {address:#x}: {sorted(self.barriers)}")
+        return self.barriers[address]
+
+    def descriptor(self, address: int) -> Descriptor:
+        """By the address of a parameter, in which one lies each 128 bytes."""
+        number, offset = divmod(address - PARAMETERS, PARAMETER)
+        there = 0 <= number < len(self.parameters) and self.parameters[number] is None
+        if not there or offset % 128 or offset // 128 >= len(self.descriptors):
+            raise FaultError(f"no descriptor at {address:#x}")
+        return self.descriptors[offset // 128]
