@@ -88,44 +88,28 @@ class _Host:
         self.values = dict[str, object]()
         self.tensors = list[Tensor]()
         self.grid: Grid | None = None
-        self._known: list[tuple[re.Pattern[str], Callable[..., None]]] = [
-            (re.compile(pattern), function)
-            for pattern, function in (
-                (r"(%\w+) = llvm\.mlir\.constant\((-?\d+) :", self._constant),
-                (r"(%\w+) = llvm\.getelementptr (%\w+)\[(\d+)\] ", self._step),
-                (r"(%\w+) = llvm\.load (%\w+) :", self._load),
-                (r"(%\w+) = llvm\.alloca ", self._allocate),
-                (r"llvm\.store (%\w+), (%\w+) :", self._store),
-                (r"(%\w+) = llvm\.insertvalue (%\w+), %\w+\[1\]", self._same),
-                (r"(%\w+) = llvm\.insertvalue %\w+, (%\w+)\[", self._same),
-                (r"(%\w+) = memref\.reinterpret_cast (%\w+) to offset: \[0\]", self._same),
-                (r"(%\w+) = memref\.transpose (%\w+) ", self._same),
-                (r"(%\w+) = builtin\.unrealized_conversion_cast (%\w+) :", self._same),
-                (r"(%\w+) = llvm\.inttoptr (%\w+) :", self._same),
-                (r"(%\w+) = memref\.extract_aligned_pointer_as_index (%\w+) : (.*)", self._typed),
-                (r"call @mosaic_gpu_init_tma_desc\(([^)]*)\)", self._describe),
-                (r"gpu\.launch_func .*?blocks in \((.*?)\) threads in \((.*?)\).*"
-                 r"dynamic_shared_memory_size (%\w+) args\((.*)\)", self._launch),
-            )
-        ]  # fmt: skip
+        self._listed = ""  # the argument that lists arrays
 
     def execute(self, line: str) -> None:
-        for pattern, function in self._known:
+        for pattern, function in _KNOWN:
             if found := pattern.search(line):
-                function(*found.groups())
+                function(self, *found.groups())
                 return
+
+    def _begin(self, listed: str) -> None:
+        self._listed = listed
 
     def _constant(self, name: str, value: str) -> None:
         self.values[name] = int(value)
 
     def _step(self, name: str, base: str, index: str) -> None:
-        if base == "%arg1":
+        if base == self._listed:
             self.values[name] = _Place(None, int(index))
         elif isinstance(numbers := self.values[base], _Numbers):
             self.values[name] = _Place(numbers, int(index))
 
     def _load(self, name: str, base: str) -> None:
-        place = _Place(None, 0) if base == "%arg1" else self.values[base]
+        place = _Place(None, 0) if base == self._listed else self.values[base]
         listed = isinstance(place, _Place) and place.of is None
         self.values[name] = _Array(place.index) if listed else None
 
@@ -137,12 +121,21 @@ class _Host:
         at = _Place(at, 0) if isinstance(at, _Numbers) else at
         at.of.there[at.index] = self.values[value]
 
+    def _put(self, value: str, numbers: str, index: str) -> None:
+        self.values[numbers].there[self.values[index]] = self.values[value]
+
     def _same(self, name: str, of: str) -> None:
         self.values[name] = self.values.get(of)
 
     def _typed(self, name: str, of: str, kind: str) -> None:
-        bits = re.match(r"memref<(?:\d+x)*[a-z]+(\d+)", kind)[1]
-        self.values[name] = replace(self.values[of], item=int(bits) // 8)
+        """A reference, of whose type the bits of an element are wanted."""
+        if "offset" in kind:
+            raise UnreadableError(f"memref<{kind} begins within an array")
+        value = self.values[of]
+        if isinstance(value, _Array):
+            bits = re.match(r"(?:\d+x)*[a-z]+(\d+)", kind)[1]
+            value = replace(value, item=int(bits) // 8)
+        self.values[name] = value
 
     def _describe(self, operands: str) -> None:
         _, array, _, rank, sizes, strides, swizzle, box = (
@@ -163,3 +156,33 @@ class _Host:
         if arrays.count(None) > 1:
             raise UnreadableError(f"{arrays.count(None)} parameters are no arrays")
         self.grid = Grid(blocks, threads[0], self.values[shared], arrays)
+
+
+_KNOWN: list[tuple[re.Pattern[str], Callable[..., None]]] = [
+    (re.compile(pattern), function)
+    for pattern, function in (
+        # of two arguments the second one lists arrays
+        (r"func\.func @\w+_mosaic_gpu\(%\w+: !llvm\.ptr.*?, (%\w+): !llvm\.ptr", _Host._begin),
+        (r"(%\w+) = llvm\.mlir\.constant\((-?\d+) :", _Host._constant),
+        (r"(%\w+) = llvm\.getelementptr (%\w+)\[(\d+)\] ", _Host._step),
+        (r"(%\w+) = llvm\.load (%\w+) :", _Host._load),
+        (r"(%\w+) = llvm\.alloca ", _Host._allocate),
+        (r"llvm\.store (%\w+), (%\w+) :", _Host._store),
+        (r"(%\w+) = memref\.alloca\(\)", _Host._allocate),
+        (r"memref\.store (%\w+), (%\w+)\[(%\w+)\]", _Host._put),
+        (r"(%\w+) = llvm\.insertvalue (%\w+), %\w+\[1\]", _Host._same),
+        (r"(%\w+) = llvm\.insertvalue %\w+, (%\w+)\[", _Host._same),
+        (r"(%\w+) = memref\.reinterpret_cast (%\w+) to offset: \[0\]", _Host._same),
+        (r"(%\w+) = memref\.transpose (%\w+) ", _Host._same),
+        (r"(%\w+) = builtin\.unrealized_conversion_cast (%\w+) : memref<(\S+)", _Host._typed),
+        (r"(%\w+) = builtin\.unrealized_conversion_cast (%\w+) :", _Host._same),
+        (r"(%\w+) = llvm\.extractvalue (%\w+)\[1\]", _Host._same),
+        (r"(%\w+) = llvm\.ptrtoint (%\w+) :", _Host._same),
+        (r"(%\w+) = llvm\.add (%\w+), %\w+ :", _Host._same),  # of an offset of 0
+        (r"(%\w+) = llvm\.inttoptr (%\w+) :", _Host._same),
+        (r"(%\w+) = memref\.extract_aligned\w+ (%\w+) : memref<(\S+)", _Host._typed),
+        (r"call @mosaic_gpu_init_tma_desc\(([^)]*)\)", _Host._describe),
+        (r"gpu\.launch_func .*?blocks in \((.*?)\) threads in \((.*?)\).*"
+         r"dynamic_shared_memory_size (%\w+) args\((.*)\)", _Host._launch),
+    )
+]  # fmt: skip

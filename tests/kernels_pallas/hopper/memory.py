@@ -23,7 +23,7 @@ Findings = Counter[str]
 """What is wrong, and how often it was seen."""
 
 
-UNWRITTEN = "ld reads shared memory that nobody has written"
+UNWRITTEN = "a load reads shared memory that nobody has written"
 """A finding that need not be one: a kernel may drop what it has read."""
 
 
@@ -92,7 +92,7 @@ class Shared:
         lined_up(at, size, who)
         index = self._index(at, size, who)
         if not self._written[index].all():
-            self._findings[f"{who} reads shared memory that nobody has written"] += 1
+            self._findings[UNWRITTEN] += 1
         return self._bytes[index]
 
     def store(self, at: Addresses, values: Bytes, warpgroup: int, who: str) -> None:

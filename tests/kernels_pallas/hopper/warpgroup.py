@@ -109,6 +109,8 @@ class Warpgroup:
             found = self._register(operand.name)
             if found.dtype.itemsize > dtype.itemsize:
                 found = found.astype(f"u{dtype.itemsize}")
+            if found.dtype.itemsize < dtype.itemsize:
+                raise FaultError(f"{operand.name} holds {found.dtype}, and is taken for {dtype}")
             found = found if found.dtype == dtype else found.view(dtype)
             return ~found if operand.negated else found
         if isinstance(operand, Immediate):
@@ -125,13 +127,16 @@ class Warpgroup:
         return self.registers[name]
 
     def write(self, operand: Operand, values: Lanes) -> None:
-        """Lanes that the mask leaves out keep what they had."""
+        """Lanes that the mask leaves out keep what they had. Integers are extended to the register,
+        as ld and cvt do."""
         assert isinstance(operand, Register)
         if operand.name == "_":
             return
         self._touched(operand.name)
-        if values.dtype.itemsize == 1 and values.dtype != bool:
-            values = values.astype(f"{values.dtype.kind}2")  # no register is narrower
+        if values.dtype.kind in "iu" and values.dtype.itemsize < (
+            n := _width(operand.name).itemsize
+        ):
+            values = values.astype(f"{values.dtype.kind}{n}")
         if values.dtype.kind not in "ub":
             values = np.ascontiguousarray(values).view(f"u{values.dtype.itemsize}")
         if self.mask is not ALL and not self.mask.all():
@@ -183,6 +188,7 @@ def _constant(value: int, dtype: np.dtype[Any]) -> Lanes:
     return np.full(LANES, bits, f"u{dtype.itemsize}").view(dtype)
 
 
+@cache
 def _width(name: str) -> np.dtype[Any]:
     """Of a register, by its name."""
     kinds = {"p": np.dtype(bool), "rs": U16, "r": U32, "rd": U64}
