@@ -105,7 +105,7 @@ def test_attention_over_pages(name):
 @pytest.mark.parametrize(("tile", "kind", "window"), turns.SIMULATED)
 def test_warpgroups_take_turns(tile, kind, window):
     """What nobody has written is NaN."""
-    new = (1, 2, 1) if tile == "turns" else (1, 20, 1)
+    new = (1, 2, 1) if "turns" in turns.TILES[tile] else (1, 20, 1)
     step, pages = step_of(new, turns.LENS, turns.Z)
     q = jax.random.normal(jax.random.key(2), (sum(new), 4, turns.H), jnp.bfloat16)
     args = (q, *turns.stored(kind, step, pages), 0, jax.tree.map(jnp.asarray, step))
