@@ -254,6 +254,7 @@ def _with_depths(shape: Shape, wanted: int, rounded: bool) -> Shape:
     """With blocks that are multiplied or wait for it, and blocks of eight or four bits on their
     way. A slot is of one turn: a barrier that one warpgroup waits for, and then another, tells
     the second of blocks that are long gone."""
+    # of a row: weights, or outputs on their way and `Scratch.told`; and lse, or what it shrinks by
     each = 2 * shape.weights * shape.keys + 4 if shape.wide else 128 + 4 + 8 * shape.turns
     barriers = 2048 if shape.wide else 3072  # and room between arrays
     fixed = shape.groups * ROWS * (2 * shape.lanes + each) + barriers

@@ -137,7 +137,7 @@ def widen(raw: Any, block: Any, most: int) -> None:
 def unpack(raw: Any, block: Any) -> None:
     """Rows of four bits as bfloat16. Bitwise operations take four bytes at a time, shifts one."""
     rows, lanes = block.shape[0] // SORTED, math.gcd(raw.shape[1], 128)
-    n = min(rows, 32)
+    n = math.gcd(rows, 32)
 
     @pl.loop(0, raw.shape[1] // lanes)
     def _(i: Array) -> None:
