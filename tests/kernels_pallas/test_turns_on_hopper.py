@@ -43,12 +43,14 @@ def stored(kind, step, pages):
 TILES = {  # of blocks of keys, or at the matrix unit
     "turns": {"turns": 2},
     "turns of 128": {"turns": 2, "keys": 128},
+    "one of 192": {"turns": 1, "keys": 192},
     "rows": {"groups": 2},
     "rows of 128": {"groups": 2, "keys": 128},
 }
 SIMULATED = [
     *itertools.product(["turns"], ["bfloat16", "int8", "static", "int4"], [0, 150]),
     *itertools.product(["turns of 128", "rows of 128"], ["int8", "int4"], [150]),
+    ("one of 192", "int4", 150),
     ("rows", "bfloat16", 150),
 ]
 
