@@ -3,17 +3,35 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
+from kernels_pallas.op import UnsupportedError
+
 ALIGNED_FLOATS = 32
 """Of shared memory on Hopper: a copy of a tensor begins at a multiple of 128 bytes."""
 
+SHARED_BYTES = 227 * 1024 - 512
+"""Of shared memory that arrays of a block of threads may take on Hopper; barriers take the rest."""
+
 _FAR = 2**20  # steps: more than there are
+
+
+def fit(arrays: Iterable[int], what: str) -> None:
+    """Sees to it that arrays, of so many bytes each, fit into shared memory.
+
+    Raises:
+        UnsupportedError: they need more than `SHARED_BYTES`.
+    """
+    needed = sum(-(-size // 1024) * 1024 for size in arrays)  # where Mosaic has the next one begin
+    if needed > SHARED_BYTES:
+        raise UnsupportedError(
+            f"{what} need {needed} bytes of shared memory, and {SHARED_BYTES} are there"
+        )
 
 
 def divisor(size: int, limit: int, unit: int) -> int:

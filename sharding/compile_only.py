@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ _ENVIRONMENT = {
     "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",  # no CUDA libraries are installed
 }
 
+_TARGET = re.compile(r"h200:\d+x\d+x\d+|(?!h200)\w+:\d+(x\d+)*")
+
 
 class AbsentCompilerError(RuntimeError):
     """The compiler for a target is not installed."""
@@ -41,6 +44,7 @@ def mesh(target: str, shape: Sequence[int] = (1,), names: Sequence[str] = ("x",)
 
     Raises:
         AbsentCompilerError: the extra `aot` is not installed, or not of the right release.
+        ValueError: a target of another form, or a mesh larger than it.
     """
     there = np.array(devices(target))
     count = int(np.prod(shape))
@@ -53,13 +57,18 @@ def devices(target: str) -> tuple[Any, ...]:
     """All devices of a target, in the compiler's order.
 
     Raises:
-        AbsentCompilerError: as `mesh` does.
+        AbsentCompilerError, ValueError: as `mesh` does.
     """
     return tuple(_topology(target).devices)
 
 
 @functools.cache
 def _topology(target: str):
+    if not _TARGET.fullmatch(target):
+        raise ValueError(
+            f"{target=}: expected a TPU and its slice, as v6e:8x8, or slices, hosts and GPUs, as "
+            f"h200:1x1x8"
+        )
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     kind, _, extent = target.partition(":")

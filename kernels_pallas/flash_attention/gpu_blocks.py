@@ -19,12 +19,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.flash_attention.reference import last_queries
 from kernels_pallas.op import UnsupportedError, tried
+from kernels_pallas.tiling import fit
 from kernels_pallas.wgmma import ROWS
 
 LOG2E = math.log2(math.e)
 GROUPS = 2  # that compute
 BLOCK = ROWS * GROUPS
-_SHARED = 224 * 1024  # bytes of shared memory that tiles of a block may take
 
 
 @dataclass(frozen=True)
@@ -216,9 +216,8 @@ def run(kernel: Any, operands: Sequence[Any], out: Any, grid: dict[str, int], sc
         interpret: Any, name: str) -> Any:  # fmt: skip
     """Starts a kernel of two warpgroups that compute and one that brings."""
     tiles = [x for x in scratch if not isinstance(x, plgpu.Barrier)]
-    taken = sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in tiles)
-    if taken > _SHARED:
-        raise UnsupportedError(f"tiles take {taken} bytes of shared memory, which has {_SHARED}")
+    taken = [math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in tiles]
+    fit(taken, "tiles")
     return plgpu.kernel(
         kernel,
         out_type=out,
@@ -228,7 +227,9 @@ def run(kernel: Any, operands: Sequence[Any], out: Any, grid: dict[str, int], sc
         thread_name="wg",
         scratch_types=scratch,
         compiler_params=plgpu.CompilerParams(
-            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
+            approx_math=True,
+            reduction_scratch_bytes=0,  # sums of rows are a warp's own
+            lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
         ),
         interpret=interpret,
         kernel_name=name,

@@ -21,11 +21,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from kernels_pallas.grouped_matmul.reference import check
 from kernels_pallas.grouped_matmul.visits import blocks
 from kernels_pallas.op import UnsupportedError, tried
-from kernels_pallas.tiling import ALIGNED_FLOATS
+from kernels_pallas.tiling import ALIGNED_FLOATS, fit
 
 _LINE = 128  # bytes of K that a swizzled row of shared memory holds
 _TURNED = 64  # tokens that are turned and stored at a time
-_SHARED = 224 * 1024  # bytes of shared memory of a core that tiles may take
+_SHARED = 224 * 1024  # bytes of shared memory of a core that default tiles take
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,13 @@ class Tile:
         kept = warpgroups * (rows * (2 * _TURNED * out_bytes + 8) + 4 * tokens)
         stages = (_SHARED // (1 if many else 2) - kept) // (depth * (warpgroups * rows + tokens))
         return cls(tokens, warpgroups, rows, depth, max(2, min(8, stages)))
+
+    def shared(self, out_bytes: int) -> tuple[int, ...]:
+        """Bytes of arrays in shared memory."""
+        stage = self.bytes * (self.rows * self.warpgroups + self.tokens)
+        turned, scales = _TURNED * self.rows * out_bytes, 4 * max(self.tokens, ALIGNED_FLOATS)
+        of_each = turned, turned, scales, 4 * self.rows
+        return stage * self.stages, *(self.warpgroups * n for n in of_each)
 
 
 def _kernel(group_ref, start_ref, size_ref, layer_ref, x_ref, w_ref, *refs, tile: Tile, E: int):
@@ -167,6 +174,7 @@ def gpu(
     if row_bytes % tile.bytes or N % cols:
         depth = tile.bytes // x.dtype.itemsize
         raise UnsupportedError(f"{K=} must be a multiple of {depth}, and {N=} of {cols}")
+    fit(tile.shared(out_bytes), f"{tile}")
     padding = max(-M % 8, tile.tokens - M)
     scales, total = [], M + padding
     if x_scale is not None and w_scale is not None:

@@ -20,10 +20,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from kernels_pallas.int8_matmul.reference import check
 from kernels_pallas.linear import GATES
 from kernels_pallas.op import UnsupportedError, tried
-from kernels_pallas.tiling import ALIGNED_FLOATS
+from kernels_pallas.tiling import ALIGNED_FLOATS, fit
 
 _LINE = 128  # bytes of K that a swizzled row of shared memory holds
-_SHARED = 224 * 1024  # bytes of shared memory of a core that tiles may take
+_SHARED = 224 * 1024  # bytes of shared memory of a core that default tiles take
 _CORES = 132
 _STORED = 64  # tokens that are turned and stored at a time
 
@@ -54,6 +54,13 @@ class Tile:
         kept = warpgroups * 64 * (4 * min(tokens, _STORED) + 16) + 4 * tokens
         stages = (_SHARED // (1 + crowded) - kept) // stage
         return cls(tokens, warpgroups, depth, max(2, min(8, stages)))
+
+    def shared(self, K: int, out_bytes: int, gated: bool, per_row: int) -> tuple[int, ...]:
+        """Bytes of arrays in shared memory, with so many numbers for each row of w."""
+        stage = self.depth * (64 * self.warpgroups * (1 + gated) + self.tokens)
+        turned, scales = min(self.tokens, _STORED) * out_bytes, 4 * max(self.tokens, ALIGNED_FLOATS)
+        of_each = 64 * turned, scales, 4 * 64 * per_row
+        return stage * min(self.stages, K // self.depth), *(self.warpgroups * n for n in of_each)
 
 
 def _kernel(
@@ -151,6 +158,7 @@ def gpu(
     weights: list[Any] = [w, up][: 1 + gated]
     scales: list[Any] = [w_scale, up_scale][: 1 + gated]
     per_row = [*scales, *([] if bias is None else [bias.astype(jnp.float32)])]
+    fit(tile.shared(K, jnp.dtype(out_dtype).itemsize, gated, len(per_row)), f"{tile}")
     if layer is None:
         layer, weights, per_row = 0, [w[None] for w in weights], [s[None] for s in per_row]
     threads = {"num_threads": tile.warpgroups + 1, "thread_name": "wg"}

@@ -29,12 +29,12 @@ from kernels_pallas import versions
 from kernels_pallas.op import UnsupportedError
 from kernels_pallas.paged_attention.codec import Int4Pages, block_of
 from kernels_pallas.paged_attention.ragged import Ragged, owners
+from kernels_pallas.tiling import fit
 
 _ROWS = 64  # tokens: rows of a tile of registers
 _OWN = _ROWS - 1  # of a block of threads
 _SPARE = 8  # rows behind those of tokens, since each looks at the one behind it
 _LINE = 128  # bytes: where in shared memory a copy may begin, and lanes that one takes
-_SHARED = 224 * 1024  # bytes of shared memory of a block
 _SOME = 16  # rows whose bytes are put together at a time
 _BYTES = plgpu.Layout.TILED(
     plgpu.Tiling(((4, 128), (4, 4))), warp_dims=(-2,), lane_dims=(-3,), vector_dim=-1
@@ -119,12 +119,7 @@ def _shape(stacks: list[Any]) -> Shape:
     lanes, parts = tuple(x.shape[-1] for x in stacks), tuple(x.parts for x in stacks)
     if any(n % 64 for each in (lanes, *parts) for n in each):
         raise UnsupportedError(f"{lanes=} of pages and {parts=} of rows: whole 64s, as tiles are")
-    needed = (2 * _ROWS + _SPARE) * sum(map(_stride, lanes))
-    if needed > _SHARED:
-        raise UnsupportedError(
-            f"{_ROWS} rows of {lanes=} need {needed} bytes of shared memory, "
-            f"and {_SHARED} are there"
-        )
+    fit(((2 * _ROWS + _SPARE) * _stride(n) for n in lanes), f"{_ROWS} rows of {lanes=}")
     return Shape(stacks[0].shape[3], lanes, parts)
 
 

@@ -22,11 +22,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from kernels_pallas.op import UnsupportedError
 from kernels_pallas.paged_attention.codec import QuantizedPages, StaticInt8Pages
 from kernels_pallas.paged_attention.ragged import Ragged, owners
+from kernels_pallas.tiling import fit
 
 _ROWS = 64  # tokens: rows of a tile of registers
 _LINE = 128  # bytes: where in shared memory a copy may begin
 _WIDE = _LINE  # lanes of a row that registers hold at a time, and that one copy takes
-_SHARED = 224 * 1024  # bytes of shared memory of a block
 
 
 @dataclass(frozen=True)
@@ -79,12 +79,7 @@ def _shape(stacks: list[Any], dtype: Any) -> Shape:
     parts = tuple(() if isinstance(x, StaticInt8Pages) else x.parts for x in stacks)
     if any(n % 64 for each in (lanes, *parts) for n in each):
         raise UnsupportedError(f"{lanes=} of pages and {parts=} of rows: whole 64s, as tiles are")
-    needed = _ROWS * sum(_stride(n) + n * dtype.itemsize for n in lanes)
-    if needed > _SHARED:
-        raise UnsupportedError(
-            f"{_ROWS} rows of {lanes=} need {needed} bytes of shared memory, "
-            f"and {_SHARED} are there"
-        )
+    fit((_ROWS * (_stride(n) + n * dtype.itemsize) for n in lanes), f"{_ROWS} rows of {lanes=}")
     return Shape(stacks[0].shape[3], lanes, parts, dtype)
 
 

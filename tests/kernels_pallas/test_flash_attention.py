@@ -270,7 +270,7 @@ def test_the_tpu_kernel_says_what_it_refuses(sizes, dtype, message):
         ((1, 2, 1, 128), jnp.float32, None, "only bfloat16"),
         ((1, 2, 1, 128, 192, 128), jnp.bfloat16, None, "H=192 and Hv=128: only 64 and 128"),
         ((1, 2, 1, 128), jnp.bfloat16, ForwardTile(tokens=96), "must be of 64 or 128 tokens"),
-        ((1, 2, 1, 128, 128, 128), jnp.bfloat16, ForwardTile(128, 3), "bytes of shared memory"),
+        ((1, 2, 1, 128, 128, 128), jnp.bfloat16, ForwardTile(128, 4), "bytes of shared memory"),
     ],
 )
 def test_the_hopper_kernel_says_what_it_refuses(sizes, dtype, tile, message):

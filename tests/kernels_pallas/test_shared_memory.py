@@ -1,4 +1,4 @@
-"""Where copies land in a Hopper core's shared memory, which no simulator minds."""
+"""A Hopper core's shared memory: where copies land in it, and what it has room for."""
 
 from __future__ import annotations
 
@@ -12,11 +12,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from benchmarks.entrants import candidates
+from kernels_pallas import tiling
+from kernels_pallas.grouped_matmul import mosaic_gpu as grouped_matmul
+from kernels_pallas.int8_matmul import mosaic_gpu as int8_matmul
 from kernels_pallas.op import Case, Op, UnsupportedError
 from kernels_pallas.registry import OPS
 
 ALIGNED = 128  # bytes: where a copy of a tensor begins, or the card ends the program
 TRACED = 32  # tiles of an op, drawn from all
+SIZES = 72  # as many that are lowered
 
 
 def steps(place: Any) -> Iterator[int]:
@@ -58,3 +62,53 @@ def test_copies_into_shared_memory_are_aligned(op: Op, monkeypatch):
         except UnsupportedError:
             continue
     assert not uneven
+
+
+def lowered(op: Op, case: Case, tile: Any) -> None:
+    def run(args: Any, arrays: Any) -> Any:
+        return op.bodies["mosaic_gpu"].run(*args, tile=tile, **arrays, **case.options)
+
+    jax.export.export(
+        jax.jit(run),
+        platforms=["cuda"],
+        disabled_checks=[jax.export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")],
+    )(*jax.eval_shape(case.make, jax.random.key(0)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op", [x for x in OPS if "mosaic_gpu" in x.bodies], ids=lambda o: o.name)
+def test_tiles_that_do_not_fit_are_refused_before_they_are_lowered(op: Op):
+    """What tuning tries lowers, or raises `UnsupportedError`, and nothing of Mosaic's."""
+    shipped = [c for c in op.cases if c.shipped and "mosaic_gpu" in (c.bodies or op.bodies)]
+    fitting = 0
+    for seed, case in enumerate(shipped):
+        for tile in candidates(op.bodies["mosaic_gpu"], "h200", -(-SIZES // len(shipped)), seed):
+            try:
+                lowered(op, case, tile)
+            except UnsupportedError:
+                continue
+            fitting += 1
+    assert fitting or not list(op.bodies["mosaic_gpu"].tiles("h200"))
+
+
+LARGE = {
+    "int8_matmul": int8_matmul.Tile(256, 2, 256, 4),
+    "grouped_matmul": grouped_matmul.Tile(128, 2, 128, 256, 3),
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_products_name_the_shared_memory_that_is_not_there(name: str):
+    [op] = (op for op in OPS if op.name == name)
+    case = next(case for case in op.cases if case.shipped)
+    with pytest.raises(UnsupportedError, match=r"Tile.* need \d+ bytes of shared memory, and 23"):
+        lowered(op, case, LARGE[name])
+
+
+def test_what_just_fits_is_lowered():
+    """Barriers, which are not counted, find room in what is left for them."""
+    [op] = (op for op in OPS if op.name == "grouped_matmul")
+    case = next(case for case in op.cases if case.shipped and "7168-L2-int8" in case.name)
+    tile = grouped_matmul.Tile(64, 2, 128, 128, 4)
+    assert tiling.SHARED_BYTES - 1024 <= sum(tile.shared(2)) <= tiling.SHARED_BYTES
+    lowered(op, case, tile)
