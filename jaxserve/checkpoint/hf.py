@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import reprlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import numpy as np
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
 from jaxserve.checkpoint.quantized import EightBits, QuantizedShards
-from jaxserve.checkpoint.safetensors import Shards
+from jaxserve.checkpoint.safetensors import FLOATS, Shards
 from jaxserve.checkpoint.schemes import scheme
 from jaxserve.errors import CheckpointError
 from jaxserve.models.family import Family
@@ -36,14 +37,27 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{folder} has no config.json; is it the folder of a Hugging Face model?"
         )
     config = _json_object(path)
-    beside, older = folder / "hf_quant_config.json", config.pop("compression_config", None)
-    if "quantization_config" not in config:
-        if older:  # what compressed-tensors called it at first
-            config["quantization_config"] = {"quant_method": "compressed-tensors", **older}
-        elif beside.exists():  # where modelopt keeps it
-            said = _json_object(beside).get("quantization") or {}
-            config["quantization_config"] = {"quant_method": "modelopt", **said}
-    return config
+    said, inner = _pop_quantization(config), config.get("text_config")
+    if isinstance(inner, dict):  # of the part that reads, where a model also sees or hears
+        also = _pop_quantization(inner)
+        if said and also and said != also:
+            raise CheckpointError(
+                f"{path} says quantization_config {reprlib.repr(said)}, and in text_config "
+                f"{reprlib.repr(also)}; expected one of them, or the same twice"
+            )
+        said = also or said
+    if not said and (beside := folder / "hf_quant_config.json").exists():
+        said = _json_object(beside).get("quantization")  # where modelopt keeps it
+        said = {"quant_method": "modelopt", **said} if isinstance(said, dict) else said
+    return config if said is None else {**config, "quantization_config": said}
+
+
+def _pop_quantization(config: dict[str, Any]) -> Any:
+    """What an object of config.json says of how weights are stored, taken out of it."""
+    said, older = config.pop("quantization_config", None), config.pop("compression_config", None)
+    if isinstance(older, dict):  # what compressed-tensors called it at first
+        older = {"quant_method": "compressed-tensors", **older}
+    return older if said is None else said
 
 
 def _json_object(path: Path) -> dict[str, Any]:
@@ -177,6 +191,11 @@ def _read(
         raise
     except (IndexError, ValueError) as error:  # the hook's own reshape
         raise CheckpointError(f"{name} does not fit config.json: {error}") from None
+    if x.dtype.name not in FLOATS:  # `get` gives what is stored, and its scales lie elsewhere
+        raise CheckpointError(
+            f"{name} is {x.dtype.name} {list(x.shape)}, and no quantization_config in config.json "
+            "explains it; take the checkpoint in floats"
+        )
     if x.shape != shape:
         raise CheckpointError(
             f"{name} has shape {list(x.shape)}, but config.json asks for {list(shape)}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,10 +100,21 @@ class Shards:
 
     def _find(self, name: str) -> Tensor:
         if name not in self.tensors:
-            raise CheckpointError(
-                f"{self.folder} has no tensor {name!r}; the checkpoint does not fit its config.json"
-            )
+            raise CheckpointError(f"{self.folder} has no tensor {name!r}{self._instead(name)}")
         return self.tensors[name]
+
+    def _instead(self, name: str) -> str:
+        """Why a tensor may be missing: one that holds it for all experts, as models in memory do."""
+        module = re.match(r".*\bexperts\.(?=\d+\.)", name)
+        of_all = re.compile(re.escape(module[0]) + r"[a-z]\w*$") if module else None
+        found = [key for key in sorted(self.tensors) if of_all and of_all.match(key)]
+        if not found:
+            return "; the checkpoint does not fit its config.json"
+        seen = ", ".join(f"{k} {(t := self.tensors[k]).dtype.name} {list(t.shape)}" for k in found)
+        return (
+            f", but {seen}: tensors of all experts are not read for this family; save them one by "
+            "one, as save_pretrained of transformers does by default"
+        )
 
 
 def _paths(folder: Path) -> list[Path]:
