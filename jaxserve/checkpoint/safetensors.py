@@ -104,7 +104,7 @@ class Shards:
         return self.tensors[name]
 
     def _instead(self, name: str) -> str:
-        """Why a tensor may be missing: one that holds it for all experts, as models in memory do."""
+        """Why a tensor may be missing: one holds it for all experts, as models in memory do."""
         module = re.match(r".*\bexperts\.(?=\d+\.)", name)
         of_all = re.compile(re.escape(module[0]) + r"[a-z]\w*$") if module else None
         found = [key for key in sorted(self.tensors) if of_all and of_all.match(key)]
