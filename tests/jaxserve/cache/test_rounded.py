@@ -67,7 +67,8 @@ def test_padding_of_scales_costs_a_latent_row_of_four_bits_twelve_bytes():
 
 
 def test_other_types_are_refused():
-    with pytest.raises(ConfigError, match="kv_cache_dtype='fp8' must be one of auto, int8, int4"):
+    message = "kv_cache_dtype='fp8' must be one of auto, bfloat16, int8, int4; int8 is as small"
+    with pytest.raises(ConfigError, match=message):
         EngineConfig(kv_cache_dtype="fp8")  # type: ignore[arg-type]
 
 
