@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -90,6 +91,8 @@ class QuantizedShards(Shards):
         raw, scales = self._stored(name, shape)
         out.values[...] = raw.reshape(out.values.shape)
         rows = np.broadcast_to(scales.of_rows(0, shape[0], 1), (shape[0], 1))
+        if rows.max(initial=0) > float(np.finfo(np.float32).max) / 128:
+            raise CheckpointError(f"{name} times {self._scale_name(name)} exceeds float32")
         out.scale[...] = rows.reshape(out.scale.shape)
 
     def _matrix(self, name: str, wanted: tuple[int, ...]) -> tuple[int, ...]:
@@ -160,10 +163,11 @@ class QuantizedShards(Shards):
             raise CheckpointError(f"{key} is {scale_type}; expected {', '.join(_SCALE_TYPES)}")
         tiles = (rows, 1) if block is None else (-(-rows // block[0]), -(-cols // block[1]))
         by_block = block is not None and stored.shape == tiles
+        known = {rows} if self.scheme.by_row else set()
+        known |= {1} if self.scheme.by_tensor else set()
         count = max(stored.shape, default=1)  # of the one axis that is not 1
-        one_axis = count == int(np.prod(stored.shape)) and count in (1, rows)
-        if not by_block and not (self.scheme.by_row and one_axis):
-            raise _misshapen(key, stored.shape, tiles)
+        if not by_block and not (count == math.prod(stored.shape) and count in known):
+            raise _misshapen(key, stored.shape, (1,) if known == {1} else tiles)
         with np.errstate(over="ignore"):  # looked for below
             scale = self._raw(key).astype(np.float32)
         if not np.all(np.isfinite(scale) & (scale >= 0)):
@@ -191,7 +195,7 @@ class QuantizedShards(Shards):
                 continue
             stored = self._find(key)
             seen = f"{key} is {stored.dtype.name} {list(stored.shape)}"
-            if stored.dtype.name not in _SCALE_TYPES or int(np.prod(stored.shape)) != 1:
+            if stored.dtype.name not in _SCALE_TYPES or math.prod(stored.shape) != 1:
                 raise CheckpointError(f"{seen}; expected one number, float32 [1]")
             if not np.isfinite(scale := float(self._raw(key).reshape(()))) or scale < 0:
                 raise CheckpointError(f"{seen} and holds {scale}; expected a number from 0")

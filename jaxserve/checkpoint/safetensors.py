@@ -77,7 +77,8 @@ class Shards:
             for i in range(0, count, _CHUNK):
                 part = flat[i : i + _CHUNK]
                 raw = part if t.dtype == out.dtype else np.empty(part.size, t.dtype)
-                file.readinto(raw.view(np.uint8).data)
+                if file.readinto(raw.view(np.uint8).data) != raw.nbytes:
+                    raise CheckpointError(f"{t.path} ends within {name}; download it again")
                 if not _finite(raw):
                     raise CheckpointError(
                         f"{name} in {t.path.name} holds NaN or infinity; it cannot be served"
@@ -122,9 +123,11 @@ def _paths(folder: Path) -> list[Path]:
     if index.exists():
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            if not all(isinstance(name, str) for name in names):
+                raise TypeError(names)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{index} is damaged: {error!r}; download it again") from None
-        if missing := [name for name in names if not (folder / name).exists()]:
+        if missing := [name for name in names if not (folder / name).is_file()]:
             raise CheckpointError(
                 f"{folder} lacks {len(missing)} of {len(names)} shards: {', '.join(missing[:4])}"
             )
@@ -158,6 +161,8 @@ def _header(path: Path) -> dict[str, Tensor]:
 def _tensor(path: Path, name: str, entry: Any, base: int, size: int) -> Tensor:
     try:
         kind, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        if not isinstance(kind, str) or any(type(n) is not int for n in (*shape, begin, end)):
+            raise TypeError(entry)
         count, sane = math.prod(shape), min(*shape, begin, end - begin) >= 0
     except (KeyError, TypeError, ValueError):
         raise _damaged(path, name, entry) from None
@@ -179,12 +184,17 @@ def _damaged(path: Path, name: str, entry: Any) -> CheckpointError:
 def splits(stored: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
     """Whether `wanted` is `stored` with axes split, as [N * H, D] is into [N, H, D]."""
     for size in stored:
+        if size == 1:  # nothing to split
+            if wanted[:1] not in ((), (1,)):
+                return False
+            wanted = wanted[1:]
+            continue
         product, used = 1, 0
         while used < len(wanted) and product < size:
             product, used = product * wanted[used], used + 1
         if product != size:
             return False
-        wanted = wanted[max(used, 1) :] if size == 1 else wanted[used:]
+        wanted = wanted[used:]
     return int(np.prod(wanted)) == 1
 
 

@@ -257,6 +257,10 @@ def test_exponents_as_scales(tmp_path):
         ),
         ({NAME: np.zeros((64, 63), np.int8)}, rf"{NAME} has shape \[64, 63\]; expected \[.*64\]"),
         ({NAME + "_scale": np.ones((8, 8), np.float32)}, rf"{NAME}_scale has shape \[8, 8\]"),
+        (
+            {NAME + "_scale": np.ones(1, np.float32)},
+            rf"{NAME}_scale has shape \[1\]; expected \[64",
+        ),
         ({NAME + "_scale": ZERO}, rf"{NAME}_scale \[64, 1\] is 0 at \[7, 0\], where {NAME} \[64"),
         ({GIVEN: np.ones(1, np.int32)}, rf"{GIVEN} is int32 \[1\]; expected one number"),
         ({GIVEN: np.ones((64, 1), np.float32)}, rf"{GIVEN} is float32 \[64, 1\]; expected one"),
@@ -337,6 +341,38 @@ def test_a_matrix_that_lies_the_other_way_is_refused(tmp_path):
     rewrite(tmp_path, **{name: np.ones((128, 64), ml_dtypes.float8_e4m3fn)})
     with pytest.raises(CheckpointError, match=rf"{name} .*\[128, 64\]; expected \[64, 128\]"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "suffix", "scale"),
+    [
+        (FBGEMM, "_scale", np.ones(1, np.float32)),
+        (FP8_BLOCKS, "_scale_inv", np.ones((64, 1), np.float32)),
+        (FP8_BLOCKS, "_scale_inv", np.ones((2, 4), np.float32)),
+        (W8A8_BLOCKS, "_scale", np.ones(1, np.float32)),
+        (FP8_TENSORS, "_scale_inv", np.ones((8, 8), np.float32)),
+    ],
+)
+def test_scales_of_another_structure_than_config_json_says(tmp_path, config, suffix, scale):
+    write(tmp_path, config)
+    rewrite(tmp_path, **{NAME + suffix: scale})
+    seen = ", ".join(map(str, scale.shape))
+    with pytest.raises(CheckpointError, match=rf"{NAME}{suffix} has shape \[{seen}\]; expected"):
+        load(tmp_path)
+
+
+def test_a_scale_for_the_tensor_where_one_for_each_row_is_there(tmp_path):
+    write(tmp_path, json.loads(json.dumps(W8A8).replace('"channel"', '"tensor"')))
+    with pytest.raises(CheckpointError, match=r"_scale has shape \[64, 1\]; expected \[1\]"):
+        load(tmp_path)
+
+
+def test_a_scale_that_makes_no_number_of_the_largest_is_refused(tmp_path):
+    write(tmp_path, W8A8)
+    rewrite(tmp_path, **{NAME + "_scale": np.full((64, 1), 3e38, np.float32)})
+    for convert in (None, weights.quantize):
+        with pytest.raises(CheckpointError, match=rf"{NAME} .*(infinity|exceeds float32)"):
+            load(tmp_path, convert=convert)
 
 
 def test_eight_bits_that_config_json_does_not_speak_of(tmp_path):
