@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import math
+import re
 import reprlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -20,6 +22,8 @@ from jaxserve.checkpoint.schemes import scheme
 from jaxserve.errors import CheckpointError
 from jaxserve.models.family import Family
 from sharding.tree import Weight, abstract, is_weight, unstack
+
+log = logging.getLogger(__name__)
 
 _PLACEHOLDER = {"layer": "layer", "experts": "expert"}
 """Axes along which a checkpoint stores tensors of their own -> how a name says their number."""
@@ -113,7 +117,8 @@ def load_params(
     Raises:
         CheckpointError: a tensor is missing, misshapen or not finite.
     """
-    stored = scheme(read_config(folder))
+    raw = read_config(folder)
+    stored = scheme(raw)
     shards = Shards(folder) if stored is None else QuantizedShards(folder, stored)
     declared = family.declare_params(cfg)
     declared = unstack(declared) if unrolled else declared
@@ -137,7 +142,25 @@ def load_params(
                 leaf = _fill(w, shards, cfg, np.dtype(w.dtype or dtype))
             return place(w, leaf if convert is None else convert(w, leaf))
 
-        return jax.tree.map(load, declared, is_leaf=is_weight)
+        params = jax.tree.map(load, declared, is_leaf=is_weight)
+    _warn_of_unread(shards, raw)
+    return params
+
+
+def _warn_of_unread(shards: Shards, raw: Mapping[str, Any]) -> None:
+    """Weights that nothing asked for: config.json may speak of a smaller model."""
+    ahead = raw["num_hidden_layers"] if raw.get("num_nextn_predict_layers") else math.inf
+    unread = []
+    for name in sorted(set(shards.tensors) - shards.asked):
+        layer = re.fullmatch(r"model\.(?:layers\.(\d+)\.)?.*(?:weight|bias)", name)
+        if layer and int(layer[1] or 0) < ahead:  # layers that look ahead are not served
+            unread.append(name)
+    if unread:
+        first = shards.tensors[unread[0]]
+        log.warning(
+            "%s: %d weights are not read, such as %s %s %s: config.json does not ask for them",
+            shards.folder, len(unread), unread[0], first.dtype.name, list(first.shape),
+        )  # fmt: skip
 
 
 def _fill(w: Weight, shards: Shards, cfg: Any, dtype: np.dtype) -> np.ndarray:

@@ -41,7 +41,7 @@ class Tensor:
 
 
 class Shards:
-    """All tensors of a folder, by name.
+    """All tensors of a folder, by name, and the names of those that were asked for.
 
     Raises:
         CheckpointError: no shard, a missing one, or one shorter than its header promises.
@@ -50,6 +50,7 @@ class Shards:
     def __init__(self, folder: Path):
         self.folder = folder
         self.tensors: dict[str, Tensor] = {}
+        self.asked: set[str] = set()
         for path in _paths(folder):
             self.tensors.update(_header(path))
 
@@ -102,6 +103,7 @@ class Shards:
     def _find(self, name: str) -> Tensor:
         if name not in self.tensors:
             raise CheckpointError(f"{self.folder} has no tensor {name!r}{self._instead(name)}")
+        self.asked.add(name)
         return self.tensors[name]
 
     def _instead(self, name: str) -> str:
