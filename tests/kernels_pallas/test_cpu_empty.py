@@ -98,6 +98,7 @@ def test_no_memory_to_work_in_is_an_error_and_the_next_call_is_served():
     environment = {
         "JAX_PLATFORMS": "cpu", "JAXSERVE_NUM_THREADS": "2",
         "PYTHONPATH": str(Path(__file__).parents[2]),
+        "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "131072",  # nothing is put by
     }  # fmt: skip
     run = subprocess.run(
         [sys.executable, "-c", SCRIPT], env=os.environ | environment, capture_output=True,
