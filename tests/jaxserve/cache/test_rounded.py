@@ -72,6 +72,21 @@ def test_other_types_are_refused():
         EngineConfig(kv_cache_dtype="fp8")  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
+def test_a_cache_of_bfloat16_serves_weights_of_float32(tmp_path: Path):
+    folder = write_checkpoint(tmp_path, "llama", tokenizer=False, dtype="float32")
+    asked, found = SamplingParams(max_tokens=1, prompt_logprobs=0, temperature=0), []
+    prompt = list(range(3, 43))
+    for cache in ("auto", "bfloat16"):
+        with LLM(folder, tokenizer=False, num_pages=8, progress=False, kv_cache_dtype=cache) as llm:
+            (out,) = llm.generate([{"prompt_token_ids": prompt}], asked)
+            assert ("cache in bfloat16" in llm.plan.describe()) == (cache == "bfloat16")
+        rows = zip(out.prompt_logprobs[1:], prompt[1:], strict=True)
+        found.append([row[token].logprob for row, token in rows])
+    away = [abs(a - b) for a, b in zip(*found, strict=True)]
+    assert 0 < sum(away) / len(away) < 0.05  # of a logit: the weights are random
+
+
 @pytest.mark.parametrize("name", ["recall-dense", "countdown-moe"])
 def test_a_shipped_model_loses_little(name: str):
     exact, *rounded = measure(SHIPPED / name, 32)
