@@ -18,7 +18,6 @@ import numpy as np
 
 from benchmarks.reason_eval import task_of
 from jaxserve import LLM, SamplingParams
-from jaxserve.config import KV_DTYPES
 from reasoning.tasks import distinct
 
 
@@ -39,7 +38,7 @@ def measure(folder: Path, count: int) -> list[dict[str, Any]]:
     task, rng = task_of(folder), Random(0)
     texts = [(p.prompt, task.solve(p, rng)) for p in distinct(task, "test", 0, count)]
     rows, exact = list[dict[str, Any]](), np.zeros(0)
-    for kind in KV_DTYPES:
+    for kind in ("auto", "int8", "int4"):
         with LLM(folder, kv_cache_dtype=kind, progress=False) as llm:
             found = solution_logprobs(llm, texts)
             per_token = llm.plan.kv_bytes / (llm.plan.num_pages * llm.plan.page_size)

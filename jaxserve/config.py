@@ -12,7 +12,9 @@ from typing import Any, Literal
 from jaxserve.errors import ConfigError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-KV_DTYPES = ("auto", "int8", "int4")
+KV_DTYPES = ("auto", "bfloat16", "int8", "int4")
+STORED = ("compressed-tensors", "fp8", "fbgemm_fp8", "modelopt", "mxfp4")
+"""Quantisations that a checkpoint brings, by `quant_method` of its config.json."""
 
 
 @dataclass(frozen=True)
@@ -21,9 +23,11 @@ class EngineConfig:
 
     Attributes:
         dtype: of weights and cache; "auto" is the checkpoint's own, where the device is good at it.
-        kv_cache_dtype: of keys and values: "int8" halves the cache of bfloat16, "int4" takes a
-            quarter; "auto" keeps them as `dtype`.
-        quantization: "int8": large weights in eight bits, and activations token by token.
+        kv_cache_dtype: of keys and values: "int8" halves the cache of bfloat16, as vLLM's "fp8"
+            would, which there is not; "int4" takes a quarter; "auto" keeps them as `dtype`.
+        quantization: "int8": large weights in eight bits, and activations token by token; another
+            name confirms what the checkpoint is stored in, and is refused where that is not so;
+            None: as it is stored, float8 and mxfp4 as floats.
         max_model_len: longest prompt and output together.
         max_num_seqs: most sequences in one step.
         max_num_batched_tokens: most tokens in one step.
@@ -58,8 +62,10 @@ class EngineConfig:
     """
 
     dtype: str = "auto"
-    kv_cache_dtype: Literal["auto", "int8", "int4"] = "auto"
-    quantization: Literal["int8"] | None = None
+    kv_cache_dtype: Literal["auto", "bfloat16", "int8", "int4"] = "auto"
+    quantization: (
+        Literal["int8", "compressed-tensors", "fp8", "fbgemm_fp8", "modelopt", "mxfp4"] | None
+    ) = None
     max_model_len: int | None = None
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
@@ -113,8 +119,16 @@ _FLAG: _Rule = (bool, lambda _: True, "true or false")
 
 _RULES: dict[str, _Rule] = {
     "dtype": (str, lambda d: d in DTYPES, f"one of {', '.join(DTYPES)}"),
-    "kv_cache_dtype": (str, lambda d: d in KV_DTYPES, f"one of {', '.join(KV_DTYPES)}"),
-    "quantization": (str, lambda q: q == "int8", "int8, or nothing"),
+    "kv_cache_dtype": (
+        str,
+        lambda d: d in KV_DTYPES,
+        f"one of {', '.join(KV_DTYPES)}; int8 is as small as float8, of which there are no pages",
+    ),
+    "quantization": (
+        str,
+        lambda q: q == "int8" or q in STORED,
+        f"int8, or what the checkpoint is stored in ({', '.join(STORED)}), or nothing",
+    ),
     "max_model_len": _COUNT,
     "max_num_seqs": _COUNT,
     "max_num_batched_tokens": _COUNT,

@@ -115,7 +115,9 @@ class Plan:
     @property
     def kv_taint(self) -> str:
         """What tells this cache's pages from exact ones, wherever they may meet."""
-        name = self.kv_dtype.name if self.kv_dtype in (jnp.int8, jnp.int4) else "exact"
+        kept = jnp.dtype(self.kv_dtype)
+        name = "bfloat16" if kept == jnp.uint16 else kept.name  # see `storage_dtype`
+        name = "exact" if kept == storage_dtype(self.dtype, self.platform) else name
         return f"{name} calibrated" if self.kv_calibrated else name
 
     @property
@@ -218,11 +220,11 @@ def resolve(
     platform = target.platform
     kernels = _kernels(config, platform)
     dtype = _dtype(config, hf, platform, kernels)
-    kv_dtype = _kv_dtype(config, dtype, platform)
+    kv_dtype = _kv_dtype(config.kv_cache_dtype, dtype, platform)
     page_size = config.page_size or _page_size(config, platform)
     max_seqs = config.max_num_seqs or (64 if platform == "cpu" else 256)
     batched = config.max_num_batched_tokens or (512 if platform == "cpu" else 2048)
-    quantization = config.quantization or _stored_quantization(hf)
+    quantization = _quantization(config.quantization, hf)
     parallelism = parallelism_of(config)
     weights = weight_bytes(dtype, quantization)
     latent = cfg.kv_shape[2] == 0  # its one head is every device's
@@ -311,8 +313,17 @@ def _kernels(config: EngineConfig, platform: str) -> str:
     return own if config.kernels == "auto" else config.kernels
 
 
-def _stored_quantization(hf: Mapping[str, Any]) -> str | None:
+def _quantization(asked: str | None, hf: Mapping[str, Any]) -> str | None:
     """A checkpoint that was made for products of int8 is served so; float8 becomes floats."""
+    if asked == "int8":
+        return asked
+    said = (hf.get("quantization_config") or {}).get("quant_method")
+    if asked not in (None, said):
+        seen = f"says quant_method {said!r}" if said else "speaks of no quantisation"
+        raise ConfigError(
+            f"quantization={asked!r}: a checkpoint may be stored so, but this one's config.json "
+            f"{seen}. Leave it out, or use quantization='int8' to round while loading"
+        )
     stored = scheme(hf)
     return "int8" if stored and stored.kind == "int8" and stored.rounds_activations else None
 
@@ -327,17 +338,21 @@ def _dtype(config: EngineConfig, hf: Mapping[str, Any], platform: str, kernels: 
     return jnp.dtype(jnp.bfloat16) if own in ("bfloat16", "float16") else jnp.dtype(jnp.float32)
 
 
-def _kv_dtype(config: EngineConfig, dtype: Any, platform: str) -> Any:
-    if config.kv_cache_dtype == "auto":
-        return storage_dtype(dtype, platform)
-    return jnp.dtype(config.kv_cache_dtype)
+def _kv_dtype(asked: str, dtype: Any, platform: str) -> Any:
+    """In which pages are stored; the kernels of a CPU alone round floats for them."""
+    if asked == "bfloat16" and dtype != jnp.bfloat16 and platform != "cpu":
+        raise ConfigError(
+            f"kv_cache_dtype='bfloat16' with dtype {jnp.dtype(dtype).name} on a {platform}: use "
+            "dtype='bfloat16' or kv_cache_dtype='auto'"
+        )
+    return storage_dtype(dtype if asked == "auto" else jnp.dtype(asked), platform)
 
 
 def _page_size(config: EngineConfig, platform: str) -> int:
     """On a TPU the scales of a rounded page are whole registers of lanes."""
     if platform == "cpu":
         return 32
-    return 128 if platform == "tpu" and config.kv_cache_dtype != "auto" else 64
+    return 128 if platform == "tpu" and config.kv_cache_dtype in ("int8", "int4") else 64
 
 
 def _unit(config: EngineConfig) -> int:

@@ -13,6 +13,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
+from jaxserve.checkpoint import cache_scales
 from jaxserve.checkpoint.hf import tensor_names
 from jaxserve.errors import CheckpointError
 from jaxserve.models.family import Family
@@ -35,15 +36,18 @@ def save_pretrained(
     *,
     beside: Path | None = None,
     card: str | None = None,
+    kv_scales: Mapping[str, np.ndarray] | None = None,
 ) -> None:
     """Writes config.json and safetensors that `transformers` and `LLM` load.
 
-    The folder appears, or is replaced, only when everything has been written.
+    The folder appears, or is replaced, only when everything has been written; what an interrupt or
+    an error leaves unfinished is removed.
 
     Args:
         config: what config.json says.
         beside: a folder whose tokenizer, chat template and generation defaults go along.
         card: what README.md says; without it there is none.
+        kv_scales: of a cache in eight bits, as `cache_scales.save` takes them.
 
     Raises:
         CheckpointError: a weight has no form in a checkpoint, or writing failed; `folder` is as
@@ -61,15 +65,16 @@ def save_pretrained(
         (fresh / "config.json").write_text(text + "\n")
         if card is not None:
             (fresh / "README.md").write_text(card)
+        if kv_scales is not None:
+            cache_scales.save(fresh, kv_scales)
         _write_shards(fresh, tensors)
         for file in fresh.glob("*.safetensors"):  # which the package gives to its owner alone
             shutil.copymode(fresh / "config.json", file)
-        if folder.exists():
-            shutil.rmtree(folder)
-        fresh.rename(folder)
+        _put_in_place(fresh, folder)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(fresh, ignore_errors=True)
         raise CheckpointError(f"{folder} was not written: {error}") from error
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)  # gone by now, unless something went wrong
 
 
 def begin(folder: Path) -> Path:
@@ -85,6 +90,21 @@ def begin(folder: Path) -> Path:
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be written: {error}") from error
     return fresh
+
+
+def _put_in_place(fresh: Path, folder: Path) -> None:
+    """Renames a finished folder; one that is in its place goes only when it has come."""
+    old = folder.with_name(f".{folder.name}.replaced")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    try:
+        fresh.rename(folder)
+    except BaseException:  # an interrupt, too
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def named_tensors(family: Family, cfg: Any, params: Any) -> dict[str, np.ndarray]:

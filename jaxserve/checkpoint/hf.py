@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import math
+import re
+import reprlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,11 +17,13 @@ import numpy as np
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
 from jaxserve.checkpoint.quantized import EightBits, QuantizedShards
-from jaxserve.checkpoint.safetensors import Shards
+from jaxserve.checkpoint.safetensors import FLOATS, Shards
 from jaxserve.checkpoint.schemes import scheme
 from jaxserve.errors import CheckpointError
 from jaxserve.models.family import Family
 from sharding.tree import Weight, abstract, is_weight, unstack
+
+log = logging.getLogger(__name__)
 
 _PLACEHOLDER = {"layer": "layer", "experts": "expert"}
 """Axes along which a checkpoint stores tensors of their own -> how a name says their number."""
@@ -36,14 +41,27 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{folder} has no config.json; is it the folder of a Hugging Face model?"
         )
     config = _json_object(path)
-    beside, older = folder / "hf_quant_config.json", config.pop("compression_config", None)
-    if "quantization_config" not in config:
-        if older:  # what compressed-tensors called it at first
-            config["quantization_config"] = {"quant_method": "compressed-tensors", **older}
-        elif beside.exists():  # where modelopt keeps it
-            said = _json_object(beside).get("quantization") or {}
-            config["quantization_config"] = {"quant_method": "modelopt", **said}
-    return config
+    said, inner = _pop_quantization(config), config.get("text_config")
+    if isinstance(inner, dict):  # of the part that reads, where a model also sees or hears
+        also = _pop_quantization(inner)
+        if said and also and said != also:
+            raise CheckpointError(
+                f"{path} says quantization_config {reprlib.repr(said)}, and in text_config "
+                f"{reprlib.repr(also)}; expected one of them, or the same twice"
+            )
+        said = also or said
+    if not said and (beside := folder / "hf_quant_config.json").exists():
+        said = _json_object(beside).get("quantization")  # where modelopt keeps it
+        said = {"quant_method": "modelopt", **said} if isinstance(said, dict) else said
+    return config if said is None else {**config, "quantization_config": said}
+
+
+def _pop_quantization(config: dict[str, Any]) -> Any:
+    """What an object of config.json says of how weights are stored, taken out of it."""
+    said, older = config.pop("quantization_config", None), config.pop("compression_config", None)
+    if isinstance(older, dict):  # what compressed-tensors called it at first
+        older = {"quant_method": "compressed-tensors", **older}
+    return older if said is None else said
 
 
 def _json_object(path: Path) -> dict[str, Any]:
@@ -99,7 +117,8 @@ def load_params(
     Raises:
         CheckpointError: a tensor is missing, misshapen or not finite.
     """
-    stored = scheme(read_config(folder))
+    raw = read_config(folder)
+    stored = scheme(raw)
     shards = Shards(folder) if stored is None else QuantizedShards(folder, stored)
     declared = family.declare_params(cfg)
     declared = unstack(declared) if unrolled else declared
@@ -123,7 +142,25 @@ def load_params(
                 leaf = _fill(w, shards, cfg, np.dtype(w.dtype or dtype))
             return place(w, leaf if convert is None else convert(w, leaf))
 
-        return jax.tree.map(load, declared, is_leaf=is_weight)
+        params = jax.tree.map(load, declared, is_leaf=is_weight)
+    _warn_of_unread(shards, raw)
+    return params
+
+
+def _warn_of_unread(shards: Shards, raw: Mapping[str, Any]) -> None:
+    """Weights that nothing asked for: config.json may speak of a smaller model."""
+    ahead = raw["num_hidden_layers"] if raw.get("num_nextn_predict_layers") else math.inf
+    unread = []
+    for name in sorted(set(shards.tensors) - shards.asked):
+        layer = re.fullmatch(r"model\.(?:layers\.(\d+)\.)?.*(?:weight|bias)", name)
+        if layer and int(layer[1] or 0) < ahead:  # layers that look ahead are not served
+            unread.append(name)
+    if unread:
+        first = shards.tensors[unread[0]]
+        log.warning(
+            "%s: %d weights are not read, such as %s %s %s: config.json does not ask for them",
+            shards.folder, len(unread), unread[0], first.dtype.name, list(first.shape),
+        )  # fmt: skip
 
 
 def _fill(w: Weight, shards: Shards, cfg: Any, dtype: np.dtype) -> np.ndarray:
@@ -177,6 +214,11 @@ def _read(
         raise
     except (IndexError, ValueError) as error:  # the hook's own reshape
         raise CheckpointError(f"{name} does not fit config.json: {error}") from None
+    if x.dtype.name not in FLOATS:  # `get` gives what is stored, and its scales lie elsewhere
+        raise CheckpointError(
+            f"{name} is {x.dtype.name} {list(x.shape)}, and no quantization_config in config.json "
+            "explains it; take the checkpoint in floats"
+        )
     if x.shape != shape:
         raise CheckpointError(
             f"{name} has shape {list(x.shape)}, but config.json asks for {list(shape)}"

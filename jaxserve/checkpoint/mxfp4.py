@@ -39,6 +39,10 @@ def read(get: Callable[[str], np.ndarray], name: str, rows: slice) -> np.ndarray
             f"{name}_blocks is {blocks.dtype} {list(blocks.shape)}; MXFP4 asks for uint8 "
             f"{[*scales.shape, 16]}, by the shape of {name}_scales"
         )
+    if scales.dtype != np.uint8:
+        raise CheckpointError(
+            f"{name}_scales is {scales.dtype} {list(scales.shape)}; MXFP4 asks for uint8"
+        )
     if scales.max(initial=0) > _LARGEST:
         raise CheckpointError(f"{name}_scales holds NaN or an exponent over {_LARGEST - 127}")
     blocks, scales = blocks[:, rows], scales[:, rows]

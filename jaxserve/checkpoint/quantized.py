@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,8 +14,11 @@ from jaxserve.checkpoint.safetensors import FLOATS, Shards, splits
 from jaxserve.checkpoint.schemes import Scheme
 from jaxserve.errors import CheckpointError
 
+log = logging.getLogger(__name__)
+
 _TYPES = {"int8": ("int8",), "fp8": ("float8_e4m3fn", "float8_e5m2")}
 _SCALE_TYPES = (*FLOATS, "float8_e8m0fnu")
+_ACTIVATIONS = (".input_scale", ".activation_scale")  # vLLM's name, and transformers'
 _CHUNK = 1 << 20  # elements that are floats at a time: a whole matrix takes four times its bytes
 
 
@@ -42,6 +47,12 @@ class QuantizedShards(Shards):
     def __init__(self, folder: Path, scheme: Scheme):
         super().__init__(folder)
         self.scheme = scheme
+        static = sorted(name for name in self.tensors if name.endswith(_ACTIVATIONS))
+        if static:
+            log.warning(
+                "%s: %d scales of activations, such as %s, are not used: here activations stay in "
+                "floats, or get a scale for each token", folder, len(static), static[0],
+            )  # fmt: skip
 
     @property
     def holds_rows_of_int8(self) -> bool:
@@ -62,8 +73,7 @@ class QuantizedShards(Shards):
             self._check_float(name)
             return super().read(name, out)
         shape = self._matrix(name, out.shape)
-        raw, scales = self._raw(name), self._scales(name, shape)
-        self._widen(name, raw, scales, out.reshape(shape))
+        self._widen(name, *self._stored(name, shape), out.reshape(shape))
 
     def get(self, name: str) -> np.ndarray:
         """As `Shards.get`, but float32 where the tensor is stored in eight bits."""
@@ -78,9 +88,11 @@ class QuantizedShards(Shards):
         shape = self._matrix(name, out.values.shape)
         if shape[0] != out.scale.size:
             raise _misshapen(name, shape, out.values.shape)
-        scales = self._scales(name, shape)
-        out.values[...] = self._raw(name).reshape(out.values.shape)
+        raw, scales = self._stored(name, shape)
+        out.values[...] = raw.reshape(out.values.shape)
         rows = np.broadcast_to(scales.of_rows(0, shape[0], 1), (shape[0], 1))
+        if rows.max(initial=0) > float(np.finfo(np.float32).max) / 128:
+            raise CheckpointError(f"{name} times {self._scale_name(name)} exceeds float32")
         out.scale[...] = rows.reshape(out.scale.shape)
 
     def _matrix(self, name: str, wanted: tuple[int, ...]) -> tuple[int, ...]:
@@ -132,6 +144,14 @@ class QuantizedShards(Shards):
         found = (name + suffix for suffix in self.scheme.scales)
         return next((key for key in found if key in self.tensors), None)
 
+    def _stored(self, name: str, shape: tuple[int, ...]) -> tuple[np.ndarray, _Scales]:
+        """A matrix as it is stored, and its scales; what else lies beside it is looked at."""
+        raw, scales = self._raw(name), self._scales(name, shape)
+        self._check_zero_scales(name, raw, scales)
+        self._check_zero_point(name)
+        self._check_activations(name)
+        return raw, scales
+
     def _scales(self, name: str, shape: tuple[int, ...]) -> _Scales:
         """The scales of a matrix of that shape; each is a number from 0."""
         if (key := self._scale_name(name)) is None:
@@ -143,18 +163,42 @@ class QuantizedShards(Shards):
             raise CheckpointError(f"{key} is {scale_type}; expected {', '.join(_SCALE_TYPES)}")
         tiles = (rows, 1) if block is None else (-(-rows // block[0]), -(-cols // block[1]))
         by_block = block is not None and stored.shape == tiles
-        count = int(np.prod(stored.shape))
-        if not by_block and not (self.scheme.by_row and count in (1, rows)):
-            raise _misshapen(key, stored.shape, tiles)
+        known = {rows} if self.scheme.by_row else set()
+        known |= {1} if self.scheme.by_tensor else set()
+        count = max(stored.shape, default=1)  # of the one axis that is not 1
+        if not by_block and not (count == math.prod(stored.shape) and count in known):
+            raise _misshapen(key, stored.shape, (1,) if known == {1} else tiles)
         with np.errstate(over="ignore"):  # looked for below
             scale = self._raw(key).astype(np.float32)
         if not np.all(np.isfinite(scale) & (scale >= 0)):
             raise CheckpointError(f"{key} holds a scale that is NaN, infinite or below 0")
-        self._check_zero_point(name)
         if by_block:
             assert block is not None
             return _Scales(scale, block)
         return _Scales(scale.reshape(-1, 1), (1 if count == rows else rows, cols))
+
+    def _check_zero_scales(self, name: str, raw: np.ndarray, scales: _Scales) -> None:
+        """A scale of 0 makes zeros of what it multiplies, which were zeros before, or are lost."""
+        (n, k) = scales.tile
+        for i, j in np.argwhere(scales.values == 0):
+            tile = raw[i * n : (i + 1) * n, j * k : (j + 1) * k]
+            if np.any(_floats(tile)):
+                raise CheckpointError(
+                    f"{self._scale_name(name)} {list(scales.values.shape)} is 0 at [{i}, {j}], "
+                    f"where {name} {list(raw.shape)} is not; expected a scale above 0"
+                )
+
+    def _check_activations(self, name: str) -> None:
+        """A scale for what a product is given is not used, and shall make sense nevertheless."""
+        for key in (name.removesuffix(".weight") + suffix for suffix in _ACTIVATIONS):
+            if key not in self.tensors:
+                continue
+            stored = self._find(key)
+            seen = f"{key} is {stored.dtype.name} {list(stored.shape)}"
+            if stored.dtype.name not in _SCALE_TYPES or math.prod(stored.shape) != 1:
+                raise CheckpointError(f"{seen}; expected one number, float32 [1]")
+            if not np.isfinite(scale := float(self._raw(key).reshape(()))) or scale < 0:
+                raise CheckpointError(f"{seen} and holds {scale}; expected a number from 0")
 
     def _check_zero_point(self, name: str) -> None:
         """Symmetric weights may come with zeros for zero points, as old exporters wrote them."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +41,7 @@ class Tensor:
 
 
 class Shards:
-    """All tensors of a folder, by name.
+    """All tensors of a folder, by name, and the names of those that were asked for.
 
     Raises:
         CheckpointError: no shard, a missing one, or one shorter than its header promises.
@@ -49,6 +50,7 @@ class Shards:
     def __init__(self, folder: Path):
         self.folder = folder
         self.tensors: dict[str, Tensor] = {}
+        self.asked: set[str] = set()
         for path in _paths(folder):
             self.tensors.update(_header(path))
 
@@ -76,7 +78,8 @@ class Shards:
             for i in range(0, count, _CHUNK):
                 part = flat[i : i + _CHUNK]
                 raw = part if t.dtype == out.dtype else np.empty(part.size, t.dtype)
-                file.readinto(raw.view(np.uint8).data)
+                if file.readinto(raw.view(np.uint8).data) != raw.nbytes:
+                    raise CheckpointError(f"{t.path} ends within {name}; download it again")
                 if not _finite(raw):
                     raise CheckpointError(
                         f"{name} in {t.path.name} holds NaN or infinity; it cannot be served"
@@ -99,10 +102,22 @@ class Shards:
 
     def _find(self, name: str) -> Tensor:
         if name not in self.tensors:
-            raise CheckpointError(
-                f"{self.folder} has no tensor {name!r}; the checkpoint does not fit its config.json"
-            )
+            raise CheckpointError(f"{self.folder} has no tensor {name!r}{self._instead(name)}")
+        self.asked.add(name)
         return self.tensors[name]
+
+    def _instead(self, name: str) -> str:
+        """Why a tensor may be missing: one holds it for all experts, as models in memory do."""
+        module = re.match(r".*\bexperts\.(?=\d+\.)", name)
+        of_all = re.compile(re.escape(module[0]) + r"[a-z]\w*$") if module else None
+        found = [key for key in sorted(self.tensors) if of_all and of_all.match(key)]
+        if not found:
+            return "; the checkpoint does not fit its config.json"
+        seen = ", ".join(f"{k} {(t := self.tensors[k]).dtype.name} {list(t.shape)}" for k in found)
+        return (
+            f", but {seen}: tensors of all experts are not read for this family; save them one by "
+            "one, as save_pretrained of transformers does by default"
+        )
 
 
 def _paths(folder: Path) -> list[Path]:
@@ -110,9 +125,11 @@ def _paths(folder: Path) -> list[Path]:
     if index.exists():
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            if not all(isinstance(name, str) for name in names):
+                raise TypeError(names)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{index} is damaged: {error!r}; download it again") from None
-        if missing := [name for name in names if not (folder / name).exists()]:
+        if missing := [name for name in names if not (folder / name).is_file()]:
             raise CheckpointError(
                 f"{folder} lacks {len(missing)} of {len(names)} shards: {', '.join(missing[:4])}"
             )
@@ -146,6 +163,8 @@ def _header(path: Path) -> dict[str, Tensor]:
 def _tensor(path: Path, name: str, entry: Any, base: int, size: int) -> Tensor:
     try:
         kind, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        if not isinstance(kind, str) or any(type(n) is not int for n in (*shape, begin, end)):
+            raise TypeError(entry)
         count, sane = math.prod(shape), min(*shape, begin, end - begin) >= 0
     except (KeyError, TypeError, ValueError):
         raise _damaged(path, name, entry) from None
@@ -167,12 +186,17 @@ def _damaged(path: Path, name: str, entry: Any) -> CheckpointError:
 def splits(stored: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
     """Whether `wanted` is `stored` with axes split, as [N * H, D] is into [N, H, D]."""
     for size in stored:
+        if size == 1:  # nothing to split
+            if wanted[:1] not in ((), (1,)):
+                return False
+            wanted = wanted[1:]
+            continue
         product, used = 1, 0
         while used < len(wanted) and product < size:
             product, used = product * wanted[used], used + 1
         if product != size:
             return False
-        wanted = wanted[max(used, 1) :] if size == 1 else wanted[used:]
+        wanted = wanted[used:]
     return int(np.prod(wanted)) == 1
 
 

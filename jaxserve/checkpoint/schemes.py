@@ -25,7 +25,8 @@ class Scheme:
         rounds_activations: the checkpoint is meant for products of eight bits on both sides.
         scales: what may follow a weight's name in that of its scales.
         block: rows and columns that share a scale, where scales are for blocks.
-        by_row: there are weights with a scale for each row, or for the whole tensor.
+        by_row: there are weights with a scale for each row.
+        by_tensor: there are weights with one scale.
     """
 
     kind: str
@@ -33,6 +34,7 @@ class Scheme:
     scales: tuple[str, ...] = ("_scale",)
     block: tuple[int, int] | None = None
     by_row: bool = True
+    by_tensor: bool = True
 
 
 _INVERSE = ("_scale_inv", "_scale")
@@ -59,7 +61,7 @@ def scheme(hf: Mapping[str, Any]) -> Scheme | None:
         case "fp8":
             return _fp8(config)
         case "fbgemm_fp8":
-            return Scheme("fp8", True)
+            return Scheme("fp8", True, by_tensor=False)
         case "modelopt":
             return _modelopt(config)
     return None
@@ -69,14 +71,14 @@ def _fp8(config: Mapping[str, Any]) -> Scheme:
     _expect("activation_scheme", config.get("activation_scheme", "dynamic"), "dynamic", "static")
     if (block := config.get("weight_block_size")) is None:
         return Scheme("fp8", True, _INVERSE)
-    return Scheme("fp8", True, _INVERSE, _block("weight_block_size", block), by_row=False)
+    return Scheme("fp8", True, _INVERSE, _block("weight_block_size", block), False, False)
 
 
 def _modelopt(config: Mapping[str, Any]) -> Scheme | None:
     if (algorithm := config.get("quant_algo")) is None:
         return None  # the cache alone is quantised
     _expect("quant_algo", algorithm, "FP8", "FP8_PER_CHANNEL_PER_TOKEN")
-    return Scheme("fp8", True)
+    return Scheme("fp8", True, by_tensor=algorithm == "FP8")
 
 
 def _compressed_tensors(config: Mapping[str, Any]) -> Scheme | None:
@@ -105,6 +107,7 @@ def _compressed_tensors(config: Mapping[str, Any]) -> Scheme | None:
     return Scheme(
         kinds.pop(), all(s.rounds_activations for s in found),
         block=blocks.pop() if blocks else None, by_row=any(s.by_row for s in found),
+        by_tensor=any(s.by_tensor for s in found),
     )  # fmt: skip
 
 
@@ -129,7 +132,7 @@ def _group(name: str, group: Any) -> Scheme | None:
     return Scheme(
         "int8" if weights.get("type", "int") == "int" else "fp8", activations is not None,
         block=_block(key, weights.get("block_structure")) if in_blocks else None,
-        by_row=not in_blocks,
+        by_row=strategy == "channel", by_tensor=strategy == "tensor",
     )  # fmt: skip
 
 

@@ -106,7 +106,10 @@ def _begin(tensors: dict[str, np.ndarray], name: str, cfg: Config, x: np.ndarray
 
 
 def _kv_b(get: Callable[[str], np.ndarray], name: str, cfg: Config) -> np.ndarray:
-    return get(name).reshape(cfg.heads, cfg.nope_dim + cfg.v_dim, cfg.kv_lora)
+    lanes, x = cfg.nope_dim + cfg.v_dim, get(name)
+    if x.shape != (cfg.heads * lanes, cfg.kv_lora):  # as many values may lie the other way
+        raise ValueError(f"{list(x.shape)}, expected {[cfg.heads * lanes, cfg.kv_lora]}")
+    return x.reshape(cfg.heads, lanes, cfg.kv_lora)
 
 
 _KV_B = "kv_b_proj.weight"  # both halves of every head, one after the other

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from jaxserve.checkpoint import cache_scales, hf, hub
+from jaxserve.checkpoint import hf, hub
 from jaxserve.checkpoint.export import begin, save_pretrained
 from jaxserve.checkpoint.schemes import scheme
 from jaxserve.errors import CheckpointError, ConfigError
@@ -77,9 +77,10 @@ def quantize_checkpoint(
     _to_dtype(leaves, _dtype(raw))
     config_json = _config_json(raw, leaves)
     card = _card(folder, str(model), config)
-    save_pretrained(out, module, leaves.cfg, leaves.tree(), config_json, beside=folder, card=card)
-    if scales is not None:
-        cache_scales.save(out, scales)
+    save_pretrained(
+        out, module, leaves.cfg, leaves.tree(), config_json, beside=folder, card=card,
+        kv_scales=scales,
+    )  # fmt: skip
     return out
 
 

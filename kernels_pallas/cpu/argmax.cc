@@ -66,7 +66,7 @@ ffi::Error argmax(Floats x, Scalar num_rows, ffi::Result<ffi::Buffer<ffi::S32>> 
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxserve_argmax, argmax,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxserve_argmax, guarded<argmax>,
                               ffi::Ffi::Bind()
                                   .Arg<Floats>()
                                   .Arg<Scalar>()

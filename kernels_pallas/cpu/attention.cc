@@ -202,7 +202,7 @@ ffi::Error coded_latent_attention(Floats q, Floats k, ffi::AnyBuffer, Floats, Sc
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxserve_paged_attention, paged_attention,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxserve_paged_attention, guarded<paged_attention>,
                               ffi::Ffi::Bind()
                                   .Arg<Floats>()          // q
                                   .Arg<Floats>()          // k
@@ -224,7 +224,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxserve_paged_attention, paged_attention,
                                   .Attr<float>("scale")
                                   .Attr<float>("soft_cap"));
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxserve_latent_attention, latent_attention,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxserve_latent_attention, guarded<latent_attention>,
                               ffi::Ffi::Bind()
                                   .Arg<Floats>()          // q
                                   .Arg<Floats>()          // k
@@ -243,7 +243,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxserve_latent_attention, latent_attention,
                                   .Attr<float>("scale")
                                   .Attr<float>("soft_cap"));
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxserve_coded_attention, coded_attention,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxserve_coded_attention, guarded<coded_attention>,
                               ffi::Ffi::Bind()
                                   .Arg<Floats>()          // q
                                   .Arg<Floats>()          // k
@@ -271,7 +271,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxserve_coded_attention, coded_attention,
                                   .Attr<Parts>("k_parts")
                                   .Attr<Parts>("v_parts"));
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxserve_coded_latent_attention, coded_latent_attention,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxserve_coded_latent_attention, guarded<coded_latent_attention>,
                               ffi::Ffi::Bind()
                                   .Arg<Floats>()          // q
                                   .Arg<Floats>()          // k

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <new>
 
 #include "simd.h"
 #include "xla/ffi/api/ffi.h"
@@ -13,6 +14,26 @@ using Scalar = ffi::Buffer<ffi::S32, 0>;
 using Ints = ffi::Buffer<ffi::S32>;
 using Floats = ffi::Buffer<ffi::F32>;
 using FloatsOut = ffi::Result<ffi::Buffer<ffi::F32>>;
+
+// A handler that answers with an error where there is no working memory: XLA knows no exceptions.
+template <auto handler>
+struct Guard;
+
+template <class... Args, ffi::Error (*handler)(Args...)>
+struct Guard<handler> {
+  static ffi::Error call(Args... args) {
+    try {
+      return handler(args...);
+    } catch (const std::bad_alloc&) {
+      return ffi::Error(ffi::ErrorCode::kResourceExhausted,
+                        "no memory for what a CPU kernel works in; give the process more, or the "
+                        "engine a smaller memory_utilization");
+    }
+  }
+};
+
+template <auto handler>
+constexpr auto guarded = &Guard<handler>::call;
 
 inline int64_t value(Scalar s) { return s.typed_data()[0]; }
 

@@ -289,6 +289,10 @@ inline void apply_scales(const RowScale* rows, int64_t num_rows, const float* sc
 template <class T>
 void dot_block(const Packed<T>& x, int64_t begin, int64_t end, const Matrix<T>& matrix, int64_t cols,
                float* out, int64_t out_stride) {
+  if (x.k == 0) {  // a sum of nothing
+    for (int64_t i = begin; i < end; ++i, out += out_stride) std::fill(out, out + cols, 0.0f);
+    return;
+  }
   const T* w = matrix.data;
   const bool odd = x.k % (kQuarter * Vec<T>::kPerLane) != 0;
   const int64_t whole = odd ? 0 : cols / kLanes * kLanes, rows = end - begin;

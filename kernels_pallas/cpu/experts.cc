@@ -121,7 +121,7 @@ void contract(const Experts<T>& moe, const Grouping& groups, const PackedGroups<
 void combine(const Grouping& groups, const float* weights, int64_t num_active, const float* y,
              int64_t num_rows, int64_t embed, float* out) {
   constexpr int64_t kElementsPerChunk = 16 * 1024;
-  const int64_t rows = std::max<int64_t>(1, kElementsPerChunk / embed);
+  const int64_t rows = std::max<int64_t>(1, kElementsPerChunk / std::max<int64_t>(1, embed));
   Pool::shared().run(ceil_div(num_rows, rows), [&](int64_t chunk) {
     for (int64_t t = chunk * rows; t < std::min(num_rows, (chunk + 1) * rows); ++t) {
       float* to = out + t * embed;
@@ -213,7 +213,7 @@ ffi::Error experts(ffi::AnyBuffer x, Ints ids, Floats weights, Scalar num_rows, 
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxserve_experts, experts,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxserve_experts, guarded<experts>,
                               ffi::Ffi::Bind()
                                   .Arg<ffi::AnyBuffer>()  // x
                                   .Arg<Ints>()            // ids

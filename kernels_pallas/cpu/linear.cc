@@ -156,7 +156,7 @@ ffi::Error gated_linear(ffi::AnyBuffer x, Scalar num_rows, Scalar layer, ffi::Re
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxserve_linear, linear,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxserve_linear, guarded<linear>,
                               ffi::Ffi::Bind()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<Scalar>()
@@ -164,7 +164,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxserve_linear, linear,
                                   .RemainingArgs()
                                   .RemainingRets());
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxserve_gated_linear, gated_linear,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxserve_gated_linear, guarded<gated_linear>,
                               ffi::Ffi::Bind()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<Scalar>()

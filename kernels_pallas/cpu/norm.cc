@@ -47,7 +47,7 @@ ffi::Error rms_norm(Floats x, ffi::AnyBuffer scale, Scalar num_rows, Scalar laye
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxserve_rms_norm, rms_norm,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxserve_rms_norm, guarded<rms_norm>,
                               ffi::Ffi::Bind()
                                   .Arg<Floats>()
                                   .Arg<ffi::AnyBuffer>()

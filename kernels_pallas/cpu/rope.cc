@@ -43,7 +43,7 @@ ffi::Error rope(Floats x, Floats cos, Floats sin, Scalar num_rows, FloatsOut out
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxserve_rope, rope,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxserve_rope, guarded<rope>,
                               ffi::Ffi::Bind()
                                   .Arg<Floats>()
                                   .Arg<Floats>()

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
+#include <new>
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
@@ -17,12 +18,15 @@ namespace jaxserve {
 // An arena of one thread for the length of one call: take() hands out 64-byte aligned arrays.
 class Scratch {
  public:
-  // Reserves for everything that will be taken; earlier pointers become invalid.
+  // Reserves for everything that will be taken; earlier pointers become invalid. Throws
+  // std::bad_alloc where the system has no more, which becomes the handler's error (`guarded`).
   void reset(int64_t bytes) {
     used_ = 0;
     if (bytes > size_) {
+      size_ = 0;
       data_.reset();  // free before allocating, or the peak is the sum of both
       data_.reset(static_cast<char*>(std::aligned_alloc(64, round_up(bytes))));
+      if (!data_) throw std::bad_alloc();
       size_ = round_up(bytes);
     }
     ASAN_POISON_MEMORY_REGION(data_.get(), size_);

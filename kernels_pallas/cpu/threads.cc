@@ -2,6 +2,7 @@
 
 #include <chrono>
 #include <cstdlib>
+#include <new>
 #include <thread>
 
 #if defined(__linux__)
@@ -75,7 +76,9 @@ void Pool::run(int64_t n, Call call, const void* fn) {
       std::this_thread::yield();
     }
   }
+  const bool starved = starved_.exchange(false, std::memory_order_relaxed);
   busy_.store(false);
+  if (starved) throw std::bad_alloc();
 }
 
 // A woken helper may be put beside the caller, if other cores are busy at that moment, and Linux
@@ -100,7 +103,11 @@ void Pool::drain() {
     if (!ticket_.compare_exchange_weak(ticket, ticket - 1)) continue;
     // We hold a chunk, so the job cannot end and these fields cannot change.
     int64_t chunk = num_chunks_.load(std::memory_order_relaxed) - unclaimed;
-    call_.load(std::memory_order_relaxed)(fn_.load(std::memory_order_relaxed), chunk);
+    try {
+      call_.load(std::memory_order_relaxed)(fn_.load(std::memory_order_relaxed), chunk);
+    } catch (const std::bad_alloc&) {
+      starved_.store(true, std::memory_order_relaxed);
+    }
     unfinished_.fetch_sub(1, std::memory_order_release);
     ticket = ticket_.load();
   }

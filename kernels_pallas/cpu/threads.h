@@ -21,7 +21,8 @@ class Pool {
 
   int num_threads() const { return num_helpers_ + 1; }
 
-  // fn(0) .. fn(n - 1), in any order, on any thread; returns when all are done.
+  // fn(0) .. fn(n - 1), in any order, on any thread; returns when all are done. Where one of them
+  // has thrown std::bad_alloc, on whatever thread, so does this.
   template <class Fn>
   void run(int64_t n, const Fn& fn) {
     auto call = [](const void* f, int64_t chunk) { (*static_cast<const Fn*>(f))(chunk); };
@@ -49,6 +50,7 @@ class Pool {
   alignas(64) std::atomic<Call> call_{nullptr};
   std::atomic<const void*> fn_{nullptr};
   std::atomic<int64_t> num_chunks_{0};
+  std::atomic<bool> starved_{false};  // a chunk of the job had no memory
   std::atomic<bool> busy_{false};
   std::atomic<int> num_sleeping_{0};
   std::mutex mutex_;

@@ -71,9 +71,14 @@ def test_a_choice_that_may_be_left_out_can_be_made(capsys):
     args = parser().parse_args(["generate", "m", "p", "--quantization", "int8"])
     assert EngineConfig(**{k: v for k, v in cli_options.engine_settings(args).items()
                            if k != "revision"}).quantization == "int8"  # fmt: skip
-    with pytest.raises(SystemExit):
-        parser().parse_args(["generate", "m", "p", "--quantization", "int3"])
-    assert "invalid choice: 'int3'" in capsys.readouterr().err
+    for option, value, known in (
+        ("--quantization", "int3", "compressed-tensors"),
+        ("--kv-cache-dtype", "fp8", "bfloat16"),
+    ):
+        with pytest.raises(SystemExit):
+            parser().parse_args(["generate", "m", "p", option, value])
+        said = capsys.readouterr().err
+        assert f"invalid choice: '{value}'" in said and known in said
 
 
 def test_an_error_is_one_line_and_no_traceback(capsys):

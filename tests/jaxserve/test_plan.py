@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxserve.checkpoint import hf
-from jaxserve.config import EngineConfig
+from jaxserve.config import STORED, EngineConfig
 from jaxserve.errors import ConfigError
 from jaxserve.models.family import family
 from jaxserve.plan import Plan, resolve
@@ -24,6 +24,15 @@ GIB = 1 << 30
 WEIGHTS = 100_000
 RAW = family_config("qwen3", max_position_embeddings=4096)
 CFG = hf.model_config(family("qwen3"), RAW)
+W8A8 = {
+    "quant_method": "compressed-tensors",
+    "config_groups": {
+        "group_0": {
+            "weights": {"num_bits": 8, "strategy": "channel"},
+            "input_activations": {"num_bits": 8, "dynamic": True},
+        }
+    },
+}
 
 
 @dataclasses.dataclass
@@ -49,8 +58,8 @@ def stored_as(num_params: int) -> Any:
 
 
 WRONG: list[tuple[str, list[Any]]] = [
-    ("kv_cache_dtype", ["fp8", "int2", None, 8]),
-    ("quantization", ["int3", 8, "INT8", ""]),
+    ("kv_cache_dtype", ["fp8", "fp8_e4m3", "int2", None, 8]),
+    ("quantization", ["int3", "awq", 8, "INT8", ""]),
     ("dtype", ["int8", "fp32", None, 4]),
     ("max_model_len", [0, -1, 1.5, "100"]),
     ("max_num_seqs", [0, -1, 2.5, "8"]),
@@ -154,6 +163,37 @@ def test_element_types(stored: str, asked: str, kernels: str, platform: str, ser
     raw = {**RAW, "torch_dtype": stored, "dtype": None}
     config = EngineConfig(dtype=asked, kernels=kernels)  # type: ignore[arg-type]
     assert resolve(config, raw, CFG, stored_as(WEIGHTS), device).dtype == jnp.dtype(served)
+
+
+@pytest.mark.parametrize("method", STORED)
+def test_what_a_checkpoint_is_stored_in_may_be_said_and_must_be_so(method: str):
+    """vLLM's users write `--quantization compressed-tensors`, and so on."""
+    config = EngineConfig(quantization=method)  # type: ignore[arg-type]
+
+    def planned(said: dict[str, Any] | None) -> Plan:
+        raw = {**RAW, "quantization_config": said}
+        return resolve(config, raw, CFG, stored_as(WEIGHTS), jax.devices()[0])
+
+    found = planned(W8A8 if method == W8A8["quant_method"] else {"quant_method": method})
+    assert found.quantization == ("int8" if method == W8A8["quant_method"] else None)
+    for said, seen in (
+        ({"quant_method": "other"}, "says quant_method 'other'"),
+        (None, "speaks of no quantisation"),
+    ):
+        message = rf"quantization='{method}': .* {seen}\. .* quantization='int8'"
+        with pytest.raises(ConfigError, match=message):
+            planned(said)
+
+
+def test_a_cache_of_bfloat16_is_that_of_a_model_in_bfloat16_or_on_a_cpu():
+    own, asked = (plan(dtype="bfloat16", kv_cache_dtype=kind) for kind in ("auto", "bfloat16"))
+    assert own == asked and own.kv_taint == "exact"
+    rounded = plan(dtype="float32", kv_cache_dtype="bfloat16")
+    assert (rounded.kv_dtype, rounded.kv_taint) == (own.kv_dtype, "bfloat16")
+    device = Device()
+    assert plan(device, dtype="bfloat16", kv_cache_dtype="bfloat16").page_size == 64
+    with pytest.raises(ConfigError, match="kv_cache_dtype='bfloat16' with dtype float32 on a tpu"):
+        plan(device, dtype="float32", kv_cache_dtype="bfloat16")
 
 
 def test_kernels_need_their_hardware():

@@ -67,8 +67,24 @@ def test_padding_of_scales_costs_a_latent_row_of_four_bits_twelve_bytes():
 
 
 def test_other_types_are_refused():
-    with pytest.raises(ConfigError, match="kv_cache_dtype='fp8' must be one of auto, int8, int4"):
+    message = "kv_cache_dtype='fp8' must be one of auto, bfloat16, int8, int4; int8 is as small"
+    with pytest.raises(ConfigError, match=message):
         EngineConfig(kv_cache_dtype="fp8")  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+def test_a_cache_of_bfloat16_serves_weights_of_float32(tmp_path: Path):
+    folder = write_checkpoint(tmp_path, "llama", tokenizer=False, dtype="float32")
+    asked, found = SamplingParams(max_tokens=1, prompt_logprobs=0, temperature=0), []
+    prompt = list(range(3, 43))
+    for cache in ("auto", "bfloat16"):
+        with LLM(folder, tokenizer=False, num_pages=8, progress=False, kv_cache_dtype=cache) as llm:
+            (out,) = llm.generate([{"prompt_token_ids": prompt}], asked)
+            assert ("cache in bfloat16" in llm.plan.describe()) == (cache == "bfloat16")
+        rows = zip(out.prompt_logprobs[1:], prompt[1:], strict=True)
+        found.append([row[token].logprob for row, token in rows])
+    away = [abs(a - b) for a, b in zip(*found, strict=True)]
+    assert 0 < sum(away) / len(away) < 0.05  # of a logit: the weights are random
 
 
 @pytest.mark.parametrize("name", ["recall-dense", "countdown-moe"])

@@ -1,5 +1,7 @@
 """What is exported is what was loaded: every tensor, by name, shape and value."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -38,6 +40,27 @@ def test_floats_are_not_said_to_be_quantised(tmp_path):
     fp8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
     _, copy = exported(tmp_path, "llama", tokenizer=False, quantization_config=fp8)
     assert "quantization_config" not in read_config(copy)
+
+
+def test_what_was_there_stays_until_the_new_folder_has_come(tmp_path, monkeypatch):
+    _, copy = exported(tmp_path, "llama", tokenizer=False)
+    (copy / "of the first").touch()
+    exported(tmp_path, "llama", tokenizer=False)
+    assert not (copy / "of the first").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "b"}
+    (copy / "of the second").touch()
+    rename = Path.rename
+
+    def interrupted(path, target):
+        if path.name == ".b.writing":
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        exported(tmp_path, "llama", tokenizer=False)
+    assert (copy / "of the second").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "b"}
 
 
 def test_a_layout_that_can_only_be_read_is_named(tmp_path):

@@ -1,6 +1,7 @@
 """Folders in Hugging Face's format become trees of weights, or errors that name the fault."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -86,12 +87,37 @@ def test_gate_and_up_of_gpt_oss_are_taken_apart(tmp_path):
     assert shapes[0] == shapes[1]
 
 
-def test_layers_for_multi_token_prediction_stay_unread(tmp_path):
+def test_layers_for_multi_token_prediction_stay_unread(tmp_path, caplog):
     folder = write_checkpoint(tmp_path, "deepseek_v3", tokenizer=False)
     before = load(folder)
     rewrite(folder, **{"model.layers.3.eh_proj.weight": np.full((2, 2), np.nan, np.float32)})
+    config = {**hf.read_config(folder), "num_nextn_predict_layers": 1}
+    (folder / "config.json").write_text(json.dumps(config))
     same = jax.tree.map(np.array_equal, before, load(folder))
-    assert all(jax.tree.leaves(same))
+    assert all(jax.tree.leaves(same)) and not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("model_type", "change", "count", "first"),
+    [
+        ("llama", {"num_hidden_layers": 1}, 9, "1.input_layernorm.weight float32 [32]"),
+        ("gpt_oss", {"attention_bias": False}, 8, "0.self_attn.k_proj.bias float32"),
+        ("deepseek_v3", {"n_shared_experts": 0}, 3, "1.mlp.shared_experts.down_proj.weight"),
+        ("llama", {}, 0, ""),
+        ("gemma3_text", {}, 0, ""),
+        ("gpt_oss", {}, 0, ""),
+    ],
+)
+def test_weights_that_config_json_does_not_ask_for_are_told(
+    tmp_path, caplog, model_type, change, count, first
+):
+    folder = write(tmp_path, model_type)
+    config = {**hf.read_config(folder), **change}
+    (folder / "config.json").write_text(json.dumps(config))
+    load(folder)
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == bool(count)
+    assert all(f"{count} weights are not read, such as model.layers.{first}" in x for x in said)
 
 
 NAME = "model.layers.1.mlp.up_proj.weight"
@@ -126,6 +152,16 @@ def test_a_joint_tensor_of_another_shape_is_named(tmp_path, model_type, tensor, 
     folder = write_checkpoint(tmp_path, model_type, tokenizer=False)
     rewrite(folder, **{tensor: np.zeros(shape, np.float32)})
     with pytest.raises(CheckpointError, match=tensor):
+        load(folder)
+
+
+def test_a_joint_matrix_that_lies_the_other_way_is_refused(tmp_path):
+    folder, name = write_checkpoint(tmp_path, "deepseek_v3"), "model.layers.0.self_attn.kv_b_proj"
+    name += ".weight"
+    x = load_file(folder / "model.safetensors")[name]
+    rewrite(folder, **{name: np.ascontiguousarray(x.T)})
+    shapes = [re.escape(str(list(shape))) for shape in (x.T.shape, x.shape)]
+    with pytest.raises(CheckpointError, match=rf"{name} .*{shapes[0]}, expected {shapes[1]}"):
         load(folder)
 
 

@@ -65,6 +65,11 @@ def test_rows_of_gate_and_up_are_read_apart():
         (np.zeros((2, 4, 3, 16), np.int8), np.zeros((2, 4, 3), np.uint8), r"w_blocks is int8"),
         (np.zeros((2, 4, 3, 16), np.uint8), np.zeros((2, 3, 3), np.uint8), r"\[2, 3, 3, 16\]"),
         (np.zeros((2, 4, 3, 16), np.uint8), np.full((2, 4, 3), 255, np.uint8), "w_scales holds"),
+        (
+            np.zeros((2, 4, 3, 16), np.uint8),
+            np.ones((2, 4, 3), np.float32),
+            r"w_scales is float32 \[2",
+        ),
     ],
 )
 def test_what_is_no_mxfp4_is_refused(blocks, scales, message):

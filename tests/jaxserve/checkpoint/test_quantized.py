@@ -24,6 +24,8 @@ from kernels_pallas.weight import Int8Weight
 
 SMALL = {"num_hidden_layers": 2, "hidden_size": 64, "vocab_size": 96}
 NAME = "model.layers.1.self_attn.q_proj.weight"
+GIVEN = "model.layers.1.self_attn.q_proj.input_scale"
+ZERO = np.where(np.arange(64) == 7, 0, 1).reshape(64, 1).astype(np.float32)
 INT8 = {"num_bits": 8, "type": "int", "symmetric": True}
 W8A8 = {
     "quant_method": "compressed-tensors",
@@ -58,11 +60,10 @@ FP8_BLOCKS = {
 def stored(x: np.ndarray, config: dict[str, Any]) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """The tensors, by what follows the name, and the floats that they stand for."""
     x = x.astype(np.float32)
-    if config is FP8_TENSORS:  # transformers' name of a scale, and beside it what is passed over
+    if config is FP8_TENSORS:  # transformers' name of a scale
         scale = np.float32(np.abs(x).max() / 448)
         values = (x / scale).astype(ml_dtypes.float8_e4m3fn)
-        beside = {"": values, "_scale_inv": np.asarray(scale), "_input_scale": np.ones(1)}
-        return beside, values.astype(np.float32) * scale
+        return {"": values, "_scale_inv": np.asarray(scale)}, values.astype(np.float32) * scale
     if config in (FP8_BLOCKS, W8A8_BLOCKS):
         tiles = [-(-n // b) for n, b in zip(x.shape, (16, 32), strict=True)]
         scale = np.random.default_rng(0).uniform(0.5, 2, tiles).astype(np.float32)
@@ -174,20 +175,42 @@ def test_a_cache_in_eight_bits_says_nothing_of_weights(said):
     assert scheme({"quantization_config": said}) is None
 
 
-@pytest.mark.parametrize("key", ["compression_config", "hf_quant_config.json"])
+@pytest.mark.parametrize("key", ["compression_config", "text_config", "hf_quant_config.json"])
 def test_where_else_it_may_be_said(tmp_path, key):
-    kind = W8A8 if key == "compression_config" else FP8_ROWS
+    kind = FP8_ROWS if key == "hf_quant_config.json" else W8A8
     floats = write(tmp_path, kind)
     config = json.loads((tmp_path / "config.json").read_text())
     said = config.pop("quantization_config")
     if key == "compression_config":
         config[key] = said
+    elif key == "text_config":  # as wrappers of models that also see have it
+        config |= {key: {"quantization_config": said}, "quantization_config": None}
     else:
         modelopt = {"quant_algo": "FP8_PER_CHANNEL_PER_TOKEN", "exclude_modules": ["lm_head"]}
         (tmp_path / key).write_text(json.dumps({"quantization": modelopt}))
     (tmp_path / "config.json").write_text(json.dumps(config))
     wq = load(tmp_path).stacks[0].attn.wq
     np.testing.assert_array_equal(np.asarray(wq)[1].reshape(64, 64), floats[NAME])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"text_config": {"quantization_config": FBGEMM}}, "and in text_config .*fbgemm_fp8"),
+        ({"quantization_config": None, "text_config": {"compression_config": 5}}, "be an object"),
+        ({"quantization_config": None, "compression_config": "x"}, "must be an object"),
+        (
+            {"quantization_config": None, "text_config": {"quantization_config": {
+                "quant_method": "gptq", "bits": 4}}}, "quant_method 'gptq'",
+        ),
+    ],
+)  # fmt: skip
+def test_what_is_said_elsewhere_is_refused_as_if_it_were_said_here(tmp_path, changes, message):
+    write(tmp_path, W8A8)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **changes}))
+    with pytest.raises(CheckpointError, match=message):
+        load(tmp_path)
 
 
 def test_what_stays_in_floats_is_of_the_type_that_is_served(tmp_path):
@@ -233,6 +256,16 @@ def test_exponents_as_scales(tmp_path):
             rf"{NAME} in model.safetensors is float8_e4m3fn \[64, 64\], but .* says int8",
         ),
         ({NAME: np.zeros((64, 63), np.int8)}, rf"{NAME} has shape \[64, 63\]; expected \[.*64\]"),
+        ({NAME + "_scale": np.ones((8, 8), np.float32)}, rf"{NAME}_scale has shape \[8, 8\]"),
+        (
+            {NAME + "_scale": np.ones(1, np.float32)},
+            rf"{NAME}_scale has shape \[1\]; expected \[64",
+        ),
+        ({NAME + "_scale": ZERO}, rf"{NAME}_scale \[64, 1\] is 0 at \[7, 0\], where {NAME} \[64"),
+        ({GIVEN: np.ones(1, np.int32)}, rf"{GIVEN} is int32 \[1\]; expected one number"),
+        ({GIVEN: np.ones((64, 1), np.float32)}, rf"{GIVEN} is float32 \[64, 1\]; expected one"),
+        ({GIVEN: np.full(1, -1, np.float32)}, rf"{GIVEN} is float32 \[1\] and holds -1.0"),
+        ({GIVEN: np.full(1, np.nan, np.float32)}, rf"{GIVEN} .*NaN"),
     ],
 )
 def test_a_corrupt_checkpoint_is_refused_by_name(tmp_path, changes, message, convert):
@@ -242,6 +275,65 @@ def test_a_corrupt_checkpoint_is_refused_by_name(tmp_path, changes, message, con
         load(tmp_path, convert=convert)
 
 
+@pytest.mark.parametrize("config", [W8A8, FP8_BLOCKS])
+def test_a_scale_of_zero_is_that_of_zeros(tmp_path, config):
+    """As exporters write rows that a model never uses."""
+    write(tmp_path, config)
+    shards, key = Shards(tmp_path), NAME + ("_scale" if config is W8A8 else "_scale_inv")
+    values, scale = (shards.get(name).copy() for name in (NAME, key))
+    rows, cols = (slice(7, 8), slice(None)) if config is W8A8 else (slice(16, 32), slice(32, 64))
+    at = (7, 0) if config is W8A8 else (1, 1)
+    scale[at], values[rows, cols] = 0, 0
+    rewrite(tmp_path, **{NAME: values, key: scale})
+    found = np.asarray(load(tmp_path).stacks[0].attn.wq[1]).reshape(64, 64)
+    assert not found[rows, cols].any() and found.any()
+    values[rows, cols] = 1
+    rewrite(tmp_path, **{NAME: values, key: scale})
+    with pytest.raises(CheckpointError, match=rf"{key} .*is 0 at \[{at[0]}, {at[1]}\]"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["input_scale", "activation_scale"])
+def test_scales_of_activations_are_said_to_be_passed_over(tmp_path, caplog, name):
+    write(tmp_path, FP8_TENSORS)
+    before, key = load(tmp_path), NAME.replace("weight", name)
+    assert not caplog.records
+    rewrite(tmp_path, **{key: np.full(1, 0.5, np.float32)})
+    for found, want in zip(jax.tree.leaves(load(tmp_path)), jax.tree.leaves(before), strict=True):
+        np.testing.assert_array_equal(found, want)
+    assert [f"such as {key}, are not used" in r.getMessage() for r in caplog.records] == [True]
+
+
+@pytest.mark.parametrize("said", [None, W8A8, FP8_BLOCKS])
+@pytest.mark.parametrize("dtype", [np.int8, np.float32])
+def test_experts_that_share_a_tensor_are_named(tmp_path, said, dtype):
+    """As transformers holds them, and writes them with `save_original_format=False`."""
+    write_checkpoint(tmp_path, "qwen3_moe", tokenizer=False, **SMALL, quantization_config=said)
+    tensors = load_file(tmp_path / "model.safetensors")
+    first = "model.layers.0.mlp.experts."
+    gone = {name: None for name in tensors if name.startswith(first)}
+    rewrite(tmp_path, **gone, **{first + "gate_up_proj": np.ones((4, 64, 64), dtype)})
+    kind = np.dtype(dtype).name
+    message = rf"no tensor '{first}0.*but {first}gate_up_proj {kind} \[4, 64, 64\]: tensors of all"
+    with pytest.raises(CheckpointError, match=message):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "name"),
+    [("gpt_oss", "mlp.experts.gate_up_proj"), ("deepseek_v3", "self_attn.kv_b_proj.weight")],
+)
+@pytest.mark.parametrize("dtype", [np.int8, ml_dtypes.float8_e4m3fn])
+def test_a_joint_tensor_in_eight_bits_is_not_taken_for_floats(tmp_path, model_type, name, dtype):
+    write_checkpoint(tmp_path, model_type, tokenizer=False)
+    name = f"model.layers.0.{name}"
+    x = load_file(tmp_path / "model.safetensors")[name]
+    rewrite(tmp_path, **{name: np.ones(x.shape, dtype)})
+    kind = np.dtype(dtype).name
+    with pytest.raises(CheckpointError, match=rf"{name} .*{kind}.*\[.*no quantization_config"):
+        load(tmp_path)
+
+
 def test_a_matrix_that_lies_the_other_way_is_refused(tmp_path):
     """One scale for all of it fits both ways, and so does the number of values."""
     write(tmp_path, FP8_TENSORS)
@@ -249,6 +341,38 @@ def test_a_matrix_that_lies_the_other_way_is_refused(tmp_path):
     rewrite(tmp_path, **{name: np.ones((128, 64), ml_dtypes.float8_e4m3fn)})
     with pytest.raises(CheckpointError, match=rf"{name} .*\[128, 64\]; expected \[64, 128\]"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "suffix", "scale"),
+    [
+        (FBGEMM, "_scale", np.ones(1, np.float32)),
+        (FP8_BLOCKS, "_scale_inv", np.ones((64, 1), np.float32)),
+        (FP8_BLOCKS, "_scale_inv", np.ones((2, 4), np.float32)),
+        (W8A8_BLOCKS, "_scale", np.ones(1, np.float32)),
+        (FP8_TENSORS, "_scale_inv", np.ones((8, 8), np.float32)),
+    ],
+)
+def test_scales_of_another_structure_than_config_json_says(tmp_path, config, suffix, scale):
+    write(tmp_path, config)
+    rewrite(tmp_path, **{NAME + suffix: scale})
+    seen = ", ".join(map(str, scale.shape))
+    with pytest.raises(CheckpointError, match=rf"{NAME}{suffix} has shape \[{seen}\]; expected"):
+        load(tmp_path)
+
+
+def test_a_scale_for_the_tensor_where_one_for_each_row_is_there(tmp_path):
+    write(tmp_path, json.loads(json.dumps(W8A8).replace('"channel"', '"tensor"')))
+    with pytest.raises(CheckpointError, match=r"_scale has shape \[64, 1\]; expected \[1\]"):
+        load(tmp_path)
+
+
+def test_a_scale_that_makes_no_number_of_the_largest_is_refused(tmp_path):
+    write(tmp_path, W8A8)
+    rewrite(tmp_path, **{NAME + "_scale": np.full((64, 1), 3e38, np.float32)})
+    for convert in (None, weights.quantize):
+        with pytest.raises(CheckpointError, match=rf"{NAME} .*(infinity|exceeds float32)"):
+            load(tmp_path, convert=convert)
 
 
 def test_eight_bits_that_config_json_does_not_speak_of(tmp_path):

@@ -64,6 +64,23 @@ def test_another_shape_is_refused_by_name(folder, shape):
         Shards(folder).read("w", np.empty(shape, np.float32))
 
 
+@pytest.mark.parametrize(("stored", "wanted"), [((1,), (6,)), ((1, 6), (6, 6)), ((), (6,))])
+def test_a_tensor_that_is_too_short_is_refused_and_what_follows_not_read(tmp_path, stored, wanted):
+    tensors = {"a": np.ones(stored, np.float32), "b": np.ones(64, np.float32)}
+    save_file(tensors, tmp_path / "m.safetensors")
+    with pytest.raises(
+        CheckpointError, match=rf"a in m.* has shape \{list(stored)}".replace("]", r"\]")
+    ):
+        Shards(tmp_path).read("a", np.empty(wanted, np.float32))
+
+
+def test_a_file_that_has_become_shorter_is_refused(folder):
+    shards, path = Shards(folder), folder / "m.safetensors"
+    path.write_bytes(path.read_bytes()[:-90])
+    with pytest.raises(CheckpointError, match=r"m\.safetensors ends within w"):
+        shards.get("w")
+
+
 def test_a_missing_tensor_is_named(folder):
     with pytest.raises(CheckpointError, match="no tensor 'nope'"):
         Shards(folder).get("nope")
@@ -118,6 +135,9 @@ def header(folder, entries):
         ({"dtype": "F32", "shape": [-4], "data_offsets": [0, 16]}, "x in m.safetensors"),
         ({"dtype": "F32", "shape": [4]}, "x in m.safetensors"),
         ({"dtype": "F32", "shape": [4], "data_offsets": [-4, 12]}, "x in m.safetensors"),
+        ({"dtype": ["F32"], "shape": [4], "data_offsets": [0, 16]}, "x in m.safetensors has a dam"),
+        ({"dtype": "F32", "shape": [4.0], "data_offsets": [0, 16]}, "x in m.safetensors has a dam"),
+        ({"dtype": "F32", "shape": [True], "data_offsets": [0, 4]}, "x in m.safetensors has a dam"),
         ("nonsense", "x in m.safetensors"),
     ],
 )
@@ -148,7 +168,17 @@ def test_shards_are_found_by_their_index(tmp_path):
         Shards(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": 3}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[]",
+        "{}",
+        '{"weight_map": 3}',
+        '{"weight_map": {"x": 3}}',
+        '{"weight_map": {"x": null}}',
+    ],
+)
 def test_a_damaged_index_is_refused_by_name(tmp_path, text):
     (tmp_path / "model.safetensors.index.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"model.safetensors.index.json"):

@@ -243,6 +243,26 @@ def test_a_full_disk(tmp_path, monkeypatch):
     assert [file.name for file in tmp_path.iterdir()] == ["in"]
 
 
+@pytest.mark.parametrize("step", ["_write_shards", "cache_scales.save"])
+def test_an_interrupted_run_leaves_nothing(tmp_path, monkeypatch, step):
+    """Scales of the cache come last to be made, and are as much a part of the folder as weights."""
+    source = write_checkpoint(tmp_path / "in", "llama", tokenizer=False)
+
+    def interrupted(folder: Path, *_: object) -> None:
+        assert folder != tmp_path / "out"
+        (folder / "model.safetensors").write_bytes(b"half of it")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"jaxserve.checkpoint.export.{step}", interrupted)
+    monkeypatch.setattr("jaxserve.quant.checkpoint.calibrate_cache", lambda *_: {"k": np.ones(1)})
+    config = replace(PLAIN, kv_cache=True)
+    with pytest.raises(KeyboardInterrupt):
+        quantize_checkpoint(
+            source, tmp_path / "out", config, documents=DOCUMENTS[:1], progress=False
+        )
+    assert [file.name for file in tmp_path.iterdir()] == ["in"]
+
+
 def test_what_cannot_be_done_is_said_before_anything_is(tmp_path, monkeypatch):
     source = write_checkpoint(tmp_path / "in", "llama", tokenizer=False)
     with pytest.raises(CheckpointError, match="nowhere is no folder here"):
