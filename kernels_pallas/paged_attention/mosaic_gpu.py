@@ -36,6 +36,7 @@ from kernels_pallas.paged_attention.codec import (
 from kernels_pallas.paged_attention.mosaic_gpu_blocks import Shape
 from kernels_pallas.paged_attention.mosaic_gpu_items import held, most_items, plan
 from kernels_pallas.paged_attention.mosaic_gpu_kernel import HIDDEN, LOG2E, Scratch, kernel
+from kernels_pallas.paged_attention.mosaic_gpu_widening import UNIT
 from kernels_pallas.paged_attention.ragged import Ragged, owners
 from kernels_pallas.weight import Weight, as_array
 from kernels_pallas.wgmma import ROWS
@@ -81,6 +82,7 @@ def page_attention(
     G, heads = shape.group, K * shape.heads
     q = k_pages.fold(q, layer) if isinstance(k_pages, StaticInt8Pages) else q
     q = turned_by_product(k_pages, q)
+    q = q / UNIT if shape.ahead else q  # a power of two, as are integers in pages
     q = jnp.pad(q, ((0, 0), (0, 0), (0, shape.lanes - q.shape[-1])))
     window = jnp.asarray(window, jnp.int32)
     seq, position = owners(batch, T)
@@ -101,6 +103,7 @@ def page_attention(
     lse = lse.reshape(-1, T, N)
     o = o[..., : whole_parts(stacks[-1], value_dim)]
     o, lse = _merge(o, lse, None if sinks is None else as_array(sinks), shape.nibbles)
+    o = o / UNIT if shape.ahead else o
     o = stacks[-1].fold(o, layer) if isinstance(stacks[-1], StaticInt8Pages) else o
     o = o[..., :value_dim]
     if not mass:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from typing import Any
 
@@ -12,20 +11,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.paged_attention.mosaic_gpu_blocks import SORTED, Ring, Shape, Work
-
-_EIGHTS = plgpu.Layout.TILED(
-    plgpu.Tiling(((16, 64), (4, 64), (8,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1
-)
-_NIBBLES = plgpu.Layout.TILED(
-    plgpu.Tiling(((16, 64), (16, 16), (8, 16), (8,), (4,))),
-    warp_dims=(-7,), lane_dims=(-4, -2, -3), vector_dim=-1,
-)  # fmt: skip
-"""16 rows of 64 bytes, as `WGMMA_UPCAST_2X` has 64 of 16: four bytes in a thread."""
+from kernels_pallas.paged_attention.mosaic_gpu_widening import unpack, widen
 
 
 def bring(
     work: Work, shape: Shape, layer: Any, tables: Any, stacks: Any, scales: Any, ring: Ring,
-    caches: slice = slice(None),
+    caches: slice = slice(None), *, simulated: bool,
 ) -> None:  # fmt: skip
     """Copies blocks of keys, and of values, to shared memory as room becomes free.
 
@@ -104,9 +95,10 @@ def bring(
         ):
             plgpu.barrier_wait(arrived.at[at])
             if shape.nibbles:
-                unpack(raw.at[at], block.at[slot])
+                unpack(raw.at[at], block.at[slot], SORTED, simulated=simulated)
             else:  # few registers are left
-                widen(raw.at[at], block.at[slot], 64 if shape.wide else 128)
+                lanes = 64 if shape.wide else 128
+                widen(raw.at[at], block.at[slot], lanes, simulated=simulated)
             plgpu.barrier_arrive(ready.at[slot])
         pl.when(step + shape.ahead < work.steps)(lambda: begin(step + shape.ahead))
 
@@ -119,39 +111,6 @@ def bring(
                 pl.when(step < work.steps)(partial(copy, step, tuple(place)))
         if shape.ahead:
             pl.when(step < work.steps)(partial(finish, step))
-
-
-def widen(raw: Any, block: Any, most: int) -> None:
-    """Rows of eight bits as bfloat16, eight lanes in a thread and at most so many at a time."""
-    lanes = math.gcd(raw.shape[1], most)
-
-    @pl.loop(0, raw.shape[1] // lanes)  # unrolled it takes too many registers
-    def _(i: Array) -> None:
-        at = pl.ds(i * lanes, lanes)
-        x = plgpu.layout_cast(raw[:, at], _EIGHTS)
-        block[:, at] = x.astype(block.dtype)
-
-    plgpu.commit_smem()
-
-
-def unpack(raw: Any, block: Any) -> None:
-    """Rows of four bits as bfloat16. Bitwise operations take four bytes at a time, shifts one."""
-    rows, lanes = block.shape[0] // SORTED, math.gcd(raw.shape[1], 128)
-    n = math.gcd(rows, 32)
-
-    @pl.loop(0, raw.shape[1] // lanes)
-    def _(i: Array) -> None:
-        at = pl.ds(i * lanes, lanes)
-        for odd in range(2):
-            for some in range(0, rows, n):
-                x = plgpu.layout_cast(raw[pl.ds(odd * rows + some, n), at], _NIBBLES)
-                x = lax.bitcast_convert_type(x, jnp.int8)
-                low = ((x & 15) ^ 8).astype(block.dtype) - 8  # two's complement of four bits
-                high = (x & -16).astype(block.dtype) * (1 / 16)
-                for half, y in enumerate((low, high)):
-                    block[pl.ds((2 * odd + half) * rows + some, n), at] = y
-
-    plgpu.commit_smem()
 
 
 def sort(unsorted: Any, scales: Any) -> None:

@@ -188,7 +188,8 @@ def kernel(
         if few:
             plgpu.set_max_registers(few, action="decrease")
         work = Work.of(shape, window, item)
-        bring(work, shape, layer, tables, stacks, scales, scratch.ring, caches)
+        ring = scratch.ring
+        bring(work, shape, layer, tables, stacks, scales, ring, caches, simulated=simulated)
 
     def compute() -> None:
         if few:

@@ -107,7 +107,7 @@ def kernel(
 
         def bring_pages() -> None:
             plgpu.set_max_registers(to_bring, action="decrease")
-            bring(work, shape, layer, tables, stacks, scales, ring)
+            bring(work, shape, layer, tables, stacks, scales, ring, simulated=simulated)
 
         def keep_scores() -> None:
             plgpu.set_max_registers(for_scores, action="increase")

@@ -114,7 +114,7 @@ def _extreme(instruction: Instruction) -> Operation | None:
 
 
 def _fma(a: Lanes, b: Lanes, c: Lanes) -> Lanes:
-    return (a.astype(np.float64) * b + c).astype(np.float32)
+    return (a.astype(np.float64) * b.astype(np.float64) + c.astype(np.float64)).astype(a.dtype)
 
 
 def _divide(a: Lanes, b: Lanes) -> Lanes:
