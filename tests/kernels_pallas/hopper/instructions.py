@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -293,47 +295,56 @@ def _fence_proxy(w: Warpgroup, x: Instruction) -> None:
 
 def _multiply(w: Warpgroup, x: Instruction) -> None:
     """wgmma.mma_async (9.7.15.5.2): sums += A B^T, from shared memory or A from registers."""
-    columns = int(x.parts[4].removeprefix("m64n").removesuffix("k16"))
-    if x.parts[4:] != (f"m64n{columns}k16", "f32", "bf16", "bf16"):
-        raise x.unknown()
-    sums, a, b, keep, a_sign, b_sign, *transposed = x.operands
-    if {a_sign, b_sign} != {Immediate(1)}:
-        raise x.unknown()
+    columns, kind, transposed = _product(w, x)
+    sums, a, b, keep, *_ = x.operands
     assert isinstance(sums, Vector)
-    signs = [bool(int(w.read(each, U32)[0])) for each in transposed]
     read, held = list[tuple[Addresses, Bytes]](), list(sums.items)
     if isinstance(a, Vector):
         held += a.items
         rows = matrix.unpacked(np.stack([w.read(register, U32) for register in a.items]))
     else:
-        rows = _matrix(w, a, matrix.ROWS, signs[0], read)
-    product = rows @ _matrix(w, b, columns, signs[-1], read).T
+        rows = _matrix(w, a, matrix.ROWS, kind, transposed[0], read)
+    product = rows @ _matrix(w, b, columns, kind, transposed[-1], read).T
     row, column = matrix.places(columns)
-    for register, values in zip(sums.items, product[row, column], strict=True):
+    kept = w.predicate(keep)
+    for register, values in zip(sums.items, product[row, column].astype(kind.sums), strict=True):
         assert isinstance(register, Register)
-        before = _sums(w, register.name)
-        found = np.where(w.predicate(keep), before + values, values).astype(np.float32)
-        w.registers[register.name] = found.view(U32)
+        before = _sums(w, register.name, kind.sums)
+        w.registers[register.name] = np.where(kept, before + values, values).view(U32)
     names = frozenset(each.name for each in held if isinstance(each, Register))
     w.going.append(Products(names, read))
     w.in_flight |= names
 
 
-def _sums(w: Warpgroup, name: str) -> Lanes:
+def _product(w: Warpgroup, x: Instruction) -> tuple[int, matrix.Kind, list[bool]]:
+    """Columns and types of a product, and whether A and B are transposed, or only B."""
+    kind, signs, transposed = matrix.KINDS.get(x.parts[5:]), x.operands[4:6], x.operands[6:]
+    found = re.fullmatch(r"m64n(\d+)k(\d+)", x.parts[4])
+    if kind is None or found is None or int(found[2]) != kind.depth:
+        raise x.unknown()
+    if kind.sums == np.int32:
+        if signs or isinstance(x.operands[1], Vector):
+            raise x.unknown()
+        return int(found[1]), kind, [False]
+    if set(signs) != {Immediate(1)}:
+        raise x.unknown()
+    return int(found[1]), kind, [bool(int(w.read(each, U32)[0])) for each in transposed]
+
+
+def _sums(w: Warpgroup, name: str, dtype: np.dtype[Any]) -> Lanes:
     """Products that go on may add to the same sums, of the same shape, in their order."""
-    if name not in w.registers:
-        return w.read(Register(name), TYPES["f32"])
-    return w.registers[name].view(np.float32)
+    return w.registers[name].view(dtype) if name in w.registers else w.read(Register(name), dtype)
 
 
 def _matrix(
-    w: Warpgroup, operand: Operand, rows: int, transposed: bool, read: list[tuple[Addresses, Bytes]]
-) -> Lanes:
+    w: Warpgroup, operand: Operand, rows: int, kind: matrix.Kind, transposed: bool,
+    read: list[tuple[Addresses, Bytes]],
+) -> Lanes:  # fmt: skip
     descriptor = w.only(w.read(operand, U64).view(np.int64))
-    at = matrix.operand(descriptor, rows, transposed)
-    raw = w.block.shared.read_async(at, 2, "wgmma")
-    read.append((at[..., None] + np.arange(2), raw))
-    return matrix.floats(raw)
+    at, size = matrix.operand(descriptor, rows, kind, transposed=transposed), kind.item.itemsize
+    raw = w.block.shared.read_async(at, size, "wgmma")
+    read.append((at[..., None] + np.arange(size), raw))
+    return kind.matrix(raw)
 
 
 def _commit_products(w: Warpgroup, x: Instruction) -> None:
