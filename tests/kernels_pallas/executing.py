@@ -16,6 +16,7 @@ from kernels_pallas.paged_attention import (
     mosaic_gpu_writing,
 )
 from tests.kernels_pallas.hopper import launch
+from tests.kernels_pallas.hopper.block import Schedule
 from tests.kernels_pallas.hopper.memory import Findings
 
 _WRITING = (mosaic_gpu_writing, mosaic_gpu_int8_writing, mosaic_gpu_int4_writing)
@@ -24,16 +25,21 @@ Changed = Callable[[launch.Compiled], launch.Compiled]
 
 
 @contextmanager
-def executing(changed: Changed = lambda kernel: kernel, seed: int = 0) -> Iterator[Findings]:
+def executing(
+    changed: Changed = lambda kernel: kernel, seed: int = 0, schedule: Schedule | None = None
+) -> Iterator[Findings]:
     """Kernels that are called meanwhile are compiled, changed and executed; what was wrong.
 
     Args:
         seed: of the order in which warpgroups and copies go on, and of what nobody has written.
+        schedule: when copies happen; if None, the seed draws one for every block of threads.
     """
     findings = Findings()
 
     def run(function: Callable[..., Any], *operands: Any) -> Any:
-        found, wrong = launch.executed(function, *operands, changed=changed, seed=seed)
+        found, wrong = launch.executed(
+            function, *operands, changed=changed, seed=seed, schedule=schedule
+        )
         findings.update(wrong)
         return found
 

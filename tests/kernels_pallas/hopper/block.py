@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 from tests.kernels_pallas.hopper.memory import (
     PARAMETER,
@@ -16,6 +17,12 @@ from tests.kernels_pallas.hopper.memory import (
 )
 
 _REGISTERS = 1 << 16  # of a core
+
+Schedule = Literal["late", "newest", "eager", "any"]
+"""When copies happen: one once nothing else can go on, the oldest or the newest; at once, as soon
+as they are asked for; or at any time."""
+
+SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
 
 
 class Barrier:
@@ -91,7 +98,8 @@ class Block:
     Attributes:
         index: x, y and z in the grid.
         parameters: addresses of arrays; None for the one that holds descriptors.
-        copies: that have been asked for; they run at any time.
+        schedule: when copies happen.
+        copies: that have been asked for, the oldest first.
         arrived: warpgroups that have come to barrier 0, ever.
     """
 
@@ -103,9 +111,15 @@ class Block:
     descriptors: Sequence[Descriptor]
     pool: Pool
     findings: Findings
+    schedule: Schedule
     barriers: dict[int, Barrier] = field(default_factory=dict)
     copies: list[Copy] = field(default_factory=list)
     arrived: int = 0
+
+    def begin(self, copy: Copy) -> None:
+        self.copies.append(copy)
+        if self.schedule == "eager":
+            copy.run()
 
     def barrier(self, address: int) -> Barrier:
         if address not in self.barriers:

@@ -64,7 +64,8 @@ def _compute(w: Warpgroup, x: Instruction, does: Operation) -> None:
 
 
 def _repack(w: Warpgroup, x: Instruction) -> None:
-    """mov of one register to two of half its size, or back."""
+    """mov of one register to two of half its size, or back. LLVM fills registers up with halves
+    that nothing has written, and drops them later: their bits are set here, as those of a NaN."""
     whole, half = (U32, U16) if x.parts[-1] == "b32" else (U64, U32)
     target, source = x.operands
     if isinstance(target, Vector):
@@ -72,8 +73,13 @@ def _repack(w: Warpgroup, x: Instruction) -> None:
         for register, values in zip(target.items, halves.T, strict=True):
             w.write(register, values.copy())
     elif isinstance(source, Vector):
-        halves = np.stack([w.read(register, half) for register in source.items], 1)
-        w.write(target, halves.view(whole)[:, 0])
+        nothing = np.full(LANES, -1).astype(half)
+        unwritten = [isinstance(x, Register) and x.name not in w.registers for x in source.items]
+        halves = [
+            nothing if left_out else w.read(register, half)
+            for register, left_out in zip(source.items, unwritten, strict=True)
+        ]
+        w.write(target, np.stack(halves, 1).view(whole)[:, 0])
 
 
 def _elect(w: Warpgroup, x: Instruction) -> None:
@@ -268,7 +274,7 @@ def _lanes(w: Warpgroup) -> Iterator[int]:
 
 
 def _go(w: Warpgroup, copy: Copy, *, stores: bool = False) -> None:
-    w.block.copies.append(copy)
+    w.block.begin(copy)
     if stores:
         w.stores.append(copy)
 
@@ -298,9 +304,12 @@ def _multiply(w: Warpgroup, x: Instruction) -> None:
     columns, kind, transposed = _product(w, x)
     sums, a, b, keep, *_ = x.operands
     assert isinstance(sums, Vector)
-    read, held = list[tuple[Addresses, Bytes]](), list(sums.items)
+    registers = (*sums.items, *(a.items if isinstance(a, Vector) else ()))
+    names = frozenset(each.name for each in registers if isinstance(each, Register))
+    if names & w.unfenced:
+        w.block.findings["a wgmma takes registers that were touched since a wgmma.fence"] += 1
+    read = list[tuple[Addresses, Bytes]]()
     if isinstance(a, Vector):
-        held += a.items
         rows = matrix.unpacked(np.stack([w.read(register, U32) for register in a.items]))
     else:
         rows = _matrix(w, a, matrix.ROWS, kind, transposed[0], read)
@@ -311,9 +320,9 @@ def _multiply(w: Warpgroup, x: Instruction) -> None:
         assert isinstance(register, Register)
         before = _sums(w, register.name, kind.sums)
         w.registers[register.name] = np.where(kept, before + values, values).view(U32)
-    names = frozenset(each.name for each in held if isinstance(each, Register))
     w.going.append(Products(names, read))
     w.in_flight |= names
+    w.unfenced -= names
 
 
 def _product(w: Warpgroup, x: Instruction) -> tuple[int, matrix.Kind, list[bool]]:
@@ -347,6 +356,11 @@ def _matrix(
     return kind.matrix(raw)
 
 
+def _fence_products(w: Warpgroup, x: Instruction) -> None:
+    """wgmma.fence (9.7.15.7.1): products see what registers hold."""
+    w.unfenced = set()
+
+
 def _commit_products(w: Warpgroup, x: Instruction) -> None:
     w.committed.append(w.going)
     w.going = []
@@ -371,5 +385,5 @@ _TABLE: dict[str, Callable[[Warpgroup, Instruction], Waits]] = {
     "cp.async.bulk.commit_group": _commit_copies, "cp.async.bulk.wait_group": _wait_copies,
     "fence.proxy": _fence_proxy, "fence.mbarrier_init": _nothing, "prefetch": _nothing,
     "wgmma.mma_async": _multiply, "wgmma.commit_group": _commit_products,
-    "wgmma.wait_group": _wait_products, "wgmma.fence": _nothing,
+    "wgmma.wait_group": _wait_products, "wgmma.fence": _fence_products,
 }  # fmt: skip

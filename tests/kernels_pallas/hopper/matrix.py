@@ -79,7 +79,7 @@ def places(columns: int) -> tuple[NDArray[Any], NDArray[Any]]:
 
 
 def unpacked(registers: NDArray[np.uint32]) -> NDArray[np.float32]:
-    """A [64, 16] of bfloat16 from four registers of two values each, [4, 128]; they are as those of D are."""
+    """A [64, 16] of bfloat16 from four registers of two each, [4, 128], which are as those of D."""
     pairs = registers[..., None].view(ml_dtypes.bfloat16)  # [4, 128, 2]
     row, column = places(16)  # [8, 128]: two registers of D are one of A
     found = np.zeros((ROWS, 16), np.float32)

@@ -51,6 +51,7 @@ class Warpgroup:
     Attributes:
         at: the instruction that is next.
         mask: lanes that execute it.
+        unfenced: registers that were touched since the last wgmma.fence, but by products.
         waits: what for, since it cannot go on.
     """
 
@@ -65,6 +66,7 @@ class Warpgroup:
         self.going = list[Products]()  # since the last commit
         self.committed = list[list[Products]]()
         self.in_flight = set[str]()  # registers of both
+        self.unfenced = set[str]()
         self.stores = list[Copy]()  # since the last commit
         self.stored = list[list[Copy]]()
         self.registers["%tid.x"] = (number * LANES + np.arange(LANES)).astype(U32)
@@ -145,6 +147,7 @@ class Warpgroup:
         self.registers[operand.name] = values
 
     def _touched(self, name: str) -> None:
+        self.unfenced.add(name)
         if name in self.in_flight:
             text = "registers of a wgmma are touched before it was waited for"
             self.block.findings[text] += 1
