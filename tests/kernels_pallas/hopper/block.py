@@ -15,6 +15,7 @@ from tests.kernels_pallas.hopper.memory import (
     Global,
     Shared,
 )
+from tests.kernels_pallas.hopper.order import NOTHING, Actor, Known, joined
 
 _REGISTERS = 1 << 16  # of a core
 
@@ -26,31 +27,38 @@ SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
 
 
 class Barrier:
-    """An mbarrier (9.7.13.15): a phase is over when all have arrived, and all bytes have."""
+    """An mbarrier (9.7.13.15): a phase is over when all have arrived, and all bytes have.
+
+    Attributes:
+        told: what those knew who arrived in phases that are over.
+    """
 
     def __init__(self, arrivals: int) -> None:
         self._arrivals = self._awaited = arrivals
         self._bytes = self.phase = 0
+        self.told = self._now = NOTHING
 
-    def arrive(self, count: int) -> None:
+    def arrive(self, count: int, told: Known) -> None:
         if count > self._awaited:
             raise FaultError(f"{count} arrive at a barrier that waits for {self._awaited}")
         self._awaited -= count
-        self._turn()
+        self._turn(told)
 
     def expect(self, count: int) -> None:
         self._bytes += count
 
-    def bring(self, count: int) -> None:
+    def bring(self, count: int, told: Known) -> None:
         self._bytes -= count
-        self._turn()
+        self._turn(told)
 
     def passed(self, parity: int) -> bool:
         """Whether the phase of that parity is over: the one that goes on has the other parity."""
         return self.phase != parity
 
-    def _turn(self) -> None:
+    def _turn(self, told: Known) -> None:
+        self._now = joined(self._now, told)
         if not (self._awaited or self._bytes):
+            self.told = self._now
             self.phase ^= 1
             self._awaited = self._arrivals
 
@@ -78,7 +86,8 @@ class Copy:
     """One that goes on by itself. `run` may be called again, and does nothing then."""
 
     what: str
-    _act: Callable[[], None]
+    actor: Actor
+    _act: Callable[[Actor], None]
     _done: list[bool] = field(default_factory=list)
 
     @property
@@ -88,7 +97,7 @@ class Copy:
     def run(self) -> None:
         if not self._done:
             self._done.append(True)
-            self._act()
+            self._act(self.actor)
 
 
 @dataclass
@@ -101,6 +110,7 @@ class Block:
         schedule: when copies happen.
         copies: that have been asked for, the oldest first.
         arrived: warpgroups that have come to barrier 0, ever.
+        told: by those, and by how many will have come until it lets them go.
     """
 
     index: tuple[int, int, int]
@@ -115,6 +125,7 @@ class Block:
     barriers: dict[int, Barrier] = field(default_factory=dict)
     copies: list[Copy] = field(default_factory=list)
     arrived: int = 0
+    told: dict[int, Known] = field(default_factory=dict)
 
     def begin(self, copy: Copy) -> None:
         self.copies.append(copy)

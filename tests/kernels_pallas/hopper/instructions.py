@@ -13,6 +13,7 @@ from tests.kernels_pallas.hopper import matrix
 from tests.kernels_pallas.hopper.arithmetic import LANES, TYPES, WARP, Lanes, Operation, operation
 from tests.kernels_pallas.hopper.block import Barrier, Block, Copy
 from tests.kernels_pallas.hopper.memory import Addresses, Bytes, FaultError, lined_up
+from tests.kernels_pallas.hopper.order import NOTHING, Actor, joined
 from tests.kernels_pallas.hopper.ptx import (
     Address,
     Immediate,
@@ -112,8 +113,10 @@ def _barrier(w: Warpgroup, x: Instruction) -> Waits:
     if w.awaited is None:
         w.awaited = (block.arrived // block.warpgroups + 1) * block.warpgroups
         block.arrived += 1
+        block.told[w.awaited] = joined(block.told.get(w.awaited, NOTHING), w.actor.tell())
     if block.arrived < w.awaited:
         return "barrier 0"
+    w.actor.learn(block.told[w.awaited])
     w.awaited = None
     return None
 
@@ -135,9 +138,9 @@ def _arrive(w: Warpgroup, x: Instruction) -> None:
     counts = w.read(count[0] if count else Immediate(1), U32)[w.mask].astype(int)
     if "expect_tx" in x.parts:
         barrier.expect(int(counts.sum()))
-        barrier.arrive(len(counts))
+        barrier.arrive(len(counts), w.actor.tell())
     else:
-        barrier.arrive(int(counts.sum()))
+        barrier.arrive(int(counts.sum()), w.actor.tell())
 
 
 def _try_wait(w: Warpgroup, x: Instruction) -> Waits:
@@ -147,6 +150,7 @@ def _try_wait(w: Warpgroup, x: Instruction) -> Waits:
     barrier, wanted = w.block.barrier(at), int(w.read(parity, U32)[0])
     if not barrier.passed(wanted):
         return f"parity {wanted} of the barrier at {at:#x}, which is in {barrier}"
+    w.actor.learn(barrier.told)
     w.write(target, ALL.copy())
     return None
 
@@ -178,7 +182,7 @@ def _load(w: Warpgroup, x: Instruction) -> None:
     at, size = w.address(source), dtype.itemsize * len(registers)
     raw = np.zeros((LANES, size), np.uint8)
     if x.parts[1].startswith("shared"):
-        raw[w.mask] = w.block.shared.load(at, size, "ld")
+        raw[w.mask] = w.block.shared.load(at, size, w.actor, "ld")
     else:
         lined_up(at, size, "ld")
         raw[w.mask] = w.block.memory.load(at, size)
@@ -194,7 +198,7 @@ def _store(w: Warpgroup, x: Instruction) -> None:
     raw = np.stack([w.read(register, dtype) for register in registers], 1).view(np.uint8)[w.mask]
     at = w.address(target)
     if x.parts[1].startswith("shared"):
-        w.block.shared.store(at, raw, w.number, "st")
+        w.block.shared.store(at, raw, w.actor, "st")
     else:
         lined_up(at, raw.shape[1], "st")
         w.block.memory.store(at, raw)
@@ -212,7 +216,7 @@ def _tiles(w: Warpgroup, x: Instruction) -> None:
     at = w.address(memory).reshape(-1, WARP)[:, : 8 * count].reshape(-1)  # [warp, matrix, row]
     shape = (LANES // WARP, count, 8, 8)
     if load:
-        tiles = w.block.shared.load(at, 16, "ldmatrix").view(U16).reshape(shape)
+        tiles = w.block.shared.load(at, 16, w.actor, "ldmatrix").view(U16).reshape(shape)
         tiles = tiles.swapaxes(2, 3) if "trans" in x.parts else tiles
         words = np.ascontiguousarray(tiles).view(U32).reshape(LANES // WARP, count, WARP)
         for register, values in zip(registers, words.swapaxes(0, 1), strict=True):
@@ -222,7 +226,7 @@ def _tiles(w: Warpgroup, x: Instruction) -> None:
     tiles = np.ascontiguousarray(words).view(U16).reshape(shape)
     tiles = tiles.swapaxes(2, 3) if "trans" in x.parts else tiles
     rows = np.ascontiguousarray(tiles).reshape(-1, 8).view(np.uint8)
-    w.block.shared.store(at, rows, w.number, "stmatrix")
+    w.block.shared.store(at, rows, w.actor, "stmatrix")
 
 
 def _copy_box(w: Warpgroup, x: Instruction) -> None:
@@ -238,14 +242,13 @@ def _copy_box(w: Warpgroup, x: Instruction) -> None:
         act = partial(act, w.block.memory, w.block.shared, descriptor.item)
         if load:
             barrier = w.block.barrier(int(w.address(x.operands[2])[0]))
-            _go(w, Copy(x.text, partial(_brought, act, barrier, descriptor.bytes)))
-        else:
-            _go(w, Copy(x.text, act), stores=True)
+            act = partial(_brought, act, barrier, descriptor.bytes)
+        _go(w, x, act, stores=not load)
 
 
-def _brought(act: Callable[[], None], barrier: Barrier, count: int) -> None:
-    act()
-    barrier.bring(count)
+def _brought(act: Callable[[Actor], None], barrier: Barrier, count: int, actor: Actor) -> None:
+    act(actor)
+    barrier.bring(count, actor.known)
 
 
 def _copy_bytes(w: Warpgroup, x: Instruction) -> None:
@@ -257,11 +260,11 @@ def _copy_bytes(w: Warpgroup, x: Instruction) -> None:
         count = int(w.read(x.operands[2], U32)[w.mask][0])
         for each in (there, here, np.array([count])):
             lined_up(each, 16, "cp.async.bulk")
-        _go(w, Copy(x.text, partial(_moved, w.block, there, here, count)), stores=True)
+        _go(w, x, partial(_moved, w.block, there, here, count), stores=True)
 
 
-def _moved(block: Block, there: Addresses, here: Addresses, count: int) -> None:
-    block.memory.store(there, block.shared.read_async(here, count, "cp.async.bulk"))
+def _moved(block: Block, there: Addresses, here: Addresses, count: int, actor: Actor) -> None:
+    block.memory.store(there, block.shared.read_async(here, count, actor, "cp.async.bulk"))
 
 
 def _lanes(w: Warpgroup) -> Iterator[int]:
@@ -273,7 +276,8 @@ def _lanes(w: Warpgroup) -> Iterator[int]:
     w.mask = whole
 
 
-def _go(w: Warpgroup, copy: Copy, *, stores: bool = False) -> None:
+def _go(w: Warpgroup, x: Instruction, act: Callable[[Actor], None], *, stores: bool) -> None:
+    copy = Copy(x.text, w.block.shared.order.actor(w.actor.tell()), act)
     w.block.begin(copy)
     if stores:
         w.stores.append(copy)
@@ -290,6 +294,7 @@ def _wait_copies(w: Warpgroup, x: Instruction) -> None:
     for group in w.stored[: len(w.stored) - left]:
         for copy in group:
             copy.run()
+            w.actor.learn(copy.actor.known)
     w.stored = w.stored[len(w.stored) - left :] if left else []
 
 
@@ -351,7 +356,7 @@ def _matrix(
 ) -> Lanes:  # fmt: skip
     descriptor = w.only(w.read(operand, U64).view(np.int64))
     at, size = matrix.operand(descriptor, rows, kind, transposed=transposed), kind.item.itemsize
-    raw = w.block.shared.read_async(at, size, "wgmma")
+    raw = w.block.shared.read_async(at, size, w.actor, "wgmma")
     read.append((at[..., None] + np.arange(size), raw))
     return kind.matrix(raw)
 
@@ -373,7 +378,8 @@ def _wait_products(w: Warpgroup, x: Instruction) -> None:
     going = (products for group in (w.going, *w.committed) for products in group)
     w.in_flight = set[str]().union(*(products.registers for products in going))
     for products in (products for group in over for products in group):
-        if any((w.block.shared.peek(at) != raw).any() for at, raw in products.read):
+        now = [w.block.shared.again(at, w.actor, "wgmma") for at, _ in products.read]
+        if any((x != raw).any() for x, (_, raw) in zip(now, products.read, strict=True)):
             w.block.findings["shared memory of a wgmma changed before it was waited for"] += 1
 
 

@@ -50,9 +50,10 @@ def run(
     x, y, z = grid.blocks
     for number, index in enumerate(itertools.product(range(z), range(y), range(x))):
         order = random.Random(seed + number)
-        shared = Shared(grid.shared, seed + number, findings)
+        warpgroups = grid.threads // LANES
+        shared = Shared(grid.shared, seed + number, findings, warpgroups)
         block = Block(
-            index[::-1], grid.threads // LANES, memory, shared, pointers, descriptors,
+            index[::-1], warpgroups, memory, shared, pointers, descriptors,
             Pool(grid.threads), findings, schedule or order.choice(SCHEDULES),
         )  # fmt: skip
         try:

@@ -57,6 +57,7 @@ class Warpgroup:
 
     def __init__(self, block: Block, number: int, program: Program, steps: list[Step]) -> None:
         self.block, self.number = block, number
+        self.actor = block.shared.order.warpgroups[number]
         self._program, self._steps = program, steps
         self.at, self.done, self.waits = 0, False, ""
         self.mask = ALL
