@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 from unittest import mock
 
+import jax
+import numpy as np
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels_pallas.op import Op
 from kernels_pallas.paged_attention import (
     mosaic_gpu_int4_writing,
     mosaic_gpu_int8_writing,
@@ -55,3 +58,17 @@ def executing(
 def _launched(module: Any, run: Callable[..., Any]) -> Callable[..., Any]:
     whole = module._launch
     return lambda *operands, **options: run(partial(whole, **options), *operands)
+
+
+def case_of(op: Op, name: str) -> tuple[tuple[Any, ...], dict[str, Any], Mapping[str, Any]]:
+    """Arguments, arrays and options of a case."""
+    [case] = [case for case in op.cases if case.name == name]
+    return *case.make(jax.random.key(3)), case.options
+
+
+def agree(found: Any, expected: Any, tolerance: float) -> None:
+    """Trees are alike but for a share of the largest value; what is not finite is the same."""
+    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        x, y = (np.asarray(each, np.float32) for each in (x, y))
+        largest = np.abs(y, where=np.isfinite(y), out=np.zeros_like(y)).max(initial=0)
+        np.testing.assert_allclose(x, y, rtol=0, atol=tolerance * float(largest))

@@ -8,11 +8,12 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tests.kernels_pallas.hopper import matrix
 from tests.kernels_pallas.hopper.arithmetic import LANES, TYPES, WARP, Lanes, Operation, operation
 from tests.kernels_pallas.hopper.block import Barrier, Block, Copy
-from tests.kernels_pallas.hopper.memory import Addresses, Bytes, FaultError, lined_up
+from tests.kernels_pallas.hopper.memory import Addresses, FaultError, lined_up
 from tests.kernels_pallas.hopper.order import NOTHING, Actor, joined
 from tests.kernels_pallas.hopper.ptx import (
     Address,
@@ -313,7 +314,7 @@ def _multiply(w: Warpgroup, x: Instruction) -> None:
     names = frozenset(each.name for each in registers if isinstance(each, Register))
     if names & w.unfenced:
         w.block.findings["a wgmma takes registers that were touched since a wgmma.fence"] += 1
-    read = list[tuple[Addresses, Bytes]]()
+    read = list[tuple[Addresses, NDArray[np.int64]]]()
     if isinstance(a, Vector):
         rows = matrix.unpacked(np.stack([w.read(register, U32) for register in a.items]))
     else:
@@ -352,12 +353,13 @@ def _sums(w: Warpgroup, name: str, dtype: np.dtype[Any]) -> Lanes:
 
 def _matrix(
     w: Warpgroup, operand: Operand, rows: int, kind: matrix.Kind, transposed: bool,
-    read: list[tuple[Addresses, Bytes]],
+    read: list[tuple[Addresses, NDArray[np.int64]]],
 ) -> Lanes:  # fmt: skip
     descriptor = w.only(w.read(operand, U64).view(np.int64))
     at, size = matrix.operand(descriptor, rows, kind, transposed=transposed), kind.item.itemsize
     raw = w.block.shared.read_async(at, size, w.actor, "wgmma")
-    read.append((at[..., None] + np.arange(size), raw))
+    index = at[..., None] + np.arange(size)
+    read.append((index, w.block.shared.order.versions[index]))
     return kind.matrix(raw)
 
 
@@ -378,8 +380,10 @@ def _wait_products(w: Warpgroup, x: Instruction) -> None:
     going = (products for group in (w.going, *w.committed) for products in group)
     w.in_flight = set[str]().union(*(products.registers for products in going))
     for products in (products for group in over for products in group):
-        now = [w.block.shared.again(at, w.actor, "wgmma") for at, _ in products.read]
-        if any((x != raw).any() for x, (_, raw) in zip(now, products.read, strict=True)):
+        for at, _ in products.read:
+            w.block.shared.read_until_now(at, w.actor, "wgmma")
+        versions = w.block.shared.order.versions
+        if any((versions[at] != version).any() for at, version in products.read):
             w.block.findings["shared memory of a wgmma changed before it was waited for"] += 1
 
 

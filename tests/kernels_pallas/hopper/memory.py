@@ -128,10 +128,9 @@ class Shared:
         self._writes(index, actor, who)
         self._bytes[index], self._written[index], self.unfenced[index] = values, True, -1
 
-    def again(self, index: Addresses, actor: Actor, who: str) -> Bytes:
-        """Bytes that have been read until now, as they are."""
+    def read_until_now(self, index: Addresses, actor: Actor, who: str) -> None:
+        """Bytes whose reading began earlier."""
         self._reads(index, actor, who)
-        return self._bytes[index]
 
     def _reads(self, index: Addresses, actor: Actor, who: str) -> None:
         if not self.order.reads(index, actor):

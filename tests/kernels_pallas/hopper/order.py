@@ -54,13 +54,18 @@ class Actor:
 
 
 class Order:
-    """The actors of a block of threads, and who has used each byte of its shared memory last."""
+    """The actors of a block of threads, and who has used each byte of its shared memory last.
+
+    Attributes:
+        versions: of bytes: the number of the write that they are from.
+    """
 
     def __init__(self, size: int, warpgroups: int) -> None:
-        self._actors = 0
+        self._actors = self._writes = 0
         self.warpgroups = [self.actor() for _ in range(warpgroups)]
         self._writer, self._written = (np.zeros(size, np.int32) for _ in range(2))
         self._reads = np.zeros((warpgroups, size), np.int32)
+        self.versions = np.zeros(size, np.int64)
         self._copied = np.zeros(size, np.int32)  # the last copy that reads; 0, a warpgroup, if none
 
     def actor(self, told: Known = NOTHING) -> Actor:
@@ -90,6 +95,8 @@ class Order:
         for number in range(len(self.warpgroups)):
             fine &= (self._reads[number, at] <= known[number]).all()
         self._writer[at], self._written[at] = actor.number, actor.now
+        self._writes += 1
+        self.versions[at] = self._writes
         return bool(fine)
 
     def _padded(self, actor: Actor) -> Known:

@@ -8,6 +8,7 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tests.kernels_pallas.hopper.arithmetic import LANES, TYPES, Lanes
 from tests.kernels_pallas.hopper.block import Block, Copy
@@ -16,7 +17,6 @@ from tests.kernels_pallas.hopper.memory import (
     PARAMETERS,
     SHARED,
     Addresses,
-    Bytes,
     FaultError,
 )
 from tests.kernels_pallas.hopper.ptx import (
@@ -39,10 +39,14 @@ U16, U32, U64 = (np.dtype(f"u{n}") for n in (2, 4, 8))
 
 @dataclass
 class Products:
-    """A wgmma that goes on: what must stay as it is until it was waited for."""
+    """A wgmma that goes on: what must stay as it is until it was waited for.
+
+    Attributes:
+        read: bytes of shared memory, and which versions of them.
+    """
 
     registers: frozenset[str]
-    read: list[tuple[Addresses, Bytes]]
+    read: list[tuple[Addresses, NDArray[np.int64]]]
 
 
 class Warpgroup:

@@ -1,0 +1,173 @@
+"""Hopper's products of eight-bit integers and of groups, executed as their PTX: `hopper`."""
+
+import itertools
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels_pallas.grouped_matmul import grouped_matmul
+from kernels_pallas.grouped_matmul import mosaic_gpu as grouped
+from kernels_pallas.int8_matmul import int8_matmul
+from kernels_pallas.int8_matmul import mosaic_gpu as int8
+from kernels_pallas.int8_matmul.cases import case
+from tests.kernels_pallas.executing import agree, case_of, executing
+from tests.kernels_pallas.hopper.memory import UNWRITTEN
+from tests.sparing import sparing
+
+pytestmark = [pytest.mark.aot, pytest.mark.usefixtures("no_compilation_cache")]
+
+
+def executed(op, args, arrays, options, tile=None, allowed=()):
+    with executing() as findings:
+        found = op.bodies["mosaic_gpu"].run(*args, **arrays, **options, tile=tile)
+    assert set(findings) <= set(allowed)
+    return found
+
+
+def check(op, name, allowed=()):
+    args, arrays, options = made = case_of(op, name)
+    tolerance = next(case.tolerance for case in op.cases if case.name == name)
+    agree(executed(op, *made, allowed=allowed), op.reference(*args, **arrays, **options), tolerance)
+
+
+INT8 = [case.name for case in int8_matmul.cases if not case.shipped]
+
+
+@pytest.mark.parametrize(
+    "name", sparing(INT8, "8x256x256-L3-bias-float32", "256x128x256-gelu_tanh-bfloat16")
+)
+def test_products_of_eight_bits(name):
+    check(int8_matmul, name)
+
+
+def exact(T, N, K, tile, **options):
+    """Scales are powers of two, so that whatever is not summed exactly is seen."""
+    args, arrays = case(T, N, K, out_dtype=jnp.float32, **options).make(jax.random.key(1))
+    powers = lambda x: jnp.exp2(jnp.round(jnp.log2(x)))  # noqa: E731
+    x, x_scale, w, w_scale = args
+    args, told = (x, powers(x_scale + 2**-9), w, powers(w_scale)), {"out_dtype": jnp.float32}
+    found = executed(int8_matmul, args, arrays, told, tile)
+    np.testing.assert_array_equal(found, int8_matmul.reference(*args, **arrays, **told))
+
+
+def tiles(of, T, K, gated):
+    """What tuning may try, but that stages, which change numbers only, take turns."""
+    stages = itertools.cycle((3, 4, 6))
+    for tokens, groups, depth in itertools.product((8, 64, 128, 256), (1, 2), (128, 256)):
+        fits = (224 * 1024 - 64 * 1024) // (depth * (64 * groups * (1 + gated) + tokens))
+        yield of(tokens, groups, depth, max(2, min(next(stages), fits)))
+
+
+INT8_TILES = list(tiles(int8.Tile, 100, 768, False))
+
+
+@pytest.mark.parametrize(
+    "tile", sparing(INT8_TILES, INT8_TILES[2], INT8_TILES[9]), ids=lambda x: str(x)
+)
+def test_sums_of_eight_bits_are_exact_in_any_tile(tile):
+    """Rows that do not fill a tile; steps fewer than stages, as many, and more."""
+    exact(tile.tokens + tile.tokens // 2 - 3, 256, 768, tile)
+
+
+GATED_TILES = [tile for tile in tiles(int8.Tile, 100, 512, True) if tile.tokens < 256]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tile", GATED_TILES, ids=lambda x: str(x))
+@pytest.mark.parametrize("activation", ["silu", "swiglu_oai"])
+def test_gates_in_any_tile(tile, activation):
+    one = case(tile.tokens + 5, 128, 512, layers=2, activation=activation, out_dtype=jnp.float32)
+    args, arrays = one.make(jax.random.key(2))
+    found = executed(int8_matmul, args, arrays, one.options, tile)
+    agree(found, int8_matmul.reference(*args, **arrays, **one.options), 1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("T", [1, 7, 9, 63, 65, 255, 257])
+def test_any_number_of_rows(T):
+    exact(T, 192, 256, None)
+
+
+GROUPED = [case.name for case in grouped_matmul.cases if not case.shipped]
+WIDE = "100x3x128x128-pad90-bfloat16-float32"  # tokens that fill what is turned
+
+
+@pytest.mark.parametrize("name", sparing(GROUPED, WIDE, "33x3x128x128-int8-bfloat16"))
+def test_products_of_groups(name):
+    """Of a tile that is narrower than what is turned at a time, all is read, and less stored."""
+    check(grouped_matmul, name, allowed=[] if name == WIDE else [UNWRITTEN])
+
+
+def groups(sizes, rows, N, K, dtype, out_dtype):
+    """Operands: experts without rows are NaN, or have NaN for scales, and so has padding."""
+    a, b, c, d = jax.random.split(jax.random.key(4), 4)
+    E, told = len(sizes), {"out_dtype": out_dtype}
+    absent, padding = np.flatnonzero(np.asarray(sizes) == 0), sum(sizes)
+    if dtype == jnp.bfloat16:
+        x = jax.random.normal(a, (rows, K), dtype).at[padding:].set(jnp.nan)
+        w = (jax.random.normal(b, (E, N, K), dtype) * K**-0.5).at[absent].set(jnp.nan)
+    else:
+        x, w = (jax.random.randint(k, s, -127, 128, jnp.int8)
+                for k, s in ((a, (rows, K)), (b, (E, N, K))))  # fmt: skip
+        scale = jax.random.uniform(c, (rows,)).at[padding:].set(jnp.nan)
+        told["x_scale"] = scale
+        told["w_scale"] = jax.random.uniform(d, (E, N)).at[absent].set(jnp.nan)
+    return (x, w, jnp.asarray(sizes, jnp.int32)), told
+
+
+def check_groups(sizes, rows, tile, dtype, out_dtype=jnp.float32, N=256, K=512):
+    args, told = groups(sizes, rows, N, K, dtype, out_dtype)
+    # of a tile narrower than what is turned at a time all is read, and less stored
+    allowed = [UNWRITTEN] if tile.tokens < 64 else []
+    found = executed(grouped_matmul, args, {}, told, tile, allowed)
+    args = jax.tree.map(jnp.nan_to_num, args)  # what is absent is nobody's
+    told = jax.tree.map(jnp.nan_to_num, {k: v for k, v in told.items() if k != "out_dtype"})
+    expected = grouped_matmul.reference(*args, **told, out_dtype=out_dtype)
+    agree(found, expected, 1e-5 if out_dtype == jnp.float32 else 0.004)
+
+
+def grouped_tiles():
+    stages = itertools.cycle((3, 4))
+    for tokens, count, rows, width in itertools.product((16, 32, 64, 128), (1, 2), (64, 128),
+                                                        (128, 256)):  # fmt: skip
+        yield grouped.Tile(tokens, count, rows, width, next(stages))
+
+
+GROUPED_TILES = list(grouped_tiles())
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.int8], ids=["bfloat16", "int8"])
+@pytest.mark.parametrize("tile", GROUPED_TILES, ids=lambda x: str(x))
+@pytest.mark.slow
+def test_groups_in_any_tile(tile, dtype):
+    """Groups that end within a tile, take several or have no rows, and padding behind them."""
+    fits = 224 * 1024 - tile.warpgroups * tile.rows * 64 * 4 * 2 - 4096
+    stage = tile.bytes * (tile.warpgroups * tile.rows + tile.tokens)
+    assert tile.stages * stage <= fits or pytest.skip("more shared memory than there is")
+    check_groups([3, 0, 150, 20, 0], 179, tile, dtype)
+
+
+TWO = grouped.Tile(128, 2, 64, 128, 3)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.int8], ids=["bfloat16", "int8"])
+def test_two_warpgroups_of_groups(dtype):
+    check_groups([3, 0, 150, 20, 0], 179, TWO, dtype, N=128, K=256)
+
+
+SIZES = {
+    "none at all": [0, 0, 0], "one": [70], "the last": [0, 0, 64], "of a row": [1] * 9,
+    "odd": [5, 0, 40, 0, 0, 19], "by eights": [8, 16, 0, 40],
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("out_dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("name", SIZES)
+def test_groups_of_any_size(name, out_dtype):
+    check = partial(check_groups, SIZES[name], 72, out_dtype=out_dtype, N=128, K=128)
+    check(grouped.Tile(16, 1, 64, 128, 2), jnp.bfloat16)
+    check(grouped.Tile(64, 2, 64, 128, 2), jnp.int8)
