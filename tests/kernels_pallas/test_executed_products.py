@@ -36,9 +36,7 @@ def check(op, name, allowed=()):
 INT8 = [case.name for case in int8_matmul.cases if not case.shipped]
 
 
-@pytest.mark.parametrize(
-    "name", sparing(INT8, "8x256x256-L3-bias-float32", "256x128x256-gelu_tanh-bfloat16")
-)
+@pytest.mark.parametrize("name", sparing(INT8, "256x128x256-gelu_tanh-bfloat16"))
 def test_products_of_eight_bits(name):
     check(int8_matmul, name)
 
@@ -64,9 +62,7 @@ def tiles(of, T, K, gated):
 INT8_TILES = list(tiles(int8.Tile, 100, 768, False))
 
 
-@pytest.mark.parametrize(
-    "tile", sparing(INT8_TILES, INT8_TILES[2], INT8_TILES[9]), ids=lambda x: str(x)
-)
+@pytest.mark.parametrize("tile", sparing(INT8_TILES, INT8_TILES[0]), ids=str)
 def test_sums_of_eight_bits_are_exact_in_any_tile(tile):
     """Rows that do not fill a tile; steps fewer than stages, as many, and more."""
     exact(tile.tokens + tile.tokens // 2 - 3, 256, 768, tile)
@@ -76,7 +72,7 @@ GATED_TILES = [tile for tile in tiles(int8.Tile, 100, 512, True) if tile.tokens 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tile", GATED_TILES, ids=lambda x: str(x))
+@pytest.mark.parametrize("tile", GATED_TILES, ids=str)
 @pytest.mark.parametrize("activation", ["silu", "swiglu_oai"])
 def test_gates_in_any_tile(tile, activation):
     one = case(tile.tokens + 5, 128, 512, layers=2, activation=activation, out_dtype=jnp.float32)
@@ -95,7 +91,8 @@ GROUPED = [case.name for case in grouped_matmul.cases if not case.shipped]
 WIDE = "100x3x128x128-pad90-bfloat16-float32"  # tokens that fill what is turned
 
 
-@pytest.mark.parametrize("name", sparing(GROUPED, WIDE, "33x3x128x128-int8-bfloat16"))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", GROUPED)
 def test_products_of_groups(name):
     """Of a tile that is narrower than what is turned at a time, all is read, and less stored."""
     check(grouped_matmul, name, allowed=[] if name == WIDE else [UNWRITTEN])
@@ -140,7 +137,7 @@ GROUPED_TILES = list(grouped_tiles())
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.int8], ids=["bfloat16", "int8"])
-@pytest.mark.parametrize("tile", GROUPED_TILES, ids=lambda x: str(x))
+@pytest.mark.parametrize("tile", GROUPED_TILES, ids=str)
 @pytest.mark.slow
 def test_groups_in_any_tile(tile, dtype):
     """Groups that end within a tile, take several or have no rows, and padding behind them."""
@@ -150,12 +147,14 @@ def test_groups_in_any_tile(tile, dtype):
     check_groups([3, 0, 150, 20, 0], 179, tile, dtype)
 
 
-TWO = grouped.Tile(128, 2, 64, 128, 3)
+ONE, TWO = grouped.Tile(64, 1, 64, 128, 2), grouped.Tile(128, 2, 64, 128, 3)
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.int8], ids=["bfloat16", "int8"])
-def test_two_warpgroups_of_groups(dtype):
-    check_groups([3, 0, 150, 20, 0], 179, TWO, dtype, N=128, K=256)
+@pytest.mark.parametrize(("tile", "dtype"), [(TWO, jnp.bfloat16), (ONE, jnp.int8)],
+                         ids=["bfloat16", "int8"])  # fmt: skip
+def test_groups_end_anywhere(tile, dtype):
+    """The last one has no rows: the padding behind it takes nothing of its weights or scales."""
+    check_groups([3, 0, 150, 20, 0], 179, tile, dtype, N=128, K=256)
 
 
 SIZES = {

@@ -52,7 +52,7 @@ def test_rows_of_any_width_each_by_itself(D, dtype):
 SAMPLED = [case.name for case in sample.cases if not case.shipped]
 
 
-@pytest.mark.parametrize("name", sparing(SAMPLED, "3x300", "8x4096-top_p"))
+@pytest.mark.parametrize("name", sparing(SAMPLED, "3x300"))
 def test_tokens_are_drawn(name):
     args, _, _ = case_of(sample, name)
     np.testing.assert_array_equal(executed(sample, *args), sample.reference(*args))

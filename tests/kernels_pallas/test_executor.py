@@ -12,7 +12,7 @@ from kernels_pallas.int8_matmul import mosaic_gpu
 from kernels_pallas.int8_matmul.cases import case
 from kernels_pallas.int8_matmul.reference import int8_matmul
 from tests.kernels_pallas.executing import executing
-from tests.kernels_pallas.hopper import machine, ptx
+from tests.kernels_pallas.hopper import launch, machine, ptx
 from tests.kernels_pallas.hopper.arithmetic import operation
 from tests.kernels_pallas.hopper.memory import Global
 from tests.kernels_pallas.hopper.order import Order
@@ -25,22 +25,31 @@ TILE = mosaic_gpu.Tile(128, 2, 128, 2)  # two warpgroups, and one that fills two
 
 @cache
 def operands():
-    """Four steps, and rows that are stored in two parts each."""
-    return case(130, 128, 512, out_dtype=jnp.float32).make(jax.random.key(1))
+    """One block of threads, four steps, and rows that are stored in two parts."""
+    args, _ = case(128, 128, 512, out_dtype=jnp.float32).make(jax.random.key(1))
+    return args
+
+
+@cache
+def kernel():
+    taken = []
+    with executing(lambda kernel: taken.append(kernel) or kernel):
+        mosaic_gpu.gpu(*operands(), out_dtype=jnp.float32, tile=TILE)
+    return taken[0]
 
 
 def ran(changed=lambda kernel: kernel, schedule=None):
     """What the kernel comes to, and what was wrong."""
-    args, arrays = operands()
-    with executing(changed, schedule=schedule) as findings:
-        found = mosaic_gpu.gpu(*args, **arrays, out_dtype=jnp.float32, tile=TILE)
+    x, x_scale, w, w_scale = map(np.asarray, operands())
+    given = np.zeros(1, np.int32), x, x_scale, w[None], w_scale[None]  # of layer 0
+    outputs = [jax.ShapeDtypeStruct((128, 128), jnp.float32)]
+    [found], findings = launch.execute(changed(kernel()), given, outputs, schedule=schedule)
     return found, findings
 
 
 @cache
 def expected():
-    args, arrays = operands()
-    return np.asarray(int8_matmul(*args, **arrays, out_dtype=jnp.float32))
+    return np.asarray(int8_matmul(*operands(), out_dtype=jnp.float32))
 
 
 def edited(opcode, change, which=slice(None)):
@@ -151,7 +160,7 @@ def test_it_finds_what_was_spoilt(name):
 def test_a_copy_that_nobody_waits_for_may_happen_late():
     """The second part of the rows takes the place of the first one, which is then stored."""
     changed = without("cp.async.bulk.wait_group")
-    early, late = (np.asarray(ran(changed, how)[0]) for how in ("eager", "late"))
+    early, late = (ran(changed, how)[0] for how in ("eager", "late"))
     np.testing.assert_array_equal(early, expected())
     assert (late[:64] != expected()[:64]).any()
 
@@ -165,7 +174,7 @@ def test_another_swizzle_reads_elsewhere():
         return replace(kernel, launch=replace(kernel.launch, tensors=tuple(tensors)))
 
     found, _ = ran(changed)
-    assert (np.asarray(found) != expected()).any()
+    assert (found != expected()).any()
 
 
 def test_copies_that_leave_their_arrays_stop_it():
