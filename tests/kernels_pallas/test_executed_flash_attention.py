@@ -9,13 +9,14 @@ from kernels_pallas.flash_attention import flash_attention, flash_attention_grad
 from kernels_pallas.flash_attention.gpu_blocks import GpuTile
 from kernels_pallas.flash_attention.mosaic_gpu import ForwardTile
 from tests.kernels_pallas.executing import agree, case_of, executing
+from tests.kernels_pallas.hopper.block import SCHEDULES
 from tests.sparing import sparing
 
 pytestmark = [pytest.mark.aot, pytest.mark.usefixtures("no_compilation_cache")]
 
 
-def check(op, args, arrays, options, tile=None):
-    with executing() as findings:
+def check(op, args, arrays, options, tile=None, **how):
+    with executing(**how) as findings:
         found = op.bodies["mosaic_gpu"].run(*args, **arrays, **options, tile=tile)
     assert not findings
     agree(found, op.reference(*args, **arrays, **options), 0.01)
@@ -32,6 +33,14 @@ def test_attention_over_packed_rows(name):
 @pytest.mark.parametrize("name", sparing(CASES, "window-sinks-cap"))
 def test_slopes_of_attention(name):
     check(flash_attention_gradient, *case_of(flash_attention_gradient, name))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op", [flash_attention, flash_attention_gradient], ids=lambda x: x.name)
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_whenever_copies_happen(op, schedule, seed):
+    check(op, *case_of(op, "packed"), schedule=schedule, seed=100 * seed)
 
 
 def segments(*rows):

@@ -11,6 +11,7 @@ from kernels_pallas.paged_attention.coded_cases import pages_of
 from kernels_pallas.paged_attention.ops import page_attention, page_write
 from tests.kernels_pallas import test_turns_on_hopper as turns
 from tests.kernels_pallas.executing import case_of, executing
+from tests.kernels_pallas.hopper.block import SCHEDULES
 from tests.kernels_pallas.hopper.memory import UNWRITTEN
 
 pytestmark = [pytest.mark.aot, pytest.mark.usefixtures("no_compilation_cache")]
@@ -24,9 +25,9 @@ def written(args, **how):
     return found, findings
 
 
-def check_written(args):
+def check_written(args, **how):
     """To the bit. Rows of four bits are packed with what lies before them, wanted or not."""
-    found, findings = written(args)
+    found, findings = written(args, **how)
     rounded = args[0].values.dtype if hasattr(args[0], "values") else None
     assert set(findings) <= ({UNWRITTEN} if rounded == jnp.uint8 else set())
     for x, y in zip(
@@ -73,8 +74,8 @@ def attended(args, arrays, options, tile=None, **how):
     return found, findings
 
 
-def check_attended(args, arrays, options, tile=None, tolerance=0.01, allowed=()):
-    found, findings = attended(args, arrays, options, tile)
+def check_attended(args, arrays, options, tile=None, tolerance=0.01, allowed=(), **how):
+    found, findings = attended(args, arrays, options, tile, **how)
     assert set(findings) <= set(allowed)
     tokens = int(args[-1].row_starts[int(args[-1].num_seqs)])
     for x, y in zip(found, reference.page_attention(*args, **arrays, **options), strict=True):
@@ -91,6 +92,21 @@ def test_attention_over_pages(name):
     # It reads scales that no copy has brought, on which nothing that comes out depends.
     allowed = [UNWRITTEN] if name == "int4-latent" else []
     check_attended(*case_of(page_attention, name), allowed=allowed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("name", ["window-64", "int8-windowed"])
+def test_whenever_copies_happen(name, schedule, seed):
+    check_attended(*case_of(page_attention, name), schedule=schedule, seed=100 * seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_rows_are_written_whenever_copies_happen(schedule):
+    args, _, _ = case_of(page_write, "int8")
+    check_written(args, schedule=schedule)
 
 
 @pytest.mark.slow

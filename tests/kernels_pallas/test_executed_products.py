@@ -14,23 +14,24 @@ from kernels_pallas.int8_matmul import int8_matmul
 from kernels_pallas.int8_matmul import mosaic_gpu as int8
 from kernels_pallas.int8_matmul.cases import case
 from tests.kernels_pallas.executing import agree, case_of, executing
+from tests.kernels_pallas.hopper.block import SCHEDULES
 from tests.kernels_pallas.hopper.memory import UNWRITTEN
 from tests.sparing import sparing
 
 pytestmark = [pytest.mark.aot, pytest.mark.usefixtures("no_compilation_cache")]
 
 
-def executed(op, args, arrays, options, tile=None, allowed=()):
-    with executing() as findings:
+def executed(op, args, arrays, options, tile=None, allowed=(), **how):
+    with executing(**how) as findings:
         found = op.bodies["mosaic_gpu"].run(*args, **arrays, **options, tile=tile)
     assert set(findings) <= set(allowed)
     return found
 
 
-def check(op, name, allowed=()):
+def check(op, name, **how):
     args, arrays, options = made = case_of(op, name)
     tolerance = next(case.tolerance for case in op.cases if case.name == name)
-    agree(executed(op, *made, allowed=allowed), op.reference(*args, **arrays, **options), tolerance)
+    agree(executed(op, *made, **how), op.reference(*args, **arrays, **options), tolerance)
 
 
 INT8 = [case.name for case in int8_matmul.cases if not case.shipped]
@@ -39,6 +40,20 @@ INT8 = [case.name for case in int8_matmul.cases if not case.shipped]
 @pytest.mark.parametrize("name", sparing(INT8, "256x128x256-gelu_tanh-bfloat16"))
 def test_products_of_eight_bits(name):
     check(int8_matmul, name)
+
+
+BUSY = {  # two warpgroups and one that loads, or one that does everything
+    "256x128x256-gelu_tanh-bfloat16": int8_matmul, "48x384x256-float32": int8_matmul,
+    "100x3x128x128-pad90-bfloat16-float32": grouped_matmul,
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BUSY)
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_whenever_copies_happen(name, schedule, seed):
+    check(BUSY[name], name, schedule=schedule, seed=100 * seed)
 
 
 def exact(T, N, K, tile, **options):

@@ -40,7 +40,7 @@ class Kind:
         return np.ascontiguousarray(raw).view(self.item)[..., 0].astype(np.float32)
 
 
-KINDS = {
+KINDS: dict[tuple[str, ...], Kind] = {
     ("f32", "bf16", "bf16"): Kind(np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32)),
     ("s32", "s8", "s8"): Kind(np.dtype(np.int8), np.dtype(np.int32)),
 }
