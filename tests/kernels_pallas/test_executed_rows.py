@@ -36,15 +36,16 @@ WIDTHS = [(128, jnp.float32), (640, jnp.bfloat16), (4096, jnp.bfloat16), (16384,
 
 @pytest.mark.parametrize(("D", "dtype"), sparing(WIDTHS, (640, jnp.bfloat16)))
 def test_rows_of_any_width_each_by_itself(D, dtype):
-    """One is zero, one huge, one tiny, and one has a number that is none: its scale is none."""
+    """One is zero, one huge, one tiny, and one has a number that is none: so is its scale."""
     a, b = jax.random.split(jax.random.key(0))
     x = jax.random.normal(a, (6, D), jnp.float32)
     x = (x * jnp.asarray([1, 0, 1e15, 1e-3, 1, 1])[:, None]).astype(dtype).at[4, D - 1].set(jnp.nan)
     args, options = (x, jax.random.normal(b, (D,), dtype)), {"eps": 1e-6, "offset": 1.0}
     values, scales = executed(rms_norm_quantize, *args, **options)
     expected = rms_norm_quantize.reference(*args, **options)
-    agree(scales, expected[1], 1e-6)
     real = np.asarray([0, 1, 2, 3, 5])
+    assert not np.isfinite(scales[4])  # NaN; XLA's own maximum on a CPU may be -inf then
+    agree(scales[real], expected[1][real], 1e-6)
     off = np.abs(np.asarray(values, int)[real] - np.asarray(expected[0], int)[real])
     assert off.max() <= 1 and (off > 0).mean() < 0.001  # halves that a sum's order decides
 
