@@ -105,10 +105,10 @@ def test_what_is_seen(form):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("widths", [(64, 128), (128, 64), (128, 128)])
-@pytest.mark.parametrize("heads", [(4, 2), (3, 1)])
-def test_heads_of_any_width_that_share_keys(widths, heads):
-    (H, Hv), (N, K) = widths, heads
+@pytest.mark.parametrize(
+    ("N", "K", "H", "Hv"), [(4, 2, 64, 128), (3, 1, 128, 64), (2, 2, 128, 128)]
+)
+def test_heads_of_any_width_that_share_keys(N, K, H, Hv):
     check_both(ROWS["padding behind"], NARROW, N=N, K=K, H=H, Hv=Hv)
 
 
