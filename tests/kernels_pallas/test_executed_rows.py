@@ -22,12 +22,15 @@ def executed(op, *args, tile=None, **options):
     return found
 
 
-@pytest.mark.parametrize("case", [x for x in rms_norm_quantize.cases if not x.shipped],
-                         ids=lambda x: x.name)  # fmt: skip
-def test_rows_are_normed_and_rounded(case):
-    args, arrays, options = case_of(rms_norm_quantize, case.name)
+NORMED = [case.name for case in rms_norm_quantize.cases if not case.shipped]
+
+
+@pytest.mark.parametrize("name", sparing(NORMED, "64x384-bfloat16"))
+def test_rows_are_normed_and_rounded(name):
+    args, arrays, options = case_of(rms_norm_quantize, name)
+    tolerance = next(case.tolerance for case in rms_norm_quantize.cases if case.name == name)
     expected = rms_norm_quantize.reference(*args, **arrays, **options)
-    agree(executed(rms_norm_quantize, *args, **options), expected, case.tolerance)
+    agree(executed(rms_norm_quantize, *args, **options), expected, tolerance)
 
 
 WIDTHS = [(128, jnp.float32), (640, jnp.bfloat16), (4096, jnp.bfloat16), (16384, jnp.bfloat16),
@@ -53,7 +56,8 @@ def test_rows_of_any_width_each_by_itself(D, dtype):
 SAMPLED = [case.name for case in sample.cases if not case.shipped]
 
 
-@pytest.mark.parametrize("name", sparing(SAMPLED, "3x300"))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SAMPLED)
 def test_tokens_are_drawn(name):
     args, _, _ = case_of(sample, name)
     np.testing.assert_array_equal(executed(sample, *args), sample.reference(*args))
