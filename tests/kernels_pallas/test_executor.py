@@ -93,6 +93,7 @@ FILLING, TAKING = (
 )  # waits for a slot that is free, and for one that is full
 SPOILT = {  # what is spoilt, and what is found then
     "a fence of stores": (without("fence.proxy.async"), "reads stores without a fence.proxy.async"),
+    "a fence of barriers": (without("fence.mbarrier_init"), "without a fence.mbarrier_init"),
     "a fence of registers": (without("wgmma.fence"), "touched since a wgmma.fence"),
     "a wait for stores": (
         without("cp.async.bulk.wait_group"),

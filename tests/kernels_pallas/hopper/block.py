@@ -30,10 +30,13 @@ class Barrier:
     """An mbarrier (9.7.13.15): a phase is over when all have arrived, and all bytes have.
 
     Attributes:
+        maker: the warpgroup that has made it.
+        fenced: whether copies see that it is one.
         told: what those knew who arrived in phases that are over.
     """
 
-    def __init__(self, arrivals: int) -> None:
+    def __init__(self, arrivals: int, maker: int) -> None:
+        self.maker, self.fenced = maker, False
         self._arrivals = self._awaited = arrivals
         self._bytes = self.phase = 0
         self.told = self._now = NOTHING

@@ -100,7 +100,7 @@ def _return(w: Warpgroup, x: Instruction) -> None:
 
 
 def _nothing(w: Warpgroup, x: Instruction) -> None:
-    """Order among generic accesses is that of execution here."""
+    """What only takes time."""
 
 
 def _barrier(w: Warpgroup, x: Instruction) -> Waits:
@@ -127,7 +127,13 @@ def _init_barrier(w: Warpgroup, x: Instruction) -> None:
     counts = w.read(arrivals, U32)[w.mask]
     for at, count in zip(w.address(address), counts, strict=True):
         lined_up(np.array([at]), 8, "an mbarrier")
-        w.block.barriers[int(at)] = Barrier(int(count))
+        w.block.barriers[int(at)] = Barrier(int(count), w.number)
+
+
+def _fence_barriers(w: Warpgroup, x: Instruction) -> None:
+    """fence.mbarrier_init (9.7.13.4): copies see the barriers that this warpgroup has made."""
+    for barrier in w.block.barriers.values():
+        barrier.fenced |= barrier.maker == w.number
 
 
 def _arrive(w: Warpgroup, x: Instruction) -> None:
@@ -243,6 +249,8 @@ def _copy_box(w: Warpgroup, x: Instruction) -> None:
         act = partial(act, w.block.memory, w.block.shared, descriptor.item)
         if load:
             barrier = w.block.barrier(int(w.address(x.operands[2])[0]))
+            if not barrier.fenced:
+                w.block.findings["a copy goes to a barrier without a fence.mbarrier_init"] += 1
             act = partial(_brought, act, barrier, descriptor.bytes)
         _go(w, x, act, stores=not load)
 
@@ -319,13 +327,16 @@ def _multiply(w: Warpgroup, x: Instruction) -> None:
         rows = matrix.unpacked(np.stack([w.read(register, U32) for register in a.items]))
     else:
         rows = _matrix(w, a, matrix.ROWS, kind, transposed[0], read)
-    product = rows @ _matrix(w, b, columns, kind, transposed[-1], read).T
+    right = _matrix(w, b, columns, kind, transposed[-1], read)
+    with np.errstate(all="ignore"):
+        product = rows @ right.T
     row, column = matrix.places(columns)
     kept = w.predicate(keep)
     for register, values in zip(sums.items, product[row, column].astype(kind.sums), strict=True):
         assert isinstance(register, Register)
         before = _sums(w, register.name, kind.sums)
-        w.registers[register.name] = np.where(kept, before + values, values).view(U32)
+        with np.errstate(all="ignore"):
+            w.registers[register.name] = np.where(kept, before + values, values).view(U32)
     w.going.append(Products(names, read))
     w.in_flight |= names
     w.unfenced -= names
@@ -393,7 +404,7 @@ _TABLE: dict[str, Callable[[Warpgroup, Instruction], Waits]] = {
     "ld": _load, "st": _store, "ldmatrix": _tiles, "stmatrix": _tiles,
     "cp.async.bulk.tensor": _copy_box, "cp.async.bulk.global": _copy_bytes,
     "cp.async.bulk.commit_group": _commit_copies, "cp.async.bulk.wait_group": _wait_copies,
-    "fence.proxy": _fence_proxy, "fence.mbarrier_init": _nothing, "prefetch": _nothing,
+    "fence.proxy": _fence_proxy, "fence.mbarrier_init": _fence_barriers, "prefetch": _nothing,
     "wgmma.mma_async": _multiply, "wgmma.commit_group": _commit_products,
     "wgmma.wait_group": _wait_products, "wgmma.fence": _fence_products,
 }  # fmt: skip
