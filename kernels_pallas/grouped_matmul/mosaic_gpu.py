@@ -95,10 +95,11 @@ def _kernel(group_ref, start_ref, size_ref, layer_ref, x_ref, w_ref, *refs, tile
             if scale_refs:
                 plgpu.barrier_wait(arrived.at[wg])
                 y = y.astype(jnp.float32)
-                real = lax.broadcast(group < E, (tile.tokens,))  # a scale of padding may be NaN
-                x_scale = jnp.where(real, x_scale_mine[...], 0.0)
-                y *= lax.broadcast_in_dim(x_scale, shape, (1,))
-                y *= lax.broadcast_in_dim(w_scale_smem[wg], shape, (0,))
+                for smem, axis in ((x_scale_mine, 1), (w_scale_smem.at[wg], 0)):
+                    # of padding either may be NaN: nobody's row, and an expert that may be absent
+                    real = lax.broadcast(group < E, (shape[axis],))
+                    scale = jnp.where(real, smem[...], 0.0)
+                    y *= lax.broadcast_in_dim(scale, shape, (axis,))
             y = y.astype(out_ref.dtype)
             for done in range(0, tile.tokens, _TURNED):
                 part = y[:, done : done + _TURNED]

@@ -113,8 +113,25 @@ def _extreme(instruction: Instruction) -> Operation | None:
     return Operation((TYPES[kind],) * 2, function)
 
 
-def _fma(a: Lanes, b: Lanes, c: Lanes) -> Lanes:
+def _fma(instruction: Instruction) -> Operation | None:
+    if instruction.parts == ("fma", "rm", "f32"):
+        return Operation((TYPES["f32"],) * 3, _fma_downwards)
+    return _uniform(3, _fma_nearest, "rn", "ftz")(instruction)
+
+
+def _fma_nearest(a: Lanes, b: Lanes, c: Lanes) -> Lanes:
     return (a.astype(np.float64) * b.astype(np.float64) + c.astype(np.float64)).astype(a.dtype)
+
+
+def _fma_downwards(a: Lanes, b: Lanes, c: Lanes) -> Lanes:
+    """Exactly: the product is, and what its sum loses tells on which side of the sum it lies."""
+    product = a.astype(np.float64) * b
+    total = product + c
+    rest = total - product
+    lost = (product - (total - rest)) + (c - rest)
+    near = total.astype(np.float32)
+    above = (near > total) | ((near == total) & (lost < 0))
+    return np.where(above, np.nextafter(near, np.float32(-np.inf)), near)
 
 
 def _divide(a: Lanes, b: Lanes) -> Lanes:
@@ -208,6 +225,8 @@ def _convert(instruction: Instruction) -> Operation | None:
     if to == "bf16x2" and given == "f32":  # the first source is the upper half
         function = lambda a, b: np.stack([b, a], 1).astype(_BFLOAT16).view(_U32)[:, 0]  # noqa: E731
         return Operation((TYPES["f32"],) * 2, function) if how == ["rn"] else None
+    if instruction.parts == ("cvt", "sat", "f32", "f32"):  # NaN is 0
+        return Operation((TYPES["f32"],), lambda x: np.clip(np.nan_to_num(x, nan=0.0), 0, 1))
     if to not in TYPES or given not in TYPES or not set(how) <= {"rn", "rni", "rzi", "ftz"}:
         return None
     source, target = TYPES[given], TYPES[to]
@@ -254,13 +273,15 @@ _FLOAT = ("approx", "full", "rn", "ftz")
 
 _TABLE: dict[str, Callable[[Instruction], Operation | None]] = {
     "add": _uniform(2, np.add, "rn", "ftz"), "sub": _uniform(2, np.subtract, "rn", "ftz"),
-    "mul": _multiply, "mad": _multiply, "fma": _uniform(3, _fma, "rn", "ftz"),
+    "mul": _multiply, "mad": _multiply, "fma": _fma,
     "div": _uniform(2, _divide, *_FLOAT), "rem": _uniform(2, np.fmod),
     "min": _extreme, "max": _extreme, "neg": _uniform(1, np.negative, "ftz"),
     "abs": _uniform(1, np.abs, "ftz"), "not": _uniform(1, np.invert),
     "and": _uniform(2, np.bitwise_and), "or": _uniform(2, np.bitwise_or),
     "xor": _uniform(2, np.bitwise_xor), "shl": _shift, "shr": _shift, "bfe": _extract,
     "rcp": _uniform(1, lambda x: np.float32(1) / x, *_FLOAT),
+    "rsqrt": _uniform(1, lambda x: np.float32(1) / np.sqrt(x), *_FLOAT),
+    "copysign": _uniform(2, lambda sign, x: np.copysign(x, sign)),
     "sqrt": _uniform(1, np.sqrt, *_FLOAT), "lg2": _uniform(1, np.log2, *_FLOAT),
     "ex2": _uniform(1, lambda x: np.exp2(x.astype(np.float64)).astype(np.float32), *_FLOAT),
     "tanh": _uniform(1, np.tanh, *_FLOAT),

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tests.kernels_pallas.hopper import matrix
 from tests.kernels_pallas.hopper.arithmetic import LANES, TYPES, WARP, Lanes, Operation, operation
 from tests.kernels_pallas.hopper.block import Barrier, Block, Copy
-from tests.kernels_pallas.hopper.memory import Addresses, Bytes, FaultError, lined_up
+from tests.kernels_pallas.hopper.memory import Addresses, FaultError, lined_up
+from tests.kernels_pallas.hopper.order import NOTHING, Actor, joined
 from tests.kernels_pallas.hopper.ptx import (
     Address,
     Immediate,
@@ -62,7 +66,8 @@ def _compute(w: Warpgroup, x: Instruction, does: Operation) -> None:
 
 
 def _repack(w: Warpgroup, x: Instruction) -> None:
-    """mov of one register to two of half its size, or back."""
+    """mov of one register to two of half its size, or back. LLVM fills registers up with halves
+    that nothing has written, and drops them later: their bits are set here, as those of a NaN."""
     whole, half = (U32, U16) if x.parts[-1] == "b32" else (U64, U32)
     target, source = x.operands
     if isinstance(target, Vector):
@@ -70,8 +75,13 @@ def _repack(w: Warpgroup, x: Instruction) -> None:
         for register, values in zip(target.items, halves.T, strict=True):
             w.write(register, values.copy())
     elif isinstance(source, Vector):
-        halves = np.stack([w.read(register, half) for register in source.items], 1)
-        w.write(target, halves.view(whole)[:, 0])
+        nothing = np.full(LANES, -1).astype(half)
+        unwritten = [isinstance(x, Register) and x.name not in w.registers for x in source.items]
+        halves = [
+            nothing if left_out else w.read(register, half)
+            for register, left_out in zip(source.items, unwritten, strict=True)
+        ]
+        w.write(target, np.stack(halves, 1).view(whole)[:, 0])
 
 
 def _elect(w: Warpgroup, x: Instruction) -> None:
@@ -90,7 +100,7 @@ def _return(w: Warpgroup, x: Instruction) -> None:
 
 
 def _nothing(w: Warpgroup, x: Instruction) -> None:
-    """Order among generic accesses is that of execution here."""
+    """What only takes time."""
 
 
 def _barrier(w: Warpgroup, x: Instruction) -> Waits:
@@ -104,8 +114,10 @@ def _barrier(w: Warpgroup, x: Instruction) -> Waits:
     if w.awaited is None:
         w.awaited = (block.arrived // block.warpgroups + 1) * block.warpgroups
         block.arrived += 1
+        block.told[w.awaited] = joined(block.told.get(w.awaited, NOTHING), w.actor.tell())
     if block.arrived < w.awaited:
         return "barrier 0"
+    w.actor.learn(block.told[w.awaited])
     w.awaited = None
     return None
 
@@ -115,7 +127,13 @@ def _init_barrier(w: Warpgroup, x: Instruction) -> None:
     counts = w.read(arrivals, U32)[w.mask]
     for at, count in zip(w.address(address), counts, strict=True):
         lined_up(np.array([at]), 8, "an mbarrier")
-        w.block.barriers[int(at)] = Barrier(int(count))
+        w.block.barriers[int(at)] = Barrier(int(count), w.number)
+
+
+def _fence_barriers(w: Warpgroup, x: Instruction) -> None:
+    """fence.mbarrier_init (9.7.13.4): copies see the barriers that this warpgroup has made."""
+    for barrier in w.block.barriers.values():
+        barrier.fenced |= barrier.maker == w.number
 
 
 def _arrive(w: Warpgroup, x: Instruction) -> None:
@@ -127,9 +145,9 @@ def _arrive(w: Warpgroup, x: Instruction) -> None:
     counts = w.read(count[0] if count else Immediate(1), U32)[w.mask].astype(int)
     if "expect_tx" in x.parts:
         barrier.expect(int(counts.sum()))
-        barrier.arrive(len(counts))
+        barrier.arrive(len(counts), w.actor.tell())
     else:
-        barrier.arrive(int(counts.sum()))
+        barrier.arrive(int(counts.sum()), w.actor.tell())
 
 
 def _try_wait(w: Warpgroup, x: Instruction) -> Waits:
@@ -139,6 +157,7 @@ def _try_wait(w: Warpgroup, x: Instruction) -> Waits:
     barrier, wanted = w.block.barrier(at), int(w.read(parity, U32)[0])
     if not barrier.passed(wanted):
         return f"parity {wanted} of the barrier at {at:#x}, which is in {barrier}"
+    w.actor.learn(barrier.told)
     w.write(target, ALL.copy())
     return None
 
@@ -170,7 +189,7 @@ def _load(w: Warpgroup, x: Instruction) -> None:
     at, size = w.address(source), dtype.itemsize * len(registers)
     raw = np.zeros((LANES, size), np.uint8)
     if x.parts[1].startswith("shared"):
-        raw[w.mask] = w.block.shared.load(at, size, "ld")
+        raw[w.mask] = w.block.shared.load(at, size, w.actor, "ld")
     else:
         lined_up(at, size, "ld")
         raw[w.mask] = w.block.memory.load(at, size)
@@ -186,7 +205,7 @@ def _store(w: Warpgroup, x: Instruction) -> None:
     raw = np.stack([w.read(register, dtype) for register in registers], 1).view(np.uint8)[w.mask]
     at = w.address(target)
     if x.parts[1].startswith("shared"):
-        w.block.shared.store(at, raw, w.number, "st")
+        w.block.shared.store(at, raw, w.actor, "st")
     else:
         lined_up(at, raw.shape[1], "st")
         w.block.memory.store(at, raw)
@@ -204,7 +223,7 @@ def _tiles(w: Warpgroup, x: Instruction) -> None:
     at = w.address(memory).reshape(-1, WARP)[:, : 8 * count].reshape(-1)  # [warp, matrix, row]
     shape = (LANES // WARP, count, 8, 8)
     if load:
-        tiles = w.block.shared.load(at, 16, "ldmatrix").view(U16).reshape(shape)
+        tiles = w.block.shared.load(at, 16, w.actor, "ldmatrix").view(U16).reshape(shape)
         tiles = tiles.swapaxes(2, 3) if "trans" in x.parts else tiles
         words = np.ascontiguousarray(tiles).view(U32).reshape(LANES // WARP, count, WARP)
         for register, values in zip(registers, words.swapaxes(0, 1), strict=True):
@@ -214,7 +233,7 @@ def _tiles(w: Warpgroup, x: Instruction) -> None:
     tiles = np.ascontiguousarray(words).view(U16).reshape(shape)
     tiles = tiles.swapaxes(2, 3) if "trans" in x.parts else tiles
     rows = np.ascontiguousarray(tiles).reshape(-1, 8).view(np.uint8)
-    w.block.shared.store(at, rows, w.number, "stmatrix")
+    w.block.shared.store(at, rows, w.actor, "stmatrix")
 
 
 def _copy_box(w: Warpgroup, x: Instruction) -> None:
@@ -230,14 +249,15 @@ def _copy_box(w: Warpgroup, x: Instruction) -> None:
         act = partial(act, w.block.memory, w.block.shared, descriptor.item)
         if load:
             barrier = w.block.barrier(int(w.address(x.operands[2])[0]))
-            _go(w, Copy(x.text, partial(_brought, act, barrier, descriptor.bytes)))
-        else:
-            _go(w, Copy(x.text, act), stores=True)
+            if not barrier.fenced:
+                w.block.findings["a copy goes to a barrier without a fence.mbarrier_init"] += 1
+            act = partial(_brought, act, barrier, descriptor.bytes)
+        _go(w, x, act, stores=not load)
 
 
-def _brought(act: Callable[[], None], barrier: Barrier, count: int) -> None:
-    act()
-    barrier.bring(count)
+def _brought(act: Callable[[Actor], None], barrier: Barrier, count: int, actor: Actor) -> None:
+    act(actor)
+    barrier.bring(count, actor.known)
 
 
 def _copy_bytes(w: Warpgroup, x: Instruction) -> None:
@@ -249,11 +269,11 @@ def _copy_bytes(w: Warpgroup, x: Instruction) -> None:
         count = int(w.read(x.operands[2], U32)[w.mask][0])
         for each in (there, here, np.array([count])):
             lined_up(each, 16, "cp.async.bulk")
-        _go(w, Copy(x.text, partial(_moved, w.block, there, here, count)), stores=True)
+        _go(w, x, partial(_moved, w.block, there, here, count), stores=True)
 
 
-def _moved(block: Block, there: Addresses, here: Addresses, count: int) -> None:
-    block.memory.store(there, block.shared.read_async(here, count, "cp.async.bulk"))
+def _moved(block: Block, there: Addresses, here: Addresses, count: int, actor: Actor) -> None:
+    block.memory.store(there, block.shared.read_async(here, count, actor, "cp.async.bulk"))
 
 
 def _lanes(w: Warpgroup) -> Iterator[int]:
@@ -265,8 +285,9 @@ def _lanes(w: Warpgroup) -> Iterator[int]:
     w.mask = whole
 
 
-def _go(w: Warpgroup, copy: Copy, *, stores: bool = False) -> None:
-    w.block.copies.append(copy)
+def _go(w: Warpgroup, x: Instruction, act: Callable[[Actor], None], *, stores: bool) -> None:
+    copy = Copy(x.text, w.block.shared.order.actor(w.actor.tell()), act)
+    w.block.begin(copy)
     if stores:
         w.stores.append(copy)
 
@@ -282,6 +303,7 @@ def _wait_copies(w: Warpgroup, x: Instruction) -> None:
     for group in w.stored[: len(w.stored) - left]:
         for copy in group:
             copy.run()
+            w.actor.learn(copy.actor.known)
     w.stored = w.stored[len(w.stored) - left :] if left else []
 
 
@@ -293,47 +315,68 @@ def _fence_proxy(w: Warpgroup, x: Instruction) -> None:
 
 def _multiply(w: Warpgroup, x: Instruction) -> None:
     """wgmma.mma_async (9.7.15.5.2): sums += A B^T, from shared memory or A from registers."""
-    columns = int(x.parts[4].removeprefix("m64n").removesuffix("k16"))
-    if x.parts[4:] != (f"m64n{columns}k16", "f32", "bf16", "bf16"):
-        raise x.unknown()
-    sums, a, b, keep, a_sign, b_sign, *transposed = x.operands
-    if {a_sign, b_sign} != {Immediate(1)}:
-        raise x.unknown()
+    columns, kind, transposed = _product(w, x)
+    sums, a, b, keep, *_ = x.operands
     assert isinstance(sums, Vector)
-    signs = [bool(int(w.read(each, U32)[0])) for each in transposed]
-    read, held = list[tuple[Addresses, Bytes]](), list(sums.items)
+    registers = (*sums.items, *(a.items if isinstance(a, Vector) else ()))
+    names = frozenset(each.name for each in registers if isinstance(each, Register))
+    if names & w.unfenced:
+        w.block.findings["a wgmma takes registers that were touched since a wgmma.fence"] += 1
+    read = list[tuple[Addresses, NDArray[np.int64]]]()
     if isinstance(a, Vector):
-        held += a.items
         rows = matrix.unpacked(np.stack([w.read(register, U32) for register in a.items]))
     else:
-        rows = _matrix(w, a, matrix.ROWS, signs[0], read)
-    product = rows @ _matrix(w, b, columns, signs[-1], read).T
+        rows = _matrix(w, a, matrix.ROWS, kind, transposed[0], read)
+    right = _matrix(w, b, columns, kind, transposed[-1], read)
+    with np.errstate(all="ignore"):
+        product = rows @ right.T
     row, column = matrix.places(columns)
-    for register, values in zip(sums.items, product[row, column], strict=True):
+    kept = w.predicate(keep)
+    for register, values in zip(sums.items, product[row, column].astype(kind.sums), strict=True):
         assert isinstance(register, Register)
-        before = _sums(w, register.name)
-        found = np.where(w.predicate(keep), before + values, values).astype(np.float32)
-        w.registers[register.name] = found.view(U32)
-    names = frozenset(each.name for each in held if isinstance(each, Register))
+        before = _sums(w, register.name, kind.sums)
+        with np.errstate(all="ignore"):
+            w.registers[register.name] = np.where(kept, before + values, values).view(U32)
     w.going.append(Products(names, read))
     w.in_flight |= names
+    w.unfenced -= names
 
 
-def _sums(w: Warpgroup, name: str) -> Lanes:
+def _product(w: Warpgroup, x: Instruction) -> tuple[int, matrix.Kind, list[bool]]:
+    """Columns and types of a product, and whether A and B are transposed, or only B."""
+    kind, signs, transposed = matrix.KINDS.get(x.parts[5:]), x.operands[4:6], x.operands[6:]
+    found = re.fullmatch(r"m64n(\d+)k(\d+)", x.parts[4])
+    if kind is None or found is None or int(found[2]) != kind.depth:
+        raise x.unknown()
+    if kind.sums == np.int32:
+        if signs or isinstance(x.operands[1], Vector):
+            raise x.unknown()
+        return int(found[1]), kind, [False]
+    if set(signs) != {Immediate(1)}:
+        raise x.unknown()
+    return int(found[1]), kind, [bool(int(w.read(each, U32)[0])) for each in transposed]
+
+
+def _sums(w: Warpgroup, name: str, dtype: np.dtype[Any]) -> Lanes:
     """Products that go on may add to the same sums, of the same shape, in their order."""
-    if name not in w.registers:
-        return w.read(Register(name), TYPES["f32"])
-    return w.registers[name].view(np.float32)
+    return w.registers[name].view(dtype) if name in w.registers else w.read(Register(name), dtype)
 
 
 def _matrix(
-    w: Warpgroup, operand: Operand, rows: int, transposed: bool, read: list[tuple[Addresses, Bytes]]
-) -> Lanes:
+    w: Warpgroup, operand: Operand, rows: int, kind: matrix.Kind, transposed: bool,
+    read: list[tuple[Addresses, NDArray[np.int64]]],
+) -> Lanes:  # fmt: skip
     descriptor = w.only(w.read(operand, U64).view(np.int64))
-    at = matrix.operand(descriptor, rows, transposed)
-    raw = w.block.shared.read_async(at, 2, "wgmma")
-    read.append((at[..., None] + np.arange(2), raw))
-    return matrix.floats(raw)
+    at, size = matrix.operand(descriptor, rows, kind, transposed=transposed), kind.item.itemsize
+    raw = w.block.shared.read_async(at, size, w.actor, "wgmma")
+    index = at[..., None] + np.arange(size)
+    read.append((index, w.block.shared.order.versions[index]))
+    return kind.matrix(raw)
+
+
+def _fence_products(w: Warpgroup, x: Instruction) -> None:
+    """wgmma.fence (9.7.15.7.1): products see what registers hold."""
+    w.unfenced = set()
 
 
 def _commit_products(w: Warpgroup, x: Instruction) -> None:
@@ -348,7 +391,10 @@ def _wait_products(w: Warpgroup, x: Instruction) -> None:
     going = (products for group in (w.going, *w.committed) for products in group)
     w.in_flight = set[str]().union(*(products.registers for products in going))
     for products in (products for group in over for products in group):
-        if any((w.block.shared.peek(at) != raw).any() for at, raw in products.read):
+        for at, _ in products.read:
+            w.block.shared.read_until_now(at, w.actor, "wgmma")
+        versions = w.block.shared.order.versions
+        if any((versions[at] != version).any() for at, version in products.read):
             w.block.findings["shared memory of a wgmma changed before it was waited for"] += 1
 
 
@@ -358,7 +404,7 @@ _TABLE: dict[str, Callable[[Warpgroup, Instruction], Waits]] = {
     "ld": _load, "st": _store, "ldmatrix": _tiles, "stmatrix": _tiles,
     "cp.async.bulk.tensor": _copy_box, "cp.async.bulk.global": _copy_bytes,
     "cp.async.bulk.commit_group": _commit_copies, "cp.async.bulk.wait_group": _wait_copies,
-    "fence.proxy": _fence_proxy, "fence.mbarrier_init": _nothing, "prefetch": _nothing,
+    "fence.proxy": _fence_proxy, "fence.mbarrier_init": _fence_barriers, "prefetch": _nothing,
     "wgmma.mma_async": _multiply, "wgmma.commit_group": _commit_products,
-    "wgmma.wait_group": _wait_products, "wgmma.fence": _nothing,
+    "wgmma.wait_group": _wait_products, "wgmma.fence": _fence_products,
 }  # fmt: skip

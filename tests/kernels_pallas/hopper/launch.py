@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from sharding import compile_only
 from tests.kernels_pallas.hopper import host, machine, ptx
+from tests.kernels_pallas.hopper.block import Schedule
 from tests.kernels_pallas.hopper.memory import Findings, Global
 
 _TARGET = "h200:1x1x1"
@@ -43,6 +44,7 @@ def executed(
     *operands: Any,
     changed: Callable[[Compiled], Compiled] = lambda kernel: kernel,
     seed: int = 0,
+    schedule: Schedule | None = None,
 ) -> tuple[Any, Findings]:
     """What a function comes to that calls one kernel and does nothing else, and what was wrong.
 
@@ -50,6 +52,7 @@ def executed(
         operands: trees, whose leaves are the kernel's arrays in its order.
         changed: does something to the kernel before it is executed.
         seed: of the order in which warpgroups and copies go on, and of what nobody has written.
+        schedule: when copies happen; if None, the seed draws one for every block of threads.
 
     Raises:
         host.UnreadableError: what this release of JAX launches is not understood.
@@ -59,13 +62,14 @@ def executed(
     outputs, result_tree = jax.tree.flatten(jax.eval_shape(run, *operands))
     kernel = changed(compiled(lambda *x: run(*jax.tree.unflatten(tree, x)), leaves))
     given = [np.asarray(x) for x in leaves]
-    found, findings = execute(kernel, given, outputs, seed=seed)
+    found, findings = execute(kernel, given, outputs, seed=seed, schedule=schedule)
     return jax.tree.unflatten(result_tree, map(jnp.asarray, found)), findings
 
 
 def execute(
-    kernel: Compiled, given: Sequence[NDArray[Any]], outputs: Sequence[Any], *, seed: int = 0
-) -> tuple[list[NDArray[Any]], Findings]:
+    kernel: Compiled, given: Sequence[NDArray[Any]], outputs: Sequence[Any], *,
+    seed: int = 0, schedule: Schedule | None = None,
+) -> tuple[list[NDArray[Any]], Findings]:  # fmt: skip
     """Arrays that a kernel returns: those that come and are returned, or new ones of bits set."""
     fresh = [np.full(x.size * x.dtype.itemsize, 0xFF, np.uint8).view(x.dtype).reshape(x.shape)
              for x in outputs]  # fmt: skip
@@ -73,7 +77,7 @@ def execute(
     places = [len(given) + i if at < 0 else at for i, at in enumerate(kernel.aliases)]
     descriptors = [tensor.placed(memory) for tensor in kernel.launch.tensors]
     grid = kernel.launch.grid
-    findings = machine.run(kernel.program, grid, memory, descriptors, seed)
+    findings = machine.run(kernel.program, grid, memory, descriptors, seed=seed, schedule=schedule)
     return [memory.array(at) for at in places], findings
 
 

@@ -1,4 +1,5 @@
-"""Runs a grid: blocks of threads one after the other, their warpgroups in a shuffled order."""
+"""Runs a grid: blocks of threads one after the other, their warpgroups in a shuffled order, and
+copies when a schedule says so."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tests.kernels_pallas.hopper.arithmetic import LANES
-from tests.kernels_pallas.hopper.block import Block, Pool
+from tests.kernels_pallas.hopper.block import SCHEDULES, Block, Pool, Schedule
 from tests.kernels_pallas.hopper.instructions import steps
 from tests.kernels_pallas.hopper.memory import Descriptor, FaultError, Findings, Global, Shared
 from tests.kernels_pallas.hopper.ptx import Program
@@ -33,9 +34,13 @@ class Grid:
 
 
 def run(
-    program: Program, grid: Grid, memory: Global, descriptors: Sequence[Descriptor], seed: int
-) -> Findings:
+    program: Program, grid: Grid, memory: Global, descriptors: Sequence[Descriptor], *,
+    seed: int, schedule: Schedule | None,
+) -> Findings:  # fmt: skip
     """Executes a kernel on memory, which it changes; what was wrong.
+
+    Args:
+        schedule: when copies happen; if None, every block has one of its own.
 
     Raises:
         UnknownInstructionError: before anything is executed.
@@ -44,13 +49,15 @@ def run(
     pointers = [None if x is None else memory.address(x) for x in grid.parameters]
     x, y, z = grid.blocks
     for number, index in enumerate(itertools.product(range(z), range(y), range(x))):
-        shared = Shared(grid.shared, seed + number, findings)
+        order = random.Random(seed + number)
+        warpgroups = grid.threads // LANES
+        shared = Shared(grid.shared, seed + number, findings, warpgroups)
         block = Block(
-            index[::-1], grid.threads // LANES, memory, shared, pointers, descriptors,
-            Pool(grid.threads), findings,
+            index[::-1], warpgroups, memory, shared, pointers, descriptors,
+            Pool(grid.threads), findings, schedule or order.choice(SCHEDULES),
         )  # fmt: skip
         try:
-            _run_block(block, program, decoded, random.Random(seed + number))
+            _run_block(block, program, decoded, order)
         except FaultError as error:
             findings[f"block {index[::-1]} stopped: {error}"] += 1
     return findings
@@ -60,7 +67,7 @@ def _run_block(block: Block, program: Program, decoded: list[Step], order: rando
     warpgroups = [Warpgroup(block, i, program, decoded) for i in range(block.warpgroups)]
     while going := [x for x in warpgroups if not x.done]:
         progress = False
-        turns = [*going, *block.copies]
+        turns = [*going, *(block.copies if block.schedule == "any" else [])]
         order.shuffle(turns)
         for turn in turns:
             if isinstance(turn, Warpgroup):
@@ -69,7 +76,9 @@ def _run_block(block: Block, program: Program, decoded: list[Step], order: rando
                 turn.run()
                 progress = True
         block.copies = [copy for copy in block.copies if not copy.done]
-        if not progress and not block.copies:
+        if not progress and block.copies:
+            block.copies.pop(-1 if block.schedule == "newest" else 0).run()
+        elif not progress:
             waits = "; ".join(f"warpgroup {x.number} for {x.waits}" for x in going)
             raise FaultError(f"deadlock, {waits}")
     for copy in block.copies:

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tests.kernels_pallas.hopper.order import Actor, Order
+
 Bytes = NDArray[np.uint8]
 Addresses = NDArray[np.int64]
 
@@ -76,52 +78,67 @@ class Shared:
     """Shared memory of a block of threads, and who has written each byte.
 
     Attributes:
+        order: in which accesses must have happened.
         unfenced: the warpgroup whose stores of a byte the asynchronous proxy need not see yet
             (8.6, "Proxies"), or -1.
     """
 
-    def __init__(self, size: int, seed: int, findings: Findings) -> None:
+    def __init__(self, size: int, seed: int, findings: Findings, warpgroups: int) -> None:
         end = SHARED + size
+        self.order = Order(end, warpgroups)
         self._bytes = np.random.default_rng(seed).integers(0, 256, end, np.uint8)  # nobody's
         self._written = np.zeros(end, bool)
         self.unfenced = np.full(end, -1, np.int8)
         self._findings = findings
 
-    def load(self, at: Addresses, size: int, who: str) -> Bytes:
+    def load(self, at: Addresses, size: int, actor: Actor, who: str) -> Bytes:
         """[n] addresses -> [n, size] through the generic proxy."""
         lined_up(at, size, who)
         index = self._index(at, size, who)
+        self._reads(index, actor, who)
         if not self._written[index].all():
             self._findings[UNWRITTEN] += 1
         return self._bytes[index]
 
-    def store(self, at: Addresses, values: Bytes, warpgroup: int, who: str) -> None:
+    def store(self, at: Addresses, values: Bytes, actor: Actor, who: str) -> None:
         """[n, size] bytes to [n] addresses through the generic proxy."""
         size = values.shape[1]
         lined_up(at, size, who)
         index = self._index(at, size, who)
-        self._bytes[index], self._written[index], self.unfenced[index] = values, True, warpgroup
+        self._writes(index, actor, who)
+        self._bytes[index], self._written[index] = values, True
+        self.unfenced[index] = actor.number
 
     def fence(self, warpgroup: int) -> None:
         """fence.proxy.async: what this warpgroup has stored is seen by copies and products."""
         self.unfenced[self.unfenced == warpgroup] = -1
 
-    def read_async(self, at: Addresses, size: int, who: str) -> Bytes:
+    def read_async(self, at: Addresses, size: int, actor: Actor, who: str) -> Bytes:
         """[n] addresses -> [n, size] as copies and products see them."""
         index = self._index(at, size, who)
+        self._reads(index, actor, who)
         if not self._written[index].all():
             self._findings[f"{who} reads shared memory that nobody has written"] += 1
         if (self.unfenced[index] >= 0).any():
             self._findings[f"{who} reads stores without a fence.proxy.async between"] += 1
         return self._bytes[index]
 
-    def write_async(self, at: Addresses, values: Bytes, who: str) -> None:
+    def write_async(self, at: Addresses, values: Bytes, actor: Actor, who: str) -> None:
         index = self._index(at, values.shape[1], who)
+        self._writes(index, actor, who)
         self._bytes[index], self._written[index], self.unfenced[index] = values, True, -1
 
-    def peek(self, at: Addresses) -> Bytes:
-        """Bytes as they are, which nobody reads."""
-        return self._bytes[at].copy()
+    def read_until_now(self, index: Addresses, actor: Actor, who: str) -> None:
+        """Bytes whose reading began earlier."""
+        self._reads(index, actor, who)
+
+    def _reads(self, index: Addresses, actor: Actor, who: str) -> None:
+        if not self.order.reads(index, actor):
+            self._findings[f"a race: {who} reads what others write"] += 1
+
+    def _writes(self, index: Addresses, actor: Actor, who: str) -> None:
+        if not self.order.writes(index, actor):
+            self._findings[f"a race: {who} writes what others use"] += 1
 
     def _index(self, at: Addresses, size: int, who: str) -> NDArray[np.int64]:
         if len(at) and (at.min() < SHARED or at.max() + size > len(self._bytes)):
@@ -201,13 +218,13 @@ class Box:
     outer: Addresses  # in global memory
     inner: Addresses  # in shared memory
 
-    def load(self, memory: Global, shared: Shared, item: int) -> None:
+    def load(self, memory: Global, shared: Shared, item: int, actor: Actor) -> None:
         """What the tensor does not have is zero."""
         values = np.zeros((len(self.inside), item), np.uint8)
         values[self.inside] = memory.load(self.outer[self.inside], item)
-        shared.write_async(self.inner, values, "a copy to shared memory")
+        shared.write_async(self.inner, values, actor, "a copy to shared memory")
 
-    def store(self, memory: Global, shared: Shared, item: int) -> None:
+    def store(self, memory: Global, shared: Shared, item: int, actor: Actor) -> None:
         """What the tensor does not have is left."""
-        values = shared.read_async(self.inner, item, "a copy from shared memory")
+        values = shared.read_async(self.inner, item, actor, "a copy from shared memory")
         memory.store(self.outer[self.inside], values[self.inside])

@@ -8,6 +8,7 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tests.kernels_pallas.hopper.arithmetic import LANES, TYPES, Lanes
 from tests.kernels_pallas.hopper.block import Block, Copy
@@ -16,7 +17,6 @@ from tests.kernels_pallas.hopper.memory import (
     PARAMETERS,
     SHARED,
     Addresses,
-    Bytes,
     FaultError,
 )
 from tests.kernels_pallas.hopper.ptx import (
@@ -39,10 +39,14 @@ U16, U32, U64 = (np.dtype(f"u{n}") for n in (2, 4, 8))
 
 @dataclass
 class Products:
-    """A wgmma that goes on: what must stay as it is until it was waited for."""
+    """A wgmma that goes on: what must stay as it is until it was waited for.
+
+    Attributes:
+        read: bytes of shared memory, and which versions of them.
+    """
 
     registers: frozenset[str]
-    read: list[tuple[Addresses, Bytes]]
+    read: list[tuple[Addresses, NDArray[np.int64]]]
 
 
 class Warpgroup:
@@ -51,11 +55,13 @@ class Warpgroup:
     Attributes:
         at: the instruction that is next.
         mask: lanes that execute it.
+        unfenced: registers that were touched since the last wgmma.fence, but by products.
         waits: what for, since it cannot go on.
     """
 
     def __init__(self, block: Block, number: int, program: Program, steps: list[Step]) -> None:
         self.block, self.number = block, number
+        self.actor = block.shared.order.warpgroups[number]
         self._program, self._steps = program, steps
         self.at, self.done, self.waits = 0, False, ""
         self.mask = ALL
@@ -65,6 +71,7 @@ class Warpgroup:
         self.going = list[Products]()  # since the last commit
         self.committed = list[list[Products]]()
         self.in_flight = set[str]()  # registers of both
+        self.unfenced = set[str]()
         self.stores = list[Copy]()  # since the last commit
         self.stored = list[list[Copy]]()
         self.registers["%tid.x"] = (number * LANES + np.arange(LANES)).astype(U32)
@@ -145,6 +152,7 @@ class Warpgroup:
         self.registers[operand.name] = values
 
     def _touched(self, name: str) -> None:
+        self.unfenced.add(name)
         if name in self.in_flight:
             text = "registers of a wgmma are touched before it was waited for"
             self.block.findings[text] += 1
