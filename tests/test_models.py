@@ -67,7 +67,8 @@ def test_examples_are_held_out_problems(folder):
     assert examples == [{"prompt": p.prompt, "answer": task.answer(p)} for p in problems]
 
 
-@pytest.mark.parametrize("folder", sparing(SHIPPED, MODELS / "modchain-moe"), ids=NAMES)
+@pytest.mark.slow
+@pytest.mark.parametrize("folder", SHIPPED, ids=NAMES)
 def test_it_is_about_as_good_as_its_card_says(folder):
     task = task_of(folder)
     with LLM(folder, progress=False) as llm:

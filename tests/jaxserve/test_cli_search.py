@@ -140,6 +140,7 @@ def test_a_budget_and_a_scorer(capsys: pytest.CaptureFixture[str]):
     assert shown["stopped"] == "budget" and shown["ledger"]["generated"] <= 60
 
 
+@pytest.mark.slow
 def test_scorers_that_are_made_for_it(capsys: pytest.CaptureFixture[str]):
     task = ["--task", "modchain", "--problems", "20", "--controller", "rebase", "--json"]
 

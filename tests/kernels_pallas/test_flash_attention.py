@@ -130,6 +130,7 @@ def agrees_with_the_reference(tile, arguments, segments, options):
         np.testing.assert_allclose(x, y, rtol=0, atol=bound)
 
 
+@pytest.mark.slow
 def test_blocks_one_after_another_have_no_race():
     """The registry's cases are a block or two; here accumulators are kept over several."""
     q, k, v = operands(1, 2, 1, 384)

@@ -98,6 +98,7 @@ def test_rows_by_hand(body, sizes):
     np.testing.assert_allclose(y, by_hand(x, w, sizes), atol=1e-5)
 
 
+@pytest.mark.slow
 @given(sizes=SIZES, padding=st.integers(0, 30))
 @settings(max_examples=6, deadline=None)
 def test_any_groups_on_tpu(sizes, padding):

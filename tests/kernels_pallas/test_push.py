@@ -77,6 +77,7 @@ def test_rows_arrive_in_order_and_without_races(groups, dtype):
             np.testing.assert_array_equal(found[group, me, : len(wanted)], wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.mesh
 def test_one_landing_block_is_a_race():
     pushed(counts_of("streams", 1), num_blocks=1)

@@ -17,10 +17,13 @@ from kernels_pallas.grouped_matmul import mosaic_gpu as grouped_matmul
 from kernels_pallas.int8_matmul import mosaic_gpu as int8_matmul
 from kernels_pallas.op import Case, Op, UnsupportedError
 from kernels_pallas.registry import OPS
+from tests.sparing import sparing
 
 ALIGNED = 128  # bytes: where a copy of a tensor begins, or the card ends the program
 TRACED = 32  # tiles of an op, drawn from all
 SIZES = 72  # as many that are lowered
+HOPPER = {op.name: op for op in OPS if "mosaic_gpu" in op.bodies}
+QUICK = [name for name in HOPPER if name != "page_attention"]
 
 
 def steps(place: Any) -> Iterator[int]:
@@ -42,8 +45,9 @@ def traced(op: Op) -> Iterator[tuple[Case, Any]]:
         yield from ((case, tile) for tile in (None, *tiles))
 
 
-@pytest.mark.parametrize("op", [x for x in OPS if "mosaic_gpu" in x.bodies], ids=lambda o: o.name)
-def test_copies_into_shared_memory_are_aligned(op: Op, monkeypatch):
+@pytest.mark.parametrize("name", sparing(HOPPER, *QUICK))
+def test_copies_into_shared_memory_are_aligned(name: str, monkeypatch):
+    op = HOPPER[name]
     uneven, copy = set[tuple[str, tuple[int, ...]]](), plgpu.copy_gmem_to_smem
 
     def recorded(source: Any, place: Any, *rest: Any, **options: Any) -> None:
@@ -76,7 +80,7 @@ def lowered(op: Op, case: Case, tile: Any) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("op", [x for x in OPS if "mosaic_gpu" in x.bodies], ids=lambda o: o.name)
+@pytest.mark.parametrize("op", HOPPER.values(), ids=HOPPER)
 def test_tiles_that_do_not_fit_are_refused_before_they_are_lowered(op: Op):
     """What tuning tries lowers, or raises `UnsupportedError`, and nothing of Mosaic's."""
     shipped = [c for c in op.cases if c.shipped and "mosaic_gpu" in (c.bodies or op.bodies)]
@@ -99,7 +103,7 @@ LARGE = {
 
 @pytest.mark.parametrize("name", LARGE)
 def test_products_name_the_shared_memory_that_is_not_there(name: str):
-    [op] = (op for op in OPS if op.name == name)
+    op = HOPPER[name]
     case = next(case for case in op.cases if case.shipped)
     with pytest.raises(UnsupportedError, match=r"Tile.* need \d+ bytes of shared memory, and 23"):
         lowered(op, case, LARGE[name])
@@ -107,7 +111,7 @@ def test_products_name_the_shared_memory_that_is_not_there(name: str):
 
 def test_what_just_fits_is_lowered():
     """Barriers, which are not counted, find room in what is left for them."""
-    [op] = (op for op in OPS if op.name == "grouped_matmul")
+    op = HOPPER["grouped_matmul"]
     case = next(case for case in op.cases if case.shipped and "7168-L2-int8" in case.name)
     tile = grouped_matmul.Tile(64, 2, 128, 128, 4)
     assert tiling.SHARED_BYTES - 1024 <= sum(tile.shared(2)) <= tiling.SHARED_BYTES

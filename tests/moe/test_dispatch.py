@@ -80,7 +80,7 @@ def transports():
 @pytest.mark.mesh
 @pytest.mark.parametrize(
     ("way", "devices", "examples"),
-    [("padded", 8, 20), ("ragged", 8, 20), ("push", 4, 4)],
+    [("padded", 8, 20), ("ragged", 8, 20), pytest.param("push", 4, 4, marks=pytest.mark.slow)],
 )
 def test_tokens_are_conserved_and_answers_exact(way, devices, examples):
     """Two slots a device and a shared expert, over two axes, under every kind of routing."""

@@ -87,7 +87,7 @@ def test_a_cache_of_bfloat16_serves_weights_of_float32(tmp_path: Path):
     assert 0 < sum(away) / len(away) < 0.05  # of a logit: the weights are random
 
 
-@pytest.mark.parametrize("name", ["recall-dense", "countdown-moe"])
+@pytest.mark.parametrize("name", sparing(["recall-dense", "countdown-moe"], "recall-dense"))
 def test_a_shipped_model_loses_little(name: str):
     exact, *rounded = measure(SHIPPED / name, 32)
     for row, most in zip(rounded, (0.005, 0.05), strict=True):

@@ -195,6 +195,7 @@ print(watch.compiled - watch.loaded, watch.compiled, f"{first:.2f}")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(200)
 def test_a_second_start_compiles_nothing(tmp_path: Path):
     env = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")}

@@ -87,6 +87,7 @@ def test_without_scales_a_cache_finds_its_own(folders):
         assert not llm.plan.kv_calibrated and llm.plan.kv_taint == "int8"
 
 
+@pytest.mark.slow
 def test_scales_are_the_largest_that_were_seen(tmp_path):
     """Of every layer, head and lane, against attention's arguments in a pass of one document."""
     folder = write_checkpoint(tmp_path, "qwen3", tokenizer=False)

@@ -279,6 +279,7 @@ def zip_leaves(one, two):
         yield jax.tree_util.keystr(path), (np.asarray(a), np.asarray(b))
 
 
+@pytest.mark.slow
 def test_a_soft_prompt_stands_before_every_text_that_is_served(prompted):
     run, _, folder = prompted
     own = list(range(run.adapter.first, run.adapter.first + 4))
