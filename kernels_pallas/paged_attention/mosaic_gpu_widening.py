@@ -69,7 +69,7 @@ def unpack(raw: Any, block: Any, kinds: int, *, simulated: bool) -> None:
     """Rows of four bits as bfloat16, two in a byte: `kinds` stretches of them, of which the first
     lie in low halves of the first bytes."""
     rows, lanes = block.shape[0] // kinds, math.gcd(raw.shape[1], 128)
-    n = math.gcd(rows, 32)
+    n = math.gcd(rows, 16)  # of 32, registers do not suffice with jax 0.12
 
     @pl.loop(0, raw.shape[1] // lanes)
     def _(i: Array) -> None:
