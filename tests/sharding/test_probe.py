@@ -45,6 +45,12 @@ def test_accelerators_are_told_by_their_kind(name: str):
     assert probe(devices).name == name
 
 
+@pytest.mark.parametrize("target", ["h200", "h200:8", "v6e", "sm_90a", "v6e:8x", ""])
+def test_targets_of_another_form_are_refused(target: str):
+    with pytest.raises(ValueError, match=r"target=.*v6e:8x8.*h200:1x1x8"):
+        compile_only.mesh(target)
+
+
 def test_what_nobody_described_is_refused():
     device = SimpleNamespace(platform="gpu", device_kind="NVIDIA H20", process_index=0)
     with pytest.raises(ValueError, match=r"no description of 'NVIDIA H20'.*in TOML"):
