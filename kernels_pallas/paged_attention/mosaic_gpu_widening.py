@@ -49,6 +49,9 @@ class _Integer(NamedTuple):
         return self.bits & ~(self.bits >> 1)
 
 
+_PAIRS = "prmt.b32 $0, $1, 0, 0x4140;", "prmt.b32 $0, $1, 0, 0x4342;"
+"""The first two of four bytes, and the others, each in 16 bits of its own."""
+
 _WHOLE, _LOW, _HIGH = _Integer(0xFF, 1), _Integer(0x0F, 1), _Integer(0xF0, 16)
 
 
@@ -106,7 +109,7 @@ def _instructions(x: Any, kinds: tuple[_Integer, ...]) -> tuple[Any, ...]:
         words = vector.bitcast(ir.VectorType.get((size // 4,), _i32()), register)
         words = [vector.extract(words, [], [i]) for i in range(size // 4)]
         words = [arith.xori(word, _constant(signs * 0x01010101)) for word in words]
-        pairs = [_pair(word, first) for word in words for first in (0, 2)]
+        pairs = [_assembled(code, word) for word in words for code in _PAIRS]
         for out, kind in zip(outs, kinds, strict=True):
             found = vector.from_elements(
                 ir.VectorType.get((size // 2,), _i32()), [_scaled(pair, kind) for pair in pairs]
@@ -115,11 +118,6 @@ def _instructions(x: Any, kinds: tuple[_Integer, ...]) -> tuple[Any, ...]:
     return tuple(
         mgpu.FragmentedArray(_registers=out, _layout=x.layout, _is_signed=None) for out in outs
     )
-
-
-def _pair(word: Any, first: int) -> Any:
-    """Two neighbours of four bytes, each in 16 bits of its own."""
-    return _assembled(f"prmt.b32 $0, $1, 0, {0x4140 + 0x0202 * (first // 2):#x};", word)
 
 
 def _scaled(pair: Any, kind: _Integer) -> Any:
