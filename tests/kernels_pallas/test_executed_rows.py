@@ -1,5 +1,7 @@
 """Hopper's kernels that take rows without a product, executed as their PTX: `hopper`."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,7 @@ from kernels_pallas.rms_norm_quantize import rms_norm_quantize
 from kernels_pallas.sample import sample
 from kernels_pallas.sample_gpu import GpuTile
 from tests.kernels_pallas.executing import agree, case_of, executing
-from tests.kernels_pallas.test_sample import rows, stretch
+from tests.kernels_pallas.test_sample import check_all_kinds
 from tests.sparing import sparing
 
 pytestmark = [pytest.mark.aot, pytest.mark.usefixtures("no_compilation_cache")]
@@ -63,38 +65,10 @@ def test_tokens_are_drawn(name):
     np.testing.assert_array_equal(executed(sample, *args), sample.reference(*args))
 
 
-def all_kinds(V):
-    """Both ends, ties, what is not finite, filters alone and together; rows 8 on are plain."""
-    rng = np.random.default_rng(0)
-    scores, u = rng.normal(size=(16, V)).astype(np.float32) * 3, rng.random(16)
-    temperature, top_k, top_p, min_p = np.ones(16), np.zeros(16, int), np.ones(16), np.zeros(16)
-    scores[:2] = -np.inf
-    scores[:2, [17, V // 2, V - 1]] = 1.0
-    u[:2] = 0.0, np.nextafter(np.float32(1), 0)
-    scores[2:6], scores[2:6, V - 50 :] = 0.0, 2.0
-    top_k[2:6], u[2:6] = 1, np.arange(4) / 4
-    scores[6, 7], scores[7] = np.nan, -np.inf
-    top_k[[6, 8, 13, 14]] = 9, 5, 40, 10**6
-    top_p[[7, 9, 13, 15]] = 0.9, 0.7, 0.8, 1e-6
-    min_p[[10, 13]] = 0.1, 0.02
-    temperature[[11, 12, 13]] = 1e-7, 5.0, 1.7
-    return scores, u, temperature, top_k, top_p, min_p
-
-
 SIZES = [(128, 2048), (900, 2048), (2048, 1024), (2052, 1024), (5000, 4096), (8196, 2048)]
 
 
 @pytest.mark.parametrize(("V", "width"), sparing(SIZES, (900, 2048)))
 def test_rows_of_all_kinds_are_drawn_from(V, width):
     """A vocabulary of one part, of whole parts, and of a last one that overlaps."""
-    scores, u, *filters = all_kinds(V)
-    args = rows(scores, u, *filters)
-    tokens = np.asarray(executed(sample, *args, tile=GpuTile(width))).tolist()
-    assert tokens[:2] == [17, V - 1]
-    assert tokens[2:6] == [V - 50 + 50 * i // 4 for i in range(4)]
-    assert min(tokens) >= 0 and max(tokens) < V
-    temperature, *others = filters
-    for r in range(8, 16):
-        options = max(temperature[r], 1e-6), *(x[r] for x in others)
-        begin, end = stretch(scores[r], tokens[r], *options)
-        assert begin - 2e-5 <= u[r] <= end + 2e-5
+    check_all_kinds(V, partial(executed, sample, tile=GpuTile(width)))
