@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,8 @@ class Contestant:
         if self._process.poll() is None:
             os.killpg(self._process.pid, signal.SIGKILL)  # it may be stopped: nothing gentler works
         self._process.wait()
-        self._process.stdin.close()
+        with suppress(BrokenPipeError):  # what a driver that ended was still to be told
+            self._process.stdin.close()
         self._process.stdout.close()
         self._log.close()
 

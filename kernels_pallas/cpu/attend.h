@@ -28,6 +28,10 @@ struct Attention {
   Scores scores;
 
   int64_t group() const { return num_heads / keys.num_heads; }
+  // Floats by tiles add up in another order, so the number of rows has no say in it.
+  bool by_tiles() const {
+    return std::is_same_v<T, bf16> && keys.width % (2 * kTileWords) == 0 && have_tiles();
+  }
   bool few(int64_t num_rows) const {
     return num_rows <= kFewRows && value_dim % (kOuterVecs * kLanes) == 0;
   }
@@ -39,14 +43,19 @@ template <class T>
 struct Work {
   T *q, *spare, *zeros, *keys, *values, *weights, *decoded;
   float *scores, *sums, *shrink, *floats;
+  char* groups;  // of the rows of q that a stretch has, where products go by tiles
   Row* rows;
 
   Work(Scratch& scratch, const Attention<T>& job, int64_t num_rows) {
     const int64_t q_count = (num_rows + kStripRows) * padded_keys<T>(job.keys.width);
-    const int64_t spare_count = kLanes * padded_keys<T>(job.keys.width);
+    const int64_t group_words = job.by_tiles() ? words_of<T>(job.keys.width) : 0;
+    const int64_t group_count = ceil_div(num_rows, kTileRows) * group_bytes(group_words);
+    const int64_t spare_count = 2 * kLanes * padded_keys<T>(job.keys.width);
     const int64_t key_count = kBlockKeys * padded_keys<T>(job.keys.width);
     const int64_t value_count = kBlockKeys * job.padded_values();
-    const int64_t score_count = num_rows * kBlockKeys, sum_count = num_rows * job.padded_values();
+    // a tile may look at rows past the last one
+    const int64_t score_count = (num_rows + kTileRows) * kBlockKeys;
+    const int64_t sum_count = num_rows * job.padded_values();
     const int64_t widest = std::max(job.keys.width, job.values.width);
     const int64_t decoded_count = job.coded_keys ? 2 * kBlockKeys * widest : 0;
     scratch.reset(Scratch::bytes<T>(decoded_count) + Scratch::bytes<float>(widest) +
@@ -55,7 +64,8 @@ struct Work {
                   Scratch::bytes<T>(key_count) +
                   Scratch::bytes<T>(value_count) + Scratch::bytes<T>(score_count) +
                   Scratch::bytes<float>(score_count) + Scratch::bytes<float>(sum_count) +
-                  Scratch::bytes<float>(num_rows) + Scratch::bytes<Row>(num_rows));
+                  Scratch::bytes<float>(num_rows) + Scratch::bytes<char>(group_count) +
+                  Scratch::bytes<Row>(num_rows));
     q = scratch.take<T>(q_count);
     spare = scratch.take<T>(spare_count);
     zeros = scratch.take<T>(job.padded_values());
@@ -67,6 +77,7 @@ struct Work {
     scores = scratch.take<float>(score_count);
     sums = scratch.take<float>(sum_count);
     shrink = scratch.take<float>(num_rows);
+    groups = scratch.take<char>(group_count);
     rows = scratch.take<Row>(num_rows);
     std::memset(zeros, 0, job.padded_values() * sizeof(T));
     std::memset(sums, 0, sum_count * sizeof(float));
@@ -158,12 +169,45 @@ Context<T> decode(const Attention<T>& job, int64_t kv_head, const Stretch& stret
   return {first, keys, decode(*job.coded_values, work.decoded + kBlockKeys * job.keys.width)};
 }
 
+template <class T>
+void regroup(const Attention<T>& job, const Work<T>& work, int64_t num_rows) {
+  const int64_t words = words_of<T>(job.keys.width), stride = padded_keys<T>(job.keys.width);
+  for (int64_t i = 0; i < num_rows; i += kTileRows) {
+    put_group(reinterpret_cast<const char*>(work.q + i * stride), 4 * words, words, nullptr, 0,
+              work.groups + i / kTileRows * group_bytes(words));
+  }
+}
+
+// The same as below. Keys are used as they lie.
+template <class T>
+void score_by_tiles(const Attention<T>& job, int64_t num_rows, const Work<T>& work,
+                    const Context<T>& now, const Context<T>& next) {
+  constexpr int64_t kPair = 2 * kTileRows;
+  const int64_t width = job.keys.width, words = words_of<T>(width);
+  for (int64_t key = 0; key < now.keys.count; key += kPair) {
+    const Run<T> first = run_of(now.keys, key, width, work.spare);
+    Run<T> second{nullptr, first.stride};
+    if (key + kTileRows < now.keys.count) {
+      second = run_of(now.keys, key + kTileRows, width, work.spare + kTileRows * width);
+    }
+    const auto* ahead = reinterpret_cast<const char*>(next.keys.rows[key]);
+    for (int64_t r = 0; r < num_rows; r += kPair, ahead = nullptr) {
+      multiply_tile_rows<T>(
+          {reinterpret_cast<const char*>(first.rows), reinterpret_cast<const char*>(second.rows),
+           first.stride * int64_t(sizeof(T)), ahead},
+          work.groups + r / kTileRows * group_bytes(words), std::min(kPair, num_rows - r), words,
+          nullptr, work.scores + r * kBlockKeys + key, kBlockKeys);
+    }
+  }
+}
+
 // work.scores = q . keys
 template <class T>
 void score(const Attention<T>& job, int64_t num_rows, const Work<T>& work, const Context<T>& now,
            const Context<T>& next) {
   const int64_t width = job.keys.width, stride = padded_keys<T>(width);
   const int64_t words = words_of<T>(width), count = now.keys.count;
+  if (job.by_tiles()) return score_by_tiles(job, num_rows, work, now, next);
   if (!job.few(num_rows)) {
     pack_keys(now.keys, next.keys, width, work.spare, work.keys);
     outer_product<T>(work.q, stride, num_rows, work.keys, kBlockKeys * Vec<T>::kPerLane, words,
@@ -215,9 +259,19 @@ template <class T>
 void weigh(const Attention<T>& job, int64_t num_rows, const Work<T>& work, const Context<T>& now,
            const Context<T>& next) {
   constexpr int64_t kPerLane = Vec<T>::kPerLane, kCols = kOuterVecs * kLanes;
-  const int64_t padded = job.padded_values(), words = words_of<T>(now.values.count);
+  const int64_t padded = job.padded_values(), count = now.values.count;
+  const int64_t words = words_of<T>(count);
+  if constexpr (std::is_same_v<T, bf16>) {
+    if (job.by_tiles()) {
+      const int64_t whole = round_up(count, 2 * kTileWords);
+      pack_values(now.values, next.values, whole, job.value_dim, padded, work.values);
+      add_tile_product(work.weights, kBlockKeys, num_rows, work.values, whole / 2, padded,
+                       work.shrink, work.sums);
+      return;
+    }
+  }
   if (!job.few(num_rows)) {
-    pack_values(now.values, next.values, job.value_dim, padded, work.values);
+    pack_values(now.values, next.values, count, job.value_dim, padded, work.values);
     outer_product<T>(work.weights, kBlockKeys, num_rows, work.values, padded * kPerLane, words,
                      work.sums, padded, padded, {true, work.shrink});
     return;
@@ -250,9 +304,8 @@ void attend_block(const Attention<T>& job, const Stretch& stretch, const Work<T>
       begin = job.window > 0 ? position - job.window + 1 - now.first : 0;
       end = std::min(end, position + 1 - now.first);
     }
-    float* scores = work.scores + i * kBlockKeys;
-    work.shrink[i] = work.rows[i].add(scores, begin, end, job.scores);
-    convert(work.weights + i * kBlockKeys, scores, kBlockKeys);
+    work.shrink[i] = work.rows[i].add(work.scores + i * kBlockKeys, begin, end, job.scores,
+                                      work.weights + i * kBlockKeys);
   }
   weigh(job, num_rows, work, now, next);
 }
@@ -279,6 +332,7 @@ void finish(const Attention<T>& job, int64_t kv_head, const Stretch& stretch,
 template <class T>
 void attend(const Attention<T>& job, const Task* task, const Task* end) {
   thread_local Scratch scratch;
+  const Tiles tiles(job.by_tiles());
   auto open = [&](const Task* task, const Stretch* s, int64_t first) {
     // pages that have to be decoded are, each block when its turn comes
     return Context<T>(job, task->kv_head, *s, job.coded_keys ? s->end : first);
@@ -298,6 +352,7 @@ void attend(const Attention<T>& job, const Task* task, const Task* end) {
     }
     for (const Stretch* s = task->begin; s < task->end; ++s) {
       const Work<T> rows = work.from(job, s->row);
+      if (job.by_tiles()) regroup(job, rows, s->num_rows);
       for (int64_t first = s->begin; first < s->end; first += kBlockKeys) {
         if (job.coded_keys) now = decode(job, head, *s, rows, first);
         const Context<T> next = after(task, s, first);

@@ -16,9 +16,9 @@ void write(const Batch& batch, int64_t num_heads, int64_t width, const float* x,
     Pool::shared().run(ceil_div(count + odd, kTokensPerChunk), [&](int64_t chunk) {
       const int64_t begin = std::max<int64_t>(0, chunk * kTokensPerChunk - odd);
       const int64_t end = std::min(count, (chunk + 1) * kTokensPerChunk - odd);
-      for (int64_t i = begin; i < end; ++i) {
-        const float* from = x + (batch.row_starts[seq] + i) * num_heads * width;
-        for (int64_t head = 0; head < num_heads; ++head, from += width) {
+      for (int64_t head = 0; head < num_heads; ++head) {  // whose rows follow each other in a page
+        const float* from = x + ((batch.row_starts[seq] + begin) * num_heads + head) * width;
+        for (int64_t i = begin; i < end; ++i, from += num_heads * width) {
           put(batch.table(seq), head, first + i, from);
         }
       }

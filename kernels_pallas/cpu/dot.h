@@ -16,6 +16,7 @@
 #include "outer.h"
 #include "quantize.h"
 #include "scratch.h"
+#include "tile_product.h"
 #include "transpose.h"
 
 namespace jaxserve {
@@ -43,13 +44,17 @@ struct Matrix {
   Matrix from_row(int64_t i) const { return {data + i * k, scales ? scales + i : nullptr, k}; }
 };
 
+constexpr int64_t kSweepRows = 4;
+
 // Rows of x in the weights' type, zero-padded to whole quarters; for eight-bit weights every row is
-// divided by a step of its own. A view: owns nothing.
+// divided by a step of its own. Where products go by tiles, once more as those take them. A view:
+// owns nothing.
 template <class T>
 struct Packed {
   T* data;
   int64_t num_rows, k;
-  RowScale* scales;  // of eight-bit rows
+  RowScale* scales = nullptr;  // of eight-bit rows
+  char* groups = nullptr;      // of sixteen rows each
 
   static int64_t words(int64_t k) { return round_up(words_of<T>(k), kQuarter); }
   // One more line between rows: a power of two would put all of them into one set of L1.
@@ -58,6 +63,25 @@ struct Packed {
   static int64_t count(int64_t num_rows, int64_t k) { return (num_rows + kStripRows) * stride(k); }
 
   T* row(int64_t i) const { return data + i * stride(k); }
+
+  // Whether products go by tiles. Floats add up in another order there, so that the number of rows
+  // has no say in it.
+  static bool by_tiles(int64_t num_rows, int64_t k) {
+    return !std::is_same_v<T, float> && (!kIsInt8<T> || num_rows > kSweepRows) && k > 0 &&
+           k % (kTileWords * Vec<T>::kPerLane) == 0 && have_tiles();
+  }
+  static int64_t groups_bytes(int64_t num_groups, int64_t k) {
+    return num_groups * group_bytes(words(k));
+  }
+  char* group(int64_t i) const { return groups + groups_bytes(i / kTileRows, k); }
+
+  // Rows [begin, end) as groups, when all of them are there; `begin` is the first of a group.
+  void regroup(int64_t begin, int64_t end) const {
+    for (int64_t i = begin; groups && i < end; i += kTileRows) {
+      put_group(reinterpret_cast<const char*>(row(i)), stride(k) * int64_t(sizeof(T)), words(k),
+                kIsInt8<T> ? scales + i : nullptr, std::min(kTileRows, end - i), group(i));
+    }
+  }
 
   // Writes elements [begin, begin + n) of a row; eight-bit rows are written whole.
   template <class From>
@@ -117,7 +141,6 @@ Strip<T> strip_for(int64_t rows) {
   return &strip<T, kStripRows>;
 }
 
-constexpr int64_t kSweepRows = 4;
 constexpr int kSweepCols = 4;
 constexpr int64_t kSweepAhead = 4096;  // bytes: the hardware foresees less, and stops at every page
 
@@ -273,6 +296,14 @@ void multiply_odd(const Packed<T>& x, int64_t begin, int64_t end, const T* w, in
   }
 }
 
+// The same for rows that are in groups, scaled already.
+template <class T>
+void multiply_groups(const Packed<T>& x, int64_t begin, int64_t end, const Matrix<T>& w,
+                     int64_t cols, float* out, int64_t out_stride) {
+  const Tiles tiles;
+  multiply_tiles(x.group(begin), end - begin, w.data, x.k, cols, w.scales, out, out_stride);
+}
+
 // Sums of integers, which lie where their floats shall be, times both scales.
 inline void apply_scales(const RowScale* rows, int64_t num_rows, const float* scales, int64_t cols,
                          float* out, int64_t out_stride) {
@@ -296,7 +327,11 @@ void dot_block(const Packed<T>& x, int64_t begin, int64_t end, const Matrix<T>& 
   const T* w = matrix.data;
   const bool odd = x.k % (kQuarter * Vec<T>::kPerLane) != 0;
   const int64_t whole = odd ? 0 : cols / kLanes * kLanes, rows = end - begin;
-  if (whole > 0) {
+  int64_t unscaled = 0;  // the first column of sums of integers
+  if (whole > 0 && x.groups) {
+    multiply_groups(x, begin, end, matrix, whole, out, out_stride);
+    unscaled = whole;
+  } else if (whole > 0) {
     const Weights<T> weights{w, x.k, Packed<T>::words(x.k), whole};
     auto run = rows <= kStripRows ? &multiply_few<T> : &multiply_many<T>;
     if constexpr (kIsInt8<T>) {
@@ -308,7 +343,8 @@ void dot_block(const Packed<T>& x, int64_t begin, int64_t end, const Matrix<T>& 
     multiply_odd(x, begin, end, w + whole * x.k, cols - whole, out + whole, out_stride);
   }
   if constexpr (kIsInt8<T>) {
-    apply_scales(x.scales + begin, rows, matrix.scales, cols, out, out_stride);
+    apply_scales(x.scales + begin, rows, matrix.scales + unscaled, cols - unscaled, out + unscaled,
+                 out_stride);
   }
 }
 

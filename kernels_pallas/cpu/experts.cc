@@ -30,6 +30,8 @@ struct Grouping {
       order[rank[slot]] = slot;
     }
   }
+  int64_t num_experts() const { return int64_t(starts.size()) - 1; }
+  int64_t size() const { return int64_t(order.size()); }
   int64_t size(int64_t expert) const { return starts[expert + 1] - starts[expert]; }
 };
 
@@ -42,7 +44,7 @@ struct Chunk {
 
 std::vector<Chunk> cut(const Grouping& groups, int64_t cols, int64_t width) {
   std::vector<Chunk> chunks;
-  for (int64_t e = 0; e + 1 < int64_t(groups.starts.size()); ++e) {
+  for (int64_t e = 0; e < groups.num_experts(); ++e) {
     for (int64_t c = 0; c < cols; c += width) {
       for (int64_t r = 0; r < groups.size(e); r += kRowsPerChunk) {
         chunks.push_back({e, r, std::min(groups.size(e), r + kRowsPerChunk), c,
@@ -63,15 +65,51 @@ struct Experts {
 // The rows of all experts, one after the other; each expert's rows are packed by themselves.
 template <class T>
 struct PackedGroups {
-  T* data;
   int64_t k;
+  T* data;
   RowScale* scales;
+  char* tiles;
+
+  PackedGroups(Scratch& scratch, const Grouping& groups, int64_t k)
+      : k(k),
+        data(scratch.take<T>(Packed<T>::count(groups.size(), k))),
+        scales(scratch.take<RowScale>(groups.size())),
+        tiles(scratch.take<char>(tile_bytes(groups, groups.num_experts(), k))) {}
+
+  static int64_t bytes(const Grouping& groups, int64_t k) {
+    return Scratch::bytes<T>(Packed<T>::count(groups.size(), k)) +
+           Scratch::bytes<RowScale>(groups.size()) +
+           Scratch::bytes<char>(tile_bytes(groups, groups.num_experts(), k));
+  }
 
   Packed<T> of(const Grouping& groups, int64_t expert) const {
-    const int64_t first = groups.starts[expert];
-    return {data + first * Packed<T>::stride(k), groups.size(expert), k, scales + first};
+    const int64_t first = groups.starts[expert], size = groups.size(expert);
+    return {data + first * Packed<T>::stride(k), size, k, scales + first,
+            Packed<T>::by_tiles(size, k) ? tiles + tile_bytes(groups, expert, k) : nullptr};
+  }
+
+ private:
+  // Room for the groups of sixteen rows that the experts before this one have, or more.
+  static int64_t tile_bytes(const Grouping& groups, int64_t expert, int64_t k) {
+    if (!Packed<T>::by_tiles(groups.size(), k)) return 0;
+    const int64_t rows = groups.starts[expert];
+    return Packed<T>::groups_bytes(rows / kTileRows + std::min(rows, expert), k);
   }
 };
+
+// row_of(i) is the address of what becomes row i of all.
+template <class T, class RowOf>
+void pack_groups(const Grouping& groups, const PackedGroups<T>& to, const RowOf& row_of) {
+  const auto chunks = cut(groups, 1, 1);
+  Pool::shared().run(int64_t(chunks.size()), [&](int64_t i) {
+    const Chunk& chunk = chunks[i];
+    const Packed<T> packed = to.of(groups, chunk.expert);
+    for (int64_t r = chunk.begin; r < chunk.end; ++r) {
+      packed.put(r, 0, row_of(groups.starts[chunk.expert] + r), to.k);
+    }
+    packed.regroup(chunk.begin, chunk.end);
+  });
+}
 
 // hidden = act(x @ w_gate.T) * (x @ w_up.T)
 //
@@ -100,8 +138,11 @@ void expand(const Experts<T>& moe, const Grouping& groups, const PackedGroups<T>
     }
   });
   if constexpr (kIsInt8<T>) {
-    pack_rows(Packed<T>{hidden.data, int64_t(groups.order.size()), moe.mlp, hidden.scales},
-              [&](int64_t i) { return floats + i * moe.mlp; });
+    pack_groups(groups, hidden, [&](int64_t i) { return floats + i * moe.mlp; });
+  } else {
+    Pool::shared().run(moe.num_experts, [&](int64_t e) {
+      hidden.of(groups, e).regroup(0, groups.size(e));
+    });
   }
 }
 
@@ -140,24 +181,15 @@ void forward(const Experts<T>& moe, const X* x, const int32_t* ids, const float*
              int64_t num_rows, float* out) {
   thread_local Scratch scratch;
   const Grouping groups(ids, num_rows * moe.num_active, moe.num_experts);
-  const int64_t slots = int64_t(groups.order.size());
-  const int64_t x_count = Packed<T>::count(slots, moe.embed);
-  const int64_t hidden_count = Packed<T>::count(slots, moe.mlp);
-  const int64_t waiting = kIsInt8<T> ? slots * moe.mlp : 0;
-  scratch.reset(Scratch::bytes<T>(x_count) + Scratch::bytes<T>(hidden_count) +
-                Scratch::bytes<float>(slots * moe.embed) + Scratch::bytes<float>(waiting) +
-                2 * Scratch::bytes<RowScale>(slots));
-  const PackedGroups<T> rows{scratch.take<T>(x_count), moe.embed, scratch.take<RowScale>(slots)};
-  const PackedGroups<T> hidden{scratch.take<T>(hidden_count), moe.mlp,
-                               scratch.take<RowScale>(slots)};
+  const int64_t slots = groups.size(), waiting = kIsInt8<T> ? slots * moe.mlp : 0;
+  scratch.reset(PackedGroups<T>::bytes(groups, moe.embed) +
+                PackedGroups<T>::bytes(groups, moe.mlp) +
+                Scratch::bytes<float>(slots * moe.embed) + Scratch::bytes<float>(waiting));
+  const PackedGroups<T> rows(scratch, groups, moe.embed), hidden(scratch, groups, moe.mlp);
   float* y = scratch.take<float>(slots * moe.embed);
   float* floats = scratch.take<float>(waiting);
-  Pool::shared().run(moe.num_experts, [&](int64_t e) {
-    const Packed<T> to = rows.of(groups, e);
-    for (int64_t i = 0; i < to.num_rows; ++i) {
-      const int64_t token = groups.order[groups.starts[e] + i] / moe.num_active;
-      to.put(i, 0, x + token * moe.embed, moe.embed);
-    }
+  pack_groups(groups, rows, [&](int64_t i) {
+    return x + groups.order[i] / moe.num_active * moe.embed;
   });
   expand(moe, groups, rows, hidden, floats);
   contract(moe, groups, hidden, y);

@@ -48,7 +48,7 @@ void apply_gate(const Packed<T>& x, int64_t begin, int64_t end, const Piece<T>& 
 template <class T>
 void multiply(const Packed<T>& x, int64_t first, const std::vector<Piece<T>>& pieces,
               Activation activation) {
-  const int64_t height = chunk_rows(x.num_rows, int64_t(pieces.size()));
+  const int64_t height = chunk_rows(x, int64_t(pieces.size()));
   const int64_t slabs = ceil_div(x.num_rows, height);
   Pool::shared().run(int64_t(pieces.size()) * slabs, [&](int64_t chunk) {
     const Piece<T>& piece = pieces[chunk / slabs];
@@ -67,8 +67,12 @@ void multiply_all(const X* x, int64_t num_rows, int64_t k, const std::vector<Pie
   for (int64_t first = 0; first < num_rows; first += kRowsPerPass) {
     const int64_t rows = std::min(kRowsPerPass, num_rows - first);
     const int64_t count = Packed<T>::count(rows, k);
-    scratch.reset(Scratch::bytes<T>(count) + Scratch::bytes<RowScale>(rows));
-    const Packed<T> packed{scratch.take<T>(count), rows, k, scratch.take<RowScale>(rows)};
+    const bool tiles = Packed<T>::by_tiles(rows, k);
+    const int64_t bytes = tiles ? Packed<T>::groups_bytes(ceil_div(rows, kTileRows), k) : 0;
+    scratch.reset(Scratch::bytes<T>(count) + Scratch::bytes<RowScale>(rows) +
+                  Scratch::bytes<char>(bytes));
+    const Packed<T> packed{scratch.take<T>(count), rows, k, scratch.take<RowScale>(rows),
+                           tiles ? scratch.take<char>(bytes) : nullptr};
     pack_rows(packed, [&](int64_t i) { return x + (first + i) * k; });
     multiply(packed, first, pieces, activation);
   }

@@ -10,10 +10,12 @@ namespace jaxserve {
 template <class T, class RowOf>
 void pack_rows(const Packed<T>& to, const RowOf& row_of) {
   constexpr int64_t kElementsPerChunk = 64 * 1024;
-  const int64_t rows = std::max<int64_t>(1, kElementsPerChunk / std::max<int64_t>(1, to.k));
+  const int64_t fit = std::max<int64_t>(1, kElementsPerChunk / std::max<int64_t>(1, to.k));
+  const int64_t rows = to.groups ? round_up(fit, kTileRows) : fit;
   Pool::shared().run(ceil_div(to.num_rows, rows), [&](int64_t chunk) {
-    const int64_t end = std::min(to.num_rows, (chunk + 1) * rows);
-    for (int64_t i = chunk * rows; i < end; ++i) to.put(i, 0, row_of(i), to.k);
+    const int64_t begin = chunk * rows, end = std::min(to.num_rows, begin + rows);
+    for (int64_t i = begin; i < end; ++i) to.put(i, 0, row_of(i), to.k);
+    to.regroup(begin, end);
   });
 }
 
@@ -27,11 +29,15 @@ inline int64_t chunk_cols(int64_t cols) {
   return std::min(kWidest, round_up(even, kPanelCols));
 }
 
-inline int64_t chunk_rows(int64_t rows, int64_t col_chunks) {
-  constexpr int64_t kLowest = 16 * kOuterRows;
+template <class T>
+int64_t chunk_rows(const Packed<T>& x, int64_t col_chunks) {
+  constexpr int64_t kStep = 8 * kOuterRows, kLowest = 2 * kStep;  // both whole groups of tiles
+  constexpr int64_t kMostBytes = 1 << 20;  // of groups, which all tiles of weights pass by, in L2
   const int64_t wanted = Pool::shared().num_threads() * kChunksPerThread / 2;
   const int64_t slabs = ceil_div(wanted, std::max<int64_t>(1, col_chunks));
-  return std::max(kLowest, round_up(ceil_div(rows, slabs), kOuterRows));
+  const int64_t rows = round_up(ceil_div(x.num_rows, slabs), kStep);
+  const int64_t most = x.groups ? kMostBytes / Packed<T>::groups_bytes(1, x.k) * kTileRows : rows;
+  return std::max(kLowest, std::min(rows, most / kStep * kStep));
 }
 
 constexpr int64_t kRowsPerPass = 1024;  // bounds the scratch memory

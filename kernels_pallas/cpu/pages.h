@@ -148,13 +148,13 @@ inline void pack_pair(const float* row, const float*, int64_t width, float* to) 
   }
 }
 
-// to[word of keys][width], `padded` columns wide. The padding is never written: it only feeds
+// to[word of keys][width] for the first `count` keys, `padded` columns wide. The padding is never written: it only feeds
 // columns of the accumulator that nobody reads.
 template <class T>
-void pack_values(const Block<T>& block, const Block<T>& next, int64_t width, int64_t padded,
-                 T* to) {
+void pack_values(const Block<T>& block, const Block<T>& next, int64_t count, int64_t width,
+                 int64_t padded, T* to) {
   constexpr int64_t kWord = Vec<T>::kPerLane;
-  for (int64_t key = 0; key < block.count; key += kWord, to += kWord * padded) {
+  for (int64_t key = 0; key < count; key += kWord, to += kWord * padded) {
     for (int64_t i = 0; i < kWord; ++i) {
       prefetch_row(next.rows[spread(key / kWord, kWord) + i], width);
     }

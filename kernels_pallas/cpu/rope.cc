@@ -7,13 +7,14 @@ namespace jaxserve {
 namespace {
 
 // Lanes of one head. Pairs are halves, or neighbours, which come out as halves.
-void rotate(const float* x, const float* cos, const float* sin, int64_t pairs, int64_t width,
-            bool interleaved, float* y) {
+template <bool interleaved>
+void rotate(const float* __restrict x, const float* __restrict cos, const float* __restrict sin,
+            int64_t pairs, int64_t width, float* __restrict y) {
   const float *a = x, *b = interleaved ? x + 1 : x + pairs;
-  const int64_t step = interleaved ? 2 : 1;
+  constexpr int64_t kStep = interleaved ? 2 : 1;
   for (int64_t i = 0; i < pairs; ++i) {
-    y[i] = a[i * step] * cos[i] - b[i * step] * sin[i];
-    y[pairs + i] = b[i * step] * cos[i] + a[i * step] * sin[i];
+    y[i] = a[i * kStep] * cos[i] - b[i * kStep] * sin[i];
+    y[pairs + i] = b[i * kStep] * cos[i] + a[i * kStep] * sin[i];
   }
   std::memcpy(y + 2 * pairs, x + 2 * pairs, (width - 2 * pairs) * sizeof(float));
 }
@@ -29,12 +30,13 @@ ffi::Error rope(Floats x, Floats cos, Floats sin, Scalar num_rows, FloatsOut out
   const float* from = x.typed_data();
   float* to = out->typed_data();
   std::memset(to + rows * each, 0, (dims[0] - rows) * each * sizeof(float));
+  const auto run = interleaved ? &rotate<true> : &rotate<false>;
   Pool::shared().run(ceil_div(rows, per_chunk), [&](int64_t chunk) {
     const int64_t end = std::min(rows, (chunk + 1) * per_chunk);
     for (int64_t t = chunk * per_chunk; t < end; ++t) {
       for (int64_t i = t * each; i < (t + 1) * each; i += width) {
-        rotate(from + i, cos.typed_data() + t * pairs, sin.typed_data() + t * pairs, pairs, width,
-               interleaved, to + i);
+        run(from + i, cos.typed_data() + t * pairs, sin.typed_data() + t * pairs, pairs, width,
+            to + i);
       }
     }
   });

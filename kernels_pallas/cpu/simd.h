@@ -107,6 +107,15 @@ inline void convert(bf16* to, const float* from, int64_t n) {
 #endif
 }
 
+inline void store_as(float* to, F x) { store(to, x); }
+inline void store_as(bf16* to, F x) {
+#if defined(__AVX512BF16__)
+  store(to, bitcast<__m256i>(_mm512_cvtneps_pbh(x)));
+#else
+  for (int i = 0; i < kLanes; ++i) to[i] = to_bf16(x[i]);
+#endif
+}
+
 // A register full of T, as the dot products see it: bf16 travels in pairs, int8 in fours, so that a
 // lane always takes in a word of 32 bits. `weights` makes of the second operand what `dot` expects.
 template <class T>

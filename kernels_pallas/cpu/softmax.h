@@ -37,24 +37,27 @@ struct Row {
   float most = kMinusInfinity;
   float sum = 0;
 
-  // Turns scores into exponentials in place and returns the factor by which everything
-  // accumulated so far must shrink. A block with no visible key changes nothing, bit for bit; a
-  // visible score that is NaN, or plus infinity, makes the sum NaN.
-  float add(float* scores, int64_t begin, int64_t end, const Scores& how) {
-    F best = splat(kMinusInfinity);
-    for (int64_t key = 0; key < kBlockKeys; key += kLanes) {
-      F x = visible(load<F>(scores + key), key, begin, end, how);
-      best = maximum(x, best);
-      store(scores + key, x);
+  // Exponentials of scores become `weights`; returns the factor by which everything accumulated so
+  // far must shrink. A block with no visible key changes nothing, bit for bit; a visible score that
+  // is NaN, or plus infinity, makes the sum NaN.
+  template <class T>
+  float add(const float* scores, int64_t begin, int64_t end, const Scores& how, T* weights) {
+    constexpr int kCount = kBlockKeys / kLanes;
+    F x[kCount], best = splat(kMinusInfinity);
+#pragma GCC unroll 16
+    for (int i = 0; i < kCount; ++i) {
+      x[i] = visible(load<F>(scores + i * kLanes), i * kLanes, begin, end, how);
+      best = maximum(x[i], best);
     }
     const float before = most;
     most = std::max(before, max_lanes(best));
     const float base = most == kMinusInfinity ? 0.0f : most;
     F total{};
-    for (int64_t key = 0; key < kBlockKeys; key += kLanes) {
-      F e = exp(load<F>(scores + key) - base);
-      total += e;
-      store(scores + key, e);
+#pragma GCC unroll 16
+    for (int i = 0; i < kCount; ++i) {
+      x[i] = exp(x[i] - base);
+      total += x[i];
+      store_as(weights + i * kLanes, x[i]);
     }
     const float shrink = before == most ? 1.0f : exp(before - most);
     sum = sum * shrink + sum_lanes(total);

@@ -7,12 +7,13 @@
 
 #include "pages.h"
 #include "threads.h"
+#include "tiles.h"
 
 namespace jaxserve {
 
 // Enough rows (query tokens times the heads that share a kv head) to pay for packing a block of
 // keys, few enough that scores, keys, values and sums stay in L2.
-constexpr int64_t kRowsPerTask = 11 * kOuterRows;
+constexpr int64_t kRowsPerTask = kTiles ? 4 * kTileRows : 11 * kOuterRows;
 
 // Sequences firsts[g] to ends[g] begin with the same pages[g] pages, and write none of them.
 struct Groups {

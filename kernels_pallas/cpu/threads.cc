@@ -14,7 +14,7 @@ namespace jaxserve {
 namespace {
 
 // Long enough to bridge the small XLA ops between two of our handlers, short enough to be cheap.
-constexpr auto kSpin = std::chrono::microseconds(50);
+constexpr auto kSpin = std::chrono::microseconds(200);
 
 inline void pause() {
 #if defined(__x86_64__) || defined(__i386__)
