@@ -182,20 +182,21 @@ void regroup(const Attention<T>& job, const Work<T>& work, int64_t num_rows) {
 template <class T>
 void score_by_tiles(const Attention<T>& job, int64_t num_rows, const Work<T>& work,
                     const Context<T>& now, const Context<T>& next) {
-  constexpr int64_t kPair = 2 * kTileRows;
+  constexpr int64_t kRows = TileProducts<T>::kRows;
   const int64_t width = job.keys.width, words = words_of<T>(width);
-  for (int64_t key = 0; key < now.keys.count; key += kPair) {
+  TileProducts<T> products;
+  for (int64_t key = 0; key < now.keys.count; key += TileProducts<T>::kCols) {
     const Run<T> first = run_of(now.keys, key, width, work.spare);
     Run<T> second{nullptr, first.stride};
     if (key + kTileRows < now.keys.count) {
       second = run_of(now.keys, key + kTileRows, width, work.spare + kTileRows * width);
     }
     const auto* ahead = reinterpret_cast<const char*>(next.keys.rows[key]);
-    for (int64_t r = 0; r < num_rows; r += kPair, ahead = nullptr) {
-      multiply_tile_rows<T>(
+    for (int64_t r = 0; r < num_rows; r += kRows, ahead = nullptr) {
+      products.add(
           {reinterpret_cast<const char*>(first.rows), reinterpret_cast<const char*>(second.rows),
            first.stride * int64_t(sizeof(T)), ahead},
-          work.groups + r / kTileRows * group_bytes(words), std::min(kPair, num_rows - r), words,
+          work.groups + r / kTileRows * group_bytes(words), std::min(kRows, num_rows - r), words,
           nullptr, work.scores + r * kBlockKeys + key, kBlockKeys);
     }
   }

@@ -36,84 +36,149 @@ struct TileRows {
   const char* ahead;
 };
 
-// Sums of C tiles of rows of weights by R groups of x: those of tile c and group r are the one at
-// sums + (r * C + c) tiles.
+// What a product left in tiles, on its way to out[row][column]: a tile has sixteen columns of sixteen
+// rows, one behind the other. Sums of integers are scaled on that way.
+template <class T>
+struct TileSums {
+  alignas(64) char tiles[2][2][kTileBytes];  // of rows, and of columns
+  const char* groups;
+  const float* scales;
+  float* out;
+  int64_t rows = 0, cols = 0, words, stride;
+
+  // One of the four, if it is in use.
+  void put(int tile) const {
+    const int64_t row = tile / 2 * kTileRows, col = tile % 2 * kTileRows;
+    if (row >= rows || col >= cols) return;
+    const char* steps = groups + (tile / 2 + 1) * group_bytes(words) - kTileRows * 4;
+    float* to = out + row * stride + col;
+    transpose_lines(tiles[tile / 2][tile % 2], 64, [&](int64_t r, U sum) {
+      if (row + r >= rows) return;
+      if constexpr (sizeof(T) == 1) {
+        const F x = __builtin_convertvector(bitcast<I>(sum), F);
+        store(to + r * stride, x * reinterpret_cast<const float*>(steps)[r] * load<F>(scales + col));
+      } else {
+        store(to + r * stride, sum);
+      }
+    });
+  }
+};
+
+// Sums of C tiles of rows of weights by R groups of x. Those of the product before are put away
+// meanwhile: vectors have nothing else to do.
 template <class T, int C, int R>
-void sum_tiles(TileRows w, const char* x, int64_t words, char* sums) {
-  const char* y = x + group_bytes(words);
+void sum_tiles(TileRows w, const char* x, TileSums<T>& sums, const TileSums<T>& before) {
+  const int64_t bytes = 4 * sums.words;
+  const char* y = x + group_bytes(sums.words);
   Tiles::zero<0>();
   if constexpr (C > 1) Tiles::zero<1>();
   if constexpr (R > 1) Tiles::zero<2>();
   if constexpr (C > 1 && R > 1) Tiles::zero<3>();
-  for (int64_t i = 0; i < 4 * words; i += 64) {
-    Tiles::load<4>(w.first + i, w.stride);
-    Tiles::load<6>(x + i * kTileRows, 64);
-    if constexpr (C > 1) Tiles::load<5>(w.second + i, w.stride);
-    if constexpr (R > 1) Tiles::load<7>(y + i * kTileRows, 64);
-    if (w.ahead) {
-      for (int line = 0; line < C * kTileRows; ++line, w.ahead += 64) {
+  for (int64_t i = 0, part = 0; part < 4; before.put(part++)) {
+    for (const int64_t end = (part + 1) * bytes / 4; i < end; i += 64) {
+      Tiles::load<4>(w.first + i, w.stride);
+      Tiles::load<6>(x + i * kTileRows, 64);
+      if constexpr (C > 1) Tiles::load<5>(w.second + i, w.stride);
+      if constexpr (R > 1) Tiles::load<7>(y + i * kTileRows, 64);
+      for (int line = 0; w.ahead && line < C * kTileRows; ++line, w.ahead += 64) {
         __builtin_prefetch(w.ahead, 0, 2);
       }
+      Tiles::dot<T, 0, 4, 6>();
+      if constexpr (C > 1) Tiles::dot<T, 1, 5, 6>();
+      if constexpr (R > 1) Tiles::dot<T, 2, 4, 7>();
+      if constexpr (C > 1 && R > 1) Tiles::dot<T, 3, 5, 7>();
     }
-    Tiles::dot<T, 0, 4, 6>();
-    if constexpr (C > 1) Tiles::dot<T, 1, 5, 6>();
-    if constexpr (R > 1) Tiles::dot<T, 2, 4, 7>();
-    if constexpr (C > 1 && R > 1) Tiles::dot<T, 3, 5, 7>();
   }
-  Tiles::store<0>(sums);
-  if constexpr (C > 1) Tiles::store<1>(sums + kTileBytes);
-  if constexpr (R > 1) Tiles::store<2>(sums + C * kTileBytes);
-  if constexpr (C > 1 && R > 1) Tiles::store<3>(sums + 3 * kTileBytes);
+  Tiles::store<0>(sums.tiles[0][0]);
+  if constexpr (C > 1) Tiles::store<1>(sums.tiles[0][1]);
+  if constexpr (R > 1) Tiles::store<2>(sums.tiles[1][0]);
+  if constexpr (C > 1 && R > 1) Tiles::store<3>(sums.tiles[1][1]);
 }
 
-// out[r][c] = sum of row c of the weights and row r of x, scaled where they are of eight bits.
+// Products one after the other. The thread has its Tiles.
 template <class T>
-void put_sums(const char* sums, const char* steps, const float* scales, int64_t rows, float* out,
-              int64_t out_stride) {
-  const auto* row_steps = reinterpret_cast<const float*>(steps);
-  transpose_lines(sums, 64, [&](int r, U sum) {
-    if (r >= rows) return;
-    if constexpr (sizeof(T) == 1) {
-      const F x = __builtin_convertvector(bitcast<I>(sum), F);
-      store(out + r * out_stride, x * row_steps[r] * load<F>(scales));
-    } else {
-      store(out + r * out_stride, sum);
-    }
-  });
-}
+class TileProducts {
+ public:
+  static constexpr int64_t kRows = 2 * kTileRows, kCols = 2 * kTileRows;  // of one, at most
 
-// out[r][c] = x[r] . w[c] for up to two groups of rows of x, and for the rows of w.
-template <class T>
-void multiply_tile_rows(const TileRows& w, const char* x, int64_t rows, int64_t words,
-                        const float* scales, float* out, int64_t out_stride) {
-  using Sum = void (*)(TileRows, const char*, int64_t, char*);
-  static constexpr Sum kSums[2][2] = {{&sum_tiles<T, 1, 1>, &sum_tiles<T, 1, 2>},
-                                      {&sum_tiles<T, 2, 1>, &sum_tiles<T, 2, 2>}};
-  alignas(64) char sums[4 * kTileBytes];
-  const int width = w.second ? 2 : 1, height = rows > kTileRows ? 2 : 1;
-  kSums[width - 1][height - 1](w, x, words, sums);
-  for (int i = 0; i < width * height; ++i) {
-    const int64_t row = i / width * kTileRows, col = i % width * kTileRows;
-    put_sums<T>(sums + i * kTileBytes, x + (i / width + 1) * group_bytes(words) - 4 * kTileRows,
-                scales ? scales + col : nullptr, std::min(kTileRows, rows - row),
-                out + row * out_stride + col, out_stride);
+  TileProducts() = default;
+  TileProducts(const TileProducts&) = delete;
+  ~TileProducts() { put_all(sums_[turn_]); }
+
+  // out[r][c] = x[r] . w[c] for `rows` rows of x, in groups of so many words, some time before this
+  // is destroyed.
+  void add(const TileRows& w, const char* x, int64_t rows, int64_t words, const float* scales,
+           float* out, int64_t out_stride) {
+    using Sum = void (*)(TileRows, const char*, TileSums<T>&, const TileSums<T>&);
+    static constexpr Sum kSums[2][2] = {{&sum_tiles<T, 1, 1>, &sum_tiles<T, 1, 2>},
+                                        {&sum_tiles<T, 2, 1>, &sum_tiles<T, 2, 2>}};
+    const TileSums<T>& before = sums_[turn_];
+    TileSums<T>& now = sums_[turn_ ^= 1];
+    now.groups = x;
+    now.scales = scales;
+    now.out = out;
+    now.rows = rows;
+    now.cols = w.second ? kCols : kTileRows;
+    now.words = words;
+    now.stride = out_stride;
+    kSums[w.second != nullptr][rows > kTileRows](w, x, now, before);
   }
-}
 
-// The same for all rows of x, in groups, and whole tiles of rows of w. The thread has its Tiles.
+ private:
+  static void put_all(const TileSums<T>& sums) {
+    for (int tile = 0; tile < 4; ++tile) sums.put(tile);
+  }
+
+  TileSums<T> sums_[2];
+  int turn_ = 0;
+};
+
+// out[r][c] = x[r] . w[c] for rows of x in groups, and whole tiles of rows of w.
 template <class T>
 void multiply_tiles(const char* x, int64_t rows, const T* w, int64_t k, int64_t cols,
                     const float* scales, float* out, int64_t out_stride) {
-  constexpr int64_t kPair = 2 * kTileRows;
+  constexpr int64_t kRows = TileProducts<T>::kRows, kCols = TileProducts<T>::kCols;
   const int64_t stride = k * int64_t(sizeof(T)), words = stride / 4;
-  for (int64_t r = 0; r < rows; r += kPair) {
-    for (int64_t c = 0; c < cols; c += kPair) {
+  TileProducts<T> products;
+  for (int64_t r = 0; r < rows; r += kRows) {
+    for (int64_t c = 0; c < cols; c += kCols) {
       const char* first = reinterpret_cast<const char*>(w) + c * stride;
       const char* second = cols - c > kTileRows ? first + kTileRows * stride : nullptr;
-      const char* ahead = r == 0 ? first + kPair * stride : nullptr;
-      multiply_tile_rows<T>({first, second, stride, ahead}, x + r / kTileRows * group_bytes(words),
-                            std::min(kPair, rows - r), words, scales ? scales + c : nullptr,
-                            out + r * out_stride + c, out_stride);
+      const char* ahead = r == 0 ? first + kCols * stride : nullptr;
+      products.add({first, second, stride, ahead}, x + r / kTileRows * group_bytes(words),
+                   std::min(kRows, rows - r), words, scales ? scales + c : nullptr,
+                   out + r * out_stride + c, out_stride);
+    }
+  }
+}
+
+// Some rows of a by C tiles of columns of b, each at most two tiles of sixteen.
+template <int R, int C>
+void add_tiles(const bf16* a, int64_t a_stride, int64_t rows, const bf16* b, int64_t words,
+               int64_t cols, const float* factors, float* out) {
+  alignas(64) char sums[2][2][kTileBytes];
+  Tiles::zero<0>();
+  if constexpr (C > 1) Tiles::zero<1>();
+  if constexpr (R > 1) Tiles::zero<2>();
+  if constexpr (C > 1 && R > 1) Tiles::zero<3>();
+  for (int64_t i = 0; i < words; i += kTileWords, a += 2 * kTileWords) {
+    Tiles::load<4>(a, 2 * a_stride);
+    Tiles::load<6>(b + 2 * i * cols, 4 * cols);
+    if constexpr (R > 1) Tiles::load<5>(a + kTileRows * a_stride, 2 * a_stride);
+    if constexpr (C > 1) Tiles::load<7>(b + 2 * (i * cols + kTileWords), 4 * cols);
+    Tiles::dot<bf16, 0, 4, 6>();
+    if constexpr (C > 1) Tiles::dot<bf16, 1, 4, 7>();
+    if constexpr (R > 1) Tiles::dot<bf16, 2, 5, 6>();
+    if constexpr (C > 1 && R > 1) Tiles::dot<bf16, 3, 5, 7>();
+  }
+  Tiles::store<0>(sums[0][0]);
+  if constexpr (C > 1) Tiles::store<1>(sums[0][1]);
+  if constexpr (R > 1) Tiles::store<2>(sums[1][0]);
+  if constexpr (C > 1 && R > 1) Tiles::store<3>(sums[1][1]);
+  for (int64_t r = 0; r < rows; ++r, out += cols) {
+    for (int c = 0; c < C; ++c) {
+      const F sum = load<F>(sums[r / kTileRows][c] + r % kTileRows * 64);
+      store(out + c * kLanes, load<F>(out + c * kLanes) * factors[r] + sum);
     }
   }
 }
@@ -122,29 +187,16 @@ void multiply_tiles(const char* x, int64_t rows, const T* w, int64_t k, int64_t 
 // b [words, cols]: bf16 in pairs. Rows up to the next sixteen are looked at, and not kept.
 inline void add_tile_product(const bf16* a, int64_t a_stride, int64_t rows, const bf16* b,
                              int64_t words, int64_t cols, const float* factors, float* out) {
-  alignas(64) float sums[2 * kTileRows][kTileWords];
-  for (int64_t r = 0; r < rows; r += kTileRows) {
-    const int64_t height = std::min(kTileRows, rows - r);
-    for (int64_t c = 0; c < cols; c += 2 * kTileWords) {
-      const bool both = cols - c > kTileWords;
-      Tiles::zero<0>();
-      Tiles::zero<1>();
-      for (int64_t i = 0; i < words; i += kTileWords) {
-        Tiles::load<2>(a + r * a_stride + 2 * i, 2 * a_stride);
-        Tiles::load<3>(b + 2 * (i * cols + c), 4 * cols);
-        Tiles::dot<bf16, 0, 2, 3>();
-        if (!both) continue;
-        Tiles::load<4>(b + 2 * (i * cols + c + kTileWords), 4 * cols);
-        Tiles::dot<bf16, 1, 2, 4>();
-      }
-      Tiles::store<0>(sums[0]);
-      if (both) Tiles::store<1>(sums[kTileRows]);
-      for (int64_t i = 0; i < height; ++i) {
-        float* to = out + (r + i) * cols + c;
-        store(to, load<F>(to) * factors[r + i] + load<F>(sums[i]));
-        if (!both) continue;
-        store(to + kLanes, load<F>(to + kLanes) * factors[r + i] + load<F>(sums[kTileRows + i]));
-      }
+  constexpr int64_t kRows = 2 * kTileRows, kCols = 2 * kTileWords;
+  using Add = void (*)(const bf16*, int64_t, int64_t, const bf16*, int64_t, int64_t, const float*,
+                       float*);
+  static constexpr Add kAdd[2][2] = {{&add_tiles<1, 1>, &add_tiles<1, 2>},
+                                     {&add_tiles<2, 1>, &add_tiles<2, 2>}};
+  for (int64_t r = 0; r < rows; r += kRows) {
+    for (int64_t c = 0; c < cols; c += kCols) {
+      kAdd[rows - r > kTileRows][cols - c > kTileWords](
+          a + r * a_stride, a_stride, std::min(kRows, rows - r), b + 2 * c, words, cols,
+          factors + r, out + r * cols + c);
     }
   }
 }
