@@ -33,6 +33,7 @@ __all__ = [
     "expected",
     "experts",
     "gated_linear",
+    "has_tiles",
     "linear",
     "paged_attention",
     "ready",
@@ -77,6 +78,14 @@ def available() -> bool:
         handler = jax.ffi.pycapsule(getattr(library, f"jaxserve_{target}"))
         jax.ffi.register_ffi_target(f"jaxserve_{target}", handler, platform="cpu")
     return True
+
+
+def has_tiles() -> bool:
+    """Whether products in bfloat16 and eight bits go by the tiles of Intel's AMX.
+
+    Floats then add up in an order of theirs: results are close to those of other CPUs, not equal.
+    """
+    return available() and bool(ctypes.CDLL(str(build.library())).jaxserve_have_tiles())
 
 
 def linear(

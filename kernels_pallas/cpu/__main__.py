@@ -2,7 +2,9 @@
 
 import logging
 
+from kernels_pallas import cpu
 from kernels_pallas.cpu import build
 
 logging.basicConfig(level=logging.INFO, format="%(message)s")
-print(f"native CPU kernels: {build.library() or 'not available'}")
+by = ", products by AMX" if cpu.has_tiles() else ""
+print(f"native CPU kernels: {build.library() or 'not available'}{by}")

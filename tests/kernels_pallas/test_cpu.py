@@ -79,7 +79,7 @@ def test_linear_takes_bfloat16_rows():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("k", [2500, 90])
+@pytest.mark.parametrize("k", [2500, 90, 1056])
 def test_linear_rows_do_not_depend_on_their_neighbours(dtype, k):
     x = normal(0, 70, k)
     w, _ = stored(normal(1, 37, k), dtype)
@@ -379,8 +379,9 @@ def test_experts(dtype, rows, activation):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "uint16"])
-def test_experts_rows_do_not_depend_on_their_neighbours(dtype):
-    x, ids, weights, w = expert_case(dtype, 70, 3)
+@pytest.mark.parametrize("mlp, embed", [(70, 100), (96, 128)])
+def test_experts_rows_do_not_depend_on_their_neighbours(dtype, mlp, embed):
+    x, ids, weights, w = expert_case(dtype, 70, 3, mlp=mlp, embed=embed)
     run = jax.jit(lambda *rows: cpu.experts(*rows, *(s for s, _ in w), layer=0))
     want = np.asarray(run(x, ids, weights))
     for rows in range(1, 71):
