@@ -223,7 +223,7 @@ def resolve(
     kv_dtype = _kv_dtype(config.kv_cache_dtype, dtype, platform)
     page_size = config.page_size or _page_size(config, platform)
     max_seqs = config.max_num_seqs or (64 if platform == "cpu" else 256)
-    batched = config.max_num_batched_tokens or (512 if platform == "cpu" else 2048)
+    batched = config.max_num_batched_tokens or (1024 if platform == "cpu" else 2048)
     quantization = _quantization(config.quantization, hf)
     parallelism = parallelism_of(config)
     weights = weight_bytes(dtype, quantization)
