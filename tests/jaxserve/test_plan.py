@@ -139,7 +139,7 @@ def made_utilization(asked: dict[str, Any], name: str, value: str) -> float:
 
 def test_defaults_depend_on_the_device():
     cpu, tpu = plan(), plan(Device())
-    assert (cpu.page_size, cpu.max_num_seqs, cpu.max_num_batched_tokens) == (32, 64, 512)
+    assert (cpu.page_size, cpu.max_num_seqs, cpu.max_num_batched_tokens) == (32, 64, 1024)
     assert (tpu.page_size, tpu.max_num_seqs, tpu.max_num_batched_tokens) == (64, 256, 2048)
     assert cpu.activation_dtype == jnp.float32
     assert cpu.max_model_len == 4096
