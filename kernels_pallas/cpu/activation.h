@@ -20,16 +20,16 @@ inline F activate(Activation kind, F x) {
   return x / (1.0f + exp(-u));
 }
 
-// gate[i] = act(gate[i]) * up[i]
-inline void gate_in_place(Activation kind, float* gate, const float* up, int64_t n) {
+// to[i] = act(gate[i]) * up[i]
+inline void apply_gate(Activation kind, const float* gate, const float* up, int64_t n, float* to) {
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
-    store(gate + i, activate(kind, load<F>(gate + i)) * load<F>(up + i));
+    store(to + i, activate(kind, load<F>(gate + i)) * load<F>(up + i));
   }
   if (i == n) return;
   const int64_t bytes = (n - i) * int64_t(sizeof(float));
   F y = activate(kind, load_partial<F>(gate + i, bytes)) * load_partial<F>(up + i, bytes);
-  std::memcpy(gate + i, &y, bytes);
+  std::memcpy(to + i, &y, bytes);
 }
 
 }  // namespace jaxserve

@@ -128,13 +128,10 @@ void expand(const Experts<T>& moe, const Grouping& groups, const PackedGroups<T>
     dot_block(rows, begin, end, moe.w_gate.from_row(weight), cols, gate, kWidth);
     dot_block(rows, begin, end, moe.w_up.from_row(weight), cols, up, kWidth);
     for (int64_t r = 0; r < end - begin; ++r) {
-      gate_in_place(moe.activation, gate + r * kWidth, up + r * kWidth, cols);
-      if constexpr (kIsInt8<T>) {
-        const int64_t row = groups.starts[e] + begin + r;
-        convert(floats + row * moe.mlp + first, gate + r * kWidth, cols);
-      } else {
-        out.put(begin + r, first, gate + r * kWidth, cols);
-      }
+      float* row = gate + r * kWidth;
+      if constexpr (kIsInt8<T>) row = floats + (groups.starts[e] + begin + r) * moe.mlp + first;
+      apply_gate(moe.activation, gate + r * kWidth, up + r * kWidth, cols, row);
+      if constexpr (!kIsInt8<T>) out.put(begin + r, first, row, cols);
     }
   });
   if constexpr (kIsInt8<T>) {

@@ -29,18 +29,23 @@ void cut(std::vector<Piece<T>>* pieces, Matrix<T> weight, Matrix<T> up, float* o
   }
 }
 
-// The up product of a chunk, then gate = act(gate) * up. Chunks are narrow: the scratch is small.
+// act(gate product) * up product. By tiles, few rows at a time: then both stay in L1, and a page of
+// the output is written once and not with every tile.
 template <class T>
-void apply_gate(const Packed<T>& x, int64_t begin, int64_t end, const Piece<T>& piece,
-                Activation activation, float* gate) {
+void multiply_gated(const Packed<T>& x, int64_t begin, int64_t end, const Piece<T>& piece,
+                    Activation activation, float* out) {
   thread_local Scratch scratch;
-  const int64_t rows = end - begin;
-  scratch.reset(Scratch::bytes<float>(rows * piece.num_cols));
-  float* up = scratch.take<float>(rows * piece.num_cols);
-  dot_block(x, begin, end, piece.up, piece.num_cols, up, piece.num_cols);
-  for (int64_t i = 0; i < rows; ++i) {
-    gate_in_place(activation, gate + i * piece.out_stride, up + i * piece.num_cols,
-                  piece.num_cols);
+  const int64_t cols = piece.num_cols;
+  const int64_t most = x.groups ? TileProducts<T>::kRows : end - begin;
+  scratch.reset(2 * Scratch::bytes<float>(most * cols));
+  float *gate = scratch.take<float>(most * cols), *up = scratch.take<float>(most * cols);
+  for (; begin < end; begin += most) {
+    const int64_t rows = std::min(most, end - begin);
+    dot_block(x, begin, begin + rows, piece.weight, cols, gate, cols);
+    dot_block(x, begin, begin + rows, piece.up, cols, up, cols);
+    for (int64_t i = 0; i < rows; ++i, out += piece.out_stride) {
+      apply_gate(activation, gate + i * cols, up + i * cols, cols, out);
+    }
   }
 }
 
@@ -55,8 +60,11 @@ void multiply(const Packed<T>& x, int64_t first, const std::vector<Piece<T>>& pi
     const int64_t begin = chunk % slabs * height;
     const int64_t end = std::min(x.num_rows, begin + height);
     float* out = piece.out + (first + begin) * piece.out_stride;
-    dot_block(x, begin, end, piece.weight, piece.num_cols, out, piece.out_stride);
-    if (piece.up.data) apply_gate(x, begin, end, piece, activation, out);
+    if (piece.up.data) {
+      multiply_gated(x, begin, end, piece, activation, out);
+    } else {
+      dot_block(x, begin, end, piece.weight, piece.num_cols, out, piece.out_stride);
+    }
   });
 }
 
