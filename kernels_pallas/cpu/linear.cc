@@ -30,7 +30,8 @@ void cut(std::vector<Piece<T>>* pieces, Matrix<T> weight, Matrix<T> up, float* o
 }
 
 // act(gate product) * up product. By tiles, few rows at a time: then both stay in L1, and a page of
-// the output is written once and not with every tile.
+// the output is written once and not with every tile. Otherwise all rows share a panel of weights,
+// and gates wait where the output will be.
 template <class T>
 void multiply_gated(const Packed<T>& x, int64_t begin, int64_t end, const Piece<T>& piece,
                     Activation activation, float* out) {
@@ -38,13 +39,16 @@ void multiply_gated(const Packed<T>& x, int64_t begin, int64_t end, const Piece<
   const int64_t cols = piece.num_cols;
   const int64_t most = x.groups ? TileProducts<T>::kRows : end - begin;
   scratch.reset(2 * Scratch::bytes<float>(most * cols));
-  float *gate = scratch.take<float>(most * cols), *up = scratch.take<float>(most * cols);
-  for (; begin < end; begin += most) {
+  float* up = scratch.take<float>(most * cols);
+  float* apart = x.groups ? scratch.take<float>(most * cols) : nullptr;
+  for (; begin < end; begin += most, out += most * piece.out_stride) {
     const int64_t rows = std::min(most, end - begin);
-    dot_block(x, begin, begin + rows, piece.weight, cols, gate, cols);
+    float* gate = apart ? apart : out;
+    const int64_t stride = apart ? cols : piece.out_stride;
+    dot_block(x, begin, begin + rows, piece.weight, cols, gate, stride);
     dot_block(x, begin, begin + rows, piece.up, cols, up, cols);
-    for (int64_t i = 0; i < rows; ++i, out += piece.out_stride) {
-      apply_gate(activation, gate + i * cols, up + i * cols, cols, out);
+    for (int64_t i = 0; i < rows; ++i) {
+      apply_gate(activation, gate + i * stride, up + i * cols, cols, out + i * piece.out_stride);
     }
   }
 }
