@@ -17,7 +17,10 @@ from tests.jaxserve.train import runs
 CONFIG = {**runs.DEEPSEEK_V3, "num_nextn_predict_layers": 1}
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+UNTIED = pytest.param(False, marks=pytest.mark.slow)
+
+
+@pytest.fixture(scope="module", params=[True, UNTIED], ids=["tied", "untied"])
 def trained(request, tmp_path_factory):
     """A run with the layer: (run, its folder, the exported model)."""
     folder = tmp_path_factory.mktemp("mtp")
