@@ -136,7 +136,7 @@ void expand(const Experts<T>& moe, const Grouping& groups, const PackedGroups<T>
   });
   if constexpr (kIsInt8<T>) {
     pack_groups(groups, hidden, [&](int64_t i) { return floats + i * moe.mlp; });
-  } else {
+  } else if (Packed<T>::by_tiles(groups.size(), moe.mlp)) {
     Pool::shared().run(moe.num_experts, [&](int64_t e) {
       hidden.of(groups, e).regroup(0, groups.size(e));
     });
