@@ -82,6 +82,16 @@ inline bf16 to_bf16(float x) {
   return {uint16_t((u + 0x7fff + ((u >> 16) & 1)) >> 16)};
 }
 
+// A register of floats as what an array holds.
+inline void store_as(float* to, F x) { store(to, x); }
+inline void store_as(bf16* to, F x) {
+#if defined(__AVX512BF16__)
+  store(to, bitcast<__m256i>(_mm512_cvtneps_pbh(x)));
+#else
+  for (int i = 0; i < kLanes; ++i) to[i] = to_bf16(x[i]);
+#endif
+}
+
 inline void convert(float* to, const float* from, int64_t n) {
   std::memcpy(to, from, n * sizeof(float));
 }
@@ -94,9 +104,7 @@ inline void convert(float* to, const bf16* from, int64_t n) {
 inline void convert(bf16* to, const float* from, int64_t n) {
   int64_t i = 0;
 #if defined(__AVX512BF16__)
-  for (; i + 16 <= n; i += 16) {
-    store(to + i, bitcast<__m256i>(_mm512_cvtneps_pbh(_mm512_loadu_ps(from + i))));
-  }
+  for (; i + kLanes <= n; i += kLanes) store_as(to + i, load<F>(from + i));
   if (i < n) {
     auto keep = __mmask16((1u << (n - i)) - 1);
     auto half = _mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(keep, from + i));
@@ -104,15 +112,6 @@ inline void convert(bf16* to, const float* from, int64_t n) {
   }
 #else
   for (; i < n; ++i) to[i] = to_bf16(from[i]);
-#endif
-}
-
-inline void store_as(float* to, F x) { store(to, x); }
-inline void store_as(bf16* to, F x) {
-#if defined(__AVX512BF16__)
-  store(to, bitcast<__m256i>(_mm512_cvtneps_pbh(x)));
-#else
-  for (int i = 0; i < kLanes; ++i) to[i] = to_bf16(x[i]);
 #endif
 }
 
