@@ -190,5 +190,3 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxserve_gated_linear, guarded<gated_linear>,
                                   .Attr<std::string_view>("activation"));
 
 }  // namespace jaxserve
-
-extern "C" bool jaxserve_have_tiles() { return jaxserve::have_tiles(); }
