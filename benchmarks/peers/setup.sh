@@ -9,7 +9,7 @@ cd "$(dirname "$0")/../.."
 name=${1:?usage: setup.sh transformers|vllm|openvino|llamacpp}
 torch=torch==2.13.0+cpu
 export CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF"
-# Its products of Q8_0 by AMX end in a segmentation fault (0.3.36): it goes without.
+# llama.cpp's products of Q8_0 by AMX end in a segmentation fault (0.3.36): it goes without.
 export CFLAGS="-mno-amx-tile -mno-amx-int8" CXXFLAGS="-mno-amx-tile -mno-amx-int8"
 [[ $(uname -m) == x86_64 ]] || unset CFLAGS CXXFLAGS
 

@@ -6,7 +6,8 @@
 // laid out as a panel that all rows share, and it is as fast as the multipliers are. Either way
 // every output sums the words of a block in order, and then the blocks. Hence a row's result never
 // depends on its neighbours. Sums of integers are the same in any order, so for a few rows weights
-// of eight bits are read as they lie (sweep): transposing them takes longer than memory does.
+// of eight bits are read as they lie (sweep): transposing them takes longer than memory does. A CPU
+// with tiles does all but that by these (tile_product.h).
 #pragma once
 
 #include <algorithm>

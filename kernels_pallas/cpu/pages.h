@@ -148,8 +148,8 @@ inline void pack_pair(const float* row, const float*, int64_t width, float* to) 
   }
 }
 
-// to[word of keys][width] for the first `count` keys, `padded` columns wide. The padding is never written: it only feeds
-// columns of the accumulator that nobody reads.
+// to[word of keys][width] for the first `count` keys, `padded` columns wide. The padding is never
+// written: it only feeds columns of the accumulator that nobody reads.
 template <class T>
 void pack_values(const Block<T>& block, const Block<T>& next, int64_t count, int64_t width,
                  int64_t padded, T* to) {

@@ -36,7 +36,7 @@ struct TileRows {
   const char* ahead;
 };
 
-// What a product left in tiles, on its way to out[row][column]: a tile has sixteen columns of sixteen
+// What a product left in tiles, on its way to out[row][column]: a tile has sixteen columns of 16
 // rows, one behind the other. Sums of integers are scaled on that way.
 template <class T>
 struct TileSums {
