@@ -42,9 +42,8 @@ struct Attention {
 template <class T>
 struct Work {
   T *q, *spare, *zeros, *keys, *values, *weights, *decoded;
-  float *scores, *sums, *shrink, *floats;
+  float *scores, *sums, *shrink, *most, *total, *floats;
   char* groups;  // of the rows of q that a stretch has, where products go by tiles
-  Row* rows;
 
   Work(Scratch& scratch, const Attention<T>& job, int64_t num_rows) {
     const int64_t q_count = (num_rows + kStripRows) * padded_keys<T>(job.keys.width);
@@ -64,8 +63,8 @@ struct Work {
                   Scratch::bytes<T>(key_count) +
                   Scratch::bytes<T>(value_count) + Scratch::bytes<T>(score_count) +
                   Scratch::bytes<float>(score_count) + Scratch::bytes<float>(sum_count) +
-                  Scratch::bytes<float>(num_rows) + Scratch::bytes<char>(group_count) +
-                  Scratch::bytes<Row>(num_rows));
+                  3 * Scratch::bytes<float>(num_rows + kLanes) +
+                  Scratch::bytes<char>(group_count));
     q = scratch.take<T>(q_count);
     spare = scratch.take<T>(spare_count);
     zeros = scratch.take<T>(job.padded_values());
@@ -76,12 +75,14 @@ struct Work {
     floats = scratch.take<float>(widest);
     scores = scratch.take<float>(score_count);
     sums = scratch.take<float>(sum_count);
-    shrink = scratch.take<float>(num_rows);
+    shrink = scratch.take<float>(num_rows + kLanes);  // the three are written by whole registers
+    most = scratch.take<float>(num_rows + kLanes);
+    total = scratch.take<float>(num_rows + kLanes);
     groups = scratch.take<char>(group_count);
-    rows = scratch.take<Row>(num_rows);
     std::memset(zeros, 0, job.padded_values() * sizeof(T));
     std::memset(sums, 0, sum_count * sizeof(float));
-    std::fill(rows, rows + num_rows, Row{});
+    std::fill(most, most + num_rows + kLanes, kMinusInfinity);
+    std::memset(total, 0, (num_rows + kLanes) * sizeof(float));
   }
 
   // For the rows from that one on.
@@ -92,7 +93,8 @@ struct Work {
     work.scores += row * kBlockKeys;
     work.sums += row * job.padded_values();
     work.shrink += row;
-    work.rows += row;
+    work.most += row;
+    work.total += row;
     return work;
   }
 };
@@ -292,21 +294,35 @@ void weigh(const Attention<T>& job, int64_t num_rows, const Work<T>& work, const
   }
 }
 
+// Which keys of a block `count` rows of a stretch see, from that one on.
+template <class T>
+void see(const Attention<T>& job, const Stretch& stretch, const Context<T>& now, int64_t first,
+         int64_t count, Span* seen) {
+  if (stretch.common) {
+    std::fill(seen, seen + count, Span{0, now.keys.count});
+    return;
+  }
+  const int64_t row = stretch.first_row + first, group = job.group();
+  int64_t position = job.batch.first_position(stretch.seq) + row / group - now.first;
+  for (int64_t i = 0, head = row % group; i < count; ++i, ++head) {
+    if (head == group) head = 0, ++position;
+    const int64_t begin = job.window > 0 ? position - job.window + 1 : 0;
+    seen[i] = {begin, std::min(now.keys.count, position + 1)};
+  }
+}
+
 // Adds one block of keys to every row of a stretch.
 template <class T>
 void attend_block(const Attention<T>& job, const Stretch& stretch, const Work<T>& work,
                   const Context<T>& now, const Context<T>& next) {
-  const int64_t num_rows = stretch.num_rows, start = job.batch.first_position(stretch.seq);
+  const int64_t num_rows = stretch.num_rows;
   score(job, num_rows, work, now, next);
-  for (int64_t i = 0; i < num_rows; ++i) {
-    int64_t begin = 0, end = now.keys.count;
-    if (!stretch.common) {
-      const int64_t position = start + (stretch.first_row + i) / job.group();
-      begin = job.window > 0 ? position - job.window + 1 - now.first : 0;
-      end = std::min(end, position + 1 - now.first);
-    }
-    work.shrink[i] = work.rows[i].add(work.scores + i * kBlockKeys, begin, end, job.scores,
-                                      work.weights + i * kBlockKeys);
+  for (int64_t i = 0; i < num_rows; i += kLanes) {
+    const int64_t count = std::min<int64_t>(kLanes, num_rows - i);
+    Span seen[kLanes];
+    see(job, stretch, now, i, count, seen);
+    Rows{work.most + i, work.total + i}.add(seen, count, job.scores, work.scores + i * kBlockKeys,
+                                            work.weights + i * kBlockKeys, work.shrink + i);
   }
   weigh(job, num_rows, work, now, next);
 }
@@ -317,7 +333,7 @@ void finish(const Attention<T>& job, int64_t kv_head, const Stretch& stretch,
   const int64_t padded = job.padded_values();
   for (int64_t i = 0; i < stretch.num_rows; ++i) {
     const int64_t query = query_of(job, kv_head, stretch, i);
-    Row row = work.rows[i];
+    Row row{work.most[i], work.total[i]};
     float shrink = 1.0f;
     if (job.sinks) shrink = row.add_sink(job.sinks[query % job.num_heads]);
     const float factor = row.sum == 0 ? 0.0f : shrink / row.sum;

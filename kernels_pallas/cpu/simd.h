@@ -248,6 +248,50 @@ inline float max_lanes(F v) {
 #endif
 }
 
+// x itself. The compiler shall not join a product with a sum behind it: that rounds once, not twice.
+inline F rounded(F x) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(x));
+#endif
+  return x;
+}
+
+// Lane i: all lanes of v[i] joined by op, always by the same tree.
+template <class Op>
+inline F fold_lanes(const F (&v)[kLanes], const Op& op) {
+#if defined(__AVX512F__)
+  auto singles = [&](F a, F b) {
+    return op(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+  };
+  auto pairs = [&](F a, F b) {
+    const __m512d x = bitcast<__m512d>(a), y = bitcast<__m512d>(b);
+    return op(bitcast<F>(_mm512_unpacklo_pd(x, y)), bitcast<F>(_mm512_unpackhi_pd(x, y)));
+  };
+  auto quarters = [&](F a, F b) {
+    return op(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+  };
+  F fours[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const F* from = v + 4 * i;
+    fours[i] = pairs(singles(from[0], from[1]), singles(from[2], from[3]));
+  }
+  return quarters(quarters(fours[0], fours[1]), quarters(fours[2], fours[3]));
+#else
+  F out;
+  for (int i = 0; i < kLanes; ++i) {
+    F lanes = v[i];
+    for (int width = kLanes / 2; width > 0; width /= 2) {
+      F upper = lanes;
+      for (int lane = 0; lane < width; ++lane) upper[lane] = lanes[lane + width];
+      lanes = op(lanes, upper);
+    }
+    out[i] = lanes[0];
+  }
+  return out;
+#endif
+}
+
 constexpr float kRound = 12582912.0f;  // adding 1.5 * 2^23 rounds to a whole number
 
 // p * 2^n for whole n, down to 0 and up to infinity.
@@ -264,9 +308,10 @@ inline F scale_by_power(F p, F n) {
 #endif
 }
 
-// e^x to about one unit in the last place; exactly 1 at 0 and 0 at minus infinity; NaN for NaN.
-inline F exp(F x) {
-  x = minimum(splat(110.0f), maximum(splat(-110.0f), x));
+// e^x to about one unit in the last place, for x up to 110; exactly 1 at 0 and 0 at minus infinity;
+// NaN for NaN.
+inline F exp_below(F x) {
+  x = maximum(splat(-110.0f), x);
   F n = (x * 1.44269504f + kRound) - kRound;
   F r = x - n * 0.693359375f + n * 2.12194440e-4f;
   F p = splat(1.9875691500e-4f);
@@ -278,6 +323,8 @@ inline F exp(F x) {
   p = p * (r * r) + r + 1.0f;
   return scale_by_power(p, n);
 }
+
+inline F exp(F x) { return exp_below(minimum(splat(110.0f), x)); }
 
 inline F tanh(F x) { return 1.0f - 2.0f / (exp(2.0f * x) + 1.0f); }
 
