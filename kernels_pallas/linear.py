@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from kernels_pallas.quantize import Int8Rows, quantize_rows
 from kernels_pallas.weight import Int8Weight, LowRankWeight, Weight, unstacked
 
 
-def linear(x: Array, *weights: Weight) -> Array | tuple[Array, ...]:
+def linear(x: Array, *weights: Weight, residual: Array | None = None) -> Array | tuple[Array, ...]:
     """x @ w.T for each weight, accumulated in float32 and returned in x's type.
 
     Args:
@@ -20,12 +20,24 @@ def linear(x: Array, *weights: Weight) -> Array | tuple[Array, ...]:
         weights: [*out, K] each, of one element type. On a narrower type than x's, x is rounded
             to it first, as the hardware's own matrix units do; on `Int8Weight` every row of x is
             rounded to eight bits with a scale of its own.
+        residual: [..., *out] of x's type, which the product of a single weight is added to.
 
     Returns:
         [..., *out] for each weight, in a tuple if there are several.
+
+    Raises:
+        ValueError: a residual for several weights.
     """
-    outs = tuple(_apply(x, w) for w in weights)
-    return outs if len(weights) > 1 else outs[0]
+    return added([_apply(x, w) for w in weights], residual)
+
+
+def added(products: Sequence[Array], residual: Array | None) -> Array | tuple[Array, ...]:
+    """What `linear` returns, given its products."""
+    if residual is None:
+        return tuple(products) if len(products) > 1 else products[0]
+    if len(products) > 1:
+        raise ValueError(f"a residual goes with one weight, not with {len(products)}")
+    return residual + products[0]
 
 
 def _apply(x: Array, w: Weight) -> Array:

@@ -5,17 +5,32 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax import Array
 
+from kernels_pallas.rms_norm import rms_norm
+from kernels_pallas.weight import Weight
+
 Table = tuple[Array, Array]
 """Cosine and sine of each position's angles: [B, T, 1, pairs] each."""
 
 
-def rotate(x: Array, table: Table, *, interleaved: bool = False) -> Array:
+def rotate(
+    x: Array,
+    table: Table,
+    *,
+    norm: Weight | None = None,
+    eps: float = 0.0,
+    offset: float = 0.0,
+    interleaved: bool = False,
+) -> Array:
     """Rotates x [B, T, N, H]; lanes beyond the table's pairs pass unchanged.
 
     Args:
+        norm: [H], the scale of an RMSNorm that every head goes through first, with its `eps` and
+            `offset` (kernels_pallas.rms_norm).
         interleaved: pairs are neighbours (DeepSeek) instead of halves (Llama). They come out as
             halves: the order of lanes does not matter to a product of two rotated vectors.
     """
+    if norm is not None:
+        x = rms_norm(x, norm, eps=eps, offset=offset)
     cos, sin = table
     pairs = cos.shape[-1]
     turned, rest = x[..., : 2 * pairs].astype(jnp.float32), x[..., 2 * pairs :]

@@ -22,7 +22,7 @@ from kernels_pallas.quantize import Int8Rows
 from kernels_pallas.rms_norm import rms_norm as rms_norm_reference
 from kernels_pallas.rope import Table
 from kernels_pallas.rope import rotate as rotate_reference
-from kernels_pallas.weight import Int8Weight
+from kernels_pallas.weight import Int8Weight, Weight, as_array
 from moe.experts import Experts
 from moe.experts import experts as experts_reference
 from moe.experts import experts_on_rows as experts_on_rows_reference
@@ -43,10 +43,13 @@ def ops(attend: Attend, dtype: Any, num_rows: Array) -> Ops:
     )
 
 
-def _rotate(x: Array, table: Table, *, num_rows: Array, interleaved: bool = False) -> Array:
+def _rotate(
+    x: Array, table: Table, *, norm: Weight | None = None, num_rows: Array, **options: Any
+) -> Array:
     cos, sin = (t.reshape(-1, t.shape[-1]) for t in table)
     flat = x.reshape(-1, *x.shape[2:])
-    y = cpu.rope(flat, cos, sin, num_rows=num_rows, interleaved=interleaved)
+    scale = None if norm is None else as_array(norm)
+    y = cpu.rope(flat, cos, sin, norm=scale, num_rows=num_rows, **options)
     return y.astype(x.dtype).reshape(x.shape)
 
 

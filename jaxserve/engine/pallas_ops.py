@@ -17,7 +17,7 @@ from jax import Array
 from jaxserve.models.ops import Attend, Ops
 from kernels_pallas.grouped_matmul import grouped_matmul
 from kernels_pallas.int8_matmul import int8_matmul
-from kernels_pallas.linear import GATES
+from kernels_pallas.linear import GATES, added
 from kernels_pallas.linear import gated_linear as gated_linear_reference
 from kernels_pallas.linear import linear as linear_reference
 from kernels_pallas.op import with_reference_gradient
@@ -67,17 +67,16 @@ def _attention(
     return o, lse, k_pages, v_pages
 
 
-def _linear(target: Target, x: Array, *weights: Weight) -> Any:
+def _linear(target: Target, x: Array, *weights: Weight, residual: Array | None = None) -> Any:
     if not all(isinstance(_stored(w), Int8Weight) for w in weights):
-        return linear_reference(x, *weights)
+        return linear_reference(x, *weights, residual=residual)
     values, scale = quantize_rows(x.reshape(-1, x.shape[-1]))
 
     def product(w: Weight) -> Array:
         y = int8_matmul(values, scale, *_matrix(w), layer=_layer(w), target=target, **_out(x))
         return y.astype(x.dtype).reshape(*x.shape[:-1], *w.shape[:-1])
 
-    outs = [product(w) for w in weights]
-    return tuple(outs) if len(outs) > 1 else outs[0]
+    return added([product(w) for w in weights], residual)
 
 
 def _gated_linear(

@@ -136,11 +136,18 @@ def declare_params(cfg: Config, dense_layer: type = Layer, moe_layer: type = Moe
 
 
 def grouped(
-    cfg: Config, ops: Ops, rope: Table, p: Attention, x: Array, kv: Any, i: Array | int
+    cfg: Config,
+    ops: Ops,
+    rope: Table,
+    p: Attention,
+    x: Array,
+    kv: Any,
+    i: Array | int,
+    residual: Array,
 ) -> tuple[Array, Any]:
     """Grouped-query attention with the usual scale and the layer's window."""
-    window = per_layer(cfg.windows, i)
-    return attention(cfg, ops, rope, p, x, kv, i, scale=cfg.head_dim**-0.5, window=window)
+    how = {"scale": cfg.head_dim**-0.5, "window": per_layer(cfg.windows, i)}
+    return attention(cfg, ops, rope, p, x, kv, i, residual=residual, **how)
 
 
 def attend_half(
@@ -154,8 +161,7 @@ def attend_half(
     i: Array | int,
 ) -> tuple[Array, Any]:
     h = ops.by_token.rms_norm(x, p.attn_norm, eps=cfg.norm_eps)
-    o, kv = attend(cfg, ops, rope, p.attn, h, kv, i)
-    return x + o, kv
+    return attend(cfg, ops, rope, p.attn, h, kv, i, x)
 
 
 def mlp_send(
@@ -165,7 +171,7 @@ def mlp_send(
     ops = ops.by_token
     h = ops.rms_norm(x, p.mlp_norm, eps=cfg.norm_eps)
     if isinstance(p.mlp, Mlp):
-        return Underway(x + mlp(ops, p.mlp, h, cfg.activation)), kv
+        return Underway(mlp(ops, p.mlp, h, cfg.activation, residual=x)), kv
     assert cfg.router is not None
     shared, visit, kv = moe_send(ops, cfg.router, p.mlp, h, kv, i, activation=cfg.activation)
     return Underway(x, shared, visit), kv
@@ -204,7 +210,8 @@ def forward(
     """Hidden states [B, T, D], and the cache with the keys of these tokens.
 
     Args:
-        attend: the family's attention, called with config, ops, RoPE, weights, x, cache and layer.
+        attend: the family's attention, called with config, ops, RoPE, weights, x, cache, layer and
+            the residual stream that it adds to.
     """
     rope = cfg.rope.tables(positions)
     x = ops.embed(params.embed, tokens)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -49,16 +50,15 @@ def attention(
     *,
     scale: float,
     window: Array | int = 0,
+    residual: Array | None = None,  # [B, T, D]
 ) -> tuple[Array, Any]:
-    """Attention's contribution to the residual stream, and the cache with this step's keys."""
+    """What attention says, added to a residual if there is one; the cache with this step's keys."""
     q, k, v = ops.linear(x, p.wq, p.wk, p.wv)
     q, k, v = add_bias(q, p.bq), add_bias(k, p.bk), add_bias(v, p.bv)
-    if p.q_norm is not None:
-        q = ops.rms_norm(q, p.q_norm, eps=cfg.norm_eps, offset=cfg.norm_offset)
-        k = ops.rms_norm(k, p.k_norm, eps=cfg.norm_eps, offset=cfg.norm_offset)
-    q, k = ops.rotate(q, rope), ops.rotate(k, rope)
+    turn = partial(ops.rotate, table=rope, eps=cfg.norm_eps, offset=cfg.norm_offset)
+    q, k = turn(q, norm=p.q_norm), turn(k, norm=p.k_norm)
     o, kv = ops.attend(q, k, v, kv, i, scale=scale, window=window, sinks=p.sinks)
-    return add_bias(ops.linear(join_heads(o), p.wo), p.bo), kv
+    return add_bias(ops.linear(join_heads(o), p.wo, residual=residual), p.bo), kv
 
 
 def join_heads(x: Array) -> Array:  # [..., N, H] -> [..., N * H]
@@ -79,12 +79,16 @@ class Mlp:
     b_down: Weight | None = weight("embed", "down_proj.bias", when="mlp_bias")
 
 
-def mlp(ops: Ops, p: Mlp, x: Array, activation: str) -> Array:  # [B, T, D] -> [B, T, D]
+def mlp(
+    ops: Ops, p: Mlp, x: Array, activation: str, residual: Array | None = None
+) -> Array:  # [B, T, D] -> [B, T, D]
+    """The gated MLP of x, added to a residual if there is one."""
     if p.b_gate is None:
-        return ops.linear(ops.gated_linear(x, p.w_gate, p.w_up, activation=activation), p.w_down)
+        hidden = ops.gated_linear(x, p.w_gate, p.w_up, activation=activation)
+        return ops.linear(hidden, p.w_down, residual=residual)
     gate, up = ops.linear(x.astype(jnp.float32), p.w_gate, p.w_up)
     hidden = GATES[activation](add_bias(gate, p.b_gate), add_bias(up, p.b_up)).astype(x.dtype)
-    return add_bias(ops.linear(hidden, p.w_down), p.b_down)
+    return add_bias(ops.linear(hidden, p.w_down, residual=residual), p.b_down)
 
 
 @pytree

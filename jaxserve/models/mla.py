@@ -192,9 +192,16 @@ def config(hf: Mapping[str, Any], router: Router, **more: Any) -> Config:
 
 
 def attention(
-    cfg: Config, ops: Ops, table: Table, p: Attention, x: Array, kv: Any, i: Array | int
+    cfg: Config,
+    ops: Ops,
+    table: Table,
+    p: Attention,
+    x: Array,
+    kv: Any,
+    i: Array | int,
+    residual: Array,
 ) -> tuple[Array, Any]:
-    """Attention's contribution to the residual stream for x [B, T, D].
+    """What attention says of x [B, T, D], added to the residual stream.
 
     Where tokens are spread over devices, latents are gathered on the way to the heads, and what
     heads say is exchanged on the way back: two collectives.
@@ -212,7 +219,7 @@ def attention(
     o, kv = form(cfg, ops, p, nope, turn(rotated), row, kv, i)
     if ops.spread is not None:
         o = ops.spread.to_tokens(o)
-    return add_bias(ops.by_token.linear(join_heads(o), p.wo), p.bo), kv
+    return add_bias(ops.by_token.linear(join_heads(o), p.wo, residual=residual), p.bo), kv
 
 
 def _latents(cfg: Config, ops: Ops, p: Attention, x: Array) -> tuple[Array, Array]:

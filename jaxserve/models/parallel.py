@@ -169,14 +169,18 @@ def spread(ops: Ops) -> Spread:
     return Spread(ops, own, gather, partial(all_to_all, axes=TENSOR, split=1, concat=2))
 
 
-def _linear(linear: Callable[..., Any], x: Array, *weights: Any) -> Any:
+def _linear(
+    linear: Callable[..., Any], x: Array, *weights: Any, residual: Array | None = None
+) -> Any:
     if not isinstance(weights[0], _Split):
-        return linear(x, *weights)
+        return linear(x, *weights, residual=residual)
     (w,) = weights
     y = linear(x, w.part)
     if isinstance(w, InputSplit):
-        return lax.psum(y, TENSOR)
-    return lax.all_gather(y, TENSOR, axis=y.ndim - 1, tiled=True)
+        y = lax.psum(y, TENSOR)
+    else:
+        y = lax.all_gather(y, TENSOR, axis=y.ndim - 1, tiled=True)
+    return y if residual is None else residual + y
 
 
 def _lookup(lookup: Callable[..., Array], table: Any, tokens: Array, *, dtype: Any) -> Array:

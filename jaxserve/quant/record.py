@@ -152,9 +152,9 @@ class _Recorder:
         model, cfg = self._leaves.family, self._leaves.cfg
         model.forward(cfg, self._params, jnp.asarray(tokens), at, ops, None)
 
-    def _linear(self, x: Array, *weights: Any) -> Any:
+    def _linear(self, x: Array, *weights: Any, residual: Array | None = None) -> Any:
         self._offer(x, weights)
-        return linear(x, *weights)
+        return linear(x, *weights, residual=residual)
 
     def _gated_linear(self, x: Array, *weights: Any, activation: str) -> Array:
         self._offer(x, weights)

@@ -11,6 +11,7 @@ All ops are forward only (`op.with_reference_gradient` lends them one) and need 
 
 import ctypes
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +43,7 @@ __all__ = [
 ]
 
 _TARGETS = (
+    "add_linear",
     "argmax",
     "coded_attention",
     "coded_latent_attention",
@@ -95,13 +97,24 @@ def linear(
     scales: tuple[Array, ...] = (),  # of int8 weights: each [N] or [L, N] float32
     layer: Array | int | None = None,
     num_rows: Array | int | None = None,
-) -> tuple[Array, ...]:  # each [T, N] float32
+    shapes: Sequence[tuple[int, ...]] | None = None,  # of N, for each weight
+    residual: Array | None = None,  # [..., N] float32, T rows
+) -> tuple[Array, ...]:  # each [T, N] float32, or [T, *shape]
     """x @ w.T for several weights that share x, in one call.
 
-    With bfloat16 weights x is rounded to bfloat16 once; sums are float32.
+    With bfloat16 weights x is rounded to bfloat16 once; sums are float32. A `residual`, which goes
+    with one weight, is added to in place where nobody else needs it, and the result has its shape.
     """
-    outs = tuple(_floats(x.shape[0], w.shape[-2]) for w in weights)
+    shapes = shapes or [w.shape[-2:-1] for w in weights]
+    outs = tuple(_floats(x.shape[0], *shape) for shape in shapes)
     rows, index = _rows(num_rows, x), _int(layer)
+    if residual is not None:
+        if len(weights) > 1:
+            raise ValueError(f"a residual goes with one weight, not with {len(weights)}")
+        if residual.size != outs[0].size:
+            raise ValueError(f"a residual {residual.shape} does not fit a product {outs[0].shape}")
+        call = _call("add_linear", _floats(*residual.shape), input_output_aliases={3: 0})
+        return (call(x, rows, index, residual, *weights, *scales),)
     return tuple(_call("linear", outs)(x, rows, index, *weights, *scales))
 
 
@@ -155,13 +168,20 @@ def rope(
     cos: Array,  # [T, pairs]
     sin: Array,  # [T, pairs]
     *,
+    norm: Array | None = None,  # [H]
+    eps: float = 0.0,
+    offset: float = 0.0,
     num_rows: Array | int | None = None,
     interleaved: bool = False,
 ) -> Array:  # [T, N, H] float32
-    """The first 2 * pairs lanes of every head rotated, as `kernels_pallas.rope.rotate`."""
-    call = _call("rope", _floats(*x.shape))
-    x, rows = x.astype(jnp.float32), _rows(num_rows, x)
-    return call(x, cos, sin, rows, interleaved=interleaved)
+    """The first 2 * pairs lanes of every head rotated, as `kernels_pallas.rope.rotate`.
+
+    In place, where nobody else needs x; normed first, as `rms_norm`, where there is a `norm`.
+    """
+    call = _call("rope", _floats(*x.shape), input_output_aliases={0: 0})
+    scale = jnp.zeros(0, jnp.float32) if norm is None else norm
+    operands = (x.astype(jnp.float32), cos, sin, scale, _rows(num_rows, x))
+    return call(*operands, interleaved=interleaved, eps=np.float32(eps), offset=np.float32(offset))
 
 
 def paged_attention(
@@ -209,10 +229,13 @@ def paged_attention(
     shared = jnp.zeros((3, 0), jnp.int32) if groups is None else jnp.stack(groups)
     operands = (*rows, *leaves, _int(layer), row_starts, kv_lens, tables, shared)
     first = len(operands) - len(leaves) - 5
+    aliases = {first + i: 2 + i for i in range(len(leaves))}
+    if value_dim == q.shape[-1]:  # what a query says takes its place
+        aliases[0] = 0
     call = _call(
         f"coded_{kind}" if coded else "paged_attention" if v is not None else kind,
         (_floats(T, N, value_dim), _floats(T, N), *leaves),
-        input_output_aliases={first + i: 2 + i for i in range(len(leaves))},
+        input_output_aliases=aliases,
     )
     out, lse, *leaves = call(*operands, _int(num_seqs), _int(window), sinks, **attributes)
     pages = jax.tree.unflatten(tree, leaves)

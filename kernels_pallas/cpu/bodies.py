@@ -19,14 +19,20 @@ from kernels_pallas.weight import Int8Weight, StackedWeight, Weight, as_array
 _NATIVE = (jnp.float32, jnp.bfloat16, jnp.int8)
 
 
-def linear(x: Array, *weights: Weight, num_rows: Array | None = None) -> Any:
+def linear(
+    x: Array, *weights: Weight, residual: Array | None = None, num_rows: Array | None = None
+) -> Any:
     """`kernels_pallas.linear.linear`."""
     if any(w.dtype not in _NATIVE for w in weights):
-        return linear_reference(x, *weights)
+        return linear_reference(x, *weights, residual=residual)
+    if residual is not None and residual.dtype != jnp.float32:  # products are rounded first
+        return residual + linear(x, *weights, num_rows=num_rows)
     layer = layer_of(weights[0])[1]
     flat, scales = _matrices([layer_of(w)[0] for w in weights], layer is not None)
     rows = x.reshape(-1, x.shape[-1])
-    ys = cpu.linear(rows, flat, scales=scales, layer=layer, num_rows=num_rows)
+    shapes = [w.shape[:-1] for w in weights]
+    options = {"layer": layer, "num_rows": num_rows, "residual": residual}
+    ys = cpu.linear(rows, flat, scales=scales, shapes=shapes, **options)
     outs = tuple(
         y.astype(x.dtype).reshape(*x.shape[:-1], *w.shape[:-1])
         for y, w in zip(ys, weights, strict=True)

@@ -300,9 +300,9 @@ void multiply_odd(const Packed<T>& x, int64_t begin, int64_t end, const T* w, in
 // The same for rows that are in groups, scaled already.
 template <class T>
 void multiply_groups(const Packed<T>& x, int64_t begin, int64_t end, const Matrix<T>& w,
-                     int64_t cols, float* out, int64_t out_stride) {
+                     int64_t cols, float* out, int64_t out_stride, bool onto = false) {
   const Tiles tiles;
-  multiply_tiles(x.group(begin), end - begin, w.data, x.k, cols, w.scales, out, out_stride);
+  multiply_tiles(x.group(begin), end - begin, w.data, x.k, cols, w.scales, out, out_stride, onto);
 }
 
 // Sums of integers, which lie where their floats shall be, times both scales.
@@ -346,6 +346,26 @@ void dot_block(const Packed<T>& x, int64_t begin, int64_t end, const Matrix<T>& 
   if constexpr (kIsInt8<T>) {
     apply_scales(x.scales + begin, rows, matrix.scales + unscaled, cols - unscaled, out + unscaled,
                  out_stride);
+  }
+}
+
+// out += the same. Sums that may be of integers on their way wait apart, some columns at a time.
+template <class T>
+void add_block(const Packed<T>& x, int64_t begin, int64_t end, const Matrix<T>& matrix, int64_t cols,
+               float* out, int64_t out_stride) {
+  thread_local Scratch scratch;
+  const int64_t rows = end - begin;
+  const int64_t whole = x.groups ? cols / kLanes * kLanes : 0;
+  if (whole > 0) multiply_groups(x, begin, end, matrix, whole, out, out_stride, true);
+  scratch.reset(Scratch::bytes<float>(rows * kPanelCols));
+  float* sums = scratch.take<float>(rows * kPanelCols);
+  for (int64_t c = whole; c < cols; c += kPanelCols) {
+    const int64_t width = std::min(kPanelCols, cols - c);
+    dot_block(x, begin, end, matrix.from_row(c), width, sums, width);
+    for (int64_t r = 0; r < rows; ++r) {
+      float* to = out + r * out_stride + c;
+      for (int64_t i = 0; i < width; ++i) to[i] += sums[r * width + i];
+    }
   }
 }
 

@@ -18,14 +18,15 @@ struct Piece {
   float* out;       // row 0, first column of the piece
   int64_t out_stride;
   int64_t num_cols;
+  bool onto;  // what is there
 };
 
 template <class T>
 void cut(std::vector<Piece<T>>* pieces, Matrix<T> weight, Matrix<T> up, float* out,
-         int64_t num_cols, int64_t width) {
+         int64_t num_cols, int64_t width, bool onto = false) {
   for (int64_t c = 0; c < num_cols; c += width) {
     pieces->push_back({weight.from_row(c), up.data ? up.from_row(c) : up, out + c, num_cols,
-                       std::min(width, num_cols - c)});
+                       std::min(width, num_cols - c), onto});
   }
 }
 
@@ -66,6 +67,8 @@ void multiply(const Packed<T>& x, int64_t first, const std::vector<Piece<T>>& pi
     float* out = piece.out + (first + begin) * piece.out_stride;
     if (piece.up.data) {
       multiply_gated(x, begin, end, piece, activation, out);
+    } else if (piece.onto) {
+      add_block(x, begin, end, piece.weight, piece.num_cols, out, piece.out_stride);
     } else {
       dot_block(x, begin, end, piece.weight, piece.num_cols, out, piece.out_stride);
     }
@@ -129,18 +132,38 @@ ffi::Error linear(ffi::AnyBuffer x, Scalar num_rows, Scalar layer, ffi::Remainin
   return visit_weights(*first, [&](auto* typed) {
     using T = std::remove_pointer_t<decltype(typed)>;
     std::vector<Piece<T>> pieces;
+    auto cols_of = [&](size_t i) {
+      return slice(*weights.get<ffi::AnyBuffer>(i), layer, 2).dims[0];
+    };
     int64_t all_cols = 0;
-    for (size_t i = 0; i < outs.size(); ++i) {
-      all_cols += slice(*weights.get<ffi::AnyBuffer>(i), layer, 2).dims[0];
-    }
+    for (size_t i = 0; i < outs.size(); ++i) all_cols += cols_of(i);
     for (size_t i = 0; i < outs.size(); ++i) {
       auto weight = matrix<T>(weights, i, outs.size(), layer, k);
       if (weight.has_error()) return weight.error();
       auto out = *outs.get<ffi::Buffer<ffi::F32>>(i);
-      const int64_t cols = out->dimensions()[1];
+      const int64_t cols = cols_of(i);
       zero_padding(out->typed_data(), rows, all_rows, cols);
       cut<T>(&pieces, *weight, {}, out->typed_data(), cols, chunk_cols(all_cols));
     }
+    return visit(x, [&](auto* from) {
+      multiply_all<T>(from, rows, k, pieces);
+      return ffi::Error::Success();
+    });
+  });
+}
+
+ffi::Error add_linear(ffi::AnyBuffer x, Scalar num_rows, Scalar layer, Floats,
+                      ffi::RemainingArgs weights, FloatsOut out) {
+  const int64_t k = x.dimensions()[1], cols = out->dimensions().back();
+  const int64_t rows = std::clamp<int64_t>(value(num_rows), 0, x.dimensions()[0]);
+  auto first = weights.get<ffi::AnyBuffer>(0);
+  if (first.has_error()) return first.error();
+  return visit_weights(*first, [&](auto* typed) {
+    using T = std::remove_pointer_t<decltype(typed)>;
+    auto weight = matrix<T>(weights, 0, 1, layer, k);
+    if (weight.has_error()) return weight.error();
+    std::vector<Piece<T>> pieces;
+    cut<T>(&pieces, *weight, {}, out->typed_data(), cols, chunk_cols(cols), true);
     return visit(x, [&](auto* from) {
       multiply_all<T>(from, rows, k, pieces);
       return ffi::Error::Success();
@@ -179,6 +202,15 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxserve_linear, guarded<linear>,
                                   .Arg<Scalar>()
                                   .RemainingArgs()
                                   .RemainingRets());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxserve_add_linear, guarded<add_linear>,
+                              ffi::Ffi::Bind()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<Scalar>()
+                                  .Arg<Scalar>()
+                                  .Arg<Floats>()  // aliased to the result
+                                  .RemainingArgs()
+                                  .Ret<ffi::Buffer<ffi::F32>>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxserve_gated_linear, guarded<gated_linear>,
                               ffi::Ffi::Bind()

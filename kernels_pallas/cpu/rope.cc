@@ -1,7 +1,9 @@
-// Rotary position embedding.
+// Rotary position embedding, of heads that may have to be normed first. Rows are turned in place.
 
 #include "buffers.h"
+#include "norm.h"
 #include "pack.h"
+#include "scratch.h"
 
 namespace jaxserve {
 namespace {
@@ -19,39 +21,55 @@ void rotate(const float* __restrict x, const float* __restrict cos, const float*
   std::memcpy(y + 2 * pairs, x + 2 * pairs, (width - 2 * pairs) * sizeof(float));
 }
 
-ffi::Error rope(Floats x, Floats cos, Floats sin, Scalar num_rows, FloatsOut out,
-                bool interleaved) {
+ffi::Error rope(Floats x, Floats cos, Floats sin, ffi::AnyBuffer scale, Scalar num_rows,
+                FloatsOut out, bool interleaved, float eps, float offset) {
   constexpr int64_t kElementsPerChunk = 32 * 1024;
   const auto dims = x.dimensions();
   const int64_t heads = dims[1], width = dims[2], pairs = cos.dimensions()[1];
   if (2 * pairs > width) return ffi::Error::InvalidArgument("more pairs than a head has lanes");
+  const bool normed = scale.dimensions()[0] > 0;
+  if (normed && scale.dimensions()[0] != width) {
+    return ffi::Error::InvalidArgument("scale must be [H], or [0] where heads are not normed");
+  }
   const int64_t rows = std::clamp<int64_t>(value(num_rows), 0, dims[0]), each = heads * width;
   const int64_t per_chunk = std::max<int64_t>(1, kElementsPerChunk / std::max<int64_t>(1, each));
-  const float* from = x.typed_data();
-  float* to = out->typed_data();
-  std::memset(to + rows * each, 0, (dims[0] - rows) * each * sizeof(float));
-  const auto run = interleaved ? &rotate<true> : &rotate<false>;
-  Pool::shared().run(ceil_div(rows, per_chunk), [&](int64_t chunk) {
-    const int64_t end = std::min(rows, (chunk + 1) * per_chunk);
-    for (int64_t t = chunk * per_chunk; t < end; ++t) {
-      for (int64_t i = t * each; i < (t + 1) * each; i += width) {
-        run(from + i, cos.typed_data() + t * pairs, sin.typed_data() + t * pairs, pairs, width,
-            to + i);
+  float* data = out->typed_data();
+  std::memset(data + rows * each, 0, (dims[0] - rows) * each * sizeof(float));
+  const auto turn = interleaved ? &rotate<true> : &rotate<false>;
+  return visit(scale, [&](auto* scales) {
+    Pool::shared().run(ceil_div(rows, per_chunk), [&](int64_t chunk) {
+      thread_local Scratch scratch;
+      scratch.reset(Scratch::bytes<float>(width));
+      float* head = scratch.take<float>(width);
+      const int64_t end = std::min(rows, (chunk + 1) * per_chunk);
+      for (int64_t t = chunk * per_chunk; t < end; ++t) {
+        const float *c = cos.typed_data() + t * pairs, *s = sin.typed_data() + t * pairs;
+        for (float* row = data + t * each; row < data + (t + 1) * each; row += width) {
+          if (normed) {
+            normalize(row, scales, head, width, eps, offset);
+          } else {
+            convert(head, row, width);
+          }
+          turn(head, c, s, pairs, width, row);
+        }
       }
-    }
+    });
+    return ffi::Error::Success();
   });
-  return ffi::Error::Success();
 }
 
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxserve_rope, guarded<rope>,
                               ffi::Ffi::Bind()
+                                  .Arg<Floats>()  // x, aliased to the result
                                   .Arg<Floats>()
                                   .Arg<Floats>()
-                                  .Arg<Floats>()
+                                  .Arg<ffi::AnyBuffer>()
                                   .Arg<Scalar>()
                                   .Ret<ffi::Buffer<ffi::F32>>()
-                                  .Attr<bool>("interleaved"));
+                                  .Attr<bool>("interleaved")
+                                  .Attr<float>("eps")
+                                  .Attr<float>("offset"));
 
 }  // namespace jaxserve

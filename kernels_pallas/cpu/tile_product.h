@@ -37,7 +37,8 @@ struct TileRows {
 };
 
 // What a product left in tiles, on its way to out[row][column]: a tile has sixteen columns of 16
-// rows, one behind the other. Sums of integers are scaled on that way.
+// rows, one behind the other. Sums of integers are scaled on that way, and added to what is there if
+// `onto` says so.
 template <class T>
 struct TileSums {
   alignas(64) char tiles[2][2][kTileBytes];  // of rows, and of columns
@@ -45,6 +46,7 @@ struct TileSums {
   const float* scales;
   float* out;
   int64_t rows = 0, cols = 0, words, stride;
+  bool onto;
 
   // One of the four, if it is in use.
   void put(int tile) const {
@@ -54,12 +56,13 @@ struct TileSums {
     float* to = out + row * stride + col;
     transpose_lines(tiles[tile / 2][tile % 2], 64, [&](int64_t r, U sum) {
       if (row + r >= rows) return;
+      F x = bitcast<F>(sum);
       if constexpr (sizeof(T) == 1) {
-        const F x = __builtin_convertvector(bitcast<I>(sum), F);
-        store(to + r * stride, x * reinterpret_cast<const float*>(steps)[r] * load<F>(scales + col));
-      } else {
-        store(to + r * stride, sum);
+        x = __builtin_convertvector(bitcast<I>(sum), F);
+        x = rounded(x * reinterpret_cast<const float*>(steps)[r] * load<F>(scales + col));
       }
+      if (onto) x += load<F>(to + r * stride);
+      store(to + r * stride, x);
     });
   }
 };
@@ -95,13 +98,13 @@ void sum_tiles(TileRows w, const char* x, TileSums<T>& sums, const TileSums<T>& 
   if constexpr (C > 1 && R > 1) Tiles::store<3>(sums.tiles[1][1]);
 }
 
-// Products one after the other. The thread has its Tiles.
+// Products one after the other, which may be added to what is there. The thread has its Tiles.
 template <class T>
 class TileProducts {
  public:
   static constexpr int64_t kRows = 2 * kTileRows, kCols = 2 * kTileRows;  // of one, at most
 
-  TileProducts() = default;
+  explicit TileProducts(bool onto = false) { sums_[0].onto = sums_[1].onto = onto; }
   TileProducts(const TileProducts&) = delete;
   ~TileProducts() { put_all(sums_[turn_]); }
 
@@ -133,13 +136,13 @@ class TileProducts {
   int turn_ = 0;
 };
 
-// out[r][c] = x[r] . w[c] for rows of x in groups, and whole tiles of rows of w.
+// out[r][c] = x[r] . w[c] for rows of x in groups, and whole tiles of rows of w; `onto`: added to it.
 template <class T>
 void multiply_tiles(const char* x, int64_t rows, const T* w, int64_t k, int64_t cols,
-                    const float* scales, float* out, int64_t out_stride) {
+                    const float* scales, float* out, int64_t out_stride, bool onto = false) {
   constexpr int64_t kRows = TileProducts<T>::kRows, kCols = TileProducts<T>::kCols;
   const int64_t stride = k * int64_t(sizeof(T)), words = stride / 4;
-  TileProducts<T> products;
+  TileProducts<T> products(onto);
   for (int64_t r = 0; r < rows; r += kRows) {
     for (int64_t c = 0; c < cols; c += kCols) {
       const char* first = reinterpret_cast<const char*>(w) + c * stride;

@@ -39,6 +39,9 @@ for rows in (1, 5, 16, 33, 150):
         name = f"{kind}-{rows}-"
         one = tuple(s[0] for s in scales[:1])
         out[name + "linear"] = cpu.linear(x, (m[0][0],), scales=one)[0]
+        residual = normal(rows + 1, rows, 96)
+        added = cpu.linear(x, (m[0][0],), scales=one, residual=residual)[0]
+        out[name + "added"] = added
         out[name + "experts"] = cpu.experts(x, ids, share, *m, scales=tuple(scales))
     shape = 1, 8, 2, 32, 64
     k, v = (normal(i, rows, 2, 64) for i in (7, 8))
