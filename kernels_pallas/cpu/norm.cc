@@ -22,6 +22,7 @@ ffi::Error rms_norm(Floats x, ffi::AnyBuffer scale, Scalar num_rows, Scalar laye
     Pool::shared().run(ceil_div(rows, per_chunk), [&](int64_t chunk) {
       const int64_t end = std::min(rows, (chunk + 1) * per_chunk);
       for (int64_t i = chunk * per_chunk; i < end; ++i) {
+        if (i + 1 < end) fetch(from + (i + 1) * n, n * int64_t(sizeof(float)));
         normalize(from + i * n, weight + start, to + i * n, n, eps, offset);
       }
     });

@@ -14,7 +14,10 @@ void pack_rows(const Packed<T>& to, const RowOf& row_of) {
   const int64_t rows = to.groups ? round_up(fit, kTileRows) : fit;
   Pool::shared().run(ceil_div(to.num_rows, rows), [&](int64_t chunk) {
     const int64_t begin = chunk * rows, end = std::min(to.num_rows, begin + rows);
-    for (int64_t i = begin; i < end; ++i) to.put(i, 0, row_of(i), to.k);
+    for (int64_t i = begin; i < end; ++i) {
+      if (i + 1 < end) fetch(row_of(i + 1), to.k * int64_t(sizeof(*row_of(i))));
+      to.put(i, 0, row_of(i), to.k);
+    }
     to.regroup(begin, end);
   });
 }

@@ -45,6 +45,7 @@ ffi::Error rope(Floats x, Floats cos, Floats sin, ffi::AnyBuffer scale, Scalar n
       for (int64_t t = chunk * per_chunk; t < end; ++t) {
         const float *c = cos.typed_data() + t * pairs, *s = sin.typed_data() + t * pairs;
         for (float* row = data + t * each; row < data + (t + 1) * each; row += width) {
+          fetch(row + width, width * int64_t(sizeof(float)));
           if (normed) {
             normalize(row, scales, head, width, eps, offset);
           } else {

@@ -55,6 +55,11 @@ inline Reg load(const void* p) {
   return r;
 }
 
+// Brings memory to L1 that is wanted soon: at the end of a page the hardware stops to look ahead.
+inline void fetch(const void* p, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(p) + i);
+}
+
 template <class Reg>
 inline void store(void* p, Reg r) {
   std::memcpy(p, &r, sizeof(r));
