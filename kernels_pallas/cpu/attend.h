@@ -113,8 +113,10 @@ void load_queries(const Attention<T>& job, int64_t kv_head, const Stretch& stret
   T* to = work.q;
   const int64_t width = job.keys.width;
   const int64_t stride = padded_keys<T>(width);
+  auto row = [&](int64_t i) { return job.q + query_of(job, kv_head, stretch, i) * width; };
   for (int64_t i = 0; i < stretch.num_rows; ++i, to += stride) {
-    const float* from = job.q + query_of(job, kv_head, stretch, i) * width;
+    const float* from = row(i);
+    if (i + 1 < stretch.num_rows) fetch(row(i + 1), width * int64_t(sizeof(float)));
     if (job.coded_keys) {
       convert(work.floats, from, width);
       job.coded_keys->turn(work.floats, width);

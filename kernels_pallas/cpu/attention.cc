@@ -19,6 +19,7 @@ void write(const Batch& batch, int64_t num_heads, int64_t width, const float* x,
       for (int64_t head = 0; head < num_heads; ++head) {  // whose rows follow each other in a page
         const float* from = x + ((batch.row_starts[seq] + begin) * num_heads + head) * width;
         for (int64_t i = begin; i < end; ++i, from += num_heads * width) {
+          if (i + 1 < end) fetch(from + num_heads * width, width * int64_t(sizeof(float)));
           put(batch.table(seq), head, first + i, from);
         }
       }
