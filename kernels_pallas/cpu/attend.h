@@ -196,10 +196,11 @@ void score_by_tiles(const Attention<T>& job, int64_t num_rows, const Work<T>& wo
       second = run_of(now.keys, key + kTileRows, width, work.spare + kTileRows * width);
     }
     const auto* ahead = reinterpret_cast<const char*>(next.keys.rows[key]);
-    for (int64_t r = 0; r < num_rows; r += kRows, ahead = nullptr) {
+    for (int64_t r = 0; r < num_rows; r += kRows) {
+      const int64_t lines = ahead && r == 0 ? TileProducts<T>::kCols : 0;
       products.add(
           {reinterpret_cast<const char*>(first.rows), reinterpret_cast<const char*>(second.rows),
-           first.stride * int64_t(sizeof(T)), ahead},
+           first.stride * int64_t(sizeof(T)), ahead, lines},
           work.groups + r / kTileRows * group_bytes(words), std::min(kRows, num_rows - r), words,
           nullptr, work.scores + r * kBlockKeys + key, kBlockKeys);
     }

@@ -28,12 +28,13 @@ inline void put_group(const char* rows, int64_t stride, int64_t words, const Row
   store(group, steps);
 }
 
-// Two tiles of rows of weights, or one: rows follow each other `stride` bytes apart. As much memory
-// from `ahead` on as they take is brought into L2 while they are multiplied.
+// Two tiles of rows of weights, or one: rows follow each other `stride` bytes apart. For every step of
+// a product so many `lines` of memory from `ahead` on are brought into L2.
 struct TileRows {
   const char *first, *second;
   int64_t stride;
   const char* ahead;
+  int64_t lines;
 };
 
 // What a product left in tiles, on its way to out[row][column]: a tile has sixteen columns of 16
@@ -83,7 +84,7 @@ void sum_tiles(TileRows w, const char* x, TileSums<T>& sums, const TileSums<T>& 
       Tiles::load<6>(x + i * kTileRows, 64);
       if constexpr (C > 1) Tiles::load<5>(w.second + i, w.stride);
       if constexpr (R > 1) Tiles::load<7>(y + i * kTileRows, 64);
-      for (int line = 0; w.ahead && line < C * kTileRows; ++line, w.ahead += 64) {
+      for (int64_t line = 0; line < w.lines; ++line, w.ahead += 64) {
         __builtin_prefetch(w.ahead, 0, 2);
       }
       Tiles::dot<T, 0, 4, 6>();
@@ -136,6 +137,10 @@ class TileProducts {
   int turn_ = 0;
 };
 
+// Up to here all rows of x take their turn with some columns of weights, which come from memory
+// evenly. For more, output that lies together is written together instead.
+constexpr int64_t kFewTurns = 8;
+
 // out[r][c] = x[r] . w[c] for rows of x in groups, and whole tiles of rows of w; `onto`: added to it.
 template <class T>
 void multiply_tiles(const char* x, int64_t rows, const T* w, int64_t k, int64_t cols,
@@ -143,14 +148,25 @@ void multiply_tiles(const char* x, int64_t rows, const T* w, int64_t k, int64_t 
   constexpr int64_t kRows = TileProducts<T>::kRows, kCols = TileProducts<T>::kCols;
   const int64_t stride = k * int64_t(sizeof(T)), words = stride / 4;
   TileProducts<T> products(onto);
-  for (int64_t r = 0; r < rows; r += kRows) {
+  // While some columns of weights are multiplied for the first time, or `turns` times, those behind
+  // them come.
+  auto multiply = [&](int64_t r, int64_t c, int64_t turns) {
+    const int64_t lines = r / kRows < turns ? ceil_div(kCols, turns) : 0;
+    const char* first = reinterpret_cast<const char*>(w) + c * stride;
+    const char* second = cols - c > kTileRows ? first + kTileRows * stride : nullptr;
+    const char* ahead = first + kCols * stride + r / kRows * lines * stride;
+    products.add({first, second, stride, ahead, lines}, x + r / kTileRows * group_bytes(words),
+                 std::min(kRows, rows - r), words, scales ? scales + c : nullptr,
+                 out + r * out_stride + c, out_stride);
+  };
+  if (rows <= kFewTurns * kRows) {
+    const int64_t turns = ceil_div(rows, kRows);
     for (int64_t c = 0; c < cols; c += kCols) {
-      const char* first = reinterpret_cast<const char*>(w) + c * stride;
-      const char* second = cols - c > kTileRows ? first + kTileRows * stride : nullptr;
-      const char* ahead = r == 0 ? first + kCols * stride : nullptr;
-      products.add({first, second, stride, ahead}, x + r / kTileRows * group_bytes(words),
-                   std::min(kRows, rows - r), words, scales ? scales + c : nullptr,
-                   out + r * out_stride + c, out_stride);
+      for (int64_t r = 0; r < rows; r += kRows) multiply(r, c, turns);
+    }
+  } else {
+    for (int64_t r = 0; r < rows; r += kRows) {
+      for (int64_t c = 0; c < cols; c += kCols) multiply(r, c, 1);
     }
   }
 }
