@@ -104,8 +104,11 @@ void pack_groups(const Grouping& groups, const PackedGroups<T>& to, const RowOf&
   Pool::shared().run(int64_t(chunks.size()), [&](int64_t i) {
     const Chunk& chunk = chunks[i];
     const Packed<T> packed = to.of(groups, chunk.expert);
+    const int64_t first = groups.starts[chunk.expert];
     for (int64_t r = chunk.begin; r < chunk.end; ++r) {
-      packed.put(r, 0, row_of(groups.starts[chunk.expert] + r), to.k);
+      const auto* row = row_of(first + r);
+      if (r + 1 < chunk.end) fetch(row_of(first + r + 1), to.k * int64_t(sizeof(*row)));
+      packed.put(r, 0, row, to.k);
     }
     packed.regroup(chunk.begin, chunk.end);
   });
@@ -167,6 +170,9 @@ void combine(const Grouping& groups, const float* weights, int64_t num_active, c
       for (int64_t slot = t * num_active; slot < (t + 1) * num_active; ++slot) {
         if (groups.rank[slot] < 0) continue;
         const float* from = y + groups.rank[slot] * embed;
+        if (slot + 1 < num_rows * num_active && groups.rank[slot + 1] >= 0) {
+          fetch(y + groups.rank[slot + 1] * embed, embed * int64_t(sizeof(float)));
+        }
         for (int64_t j = 0; j < embed; ++j) to[j] += weights[slot] * from[j];
       }
     }
