@@ -208,8 +208,8 @@ def paged_attention(
     The stores of all tokens come first, so sequences that share a page written in this very step
     see it. Keys are visible within `window` positions (0: all). `soft_cap` c bounds a score s to
     c tanh(s / c). A sink is one more logit per head that joins the denominator, and the lse.
-    Members of a group pass by its pages together, in whole blocks of 64 keys (128 where there are
-    tiles), and go on by themselves: no bit depends on it. Groups that do not come in the order of sequences are passed
+    Members of a group pass by its pages together, in whole blocks of 64 keys, and go on by
+    themselves: no bit depends on it. Groups that do not come in the order of sequences are passed
     over, and so are all where there is a window.
     Pages may be float32, bfloat16, or uint16 bits of bfloat16; donate them, or they are copied.
     Stacks of eight and four bits (paged_attention/codec.py) are written to the reference's bits;

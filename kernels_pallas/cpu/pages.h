@@ -5,15 +5,13 @@
 #include <cstdint>
 
 #include "outer.h"
-#include "tiles.h"
 #include "transpose.h"
 
 namespace jaxserve {
 
 // Keys are always handled in blocks of this many consecutive absolute positions, so the order of
-// every sum is a property of the position alone, never of how the queries were chunked. Tiles make
-// scores so fast that taking sums of values from L1 and back counts: once for twice as many keys.
-constexpr int64_t kBlockKeys = kTiles ? 128 : 64;
+// every sum is a property of the position alone, never of how the queries were chunked.
+constexpr int64_t kBlockKeys = 64;
 
 // Elements of a key, rounded up to whole quarters.
 template <class T>

@@ -124,7 +124,7 @@ def where_others_are_nan(step):
 
 def test_pages_of_a_group_are_read_once():
     """By each of the tasks that its members are divided among: here that is one for each head."""
-    step, _ = batch((1, 1, 1), (200, 300, 70), Z, shared=((0, 2, 128),))
+    step, _ = batch((1, 1, 1), (200, 300, 70), Z, shared=((0, 2, 64),))
     o, own = where_others_are_nan(step)
     np.testing.assert_array_equal(o, own)
     assert np.isfinite(o).all()
