@@ -32,16 +32,25 @@ class Contestant:
 
     Args:
         cache: folder for whatever the contestant compiles and keeps between starts.
+        root: folder whose driver it is.
     """
 
-    def __init__(self, name: str, model: Path, cores: list[int], cache: Path | None = None):
+    def __init__(
+        self,
+        name: str,
+        model: Path,
+        cores: list[int],
+        cache: Path | None = None,
+        *,
+        root: Path = ROOT,
+    ):
         self.name = name
         peer, _, dtype = name.partition("-")
         self._log = tempfile.NamedTemporaryFile("w+", prefix=f"{name}-", suffix=".log")  # noqa: SIM115
         with _pinned(cores):
             self._process = subprocess.Popen(
                 _command(peer),
-                cwd=ROOT,
+                cwd=root,
                 env=os.environ | _environment(len(cores), cache),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
