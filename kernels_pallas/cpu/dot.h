@@ -357,6 +357,7 @@ void add_block(const Packed<T>& x, int64_t begin, int64_t end, const Matrix<T>& 
   const int64_t rows = end - begin;
   const int64_t whole = x.groups ? cols / kLanes * kLanes : 0;
   if (whole > 0) multiply_groups(x, begin, end, matrix, whole, out, out_stride, true);
+  if (whole == cols) return;
   scratch.reset(Scratch::bytes<float>(rows * kPanelCols));
   float* sums = scratch.take<float>(rows * kPanelCols);
   for (int64_t c = whole; c < cols; c += kPanelCols) {
