@@ -1,7 +1,7 @@
 """Trees of this project side by side: `python -m benchmarks.versions MODEL WORKLOAD TREE TREE ...`.
 
 A tree is a folder: a checkout, or what `git archive` makes. Small gains want care: a process that
-starts before others may be slower than they are for as long as it lives, by a tenth where we looked.
+starts before others may be slower than they are for as long as it lives, by a tenth here and there.
 So each tree has two processes, started in mirrored order behind two that do not count, and its time
 is the geometric mean of theirs. All take turns, in an order drawn for every round.
 """
