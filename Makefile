@@ -8,6 +8,7 @@ PARITY  ?= ,parity
 SLOW    ?= inf
 JOBS    ?= 2
 SUITE   ?= quick
+AOT     ?= $(shell grep -rl 'mark\.aot' tests)
 BIN     := $(VENV)/bin
 PYTEST  := $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
 PIP     := $(BIN)/python -m pip --disable-pip-version-check install --quiet
@@ -18,6 +19,7 @@ HASTY   := $(XLA_FLAGS) --xla_backend_optimization_level=0 \
 	$(if $(filter 3.11,$(VERSION)),--xla_cpu_use_fusion_emitters=false)
 
 export JAX_PLATFORMS ?= cpu
+unexport PYTHONDONTWRITEBYTECODE  # each of a hundred processes would compile the modules again
 
 .PHONY: demo setup test slow test-all sanitize aot lint format format-check types imports bench eval
 .PHONY: clean
@@ -44,7 +46,7 @@ sanitize: $(VENV)/.dev  ## The C++ kernels, caught where they leave an array; CX
 	  tests/kernels_pallas/test_cpu*.py tests/kernels_pallas/test_codec.py -k "cpu or native" $(ARGS)
 
 aot: $(VENV)/.aot  ## Compiles for TPUs and for Hopper, none of which need be there
-	$(PYTEST) --dist load -m aot $(ARGS)
+	$(PYTEST) --dist load -m aot $(AOT) $(ARGS)
 
 setup: $(VENV)/.dev
 

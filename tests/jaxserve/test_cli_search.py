@@ -33,7 +33,7 @@ class Kept:
 
 @pytest.fixture(scope="module")
 def llm() -> Iterator[LLM]:
-    with LLM(MODEL, progress=False, enable_route_noise=True) as llm:
+    with LLM(MODEL, progress=False, enable_route_noise=True, max_num_batched_tokens=64) as llm:
         llm.wait_until_warm()
         yield llm
         assert llm.stats().num_free_pages == llm.stats().num_pages

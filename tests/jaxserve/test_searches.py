@@ -41,7 +41,7 @@ VOTE = SelfConsistency(paths=6)
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[LLM]:
-    with LLM(MODEL, progress=False) as llm:
+    with LLM(MODEL, progress=False, max_num_batched_tokens=64) as llm:
         llm.wait_until_warm()
         yield llm
 

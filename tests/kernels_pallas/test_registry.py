@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import cache
 
 import jax
 import numpy as np
@@ -75,15 +76,25 @@ def agree(found, expected, tolerance: float) -> None:
         np.testing.assert_allclose(x, y, rtol=0, atol=bound)
 
 
-@table(False, slow=("mosaic_gpu", "int4", "sample", "packed", "static"))  # seconds each
-def test_matches_its_reference(op: Op, body: str, case: Case):
-    args, arrays = jax.jit(case.make)(jax.random.key(0))
-
-    def run(args, arrays):
-        return op.run(body, *args, interpret=simulated(body), **arrays, **case.options)
+@cache
+def made(op_name: str, case_name: str):
+    """A case's arguments and what its reference says: compiled once for all bodies."""
+    [op] = (op for op in OPS if op.name == op_name)
+    [case] = (case for case in op.cases if case.name == case_name)
 
     def reference(args, arrays):
         return op.reference(*args, **arrays, **case.options)
+
+    args, arrays = jax.jit(case.make)(jax.random.key(0))
+    return args, arrays, jax.jit(reference)(args, arrays)
+
+
+@table(False, slow=("mosaic_gpu", "int4", "sample", "packed", "static"))  # seconds each
+def test_matches_its_reference(op: Op, body: str, case: Case):
+    args, arrays, expected = made(op.name, case.name)
+
+    def run(args, arrays):
+        return op.run(body, *args, interpret=simulated(body), **arrays, **case.options)
 
     try:
         found = jax.block_until_ready(jax.jit(run)(args, arrays))
@@ -91,7 +102,7 @@ def test_matches_its_reference(op: Op, body: str, case: Case):
     finally:  # a simulation that failed would fail the next one
         if body == "mosaic_gpu":
             versions.reset_simulated_gpu()
-    agree(found, jax.jit(reference)(args, arrays), case.tolerance)
+    agree(found, expected, case.tolerance)
 
 
 @pytest.mark.parametrize(
@@ -100,12 +111,12 @@ def test_matches_its_reference(op: Op, body: str, case: Case):
 def test_has_no_race_on_a_simulated_tpu(op: Op):
     """Mosaic GPU kernels are always simulated with race detection, by the test above."""
     case = next(case for case in op.cases if not case.shipped)
-    args, arrays = case.make(jax.random.key(0))
+    args, arrays, expected = made(op.name, case.name)
     try:
         found = op.run(
             "mosaic_tpu", *args, interpret=versions.simulated_tpu(), **arrays, **case.options
         )
-        agree(found, op.reference(*args, **arrays, **case.options), case.tolerance)
+        agree(found, expected, case.tolerance)
         assert not versions.tpu_races_found()
     finally:
         versions.reset_simulated_tpu()

@@ -39,7 +39,7 @@ MODEL = Path(__file__).parents[3] / "models/modchain-moe"
 
 @pytest.fixture(scope="module")
 def llm() -> Iterator[LLM]:
-    with LLM(MODEL, progress=False) as llm:
+    with LLM(MODEL, progress=False, max_num_batched_tokens=64) as llm:
         llm.wait_until_warm()
         yield llm
 
@@ -272,7 +272,7 @@ def test_shut_down_in_the_middle_of_a_search():
         assert all(isinstance(end, SearchError) for end in done)
         assert pool.close(0).calls == 8
 
-    llm = LLM(MODEL, progress=False)
+    llm = LLM(MODEL, progress=False, max_num_batched_tokens=64)
     asyncio.run(work(llm))
     gc.collect()
 
@@ -291,7 +291,9 @@ def test_experts_of_a_path_are_those_of_a_forward_pass():
         pool.close(0)
         return [*ids(llm), *found.tokens], found.route_sketch
 
-    with LLM(MODEL, progress=False, enable_return_routed_experts=True) as llm:
+    with LLM(
+        MODEL, progress=False, enable_return_routed_experts=True, max_num_batched_tokens=64
+    ) as llm:
         llm.wait_until_warm()
         tokens, sketch = drive(llm, work)
         want = _routes(llm, tokens)

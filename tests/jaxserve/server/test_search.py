@@ -72,7 +72,7 @@ def live() -> Iterator[LiveServer]:
     with pytest.MonkeyPatch.context() as patch:
         for name, kind in mine.items():
             patch.setitem(CONTROLLERS, name, kind)
-        llm = LLM(MODEL, progress=False, enable_route_noise=True)
+        llm = LLM(MODEL, progress=False, enable_route_noise=True, max_num_batched_tokens=64)
         llm.wait_until_warm()
         with LiveServer(llm, served_model_name="modchain") as server:
             yield server
