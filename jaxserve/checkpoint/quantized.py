@@ -16,7 +16,8 @@ from jaxserve.errors import CheckpointError
 
 log = logging.getLogger(__name__)
 
-_TYPES = {"int8": ("int8",), "fp8": ("float8_e4m3fn", "float8_e5m2")}
+_E4M3, _E5M2 = "float8_e4m3fn", "float8_e5m2"
+_TYPES = {"int8": ("int8",), "fp8": (_E4M3, _E5M2), "e4m3": (_E4M3,), "e5m2": (_E5M2,)}
 _SCALE_TYPES = (*FLOATS, "float8_e8m0fnu")
 _ACTIVATIONS = (".input_scale", ".activation_scale")  # vLLM's name, and transformers'
 _CHUNK = 1 << 20  # elements that are floats at a time: a whole matrix takes four times its bytes
@@ -46,7 +47,7 @@ class QuantizedShards(Shards):
 
     def __init__(self, folder: Path, scheme: Scheme):
         super().__init__(folder)
-        self.scheme = scheme
+        self.scheme, self._said = scheme, scheme.fmt or scheme.kind
         static = sorted(name for name in self.tensors if name.endswith(_ACTIVATIONS))
         if static:
             log.warning(
@@ -60,7 +61,7 @@ class QuantizedShards(Shards):
         return self.scheme.kind == "int8" and self.scheme.block is None
 
     def is_quantized(self, name: str) -> bool:
-        return name in self.tensors and self.tensors[name].dtype.name in _TYPES[self.scheme.kind]
+        return name in self.tensors and self.tensors[name].dtype.name in _TYPES[self._said]
 
     def read(self, name: str, out: np.ndarray) -> None:
         """As `Shards.read`; scales are multiplied in.
@@ -126,12 +127,12 @@ class QuantizedShards(Shards):
 
     def _check_float(self, name: str) -> None:
         """Refuses a tensor that config.json, or what lies beside it, says is something else."""
-        tensor, kind = self._find(name), self.scheme.kind
+        tensor, said = self._find(name), self._said
         seen = f"{name} in {tensor.path.name} is {tensor.dtype.name} {list(tensor.shape)}"
         if any(tensor.dtype.name in types for types in _TYPES.values()):
-            raise CheckpointError(f"{seen}, but quantization_config says {kind}")
+            raise CheckpointError(f"{seen}, but quantization_config says {said}")
         if key := self._scale_name(name):
-            raise CheckpointError(f"{seen}, but {key} lies beside it; expected {kind}")
+            raise CheckpointError(f"{seen}, but {key} lies beside it; expected {said}")
 
     def _raw(self, name: str) -> np.ndarray:
         """A tensor as it is stored."""

@@ -27,6 +27,7 @@ class Scheme:
         block: rows and columns that share a scale, where scales are for blocks.
         by_row: there are weights with a scale for each row.
         by_tensor: there are weights with one scale.
+        fmt: of "fp8", which of the two it is, "e4m3" or "e5m2", if that is said.
     """
 
     kind: str
@@ -35,6 +36,7 @@ class Scheme:
     block: tuple[int, int] | None = None
     by_row: bool = True
     by_tensor: bool = True
+    fmt: str | None = None
 
 
 _INVERSE = ("_scale_inv", "_scale")
@@ -69,9 +71,11 @@ def scheme(hf: Mapping[str, Any]) -> Scheme | None:
 
 def _fp8(config: Mapping[str, Any]) -> Scheme:
     _expect("activation_scheme", config.get("activation_scheme", "dynamic"), "dynamic", "static")
+    _expect("fmt", fmt := config.get("fmt"), None, "e4m3", "e5m2")
     if (block := config.get("weight_block_size")) is None:
-        return Scheme("fp8", True, _INVERSE)
-    return Scheme("fp8", True, _INVERSE, _block("weight_block_size", block), False, False)
+        return Scheme("fp8", True, _INVERSE, fmt=fmt)
+    tile = _block("weight_block_size", block)
+    return Scheme("fp8", True, _INVERSE, tile, by_row=False, by_tensor=False, fmt=fmt)
 
 
 def _modelopt(config: Mapping[str, Any]) -> Scheme | None:

@@ -275,6 +275,14 @@ def test_a_corrupt_checkpoint_is_refused_by_name(tmp_path, changes, message, con
         load(tmp_path, convert=convert)
 
 
+def test_a_float8_of_another_format_than_config_json_says(tmp_path):
+    write(tmp_path, FP8_BLOCKS)
+    rewrite(tmp_path, **{NAME: np.ones((64, 64), ml_dtypes.float8_e5m2)})
+    seen = rf"{NAME} in model.safetensors is float8_e5m2 \[64, 64\], but .* says e4m3"
+    with pytest.raises(CheckpointError, match=seen):
+        load(tmp_path)
+
+
 @pytest.mark.parametrize("config", [W8A8, FP8_BLOCKS])
 def test_a_scale_of_zero_is_that_of_zeros(tmp_path, config):
     """As exporters write rows that a model never uses."""
@@ -400,6 +408,7 @@ def test_eight_bits_that_config_json_does_not_speak_of(tmp_path):
         ({"config_groups": {"a": {"weights": {**INT8, "symmetric": False}}}}, "symmetric False"),
         ({"quant_method": "fp8", "weight_block_size": 128}, "weight_block_size 128"),
         ({"quant_method": "fp8", "activation_scheme": "odd"}, "activation_scheme 'odd'"),
+        ({"quant_method": "fp8", "fmt": "e3m4"}, "fmt 'e3m4' .*known: 'e4m3', 'e5m2'"),
     ],
 )
 def test_what_is_not_supported_is_named(change, message):
