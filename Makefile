@@ -11,7 +11,8 @@ SUITE   ?= quick
 AOT     ?= $(shell grep -rl 'mark\.aot' tests)
 BIN     := $(VENV)/bin
 PYTEST  := $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
-PIP     := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+# Modules are compiled as they are imported: all of torch's at once take longer than to unpack them.
+PIP     := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile
 
 # Quick tests spend more time in LLVM than in what it makes; slow ones run what users run. The second
 # flag, a quarter of that time, is one of jax 0.10, with which Python 3.11 ends.
