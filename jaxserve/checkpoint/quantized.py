@@ -47,7 +47,7 @@ class QuantizedShards(Shards):
 
     def __init__(self, folder: Path, scheme: Scheme):
         super().__init__(folder)
-        self.scheme, self._said = scheme, scheme.fmt or scheme.kind
+        self.scheme = scheme
         static = sorted(name for name in self.tensors if name.endswith(_ACTIVATIONS))
         if static:
             log.warning(
@@ -61,7 +61,7 @@ class QuantizedShards(Shards):
         return self.scheme.kind == "int8" and self.scheme.block is None
 
     def is_quantized(self, name: str) -> bool:
-        return name in self.tensors and self.tensors[name].dtype.name in _TYPES[self._said]
+        return name in self.tensors and self.tensors[name].dtype.name in _TYPES[self.scheme.said]
 
     def read(self, name: str, out: np.ndarray) -> None:
         """As `Shards.read`; scales are multiplied in.
@@ -127,7 +127,7 @@ class QuantizedShards(Shards):
 
     def _check_float(self, name: str) -> None:
         """Refuses a tensor that config.json, or what lies beside it, says is something else."""
-        tensor, said = self._find(name), self._said
+        tensor, said = self._find(name), self.scheme.said
         seen = f"{name} in {tensor.path.name} is {tensor.dtype.name} {list(tensor.shape)}"
         if any(tensor.dtype.name in types for types in _TYPES.values()):
             raise CheckpointError(f"{seen}, but quantization_config says {said}")

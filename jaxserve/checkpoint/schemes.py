@@ -38,6 +38,11 @@ class Scheme:
     by_tensor: bool = True
     fmt: str | None = None
 
+    @property
+    def said(self) -> str:
+        """What config.json says eight bits are, as closely as it does."""
+        return self.fmt or self.kind
+
 
 _INVERSE = ("_scale_inv", "_scale")
 """transformers writes the first, vLLM's own exporters the second; both are multiplied in."""
