@@ -8,7 +8,7 @@ PARITY  ?= ,parity
 SLOW    ?= inf
 JOBS    ?= 2
 SUITE   ?= quick
-AOT     ?= $(shell grep -rl 'mark\.aot' tests)
+AOT     ?= $(shell grep -rl --include='*.py' 'mark\.aot' tests)
 BIN     := $(VENV)/bin
 PYTEST  := $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
 # Modules are compiled as they are imported: all of torch's at once take longer than to unpack them.
