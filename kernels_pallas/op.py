@@ -118,6 +118,17 @@ class Op:
     cases: tuple[Case, ...]
     in_place: tuple[tuple[int, int], ...] = ()
 
+    def case(self, name: str) -> Case:
+        """The case of that name.
+
+        Raises:
+            KeyError: there is none.
+        """
+        found = {case.name: case for case in self.cases}
+        if name not in found:
+            raise KeyError(f"{self.name} has no case {name!r}; there are {', '.join(found)}")
+        return found[name]
+
     def __call__(
         self, *args: Any, target: Target, implementation: str | None = None, **options: Any
     ) -> Any:

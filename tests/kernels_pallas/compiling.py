@@ -45,7 +45,7 @@ def _prepare(folder: Path) -> None:
 
 def _compile(op_name: str, body: str, case_name: str, target: str) -> Compiled:
     op = next(op for op in OPS if op.name == op_name)
-    case = next(case for case in op.cases if case.name == case_name)
+    case = op.case(case_name)
     sharding = NamedSharding(compile_only.mesh(target), PartitionSpec())
     args, arrays = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),

@@ -62,7 +62,7 @@ def _launched(module: Any, run: Callable[..., Any]) -> Callable[..., Any]:
 
 def case_of(op: Op, name: str) -> tuple[tuple[Any, ...], dict[str, Any], Mapping[str, Any]]:
     """Arguments, arrays and options of a case."""
-    [case] = [case for case in op.cases if case.name == name]
+    case = op.case(name)
     return *case.make(jax.random.key(3)), case.options
 
 

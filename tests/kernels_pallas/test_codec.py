@@ -338,7 +338,7 @@ def test_the_tpu_writer_fills_wide_rows_of_many_heads(kind):
 @pytest.mark.parametrize("op", [ops.page_write, ops.page_attention], ids=lambda op: op.name)
 @pytest.mark.parametrize("name", ["int8-latent", "int4"])
 def test_it_has_no_race_on_a_simulated_tpu(op, name):
-    case = next(case for case in op.cases if case.name == name)
+    case = op.case(name)
     args, arrays = case.make(jax.random.key(0))
     try:
         found = op.run(

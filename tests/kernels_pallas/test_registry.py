@@ -80,7 +80,7 @@ def agree(found, expected, tolerance: float) -> None:
 def made(op_name: str, case_name: str):
     """A case's arguments and what its reference says: compiled once for all bodies."""
     [op] = (op for op in OPS if op.name == op_name)
-    [case] = (case for case in op.cases if case.name == case_name)
+    case = op.case(case_name)
 
     def reference(args, arrays):
         return op.reference(*args, **arrays, **case.options)
@@ -142,9 +142,16 @@ def test_lowers_with_nothing_but_jaxlib(op: Op, body: str, case: Case):
     assert re.search(r"tpu_custom_call|mosaic_gpu", exported.mlir_module())
 
 
+def test_a_case_that_is_not_there_is_named():
+    with pytest.raises(
+        KeyError, match=f"{OPS[0].name} has no case 'odd'; .*{OPS[0].cases[0].name}"
+    ):
+        OPS[0].case("odd")
+
+
 def test_layers_that_are_written_out_lower_a_hopper_kernel_once():
     [op] = (op for op in OPS if op.name == "page_attention")
-    case = next(case for case in op.cases if case.name == "mixed-grouped")
+    case = op.case("mixed-grouped")
 
     def layers(args, arrays):
         q, k_pages, v_pages, _, *rest = args
