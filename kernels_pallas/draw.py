@@ -50,7 +50,8 @@ def _keep_top_k(p: Array, k: Array) -> Array:
 
 def _keep_top_p(p: Array, top_p: Array) -> Array:
     """Keeps the fewest largest whose share reaches top_p."""
-    need = top_p * jnp.sum(p, -1)
+    share = jnp.maximum(top_p, jnp.finfo(jnp.float32).tiny)  # a share of 0 would keep nothing
+    need = share * jnp.sum(p, -1)
     return jnp.where(
         (top_p < 1)[:, None], _above(p, lambda kept: jnp.sum(jnp.where(kept, p, 0), -1) >= need), p
     )
@@ -87,14 +88,24 @@ def _inverse_cdf(p: Array, u: Array) -> Array:
     R, V = p.shape
     width = 1 << (V - 1).bit_length() // 2
     blocks = jnp.pad(p, ((0, 0), (0, -V % width))).reshape(R, -1, width)
-    ends = jnp.cumsum(blocks.sum(-1), -1)
+    sums = blocks.sum(-1)
+    ends = jnp.cumsum(sums, -1)
     target = u * ends[:, -1]
-    block = jnp.sum(ends <= target[:, None], -1)
-    block = jnp.minimum(
-        block, jnp.max(jnp.where(blocks.sum(-1) > 0, jnp.arange(blocks.shape[1]), 0), -1)
-    )
+    block = _first_past(target, sums, ends)
     inside = jnp.take_along_axis(blocks, block[:, None, None], 1)[:, 0]
     before = jnp.take_along_axis(ends, block[:, None], 1)[:, 0] - inside.sum(-1)
-    token = jnp.sum(before[:, None] + jnp.cumsum(inside, -1) <= target[:, None], -1)
-    last = jnp.max(jnp.where(inside > 0, jnp.arange(width), 0), -1)  # rounding must not leave it
-    return (block * width + jnp.minimum(token, last)).astype(jnp.int32)
+    token = _first_past(target, inside, before[:, None] + jnp.cumsum(inside, -1))
+    return (block * width + token).astype(jnp.int32)
+
+
+def _first_past(target: Array, p: Array, ends: Array) -> Array:
+    """The first index with weight p [R, N] whose running sum `ends` passes target [R].
+
+    Sums are rounded, each in its own order, so they may pass it early, at an index without weight,
+    or never. The first would draw what top-k, top-p or a mask removed.
+    """
+    ids = jnp.arange(p.shape[-1])
+    some = p > 0
+    last = jnp.max(jnp.where(some, ids, 0), -1)
+    passed = some & (ends > target[:, None])
+    return jnp.minimum(jnp.min(jnp.where(passed, ids, p.shape[-1]), -1), last)

@@ -16,6 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 from kernels_pallas import sample_gpu
 from kernels_pallas.draw import BITS, COLDEST, draw, highest
 from kernels_pallas.op import Body, Case, Cost, Op, UnsupportedError, tried
+from kernels_pallas.target import not_hopper
 
 _ROWS, _LANES = 8, 128  # of scores that are searched together, in VMEM; lanes of a register
 
@@ -107,7 +108,8 @@ def _kernel(
     column = (_ROWS, 1)
     k = jnp.where(top_k_ref[...] > 0, top_k_ref[...], vocab).astype(jnp.float32)  # exact to 2^24
     low = highest(column, k_rounds_ref[group], lambda at: reaching(at, jnp.ones_like) >= k)
-    need = top_p_ref[...] * reaching(low, lambda p: p)
+    share = jnp.maximum(top_p_ref[...], jnp.finfo(jnp.float32).tiny)  # one of 0 keeps nothing
+    need = share * reaching(low, lambda p: p)
     lower = highest(
         column,
         p_rounds_ref[group],
@@ -200,7 +202,7 @@ sample = Op(
     draw,
     {
         "mosaic_tpu": Body("tpu", tpu, TpuTile),
-        "mosaic_gpu": Body("gpu", sample_gpu.gpu, sample_gpu.GpuTile),
+        "mosaic_gpu": Body("gpu", sample_gpu.gpu, sample_gpu.GpuTile, declines=not_hopper),
     },
     CASES,
 )
