@@ -38,7 +38,15 @@ def quantize_rows(x: Array) -> tuple[Array, Array]:
     and one that is not finite has no finite scale.
     """
     x = x.astype(jnp.float32)
-    top = jnp.max(jnp.abs(x), -1, keepdims=True)
+    top = largest(x)
     steps = jnp.where(top > 0, 127.0 / top, 0.0)
     values = lax.round(x * steps, lax.RoundingMethod.TO_NEAREST_EVEN).astype(jnp.int8)
     return values, top[..., 0] * (1 / 127.0)
+
+
+def largest(x: Array) -> Array:
+    """The largest magnitude of each row of x [..., K], [..., 1]; infinite where a lane is NaN.
+
+    XLA's maximum over long rows forgets a NaN on CPU, and the row would pass for a sound one.
+    """
+    return jnp.max(jnp.where(jnp.isnan(x), jnp.inf, jnp.abs(x)), -1, keepdims=True)

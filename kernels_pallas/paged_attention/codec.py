@@ -318,7 +318,7 @@ def _quantize_nibbles(x: Array) -> tuple[Array, Array]:
     """Rows [..., W] as nibbles in uint8 and scales [...]; one that is not finite has no scale."""
     high, low = x.max(-1, keepdims=True), x.min(-1, keepdims=True)
     top = jnp.where(high >= -low, high, low)
-    top = jnp.where(jnp.isnan(high), high, top)
+    top = jnp.where(jnp.all(jnp.isfinite(x), -1, keepdims=True), top, jnp.nan)
     steps = jnp.where(top != 0, -8.0 / top, 0.0)
     values = jnp.clip(_round(x * steps), -8, 7).astype(jnp.int8)
     return lax.bitcast_convert_type(values, jnp.uint8) & 15, top[..., 0] * (-1 / 8)
