@@ -44,12 +44,16 @@ class Body:
             are tuned.
         wanted: device -> the tile that it wants where nothing is tuned, or None for the body's
             own choice.
+        declines: device -> why the body cannot run there although the platform is its own, or
+            None. Asked before it is traced, since some compilers only fail, and one ends the
+            process.
     """
 
     platform: Platform
     run: Callable[..., Any]
     tile: type
     wanted: Callable[[str], Any] = lambda device: None
+    declines: Callable[[str], str | None] = lambda device: None
 
     def tiles(self, device: str) -> Iterator[Any]:
         """What tuning tries besides what the body wants there, which these differ from."""
@@ -144,6 +148,9 @@ class Op:
         for name in self._candidates(target, implementation, won):
             body, tile = self.bodies.get(name), None
             if body is not None:
+                if reason := body.declines(target.device):
+                    declined[name] = reason
+                    continue
                 tile = body.tile(**sizes) if name == won and sizes else body.wanted(target.device)
             try:
                 return self.chosen(target, name, *args, tile=tile, **options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -22,12 +23,22 @@ _DEVICES = {
 }
 """Short names of device kinds: those of files under tuned/."""
 
+_HOPPER = re.compile(r"\bG?H(100|200|800|20)\b")
+
 _NARROW = ("v4", "v5e", "v5p")
 
 
 def matrix_unit(device: str) -> int:
     """Columns of a product that a TPU's matrix unit works on at a time; it takes as many of K."""
     return 128 if device in _NARROW else 256
+
+
+def not_hopper(device: str) -> str | None:
+    """Why a kernel for Hopper (sm_90a) cannot run on a GPU; None if it can, or if the device is
+    not known. Other generations have no wgmma."""
+    if not device or _HOPPER.search(device.upper()):
+        return None
+    return f"kernels for Hopper need an H100, H200, H800, H20 or GH200, and this is {device!r}"
 
 
 @dataclass(frozen=True)

@@ -17,14 +17,14 @@ from kernels_pallas.flash_attention.gpu_blocks import GpuTile
 from kernels_pallas.flash_attention.gradient import with_gradient
 from kernels_pallas.flash_attention.tpu_blocks import TpuTile
 from kernels_pallas.op import Body, Op
-from kernels_pallas.target import Target
+from kernels_pallas.target import Target, not_hopper
 
 flash_attention_gradient = Op(
     "flash_attention_gradient",
     reference.gradient,
     {
         "mosaic_tpu": Body("tpu", mosaic_tpu_backward.backward, TpuTile),
-        "mosaic_gpu": Body("gpu", mosaic_gpu_backward.backward, GpuTile),
+        "mosaic_gpu": Body("gpu", mosaic_gpu_backward.backward, GpuTile, declines=not_hopper),
     },
     cases(backward=True),
 )
@@ -47,7 +47,7 @@ flash_attention = FlashAttention(
     reference.attend,
     {
         "mosaic_tpu": Body("tpu", mosaic_tpu.forward, TpuTile),
-        "mosaic_gpu": Body("gpu", mosaic_gpu.forward, mosaic_gpu.ForwardTile),
+        "mosaic_gpu": Body("gpu", mosaic_gpu.forward, mosaic_gpu.ForwardTile, declines=not_hopper),
     },
     cases(backward=False),
 )

@@ -13,6 +13,7 @@ from kernels_pallas.paged_attention import mosaic_gpu_writing, mosaic_tpu_writin
 from kernels_pallas.paged_attention.cases import batch as step_of
 from kernels_pallas.paged_attention.coded_cases import WRITING
 from kernels_pallas.paged_attention.reference import page_write as reference
+from kernels_pallas.target import not_hopper
 
 
 def _case(
@@ -49,7 +50,9 @@ page_write = Op(
     reference,
     {
         "mosaic_tpu": Body("tpu", mosaic_tpu_writing.page_write, mosaic_tpu_writing.TpuTile),
-        "mosaic_gpu": Body("gpu", mosaic_gpu_writing.page_write, mosaic_gpu_writing.GpuTile),
+        "mosaic_gpu": Body(
+            "gpu", mosaic_gpu_writing.page_write, mosaic_gpu_writing.GpuTile, declines=not_hopper
+        ),
     },
     CASES,
     in_place=((0, 0), (1, 1)),
