@@ -1,6 +1,6 @@
 """Tile sizes that were measured or compiled best, one JSON file for each device under tuned/.
 
-    {"int8_matmul": {"int8[64,4096] ...": {"implementation": "mosaic_gpu", "tile": {"tokens": 64},
+    {"int8_matmul": {"int8[64,4096] ...": {"implementation": "mosaic_gpu", "tile": {"block_m": 64},
                                            "source": "measured", "ms": {...}, ...}}}
 
 A signature is that of `Op.signature`. The implementation is a body, or "reference" where XLA's own

@@ -20,6 +20,32 @@ def registers(warpgroups: int) -> int:
     return 512 // warpgroups // 8 * 8 * warpgroups
 
 
+def pipelined(
+    step: Callable[..., Any], compute: Callable[..., None], operands: Sequence[Any], *,
+    warpgroups: int, **pipeline: Any,
+) -> None:  # fmt: skip
+    """Runs step(indices, *tiles, sums) on tiles of the operands while the next ones are loaded.
+
+    Args:
+        step: returns the sums.
+        compute: is given a function that takes the sums and runs all steps.
+        warpgroups: that compute. One loads for itself: several such blocks share an SM, and each
+            computes while others wait. If there are several, one more warpgroup loads for them.
+        pipeline: the grid, the specs of the operands and the number of steps at a time.
+    """
+    if warpgroups > 1:
+        plgpu.emit_pipeline_warp_specialized(
+            step, wg_axis="wg", num_compute_wgs=warpgroups, memory_registers=40,
+            compute_context=compute, **pipeline,
+        )(*operands)  # fmt: skip
+        return
+
+    def run(sums: Any) -> None:
+        plgpu.emit_pipeline(lambda *tiles: step(*tiles, sums), **pipeline)(*operands)
+
+    compute(run)
+
+
 def product(a: Any, b: Any, meanwhile: Callable[[], None] | None = None) -> Array:
     """a @ b of tiles in shared memory, [64, n] in float32. `meanwhile` is done before its end."""
 

@@ -91,7 +91,7 @@ def test_more_rows_than_there_are():
 def test_rows_by_hand(body, sizes):
     rows = 72
     x, w, groups = operands(sizes, rows)
-    tile = {"mosaic_tpu": TpuTile(rows=32), "mosaic_gpu": GpuTile(16, 1, 64, 128, 2)}.get(body)
+    tile = {"mosaic_tpu": TpuTile(block_m=32), "mosaic_gpu": GpuTile(16, 1, 64, 64, 2)}.get(body)
     interpret = versions.simulated_gpu() if body == "mosaic_gpu" else True
     options = {} if tile is None else {"tile": tile, "interpret": interpret}
     y = grouped_matmul.run(body, x, w, groups, out_dtype=jnp.float32, **options)
@@ -105,7 +105,7 @@ def test_any_groups_on_tpu(sizes, padding):
     rows = max(1, sum(sizes) + padding)
     x, w, groups = operands(sizes, rows, K=256, layers=2)
     options = {"layer": jnp.int32(1), "out_dtype": jnp.float32}
-    tile = TpuTile(rows=32, bytes=256)
+    tile = TpuTile(block_m=32, block_k=128)
     found = grouped_matmul.run("mosaic_tpu", x, w, groups, tile=tile, interpret=True, **options)
     np.testing.assert_allclose(found, by_hand(x, w[1], sizes), atol=1e-5)
 
@@ -116,7 +116,7 @@ def test_several_warpgroups_on_hopper(rows):
     sizes = [3, 0, 150, 20]
     x, w, groups = operands(sizes, 179, N=2 * rows, K=128)
     found = grouped_matmul.run(
-        "mosaic_gpu", x, w, groups, tile=GpuTile(128, 2, rows, 128, 2),
+        "mosaic_gpu", x, w, groups, tile=GpuTile(128, 2, rows, 64, 2),
         interpret=versions.simulated_gpu(), out_dtype=jnp.float32,
     )  # fmt: skip
     np.testing.assert_allclose(found, by_hand(x, w, sizes), atol=1e-5)
