@@ -110,6 +110,8 @@ class Op:
             a faster form in plain JAX.
         in_place: pairs of an argument and the result that replaces it, both by number. A caller
             donates such arguments; otherwise they are copied.
+        differentiate: takes a body's function and the target, and returns the function with a
+            gradient; None if bodies have none. JAX differentiates the reference by itself.
     """
 
     name: str
@@ -117,6 +119,7 @@ class Op:
     bodies: Mapping[str, Body]
     cases: tuple[Case, ...]
     in_place: tuple[tuple[int, int], ...] = ()
+    differentiate: Callable[[Callable[..., Any], Target], Callable[..., Any]] | None = None
 
     def case(self, name: str) -> Case:
         """The case of that name.
@@ -146,15 +149,14 @@ class Op:
             if body is not None:
                 tile = body.tile(**sizes) if name == won and sizes else body.wanted(target.device)
             try:
-                return self.chosen(target, name, *args, tile=tile, **options)
+                run = functools.partial(self.run, name, tile=tile)
+                if self.differentiate is not None and name != "reference":
+                    run = self.differentiate(run, target)
+                return run(*args, **options)
             except UnsupportedError as error:
                 declined[name] = str(error)
         reasons = "; ".join(f"{name}: {reason}" for name, reason in declined.items())
         raise UnsupportedError(f"{self.name}: nothing can run this. {reasons}")
-
-    def chosen(self, target: Target, name: str, *args: Any, tile: Any, **options: Any) -> Any:
-        """The result of the implementation that was chosen for `target`, with its tile."""
-        return self.run(name, *args, tile=tile, **options)
 
     def run(self, name: str, *args: Any, tile: Any = None, interpret: Any = False, **options: Any):
         """The result of one implementation."""
