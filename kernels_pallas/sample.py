@@ -1,4 +1,4 @@
-"""`draw` as an op: the scores of eight rows lie in VMEM while their thresholds are searched."""
+"""`draw` as an op. On a TPU, scores of eight rows stay in VMEM while thresholds are searched."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from kernels_pallas import sample_gpu
 from kernels_pallas.draw import BITS, COLDEST, draw, highest
 from kernels_pallas.op import Body, Case, Cost, Op, UnsupportedError, tried
 
-_ROWS, _LANES = 8, 128  # of scores that are searched together, in VMEM; lanes of a register
+_ROWS, _LANES = 8, 128  # of a register: eight rows are searched together
 
 
 @dataclass(frozen=True)
 class TpuTile:
-    """vocab: entries of eight rows that are read at a time."""
+    """vocab: entries of each row that are read at a time."""
 
     vocab: int = tried(2048, 1024, 4096, 8192)
 
@@ -31,14 +31,18 @@ def tpu(
     scores: Array, u: Array, temperature: Array, top_k: Array, top_p: Array, min_p: Array, *,
     tile: TpuTile | None = None, interpret: Any = False,
 ) -> Array:  # fmt: skip
-    """`draw` as a TPU kernel: scores are read once, and bisected where they lie."""
+    """`draw` as a TPU kernel: scores are read from HBM once, and searched in VMEM.
+
+    Raises:
+        UnsupportedError: scores are not float32.
+    """
     R, V = scores.shape
     if scores.dtype != jnp.float32:
         raise UnsupportedError(f"scores are {scores.dtype}, and must be float32")
     width = min((tile or TpuTile()).vocab, -(-V // _LANES) * _LANES)
     padded, groups = -(-V // width) * width, pl.cdiv(R, _ROWS)
 
-    def rounds(wanted: Array) -> Array:  # [groups]; none where no row asks for them
+    def rounds(wanted: Array) -> Array:  # [groups]; 0 where no row of a group asks for any
         wanted = jnp.pad(wanted, (0, groups * _ROWS - R)).reshape(groups, _ROWS)
         return jnp.where(wanted.any(-1), BITS, 0)
 
@@ -55,7 +59,7 @@ def tpu(
             scratch_shapes=[pltpu.VMEM((_ROWS, padded), jnp.float32)],
         ),
         out_shape=jax.ShapeDtypeStruct((R, 1), jnp.int32),
-        # scores twice, while the next rows arrive, and their probabilities
+        # two buffers of scores, as the next rows are loaded meanwhile, and one of probabilities
         compiler_params=pltpu.CompilerParams(vmem_limit_bytes=3 * 4 * _ROWS * padded + 2**22),
         interpret=interpret,
         name="sample",
@@ -72,6 +76,12 @@ def _kernel(
     k_rounds_ref, p_rounds_ref, scores_ref, u_ref, temperature_ref, top_k_ref, top_p_ref, min_p_ref,
     token_ref, p_ref, *, vocab: int, width: int,
 ):  # fmt: skip
+    """Draws the tokens of eight rows.
+
+    Args:
+        p_ref: scratch of the scores' shape, for probabilities relative to the largest.
+        width: entries of each row that are read at a time.
+    """
     steps, group = p_ref.shape[1] // width, pl.program_id(0)
     place = lax.broadcasted_iota(jnp.int32, (_ROWS, width), 1)
 
@@ -91,21 +101,21 @@ def _kernel(
             lambda p: jnp.where(lax.bitcast_convert_type(p, jnp.int32) >= threshold, what(p), 0.0)
         )
 
-    most = lax.fori_loop(
-        0, steps, lambda i, most: jnp.maximum(most, _folded(score(i), jnp.maximum)),
+    row_max = lax.fori_loop(
+        0, steps, lambda i, found: jnp.maximum(found, _folded(score(i), jnp.maximum)),
         jnp.full((_ROWS, _LANES), -jnp.inf, jnp.float32),
     )  # fmt: skip
-    most = jnp.max(most, 1, keepdims=True)
+    row_max = jnp.max(row_max, 1, keepdims=True)
 
     def weigh(i: Array, _: None) -> None:
-        p = jnp.exp((score(i) - most) / jnp.maximum(temperature_ref[...], COLDEST))
+        p = jnp.exp((score(i) - row_max) / jnp.maximum(temperature_ref[...], COLDEST))
         p_ref[:, pl.ds(pl.multiple_of(i * width, _LANES), width)] = jnp.where(
             p >= min_p_ref[...], p, 0.0
         )
 
     lax.fori_loop(0, steps, weigh, None)
     column = (_ROWS, 1)
-    k = jnp.where(top_k_ref[...] > 0, top_k_ref[...], vocab).astype(jnp.float32)  # exact to 2^24
+    k = jnp.where(top_k_ref[...] > 0, top_k_ref[...], vocab).astype(jnp.float32)  # exact up to 2^24
     low = highest(column, k_rounds_ref[group], lambda at: reaching(at, jnp.ones_like) >= k)
     need = top_p_ref[...] * reaching(low, lambda p: p)
     lower = highest(
@@ -119,7 +129,7 @@ def _kernel(
 
 
 def _folded(x: Array, by: Callable[[Array, Array], Array] = jnp.add) -> Array:
-    """[8, W] as [8, 128], whole registers onto one another."""
+    """[8, W] reduced to [8, 128] by operations on whole registers."""
     parts = [x[:, i : i + _LANES] for i in range(0, x.shape[1], _LANES)]
     while len(parts) > 1:
         pairs = [by(*parts[i : i + 2]) for i in range(0, len(parts) - 1, 2)]
@@ -128,10 +138,11 @@ def _folded(x: Array, by: Callable[[Array, Array], Array] = jnp.add) -> Array:
 
 
 def _pick(part: Callable[[Any], Array], low: Array, target: Array, steps: int, token_ref: Any):
-    """Puts down the token at which the running sum of what reaches `low` passes the target [8, 1].
+    """Writes the token at which the running sum of what reaches `low` passes the target [8, 1].
 
-    Of parts, then of registers, then of lanes, it is the last one that weighs something and whose
-    running sum begins at or before the target. Rounding cannot leave what is kept.
+    It is found among parts, then registers, then lanes: each time the last one that has any weight
+    and before which the running sum is at most the target. Rounding cannot make it a token of no
+    weight.
     """
 
     def kept(i: Array) -> Array:
@@ -165,7 +176,7 @@ def _pick(part: Callable[[Any], Array], low: Array, target: Array, steps: int, t
 
 
 def _case(R: int, V: int, *, shipped: bool = False, **filters: float) -> Case:
-    """Every other row has the filters; the others take all."""
+    """R rows of V scores. Every other row has the filters, and the others none."""
 
     def make(key: Array) -> tuple[tuple[Array, ...], dict[str, Array]]:
         a, b = jax.random.split(key)
