@@ -1,4 +1,4 @@
-"""Products of Hopper's matrix unit: 64 rows of a warpgroup, float32 sums in its registers."""
+"""Products on Hopper's tensor cores: wgmma of 64 rows per warpgroup, with sums in registers."""
 
 from __future__ import annotations
 
@@ -11,12 +11,16 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-ROWS = 64  # of a warpgroup: what wgmma fixes
+ROWS = 64
+"""Of a product of one warpgroup, as wgmma fixes them."""
 
 
 def registers(warpgroups: int) -> int:
-    """Of a thread of each, together, as a block of threads starts: equal shares of what there is,
-    by eights. Who then asks for more than the others have given back waits for ever."""
+    """Registers per thread at launch, summed over the warpgroups of a block of threads.
+
+    Each gets an equal share, in multiples of 8. A setmaxnreg that raises the sum above this waits
+    until others release registers: for ever, if they do not.
+    """
     return 512 // warpgroups // 8 * 8 * warpgroups
 
 
@@ -47,7 +51,11 @@ def pipelined(
 
 
 def product(a: Any, b: Any, meanwhile: Callable[[], None] | None = None) -> Array:
-    """a @ b of tiles in shared memory, [64, n] in float32. `meanwhile` is done before its end."""
+    """a @ b of tiles in shared memory, [64, n] in float32.
+
+    Args:
+        meanwhile: is called after the product has begun, and before it is waited for.
+    """
 
     def scope(total: Any) -> Array:
         plgpu.wgmma(total, a, b)
@@ -61,11 +69,12 @@ def product(a: Any, b: Any, meanwhile: Callable[[], None] | None = None) -> Arra
 def add_products(
     sums: Sequence[Array], pairs: Sequence[tuple[Any, Any]], *, simulated: bool
 ) -> tuple[Array, ...]:
-    """sums + a @ b of a pair (a, b) each, in the registers of the sums.
+    """sums + a @ b for each sum and its pair (a, b), accumulated in the registers of the sums.
 
     Args:
-        pairs: b is a tile in shared memory, and so is a, or it lies in registers.
-        simulated: the simulator knows no sums that go on, and no factors in registers.
+        pairs: b is a tile in shared memory; a is one too, or is in registers.
+        simulated: whether the kernel is simulated. The simulator supports neither accumulators that
+            begin with a value nor factors in registers.
     """
     if simulated:
         return tuple(x + _simulated(a, b) for x, (a, b) in zip(sums, pairs, strict=True))
@@ -74,8 +83,8 @@ def add_products(
         for ref, (a, b) in zip(refs, pairs, strict=True):
             plgpu.wgmma(ref, a, b)
 
-    going_on: Any = tuple(plgpu.WGMMAAccumulatorRef.init(x) for x in sums)
-    return pl.run_state(multiply)(going_on)
+    accumulators: Any = tuple(plgpu.WGMMAAccumulatorRef.init(x) for x in sums)
+    return pl.run_state(multiply)(accumulators)
 
 
 def _simulated(a: Any, b: Any) -> Array:
@@ -85,16 +94,15 @@ def _simulated(a: Any, b: Any) -> Array:
 
 
 def across(row: Array, shape: tuple[int, ...]) -> Array:
-    """A number per column."""
+    """A number per column, broadcast to all rows."""
     return lax.broadcast_in_dim(row, shape, (1,))
 
 
 def down(column: Array, shape: tuple[int, ...]) -> Array:
-    """A number per row."""
+    """A number per row, broadcast to all columns."""
     return lax.broadcast_in_dim(column, shape, (0,))
 
 
 def within(x: Array, end: Array) -> Array:
-    """0 <= x < end, for ends that are not negative: one comparison of unsigned numbers, and one
-    selection where it is asked."""
+    """0 <= x < end, for ends that are not negative, as one comparison of unsigned integers."""
     return x.astype(jnp.uint32) < end.astype(jnp.uint32)
