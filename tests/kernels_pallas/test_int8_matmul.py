@@ -7,13 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels_pallas import versions
 from kernels_pallas.int8_matmul import int8_matmul
 from kernels_pallas.int8_matmul.cases import case
 from kernels_pallas.int8_matmul.mosaic_gpu import Tile as GpuTile
 from kernels_pallas.int8_matmul.mosaic_tpu import Tile as TpuTile
 from kernels_pallas.op import UnsupportedError
 from kernels_pallas.rms_norm_quantize import quantize_rows
+from tests.kernels_pallas import simulators
 from tests.sparing import sparing
 
 
@@ -92,7 +92,7 @@ def test_blocks_of_several_parts_on_tpu(T, device):
 )
 def test_any_tile_on_hopper(T, warpgroups, block_k):
     tile = GpuTile(block_m=16, warpgroups=warpgroups, block_k=block_k, stages=2)
-    same("mosaic_gpu", T, 128, 256, tile, versions.simulated_gpu(), layers=2)
+    same("mosaic_gpu", T, 128, 256, tile, simulators.gpu(), layers=2)
 
 
 def test_what_is_refused():
