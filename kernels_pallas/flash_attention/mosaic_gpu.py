@@ -62,6 +62,7 @@ class _Options:
 
     @property
     def logit_scale(self) -> float:
+        """`gpu_blocks.logit_scale` of these options."""
         return logit_scale(self.scale, self.soft_cap)
 
 

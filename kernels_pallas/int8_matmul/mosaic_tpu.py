@@ -147,14 +147,9 @@ def tpu(
     row_spec = pl.BlockSpec(
         (scale_rows, block_n), lambda t, n, k, i: (lax.div(i[0], _SCALE_ROWS), n)
     )
+    kernel = partial(_kernel, gated=gated, biased=bias is not None, activation=activation)
     return pl.pallas_call(
-        partial(
-            _kernel,
-            gated=gated,
-            biased=bias is not None,
-            activation=activation,
-            parts=tile.parts(block_m, gated),
-        ),
+        partial(kernel, parts=tile.parts(block_m, gated)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(pl.cdiv(T, block_m), pl.cdiv(N, block_n), K // block_k),
