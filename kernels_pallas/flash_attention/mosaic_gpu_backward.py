@@ -106,7 +106,7 @@ def backward(
 
 
 class _Inputs(NamedTuple):
-    """Arrays in global memory. A number per query of lse, in base 2, and of delta."""
+    """Arrays in global memory; lse is in base 2."""
 
     q: Any  # [B, N, T, H]
     k: Any  # [B, K, T, H]
