@@ -128,10 +128,13 @@ class _Refs(NamedTuple):
 
     @classmethod
     def of(cls, refs: Sequence[Any], has_sinks: bool) -> _Refs:
-        inputs, refs = (refs[:6], refs[6:]) if has_sinks else ((*refs[:5], None), refs[5:])
-        o, lse, *q_and_o, first, kept, loaded, met = refs[:-6]
-        rings = Ring.of(refs[-6:-3]), Ring.of(refs[-3:])
-        return cls(*inputs, o, lse, q_and_o[0], q_and_o[-1], first, kept, loaded, met, *rings)
+        q, k, v, first, walk, *sinks = refs[: 5 + has_sinks]
+        o, lse, *heads, first_smem, lse_smem, loaded, met = refs[5 + has_sinks : -6]
+        return cls(
+            q, k, v, first, walk, sinks[0] if sinks else None, o, lse,
+            heads[0], heads[-1], first_smem, lse_smem, loaded, met,
+            Ring.of(refs[-6:-3]), Ring.of(refs[-3:]),
+        )  # fmt: skip
 
 
 class _Share(NamedTuple):

@@ -101,7 +101,8 @@ class _Refs(NamedTuple):
 
     @classmethod
     def of(cls, refs: Sequence[Any]) -> _Refs:
-        return cls(*refs[:6], refs[6:-6], *refs[-6:])
+        group, start, size, layer, x, w, *scales = refs[:-6]
+        return cls(group, start, size, layer, x, w, scales, *refs[-6:])
 
 
 class _Share(NamedTuple):
