@@ -14,7 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.op import Body, Case, Cost, Op, UnsupportedError, tried
 from kernels_pallas.quantize import quantize_rows
-from kernels_pallas.tiling import divisor
+from kernels_pallas.tpu import INT8_ROWS, LANES, divisor
 
 
 def reference(x: Array, scale: Array, *, eps: float, offset: float = 0.0) -> tuple[Array, Array]:
@@ -32,7 +32,6 @@ def reference(x: Array, scale: Array, *, eps: float, offset: float = 0.0) -> tup
     return quantize_rows(y * (offset + scale.astype(jnp.float32)))
 
 
-_ROWS, _LANES = 32, 128  # of an int8 tile in VMEM
 _COLUMNS = 512  # at most, per step: registers hold so many of 32 rows
 
 
@@ -50,27 +49,27 @@ def _tpu_kernel(x_ref, scale_ref, values_ref, scales_ref, *, eps: float, offset:
     a second one rounds.
     """
     D = x_ref.shape[1]
-    width = divisor(D, _COLUMNS, _LANES)
+    width = divisor(D, _COLUMNS, LANES)
 
     def scaled(rows: Any, i: Array) -> tuple[Array, Array, Any]:
         columns = pl.ds(pl.multiple_of(i * width, width), width)
         x = x_ref[rows, columns].astype(jnp.float32)
         return x, x * (offset + scale_ref[:, columns].astype(jnp.float32)), columns
 
-    @pl.loop(0, x_ref.shape[0] // _ROWS)
+    @pl.loop(0, x_ref.shape[0] // INT8_ROWS)
     def _(i: Array) -> None:
-        rows = pl.ds(pl.multiple_of(i * _ROWS, _ROWS), _ROWS)
+        rows = pl.ds(pl.multiple_of(i * INT8_ROWS, INT8_ROWS), INT8_ROWS)
 
         def measure(i: Array, found: tuple[Array, Array]) -> tuple[Array, Array]:
             x, y, _ = scaled(rows, i)
             squares, absmax = found
-            for at in range(0, width, _LANES):  # lanes are reduced at the end
-                part = slice(at, at + _LANES)
+            for at in range(0, width, LANES):  # lanes are reduced at the end
+                part = slice(at, at + LANES)
                 squares += x[:, part] * x[:, part]
                 absmax = jnp.maximum(absmax, jnp.abs(y[:, part]))
             return squares, absmax
 
-        zeros = jnp.zeros((_ROWS, _LANES), jnp.float32)
+        zeros = jnp.zeros((INT8_ROWS, LANES), jnp.float32)
         squares, absmax = lax.fori_loop(0, D // width, measure, (zeros, zeros))
         absmax = jnp.max(absmax, 1, keepdims=True)
         steps = jnp.where(absmax > 0, 127.0 / absmax, 0.0)
@@ -93,10 +92,10 @@ def tpu(
         UnsupportedError: D is no multiple of 128.
     """
     T, D = x.shape
-    if D % 128:
-        raise UnsupportedError(f"rows of {D=} must be whole lanes of 128")
+    if D % LANES:
+        raise UnsupportedError(f"rows of {D=} must be whole lanes of {LANES}")
     wanted = (tile or TpuTile(rows=min(256, 2**20 // D))).rows  # wide rows fill VMEM sooner
-    rows = max(32, min(wanted, T + 31) // 32 * 32)  # an int8 tile has 32 rows
+    rows = max(INT8_ROWS, min(wanted, T + INT8_ROWS - 1) // INT8_ROWS * INT8_ROWS)
     block = pl.BlockSpec((rows, D), lambda t: (t, 0))
     values, scales = pl.pallas_call(
         partial(_tpu_kernel, eps=eps, offset=offset),

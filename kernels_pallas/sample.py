@@ -16,8 +16,9 @@ from jax.experimental.pallas import tpu as pltpu
 from kernels_pallas import sample_gpu
 from kernels_pallas.draw import BITS, COLDEST, draw, highest
 from kernels_pallas.op import Body, Case, Cost, Op, UnsupportedError, tried
+from kernels_pallas.tpu import LANES, SUBLANES
 
-_ROWS, _LANES = 8, 128  # of a register: eight rows are searched together
+_ROWS = SUBLANES  # that are searched together, in a register
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ def tpu(
     R, V = scores.shape
     if scores.dtype != jnp.float32:
         raise UnsupportedError(f"scores are {scores.dtype}, and must be float32")
-    width = min((tile or TpuTile()).vocab, -(-V // _LANES) * _LANES)
+    width = min((tile or TpuTile()).vocab, -(-V // LANES) * LANES)
     padded, groups = -(-V // width) * width, pl.cdiv(R, _ROWS)
 
     def rounds(wanted: Array) -> Array:  # [groups]; 0 where no row of a group asks for any
@@ -86,13 +87,13 @@ def _kernel(
     place = lax.broadcasted_iota(jnp.int32, (_ROWS, width), 1)
 
     def part(ref: Any, i: Array) -> Array:
-        return ref[:, pl.ds(pl.multiple_of(i * width, _LANES), width)]
+        return ref[:, pl.ds(pl.multiple_of(i * width, LANES), width)]
 
     def score(i: Array) -> Array:
         return jnp.where(i * width + place < vocab, part(scores_ref, i), -jnp.inf)
 
     def total(of: Callable[[Array], Array]) -> Array:  # [8, 1]
-        zero = jnp.zeros((_ROWS, _LANES), jnp.float32)
+        zero = jnp.zeros((_ROWS, LANES), jnp.float32)
         add = lax.fori_loop(0, steps, lambda i, sums: sums + _folded(of(part(p_ref, i))), zero)
         return jnp.sum(add, 1, keepdims=True)
 
@@ -103,13 +104,13 @@ def _kernel(
 
     row_max = lax.fori_loop(
         0, steps, lambda i, found: jnp.maximum(found, _folded(score(i), jnp.maximum)),
-        jnp.full((_ROWS, _LANES), -jnp.inf, jnp.float32),
+        jnp.full((_ROWS, LANES), -jnp.inf, jnp.float32),
     )  # fmt: skip
     row_max = jnp.max(row_max, 1, keepdims=True)
 
     def weigh(i: Array, _: None) -> None:
         p = jnp.exp((score(i) - row_max) / jnp.maximum(temperature_ref[...], COLDEST))
-        p_ref[:, pl.ds(pl.multiple_of(i * width, _LANES), width)] = jnp.where(
+        p_ref[:, pl.ds(pl.multiple_of(i * width, LANES), width)] = jnp.where(
             p >= min_p_ref[...], p, 0.0
         )
 
@@ -130,7 +131,7 @@ def _kernel(
 
 def _folded(x: Array, by: Callable[[Array, Array], Array] = jnp.add) -> Array:
     """[8, W] reduced to [8, 128] by operations on whole registers."""
-    parts = [x[:, i : i + _LANES] for i in range(0, x.shape[1], _LANES)]
+    parts = [x[:, i : i + LANES] for i in range(0, x.shape[1], LANES)]
     while len(parts) > 1:
         pairs = [by(*parts[i : i + 2]) for i in range(0, len(parts) - 1, 2)]
         parts = pairs + parts[2 * len(pairs) :]
@@ -161,7 +162,7 @@ def _pick(part: Callable[[Any], Array], low: Array, target: Array, steps: int, t
 
     start = none(part(0), jnp.zeros(target.shape, jnp.float32))
     _, (p, before, outer) = lax.fori_loop(0, steps, lambda i, s: choose(i, kept(i), s), start)
-    registers = [p[:, i : i + _LANES] for i in range(0, p.shape[1], _LANES)]
+    registers = [p[:, i : i + LANES] for i in range(0, p.shape[1], LANES)]
     state = none(registers[0], before)
     for i, register in enumerate(registers):
         state = choose(i, register, state)
@@ -172,7 +173,7 @@ def _pick(part: Callable[[Any], Array], low: Array, target: Array, steps: int, t
         begins += jnp.where(lane >= shift, pltpu.roll(begins, shift, 1), 0.0)
     hit = (inside > 0) & (before + begins <= target)
     last = jnp.max(jnp.where(hit, lane.astype(jnp.float32), 0.0), 1, keepdims=True)
-    token_ref[...] = outer * p.shape[1] + inner * _LANES + last.astype(jnp.int32)
+    token_ref[...] = outer * p.shape[1] + inner * LANES + last.astype(jnp.int32)
 
 
 def _case(R: int, V: int, *, shipped: bool = False, **filters: float) -> Case:

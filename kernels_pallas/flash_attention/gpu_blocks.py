@@ -18,10 +18,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.flash_attention.reference import last_queries
+from kernels_pallas.hopper import ROWS, fit
 from kernels_pallas.op import UnsupportedError, tried
 from kernels_pallas.softmax import LOG2E
-from kernels_pallas.tiling import fit
-from kernels_pallas.wgmma import ROWS
 
 GROUPS = 2  # warpgroups that compute
 BLOCK = ROWS * GROUPS  # tokens of a block of the grid

@@ -31,9 +31,9 @@ from kernels_pallas.flash_attention.gpu_blocks import (
     seen,
 )
 from kernels_pallas.flash_attention.reference import first_seen
+from kernels_pallas.hopper import ROWS, add_products, down, product
 from kernels_pallas.op import tried
 from kernels_pallas.softmax import INITIAL_MAX, LOG2E
-from kernels_pallas.wgmma import ROWS, add_products, down, product
 
 
 @dataclass(frozen=True)

@@ -30,9 +30,8 @@ from kernels_pallas.flash_attention.gpu_blocks import (
 )
 from kernels_pallas.flash_attention.gradient import finite, sinks_gradient, softmax_delta
 from kernels_pallas.flash_attention.reference import first_seen
+from kernels_pallas.hopper import ROWS, across, add_products, down, late, product
 from kernels_pallas.softmax import LOG2E
-from kernels_pallas.tiling import late
-from kernels_pallas.wgmma import ROWS, across, add_products, down, product
 
 
 @dataclass(frozen=True)

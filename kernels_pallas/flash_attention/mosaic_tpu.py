@@ -31,7 +31,7 @@ from kernels_pallas.flash_attention.tpu_blocks import (
     width_axis,
 )
 from kernels_pallas.softmax import INITIAL_MAX, LOG2E
-from kernels_pallas.tiling import product
+from kernels_pallas.tpu import dot
 
 
 def forward(
@@ -98,7 +98,7 @@ def _kernel(
         k, v = rows(k_ref[0, 0], shape.H), columns(v_ref[0, 0], shape.Hv)
 
         def scores(g: int, at: slice) -> Array:  # [bk, part of bq]
-            return product(k, part_of(q_ref, shape.H, g, at), (1, width_axis(shape.H)))
+            return dot(k, part_of(q_ref, shape.H, g, at), (1, width_axis(shape.H)))
 
         for g, at, s in parts_ahead(shape, scores, ahead=3):
             s = logits(s, scale, soft_cap)
@@ -108,7 +108,7 @@ def _kernel(
             p, rescale = jnp.exp2(s - row_max), jnp.exp2(old_max - row_max)
             row_max_ref[g, :, at] = row_max
             row_sum_ref[g, :, at] = row_sum_ref[g, :, at] * rescale + jnp.sum(p, 0, keepdims=True)
-            values = product(v, p.astype(v.dtype), (1, 0))
+            values = dot(v, p.astype(v.dtype), (1, 0))
             values_ref[g, :, at] = values_ref[g, :, at] * rescale + values
 
     pl.when(flags & MASKED != 0)(partial(attend, True))

@@ -36,7 +36,7 @@ from kernels_pallas.flash_attention.tpu_blocks import (
     width_axis,
 )
 from kernels_pallas.softmax import LOG2E
-from kernels_pallas.tiling import product
+from kernels_pallas.tpu import dot
 
 
 def backward(
@@ -109,8 +109,8 @@ class _Scores(NamedTuple):
     def products(self, g: int, at: slice) -> tuple[Array, Array]:
         """Scores k @ q.T before the scale, and dp = v @ do.T, of a head [bk, part of bq]."""
         H, Hv = self.shape.H, self.shape.Hv
-        s = product(self.k, part_of(self.q, H, g, at), (1, width_axis(H)))
-        return s, product(self.v, part_of(self.do, Hv, g, at), (1, width_axis(Hv)))
+        s = dot(self.k, part_of(self.q, H, g, at), (1, width_axis(H)))
+        return s, dot(self.v, part_of(self.do, Hv, g, at), (1, width_axis(Hv)))
 
     def by_part(self, ahead: int) -> Iterator[tuple[int, slice, Array, Array]]:
         """p and ds [bk, part of bq] of each head and part of the queries; ds is not scaled yet."""
@@ -146,7 +146,7 @@ def _queries_kernel(
             shape, k, v, seen, q_ref, do_ref, lse_ref, delta_ref, scale, soft_cap
         )  # fmt: skip
         for g, at, _, ds in scores.by_part(ahead=1):
-            sum_ref[g, :, at] += product(k_columns, ds.astype(k.dtype), (1, 0))
+            sum_ref[g, :, at] += dot(k_columns, ds.astype(k.dtype), (1, 0))
 
     pl.when(flags & MASKED != 0)(partial(add, True))
     pl.when(flags & MASKED == 0)(partial(add, False))
@@ -179,8 +179,8 @@ def _keys_kernel(
         )  # fmt: skip
         for g, at, p, ds in scores.by_part(ahead=0):  # five products keep the matrix unit busy
             q, do = part_of(q_ref, shape.H, g, at), part_of(do_ref, shape.Hv, g, at)
-            v_sum_ref[...] += product(p.astype(do.dtype), do, (1, 1 - width_axis(shape.Hv)))
-            k_sum_ref[...] += product(ds.astype(q.dtype), q, (1, 1 - width_axis(shape.H)))
+            v_sum_ref[...] += dot(p.astype(do.dtype), do, (1, 1 - width_axis(shape.Hv)))
+            k_sum_ref[...] += dot(ds.astype(q.dtype), q, (1, 1 - width_axis(shape.H)))
 
     pl.when(flags & MASKED != 0)(partial(add, True))
     pl.when(flags & MASKED == 0)(partial(add, False))

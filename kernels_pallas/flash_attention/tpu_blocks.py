@@ -21,9 +21,8 @@ from jax.experimental.pallas import tpu as pltpu
 from kernels_pallas.flash_attention.reference import Steps
 from kernels_pallas.op import UnsupportedError, tried
 from kernels_pallas.softmax import LOG2E
-from kernels_pallas.tiling import divisor
+from kernels_pallas.tpu import LANES, divisor
 
-LANES = 128
 _PART = 256  # queries of a part: see `parts_ahead`
 _MAX_STEPS = 64 * 1024  # of three words each, in a scalar memory of 1 MiB
 

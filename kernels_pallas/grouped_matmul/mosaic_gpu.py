@@ -22,12 +22,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.grouped_matmul.reference import check
 from kernels_pallas.grouped_matmul.visits import blocks
+from kernels_pallas.hopper import LINE_BYTES, PLANNED_BYTES, fit, pipelined
 from kernels_pallas.op import UnsupportedError, tried
-from kernels_pallas.tiling import ALIGNED_FLOATS, fit
-from kernels_pallas.wgmma import pipelined
 
-_SWIZZLE = 128  # bytes of K in a row of a swizzled tile in shared memory
-_SHARED = 224 * 1024  # bytes of an SM's shared memory that `for_shape` plans with
 _STORE_M = 64  # rows of the result that are transposed and stored at a time
 
 
@@ -68,7 +65,7 @@ class Tile:
         row_bytes = 256 if not many and K * itemsize % 256 == 0 else 128
         kept = warpgroups * (warpgroup_n * (2 * _STORE_M * out_bytes + 8) + 4 * block_m)
         stage = row_bytes * (warpgroups * warpgroup_n + block_m)
-        stages = (_SHARED // (1 if many else 2) - kept) // stage
+        stages = (PLANNED_BYTES // (1 if many else 2) - kept) // stage
         return cls(
             block_m, warpgroups, warpgroup_n, row_bytes // itemsize, max(2, min(8, stages))
         )  # fmt: skip
@@ -77,7 +74,7 @@ class Tile:
         """Bytes of the arrays in shared memory."""
         stage = self.block_k * itemsize * (self.block_n + self.block_m)
         out = _STORE_M * self.warpgroup_n * out_bytes
-        scales = 4 * max(self.block_m, ALIGNED_FLOATS)
+        scales = max(4 * self.block_m, LINE_BYTES)
         per_warpgroup = out, out, scales, 4 * self.warpgroup_n
         return stage * self.stages, *(self.warpgroups * size for size in per_warpgroup)
 
@@ -260,8 +257,8 @@ def gpu(
         raise UnsupportedError(f"rows are {x.dtype}: expected bfloat16 or int8")
     out_bytes = jnp.dtype(out_dtype).itemsize
     tile = tile or Tile.for_shape(M, E, N, K, itemsize, out_bytes)
-    if tile.block_k * itemsize % _SWIZZLE:
-        raise UnsupportedError(f"{tile}: a step must be a multiple of {_SWIZZLE} bytes")
+    if tile.block_k * itemsize % LINE_BYTES:
+        raise UnsupportedError(f"{tile}: a step must be a multiple of {LINE_BYTES} bytes")
     if K % tile.block_k or N % tile.block_n:
         raise UnsupportedError(
             f"{K=} must be a multiple of {tile.block_k}, and {N=} of {tile.block_n}"
@@ -283,7 +280,7 @@ def gpu(
         scratch_types=[
             out_smem,
             out_smem,
-            plgpu.SMEM((tile.warpgroups, max(tile.block_m, ALIGNED_FLOATS)), jnp.float32),
+            plgpu.SMEM((tile.warpgroups, max(tile.block_m, LINE_BYTES // 4)), jnp.float32),
             plgpu.SMEM((tile.warpgroups, tile.warpgroup_n), jnp.float32),
             plgpu.Barrier(num_arrivals=2, num_barriers=tile.warpgroups),
         ],

@@ -16,10 +16,9 @@ from kernels_pallas.grouped_matmul.reference import check
 from kernels_pallas.grouped_matmul.visits import visits
 from kernels_pallas.op import UnsupportedError, tried
 from kernels_pallas.target import matrix_unit
-from kernels_pallas.tiling import divisor, in_parts
+from kernels_pallas.tpu import LANES, SUBLANES, VMEM_BYTES, divisor, in_parts
 
-_SCALE_ROWS = 8  # experts whose scales are read together: rows of a float32 tile in VMEM
-_VMEM = 40 * 2**20  # bytes; the smallest device has 64 MiB
+_SCALE_ROWS = SUBLANES  # experts whose scales are read together
 _ROW_BYTES = 4096  # of a row of w per step, where nothing else is asked for
 _STRETCH = 512  # columns of a stretch of `in_parts`, which ends with some 200 idle cycles
 _FINISHED = (64, 256)  # rows and columns that are scaled at a time: registers hold their floats
@@ -118,13 +117,13 @@ def tpu(
     """
     check(x, w, group_sizes, layer, x_scale, w_scale)
     (M, K), (E, N) = x.shape, w.shape[-3:-1]
-    if K % 128 or N % 128:
-        raise UnsupportedError(f"{K=} and {N=} must be whole lanes of 128")
+    if K % LANES or N % LANES:
+        raise UnsupportedError(f"{K=} and {N=} must be whole lanes of {LANES}")
     if x.dtype not in (jnp.bfloat16, jnp.int8):
         raise UnsupportedError(f"rows are {x.dtype}: expected bfloat16 or int8")
     tile = (tile or Tile()).for_shape(M, E, x.dtype.itemsize)
     block_m, block_n = tile.block_m, min(tile.block_n, N)
-    block_k = divisor(K, tile.block_k, 128)
+    block_k = divisor(K, tile.block_k, LANES)
     plan = visits(group_sizes, M, block_m)
     row = plan.weight + (0 if layer is None else layer * E)  # among the experts of all layers
 
@@ -160,7 +159,7 @@ def tpu(
         ),
         out_shape=jax.ShapeDtypeStruct((M, N), out_dtype),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=_VMEM
+            dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
         ),
         interpret=interpret,
         name="grouped_matmul",

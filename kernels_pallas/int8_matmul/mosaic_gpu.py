@@ -18,15 +18,11 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels_pallas.hopper import CORES, LINE_BYTES, PLANNED_BYTES, ROWS, fit, pipelined
 from kernels_pallas.int8_matmul.reference import check
 from kernels_pallas.linear import GATES
 from kernels_pallas.op import UnsupportedError, tried
-from kernels_pallas.tiling import ALIGNED_FLOATS, fit
-from kernels_pallas.wgmma import ROWS, pipelined
 
-_SWIZZLE = 128  # bytes of K in a row of a swizzled tile in shared memory
-_SHARED = 224 * 1024  # bytes of an SM's shared memory that `for_shape` plans with
-_SMS = 132
 _STORE_M = 64  # rows of the result that are transposed and stored at a time
 
 
@@ -57,17 +53,17 @@ class Tile:
         block_m = min(128 if gated else 256, max(8, 1 << (T - 1).bit_length()))
         warpgroups = 2 if block_m > 64 and N % 128 == 0 else 1
         block_k = 256 if block_m <= 64 and K % 256 == 0 else 128
-        two_per_sm = warpgroups == 1 and N // 64 * -(-T // block_m) > _SMS
+        two_per_sm = warpgroups == 1 and N // 64 * -(-T // block_m) > CORES
         stage = block_k * (64 * warpgroups * (1 + gated) + block_m)
         kept = warpgroups * 64 * (4 * min(block_m, _STORE_M) + 16) + 4 * block_m
-        stages = (_SHARED // (1 + two_per_sm) - kept) // stage
+        stages = (PLANNED_BYTES // (1 + two_per_sm) - kept) // stage
         return cls(block_m, warpgroups, block_k, max(2, min(8, stages)))
 
     def shared(self, K: int, out_bytes: int, gated: bool, per_row: int) -> tuple[int, ...]:
         """Bytes of the arrays in shared memory; `per_row` floats are kept for each row of w."""
         stage = self.block_k * (self.block_n * (1 + gated) + self.block_m)
         out = ROWS * min(self.block_m, _STORE_M) * out_bytes
-        scales = 4 * max(self.block_m, ALIGNED_FLOATS)
+        scales = max(4 * self.block_m, LINE_BYTES)
         per_warpgroup = out, scales, 4 * ROWS * per_row
         stages = min(self.stages, K // self.block_k)
         return stage * stages, *(self.warpgroups * size for size in per_warpgroup)
@@ -201,8 +197,8 @@ def gpu(
     """
     gated = check(x, x_scale, w, w_scale, layer, bias, up, up_scale, activation)
     (T, K), N = x.shape, w.shape[-2]
-    if K % _SWIZZLE or N % ROWS:
-        raise UnsupportedError(f"{K=} must be a multiple of {_SWIZZLE}, and {N=} of {ROWS}")
+    if K % LINE_BYTES or N % ROWS:
+        raise UnsupportedError(f"{K=} must be a multiple of {LINE_BYTES}, and {N=} of {ROWS}")
     tile = tile or Tile.for_shape(T, N, K, gated)
     if K % tile.block_k or N % tile.block_n:
         raise UnsupportedError(
@@ -225,7 +221,7 @@ def gpu(
         **(threads if tile.warpgroups > 1 else {}),
         scratch_types=[
             plgpu.SMEM((tile.warpgroups, min(tile.block_m, _STORE_M), ROWS), out_dtype),
-            plgpu.SMEM((tile.warpgroups, max(tile.block_m, ALIGNED_FLOATS)), jnp.float32),
+            plgpu.SMEM((tile.warpgroups, max(tile.block_m, LINE_BYTES // 4)), jnp.float32),
             plgpu.SMEM((tile.warpgroups, len(per_row), ROWS), jnp.float32),
             plgpu.Barrier(num_arrivals=1 + len(per_row), num_barriers=tile.warpgroups),
         ],

@@ -17,11 +17,10 @@ from kernels_pallas.int8_matmul.reference import check
 from kernels_pallas.linear import GATES
 from kernels_pallas.op import UnsupportedError, tried
 from kernels_pallas.target import matrix_unit
-from kernels_pallas.tiling import divisor, in_parts
+from kernels_pallas.tpu import LANES, SUBLANES, VMEM_BYTES, divisor, in_parts
 
-_SCALE_ROWS = 8  # layers whose scales are read together: rows of a float32 tile in VMEM
+_SCALE_ROWS = SUBLANES  # layers whose scales are read together
 _FEW = 128  # rows of x, up to which one block holds them all
-_VMEM = 40 * 2**20  # bytes; the smallest device has 64 MiB
 _FINISHED = (64, 256)  # rows and columns that are scaled at a time: registers hold their floats
 
 
@@ -130,11 +129,11 @@ def tpu(
     """
     gated = check(x, x_scale, w, w_scale, layer, bias, up, up_scale, activation)
     (T, K), N = x.shape, w.shape[-2]
-    if K % 128 or N % 128:
-        raise UnsupportedError(f"{K=} and {N=} must be whole lanes of 128")
+    if K % LANES or N % LANES:
+        raise UnsupportedError(f"{K=} and {N=} must be whole lanes of {LANES}")
     tile = (tile or Tile()).for_shape(T, gated)
     block_m = T if tile.block_m >= T else tile.block_m // 32 * 32
-    block_n, block_k = min(tile.block_n, N), divisor(K, tile.block_k, 128)
+    block_n, block_k = min(tile.block_n, N), divisor(K, tile.block_k, LANES)
 
     weights: list[Any] = [w, up][: 1 + gated]
     scales: list[Any] = [w_scale, up_scale][: 1 + gated]
@@ -164,7 +163,7 @@ def tpu(
         ),
         out_shape=jax.ShapeDtypeStruct((T, N), out_dtype),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=_VMEM
+            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
         ),
         cost_estimate=pl.CostEstimate(
             flops=2 * T * N * K * (1 + gated),

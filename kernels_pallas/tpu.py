@@ -1,40 +1,26 @@
-"""Arithmetic of tiles."""
+"""TPUs: registers, and blocks in VMEM that are computed in parts."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
-from kernels_pallas.op import UnsupportedError
+LANES = 128
+"""Columns of a register, and of a tile in VMEM."""
 
-ALIGNED_FLOATS = 32
-"""Floats in 128 bytes: copies into Hopper's shared memory begin at multiples of that."""
+SUBLANES = 8
+"""Rows of a register, and of a float32 tile in VMEM."""
 
-SHARED_BYTES = 227 * 1024 - 512
-"""Shared memory that arrays of a block of threads may take on Hopper; barriers take the rest."""
+INT8_ROWS = 32
+"""Rows of an int8 tile in VMEM."""
 
-_FAR = 2**20  # more steps than any loop has
-
-
-def fit(arrays: Iterable[int], what: str) -> None:
-    """Checks that arrays, of so many bytes each, fit into shared memory.
-
-    Args:
-        what: names them in the error.
-
-    Raises:
-        UnsupportedError: they need more than `SHARED_BYTES`.
-    """
-    needed = sum(-(-size // 1024) * 1024 for size in arrays)  # Mosaic aligns each to 1024 bytes
-    if needed > SHARED_BYTES:
-        raise UnsupportedError(
-            f"{what} need {needed} bytes of shared memory, and {SHARED_BYTES} are there"
-        )
+VMEM_BYTES = 40 * 2**20
+"""VMEM that a kernel may ask for: the smallest device has 64 MiB."""
 
 
 def divisor(size: int, limit: int, unit: int) -> int:
@@ -79,19 +65,10 @@ def in_parts(
 
 def _lanes(size: int, limit: int) -> int:
     """Columns of a part: whole registers if the size has them, else all at once."""
-    return divisor(size, limit, 128) if size % 128 == 0 else size
+    return divisor(size, limit, LANES) if size % LANES == 0 else size
 
 
-def late(index: Array | int, step: Array) -> Array:
-    """`index`, but unknown to a GPU's compiler before `step` is.
-
-    Otherwise the compiler computes addresses before the loop, and keeps them in registers until
-    these spill.
-    """
-    return index + lax.div(step, jnp.int32(_FAR))
-
-
-def product(a: Array, b: Array, over: tuple[int, int]) -> Array:
+def dot(a: Array, b: Array, over: tuple[int, int]) -> Array:
     """a times b, summed over one axis of each, in float32.
 
     Args:

@@ -1,8 +1,11 @@
-"""Products on Hopper's tensor cores: wgmma of 64 rows per warpgroup, with sums in registers."""
+"""Hopper: what its cores have, and products on its tensor cores.
+
+wgmma multiplies 64 rows per warpgroup, with sums in registers.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -11,8 +14,49 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels_pallas.op import UnsupportedError
+
+CORES = 132
+"""Streaming multiprocessors of an H100 or H200."""
+
 ROWS = 64
 """Of a product of one warpgroup, as wgmma fixes them."""
+
+LINE_BYTES = 128
+"""A row of a swizzled tile in shared memory, where copies begin at multiples of as much."""
+
+SHARED_BYTES = 227 * 1024 - 512
+"""Shared memory that arrays of a block of threads may take; barriers take the rest."""
+
+PLANNED_BYTES = 224 * 1024
+"""Shared memory of a core that tiles are chosen for where none was tuned."""
+
+_FAR = 2**20  # more steps than any loop has
+
+
+def fit(arrays: Iterable[int], what: str) -> None:
+    """Checks that arrays, of so many bytes each, fit into shared memory.
+
+    Args:
+        what: names them in the error.
+
+    Raises:
+        UnsupportedError: they need more than `SHARED_BYTES`.
+    """
+    needed = sum(-(-size // 1024) * 1024 for size in arrays)  # Mosaic aligns each to 1024 bytes
+    if needed > SHARED_BYTES:
+        raise UnsupportedError(
+            f"{what} need {needed} bytes of shared memory, and {SHARED_BYTES} are there"
+        )
+
+
+def late(index: Array | int, step: Array) -> Array:
+    """`index`, but unknown to a GPU's compiler before `step` is.
+
+    Otherwise the compiler computes addresses before the loop, and keeps them in registers until
+    these spill.
+    """
+    return index + lax.div(step, jnp.int32(_FAR))
 
 
 def registers(warpgroups: int) -> int:
