@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels_pallas.hopper import ROWS
 from kernels_pallas.op import UnsupportedError, tried
 from kernels_pallas.paged_attention import mosaic_gpu_latent as latent
 from kernels_pallas.paged_attention.codec import (
@@ -39,7 +40,6 @@ from kernels_pallas.paged_attention.mosaic_gpu_kernel import HIDDEN, LOG2E, Scra
 from kernels_pallas.paged_attention.mosaic_gpu_widening import UNIT
 from kernels_pallas.paged_attention.ragged import Ragged, owners
 from kernels_pallas.weight import Weight, as_array
-from kernels_pallas.wgmma import ROWS
 
 _SHARED = 227 * 1024  # bytes of shared memory that a block may take
 _VALUES = 256  # lanes of values that a warpgroup's registers hold

@@ -22,8 +22,8 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels_pallas.hopper import ROWS, registers
 from kernels_pallas.paged_attention.codec import block_of
-from kernels_pallas.wgmma import ROWS, registers
 
 SORTED = 4  # kinds of keys of four bits: by the half of a byte, and even or odd bytes
 _APART = 8  # lines: if scales filled their array, Mosaic would take a transposed view for flat

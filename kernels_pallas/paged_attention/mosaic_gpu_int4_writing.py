@@ -26,10 +26,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas import versions
+from kernels_pallas.hopper import fit
 from kernels_pallas.op import UnsupportedError
 from kernels_pallas.paged_attention.codec import Int4Pages, block_of
 from kernels_pallas.paged_attention.ragged import Ragged, owners
-from kernels_pallas.tiling import fit
 
 _ROWS = 64  # tokens: rows of a tile of registers
 _OWN = _ROWS - 1  # of a block of threads

@@ -19,10 +19,10 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels_pallas.hopper import fit
 from kernels_pallas.op import UnsupportedError
 from kernels_pallas.paged_attention.codec import QuantizedPages, StaticInt8Pages
 from kernels_pallas.paged_attention.ragged import Ragged, owners
-from kernels_pallas.tiling import fit
 
 _ROWS = 64  # tokens: rows of a tile of registers
 _LINE = 128  # bytes: where in shared memory a copy may begin

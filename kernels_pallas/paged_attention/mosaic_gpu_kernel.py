@@ -14,11 +14,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas import versions
+from kernels_pallas.hopper import ROWS, across, add_products, down, late, product, within
 from kernels_pallas.paged_attention.codec import block_of
 from kernels_pallas.paged_attention.mosaic_gpu_blocks import Item, Ring, Shape, Work, reach
 from kernels_pallas.paged_attention.mosaic_gpu_bringing import bring
-from kernels_pallas.tiling import late
-from kernels_pallas.wgmma import ROWS, across, add_products, down, product, within
 
 TINY = 1e-37
 HIDDEN = -1e30  # finite: a row that has seen nothing yet must not become NaN

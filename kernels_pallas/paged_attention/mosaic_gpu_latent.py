@@ -18,6 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas import versions
+from kernels_pallas.hopper import ROWS, add_products, down, late
 from kernels_pallas.paged_attention.mosaic_gpu_blocks import Item, Ring, Shape, Work, reach
 from kernels_pallas.paged_attention.mosaic_gpu_bringing import bring
 from kernels_pallas.paged_attention.mosaic_gpu_kernel import (
@@ -33,8 +34,6 @@ from kernels_pallas.paged_attention.mosaic_gpu_kernel import (
     softmax,
     weigh,
 )
-from kernels_pallas.tiling import late
-from kernels_pallas.wgmma import ROWS, add_products, down
 
 _WIDEST = 256  # lanes that wgmma takes
 _Shares = list[tuple[int, int, int]]

@@ -27,7 +27,8 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas.tiling import divisor, product
+from kernels_pallas.tpu import divisor
+from kernels_pallas.tpu import dot as product
 
 HIDDEN = -1e30  # finite: a row that has seen nothing yet must not become NaN
 LANES = 128

@@ -36,7 +36,7 @@ from kernels_pallas.paged_attention.codec import (
     whole_scales,
 )
 from kernels_pallas.paged_attention.ragged import Ragged
-from kernels_pallas.tiling import divisor
+from kernels_pallas.tpu import divisor
 
 _LANES = 128
 _TABLE = 2**17  # entries: half of a v5e's SMEM

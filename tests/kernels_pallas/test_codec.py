@@ -10,12 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels_pallas import cpu, versions
+from kernels_pallas import cpu
 from kernels_pallas.op import UnsupportedError
 from kernels_pallas.paged_attention import Ragged, codec, gathered, ops, paged_attention, reference
 from kernels_pallas.paged_attention.cases import batch as step_of
 from kernels_pallas.paged_attention.coded_cases import pages_of
 from kernels_pallas.paged_attention.ragged import locate
+from tests.kernels_pallas import simulators
 from tests.kernels_pallas.test_registry import agree
 from tests.sparing import sparing
 
@@ -341,13 +342,11 @@ def test_it_has_no_race_on_a_simulated_tpu(op, name):
     case = op.case(name)
     args, arrays = case.make(jax.random.key(0))
     try:
-        found = op.run(
-            "mosaic_tpu", *args, interpret=versions.simulated_tpu(), **arrays, **case.options
-        )
+        found = op.run("mosaic_tpu", *args, interpret=simulators.tpu(), **arrays, **case.options)
         agree(found, op.reference(*args, **arrays, **case.options), case.tolerance)
-        assert not versions.tpu_races_found()
+        assert not simulators.tpu_races_found()
     finally:
-        versions.reset_simulated_tpu()
+        simulators.reset_tpu()
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxserve.models.attention import packed
-from kernels_pallas import tuning, versions
+from kernels_pallas import tuning
 from kernels_pallas.flash_attention import (
     flash_attention,
     flash_attention_gradient,
@@ -29,6 +29,7 @@ from kernels_pallas.flash_attention.mosaic_gpu import ForwardTile
 from kernels_pallas.flash_attention.tpu_blocks import TpuTile
 from kernels_pallas.op import UnsupportedError
 from kernels_pallas.target import CPU, Target
+from tests.kernels_pallas import simulators
 from tests.sparing import sparing
 
 TPU, GPU = Target("tpu", "v6e"), Target("gpu", "h200")
@@ -146,14 +147,14 @@ def test_blocks_one_after_another_have_no_race():
     segments = documents("aabbbb")
     o, lse = reference.attend(q, k, v, segments, **options)
     slopes = segments, o, lse, jnp.cos(o), jnp.zeros_like(lse)
-    kernel = {"tile": TpuTile(128, 128), "interpret": versions.simulated_tpu()}
+    kernel = {"tile": TpuTile(128, 128), "interpret": simulators.tpu()}
     try:
         found = mosaic_tpu.forward(q, k, v, segments, **options, **kernel)
-        assert not versions.tpu_races_found()
+        assert not simulators.tpu_races_found()
         found += mosaic_tpu_backward.backward(q, k, v, *slopes, **options, **kernel)[:3]
-        assert not versions.tpu_races_found()
+        assert not simulators.tpu_races_found()
     finally:
-        versions.reset_simulated_tpu()
+        simulators.reset_tpu()
     expected = o, lse, *reference.gradient(q, k, v, *slopes, **options)[:3]
     for x, y in zip(found, expected, strict=True):
         np.testing.assert_allclose(x, y, atol=2e-4)

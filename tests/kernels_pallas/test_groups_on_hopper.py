@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kernels_pallas.hopper import ROWS
 from kernels_pallas.paged_attention import Groups, Ragged, mosaic_gpu, reference
-from kernels_pallas.wgmma import ROWS
 from tests.kernels_pallas.simulating import on_hopper
 from tests.sparing import sparing
 

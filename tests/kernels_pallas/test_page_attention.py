@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
-from kernels_pallas import versions
 from kernels_pallas.op import UnsupportedError
 from kernels_pallas.paged_attention import (
     Groups,
@@ -27,6 +26,7 @@ from kernels_pallas.paged_attention.cases import batch as step_of
 from kernels_pallas.paged_attention.ops import page_attention, page_write
 from kernels_pallas.target import Target
 from sharding import compile_only
+from tests.kernels_pallas import simulators
 from tests.kernels_pallas.simulating import on_hopper
 from tests.sparing import sparing
 
@@ -268,7 +268,7 @@ def test_tiles_on_hopper(options):
     q = jnp.asarray(rng.standard_normal((36, 4, 64)), jnp.bfloat16)
     sinks = jnp.asarray(rng.standard_normal(4), jnp.float32)
     args = (q, *stored, 0, jax.tree.map(jnp.asarray, step))
-    tile, interpret = mosaic_gpu.GpuTile(**options), versions.simulated_gpu()
+    tile, interpret = mosaic_gpu.GpuTile(**options), simulators.gpu()
     found = mosaic_gpu.page_attention(*args, scale=0.3, sinks=sinks, tile=tile, interpret=interpret)
     expected = reference.page_attention(*args, scale=0.3, sinks=sinks)
     for x, y in zip(found, expected, strict=True):
@@ -307,9 +307,7 @@ def test_wide_latents_on_hopper(splits):
     options = {"scale": 0.05, "window": jnp.int32(70), "value_dim": 384, "soft_cap": 4.0}
     options["mass"] = splits > 1
     tile = mosaic_gpu.GpuTile(splits=splits)
-    found = mosaic_gpu.page_attention(
-        *args, **options, tile=tile, interpret=versions.simulated_gpu()
-    )
+    found = mosaic_gpu.page_attention(*args, **options, tile=tile, interpret=simulators.gpu())
     for x, y in zip(found, reference.page_attention(*args, **options), strict=True):
         np.testing.assert_allclose(x, y, rtol=0.02, atol=0.02)
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas import versions
 from kernels_pallas.paged_attention.mosaic_gpu_blocks import SORTED
 from kernels_pallas.paged_attention.mosaic_gpu_widening import UNIT, unpack, widen
+from tests.kernels_pallas import simulators
 from tests.kernels_pallas.executing import executing
 
 LANES = 128
@@ -55,7 +55,7 @@ def fours(**how):
 
 @pytest.mark.parametrize("bits", [eights, fours])
 def test_the_simulator_reckons_all_integers(bits):
-    found, expected = bits(interpret=versions.simulated_gpu())
+    found, expected = bits(interpret=simulators.gpu())
     np.testing.assert_array_equal(np.asarray(found, np.float32) / UNIT, expected)
 
 
