@@ -91,7 +91,8 @@ def _kernel(block_ref, group_ref, row_ref, starts_ref, x_ref, w_ref, *refs, part
         if scale_refs:
             x_scale_ref, w_scale_ref = scale_refs
             w_scale = w_scale_ref[pl.ds(lax.rem(row_ref[v], _SCALE_ROWS), 1), columns]
-            x_scale = jnp.where(real, x_scale_ref[rows], 0.0)  # those of padding may be NaN
+            x_scale = jnp.where(real, x_scale_ref[rows], 0.0)  # those of padding may be NaN, and
+            w_scale = jnp.where(real, w_scale, 0.0)  # so may those of an expert that it did not ask
             y = y.astype(jnp.float32) * x_scale * w_scale
         at = block_ref[v] * out_ref.shape[0] + rows.start
         at += lax.broadcasted_iota(jnp.int32, y.shape, 0)

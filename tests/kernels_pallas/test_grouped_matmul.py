@@ -145,6 +145,11 @@ def test_padding_is_zero_whatever_its_rows_hold(body):
         y = grouped_matmul.run(body, rows, weight, groups, interpret=interpret, **scales)
         assert np.all(np.asarray(y[35:]) == 0)
         assert np.all(np.isfinite(np.asarray(y[:35], np.float32)))
+    for sizes in ([0, 0, 0], [0, 5, 0]):  # and whatever an expert holds that nobody asked
+        scales = {"x_scale": x_scale, "w_scale": w_scale.at[0].set(jnp.nan)}
+        y = grouped_matmul.run(body, x8, w8, jnp.asarray(sizes), interpret=interpret, **scales)
+        assert np.all(np.asarray(y[sum(sizes) :]) == 0)
+        assert np.all(np.isfinite(np.asarray(y, np.float32)))
 
 
 def test_products_of_quantized_rows_are_close_to_those_of_the_rows():
