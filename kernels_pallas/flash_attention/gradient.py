@@ -46,9 +46,13 @@ def with_gradient(
     return attend
 
 
-def softmax_delta(o: Array, do: Array, dlse: Array) -> Array:
-    """D of FlashAttention-2: rowsum(o * do) - dlse, float32 [B, N, T]; ds = p * (dp - D)."""
-    return jnp.sum(o.astype(jnp.float32) * do.astype(jnp.float32), -1) - dlse
+def softmax_delta(o: Array, lse: Array, do: Array, dlse: Array) -> Array:
+    """D of FlashAttention-2: rowsum(o * do) - dlse, float32 [B, N, T]; ds = p * (dp - D).
+
+    It is 0 for tokens that see nothing: their dlse may be NaN, which p = 0 would not silence.
+    """
+    delta = jnp.sum(o.astype(jnp.float32) * do.astype(jnp.float32), -1) - dlse
+    return jnp.where(jnp.isfinite(lse), delta, 0.0)
 
 
 def finite(lse: Array) -> Array:
@@ -61,5 +65,6 @@ def sinks_gradient(sinks: Array | None, lse: Array, delta: Array) -> Array | Non
     """Gradient [N] of the sinks. A sink has no value, so its dp is 0 and its ds is -p * delta."""
     if sinks is None:
         return None
-    share = jnp.exp(sinks.astype(jnp.float32)[None, :, None] - lse)
+    share = jnp.exp(sinks.astype(jnp.float32)[None, :, None] - finite(lse))
+    share = jnp.where(jnp.isfinite(lse), share, 0.0)
     return -jnp.sum(share * delta, (0, 2)).astype(sinks.dtype)

@@ -33,7 +33,7 @@ from kernels_pallas.flash_attention.gpu_blocks import (
 from kernels_pallas.flash_attention.reference import first_seen
 from kernels_pallas.hopper import ROWS, add_products, down, product
 from kernels_pallas.op import tried
-from kernels_pallas.softmax import INITIAL_MAX, LOG2E
+from kernels_pallas.softmax import LOG2E, begin
 
 
 @dataclass(frozen=True)
@@ -201,9 +201,8 @@ def _meet(barrier: Any) -> None:
 
 def _attend(refs: _Refs, options: _Options, share: _Share) -> tuple[Array, Array, Array]:
     """The online softmax of all tiles: sums of values [64, Hv], row maxima and row sums [64]."""
-    sink = jnp.float32(INITIAL_MAX)
-    if options.has_sinks:
-        sink = refs.sinks[share.head] * (LOG2E / options.logit_scale)
+    sink = refs.sinks[share.head] if options.has_sinks else None
+    row_max, row_sum = begin(sink, LOG2E / options.logit_scale)
     if options.ping_pong:  # warpgroup 1 waits here, and stays half a tile behind
 
         @pl.when(share.wg == 1)
@@ -212,8 +211,8 @@ def _attend(refs: _Refs, options: _Options, share: _Share) -> tuple[Array, Array
 
     state = share.walk(partial(_add_tile, refs, options, share), (
         jnp.zeros((ROWS, options.shape.Hv), jnp.float32),
-        jnp.full((ROWS,), sink, jnp.float32),
-        jnp.full((ROWS,), 1.0 if options.has_sinks else 0.0, jnp.float32),
+        jnp.full((ROWS,), row_max, jnp.float32),
+        jnp.full((ROWS,), row_sum, jnp.float32),
     ))  # fmt: skip
     if options.ping_pong:
 

@@ -68,7 +68,7 @@ def backward(
     tile = tile or GpuTile(tokens=64)  # registers hold no more
     shape = Shape.of(q, k, v, scale, tile)
     dtype, size, H, Hv = shape.dtype, tile.tokens, shape.H, shape.Hv
-    first, delta = first_seen(segments, window), softmax_delta(o, do, dlse)
+    first, delta = first_seen(segments, window), softmax_delta(o, lse, do, dlse)
     operands = [q, k, v, do.astype(dtype), finite(lse) * LOG2E, delta, first]
     options = _Options(shape, size, scale, soft_cap, bool(interpret))
     tiles = [((size, H), dtype), ((size, Hv), dtype)]

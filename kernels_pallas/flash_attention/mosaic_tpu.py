@@ -30,7 +30,7 @@ from kernels_pallas.flash_attention.tpu_blocks import (
     rows,
     width_axis,
 )
-from kernels_pallas.softmax import INITIAL_MAX, LOG2E
+from kernels_pallas.softmax import LOG2E, begin
 from kernels_pallas.tpu import dot
 
 
@@ -88,10 +88,11 @@ def _kernel(
     @pl.when(flags & FIRST != 0)
     def _start():
         values_ref[...] = jnp.zeros_like(values_ref)
-        row_sum_ref[...] = jnp.full_like(row_sum_ref, 1.0 if sinks else 0.0)
         for g in range(shape.G):
-            sink = sinks[0][head * shape.G + g] * LOG2E if sinks else INITIAL_MAX
-            row_max_ref[g] = jnp.full((1, shape.bq), sink, jnp.float32)
+            sink = sinks[0][head * shape.G + g] if sinks else None
+            row_max, row_sum = begin(sink, LOG2E)
+            row_max_ref[g] = jnp.full((1, shape.bq), row_max, jnp.float32)
+            row_sum_ref[g] = jnp.full((1, shape.bq), row_sum, jnp.float32)
 
     def attend(masked: bool) -> None:
         seen = blocks.seen(outer_ref[step], inner_ref[step], first_ref[0]) if masked else None

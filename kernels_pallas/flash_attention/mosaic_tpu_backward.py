@@ -52,7 +52,7 @@ def backward(
     shape = Shape.of(q, k, v, tile or TpuTile())
     B, K, T, G, bq, bk = shape.B, shape.K, shape.T, shape.G, shape.bq, shape.bk
     first = first_seen(segments, window)
-    delta = softmax_delta(o, do, dlse)
+    delta = softmax_delta(o, lse, do, dlse)
     operands = [
         ("queries", q),
         ("keys", k),
