@@ -307,8 +307,8 @@ def _kernel(*refs: Any, axes: tuple[str, ...], tile: Tile) -> None:
     sizes, me = [lax.axis_size(axis) for axis in axes], jnp.int32(0)
     for axis, size in zip(axes, sizes, strict=True):
         me = me * size + lax.axis_index(axis)
-    *refs, semaphores = refs
-    exchange = _Exchange(axes, sizes, tile, me, _Refs(*refs, *(semaphores.at[i] for i in range(4))))
+    *rest, semaphores = refs
+    exchange = _Exchange(axes, sizes, tile, me, _Refs(*rest, *(semaphores.at[i] for i in range(4))))
 
     exchange.await_all_devices()
     exchange.for_each_peer(lambda j: exchange.header_to(j).start())
