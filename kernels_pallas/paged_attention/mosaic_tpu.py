@@ -24,8 +24,8 @@ from kernels_pallas.paged_attention.codec import (
     Int8Pages,
     QuantizedPages,
     StaticInt8Pages,
+    rotated_by_product,
     signs,
-    turned_by_product,
 )
 from kernels_pallas.paged_attention.mosaic_tpu_blocks import Scalars, Shape
 from kernels_pallas.paged_attention.mosaic_tpu_items import plan
@@ -93,7 +93,7 @@ def page_attention(
     shape = _shape(tile or TpuTile(), T, N, stacks, batch, **options)
     programs, G = pl.cdiv(T, shape.tokens), shape.group
     tokens = shape.tokens if programs == 1 else T  # a single program's rows fill tiles
-    q = turned_by_product(k_pages, q.astype(dtype))
+    q = rotated_by_product(k_pages, q.astype(dtype))
     q = jnp.pad(q, ((0, tokens - T), (0, 0), (0, W - q.shape[-1])))
     queries = [q.reshape(tokens, K, G, W).swapaxes(0, 1).reshape(K, tokens * G, W)]
     if sinks is not None:

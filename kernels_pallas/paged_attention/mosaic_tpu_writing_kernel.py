@@ -225,13 +225,12 @@ def _move(r: Refs, i: Array, item: Item, act: str, out: bool, shape: Shape) -> N
         ends = (here, there) if out else (there, here)
         getattr(pltpu.make_async_copy(*ends, r.arrived.at[int(out), n]), act)()
 
-    for _, scale in shape.leaves:
-        if scale is not None:
-            copy(r.caches[scale].at[r.layer[0], item.page], r.old[scale].at[n])
+    for scale in [scale for _, scale in shape.leaves if scale is not None]:
+        copy(r.caches[scale].at[r.layer[0], item.page], r.old[scale].at[n])
 
     @_for_each(item, shape.copy_slots, shape)
     def _(c: Array) -> None:
-        for values, _ in shape.leaves:
+        for values in [values for values, _ in shape.leaves]:
             # Two slots of four bits share a row.
             size = r.old[values].shape[2] * shape.copy_slots // shape.item_slots
 
