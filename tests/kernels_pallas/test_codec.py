@@ -14,7 +14,7 @@ from kernels_pallas import cpu, versions
 from kernels_pallas.op import UnsupportedError
 from kernels_pallas.paged_attention import Ragged, codec, gathered, ops, paged_attention, reference
 from kernels_pallas.paged_attention.cases import batch as step_of
-from kernels_pallas.paged_attention.coded_cases import pages_of
+from kernels_pallas.paged_attention.cases import pages_of
 from kernels_pallas.paged_attention.ragged import locate
 from tests.kernels_pallas.test_registry import agree
 from tests.sparing import sparing

@@ -12,7 +12,7 @@ from jax.extend.core import jaxprs_in_params
 from kernels_pallas.op import UnsupportedError
 from kernels_pallas.paged_attention import mosaic_gpu, reference
 from kernels_pallas.paged_attention.cases import batch as step_of
-from kernels_pallas.paged_attention.coded_cases import pages_of
+from kernels_pallas.paged_attention.cases import pages_of
 from kernels_pallas.paged_attention.ops import page_attention
 from kernels_pallas.wgmma import registers
 from tests.kernels_pallas.simulating import on_hopper
