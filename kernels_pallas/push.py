@@ -80,9 +80,7 @@ def push(
         raise UnsupportedError(f"push: rows of {W} entries, which must be a multiple of {_LANES}")
     tile, totals = tile or Tile(), counts.sum(1)
     tile = replace(tile, block_rows=min(tile.block_rows, M, num_out))
-    header = jnp.concatenate([totals[:, None], counts], 1)
-    lines = -(-(K + 1) // _LANES)
-    header = jnp.pad(header, ((0, 0), (0, lines * _LANES - K - 1))).reshape(n, lines, _LANES)
+    header = _header(totals, counts)
     row, landing = (W // _LANES, _LANES), (tile.num_blocks, n, tile.block_rows)
     anywhere, scalars = pl.BlockSpec(memory_space=pl.ANY), pl.BlockSpec(memory_space=pltpu.SMEM)
     dma = pltpu.SemaphoreType.DMA
@@ -98,7 +96,7 @@ def push(
         scratch_shapes=[
             pltpu.SMEM((n,), jnp.int32),
             pltpu.SMEM((n,), jnp.int32),
-            pltpu.SMEM((lines, _LANES), jnp.int32),
+            pltpu.SMEM(header.shape[1:], jnp.int32),
             dma((tile.num_blocks,)),
             pltpu.SemaphoreType.REGULAR((2,)),
             dma((4,)),
@@ -108,6 +106,14 @@ def push(
         name="push",
     )(totals, jnp.cumsum(totals) - totals, header, rows.reshape(M, *row))
     return out.reshape(num_out, W), headers.reshape(n, -1)[:, 1 : 1 + K]
+
+
+def _header(totals: Array, counts: Array) -> Array:
+    """What each device is told: its rows in all, then its counts [n, lines, 128]."""
+    n, K = counts.shape
+    header = jnp.concatenate([totals[:, None], counts], 1)
+    lines = -(-(K + 1) // _LANES)
+    return jnp.pad(header, ((0, 0), (0, lines * _LANES - K - 1))).reshape(n, lines, _LANES)
 
 
 class _Refs(NamedTuple):

@@ -36,7 +36,8 @@ positive counterpart, these are 1.38 and 0.94 %.
 
 
 class _Quantized:
-    """What all quantized pages share; each also has `put` and `take` as the functions below."""
+    """What all quantized pages share. Each kind also has methods `put` and `take`, which do what
+    the functions below say."""
 
     values: Any
     scale: Any

@@ -122,6 +122,7 @@ class Item(NamedTuple):
     page_end: Array
 
     def owns(self, token: Array) -> Array:
+        """Whether tokens of the step are the item's."""
         return (token >= self.token_begin) & (token < self.token_end)
 
 

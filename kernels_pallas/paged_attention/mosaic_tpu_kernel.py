@@ -85,6 +85,7 @@ class Program(NamedTuple):
 
     @classmethod
     def of(cls, refs: tuple[Any, ...], shape: Shape) -> Program:
+        """From the kernel's refs: scalars, operands, results and scratch."""
         scalars, rest = Scalars.of(refs[:NUM_SCALARS]), iter(refs[NUM_SCALARS:])
         count = shape.num_caches + shape.num_scales
         q, sinks = next(rest), next(rest) if shape.has_sinks else None
@@ -158,7 +159,7 @@ def kernel(*refs: Any, shape: Shape) -> None:
     """One program: resets its softmax, attends its items block by block, writes o and lse.
 
     Args:
-        refs: scalars, then operands, results and scratch in the order of `Program`.
+        refs: as `Program.of` takes them.
     """
     prog = Program.of(refs, shape)
     _start_first_copies(prog)
