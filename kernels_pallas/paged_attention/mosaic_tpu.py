@@ -43,12 +43,12 @@ class TpuTile:
         keys: in a block of keys; 0 for 512, or 1024 where a program has one KV head and so nothing
             else to compute while it waits.
         rows: of queries that are attended at a time, a multiple of 128.
-        tokens: of a program, at most.
+        tokens: of a program, at most, rounded up to whole tiles of rows.
         heads: KV heads of a program; 0 for all, or for a share of them where there are several
             cores.
         cores: that share the KV heads.
-        mib: MiB of VMEM for a program's queries and outputs (both in two buffers) and its softmax,
-            which bounds its tokens.
+        mib: MiB of VMEM that a program's queries and outputs (both in two buffers) and its softmax
+            may take, which bounds its tokens.
     """
 
     keys: int = tried(0, 256, 512, 1024)
@@ -60,8 +60,9 @@ class TpuTile:
 
     @classmethod
     def wanted(cls, device: str) -> TpuTile | None:
-        """A device of these kinds is a chip of two cores, each of which takes half of the heads:
-        they share nothing else of the grid. Their VMEM is half as large as that of others."""
+        """The tile for a kind of device, or None for the defaults. A v4 or v5p is a chip of two
+        cores, each of which takes half of the heads: nothing else of the grid is divided between
+        them. Their VMEM is half as large as that of other kinds."""
         return cls(cores=2, mib=46) if device in ("v4", "v5p") else None
 
 
@@ -74,9 +75,9 @@ def page_attention(
     """`reference.page_attention` as one TPU kernel.
 
     Raises:
-        UnsupportedError: the pages are none that `mosaic_tpu_pages.check` takes; parts of rows in
-            four bits are not of 128 lanes; the KV heads are no whole number of programs; pages
-            with scales are to be attended by several programs.
+        UnsupportedError: `mosaic_tpu_pages.check` refuses the pages; a part of rows in four bits
+            has other than 128 lanes; the tile's heads do not divide the KV heads, or are not all
+            of them where pages hold scales.
     """
     T, N, H = q.shape
     K, W = k_pages.shape[2], k_pages.shape[-1]

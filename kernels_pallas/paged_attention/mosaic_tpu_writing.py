@@ -54,8 +54,8 @@ def page_write(
     """`reference.page_write` as a TPU kernel.
 
     Raises:
-        UnsupportedError: the pages are none that `mosaic_tpu_pages.check` takes; a page is no whole
-            number of copies, or a copy no whole number of tiles; VMEM does not hold two items.
+        UnsupportedError: `mosaic_tpu_pages.check` refuses the pages; the slots of a copy do not
+            divide a page, or are not whole tiles; two items do not fit into VMEM.
     """
     stacks = [k_pages] if v_pages is None else [k_pages, v_pages]
     new = [k] if v is None else [k, v]
