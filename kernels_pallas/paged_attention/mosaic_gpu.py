@@ -30,8 +30,8 @@ from kernels_pallas.paged_attention.codec import (
     Int8Pages,
     QuantizedPages,
     StaticInt8Pages,
+    rotated_by_product,
     signs,
-    turned_by_product,
     whole_parts,
 )
 from kernels_pallas.paged_attention.mosaic_gpu_blocks import Shape
@@ -81,7 +81,7 @@ def page_attention(
     shape = _shape(tile or GpuTile(), q, k_pages, v_pages, batch, value_dim, mass, scale, soft_cap)
     G, heads = shape.group, K * shape.heads
     q = k_pages.fold(q, layer) if isinstance(k_pages, StaticInt8Pages) else q
-    q = turned_by_product(k_pages, q)
+    q = rotated_by_product(k_pages, q)
     q = q / UNIT if shape.ahead else q  # a power of two, as are integers in pages
     q = jnp.pad(q, ((0, 0), (0, 0), (0, shape.lanes - q.shape[-1])))
     window = jnp.asarray(window, jnp.int32)

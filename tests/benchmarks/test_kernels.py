@@ -19,7 +19,7 @@ from kernels_pallas import tuning
 from kernels_pallas.flash_attention import flash_attention, flash_attention_gradient
 from kernels_pallas.flash_attention.cases import _case as flash_case
 from kernels_pallas.op import Body, Case, Cost, Op, UnsupportedError, tried
-from kernels_pallas.paged_attention.cases import _case as page_case
+from kernels_pallas.paged_attention.attention_cases import case as page_case
 from kernels_pallas.paged_attention.ops import page_attention
 from kernels_pallas.registry import OPS
 from kernels_pallas.target import Target

@@ -14,7 +14,7 @@ from kernels_pallas import cpu
 from kernels_pallas.op import UnsupportedError
 from kernels_pallas.paged_attention import Ragged, codec, gathered, ops, paged_attention, reference
 from kernels_pallas.paged_attention.cases import batch as step_of
-from kernels_pallas.paged_attention.coded_cases import pages_of
+from kernels_pallas.paged_attention.cases import pages_of
 from kernels_pallas.paged_attention.ragged import locate
 from tests.kernels_pallas import simulators
 from tests.kernels_pallas.test_registry import agree
@@ -53,7 +53,7 @@ def blank(kind, P, K, lanes, parts=None, seed=9):
 def floats(pages):
     """What pages stand for, [L, P, K, Z, W]."""
     every = jnp.arange(pages.shape[1])
-    layers = [codec.turned(pages, codec.take(pages, layer, every)) for layer in range(L)]
+    layers = [codec.rotated(pages, codec.take(pages, layer, every)) for layer in range(L)]
     return jnp.stack(layers)
 
 
@@ -70,7 +70,7 @@ def steps_of(pages, layer, at):
 def written(pages, x, at, slot):
     """Pages with rows x, those rows as they are read, and what they should be."""
     pages = codec.put(pages, x, LAYER, at, slot)
-    return pages, codec.take(pages, LAYER, at)[:, :, 0], codec.turned(pages, x)
+    return pages, codec.take(pages, LAYER, at)[:, :, 0], codec.rotated(pages, x)
 
 
 @st.composite
@@ -119,10 +119,10 @@ def test_a_row_that_is_not_finite_is_lost_and_no_other(kind, bad):
 def test_a_rotation_leaves_scores_and_undoes_itself(lanes):
     pages = blank("int4", 1, 1, lanes, (512, 64) if lanes == 576 else None)
     q, k = normal(0, 7, lanes), normal(1, 9, lanes)
-    turned = codec.turned(pages, q)
-    np.testing.assert_allclose(turned @ codec.turned(pages, k).T, q @ k.T, rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(codec.turned(pages, turned), q, rtol=1e-5, atol=1e-5)
-    assert np.abs(turned - q).max() > 0.5
+    rotated = codec.rotated(pages, q)
+    np.testing.assert_allclose(rotated @ codec.rotated(pages, k).T, q @ k.T, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(codec.rotated(pages, rotated), q, rtol=1e-5, atol=1e-5)
+    assert np.abs(rotated - q).max() > 0.5
 
 
 def test_a_rotation_spreads_outliers():

@@ -18,7 +18,7 @@ from kernels_pallas.paged_attention import (
     mosaic_gpu,
     mosaic_gpu_writing,
     mosaic_tpu,
-    mosaic_tpu_kernel,
+    mosaic_tpu_blocks,
     mosaic_tpu_writing,
     reference,
 )
@@ -448,15 +448,15 @@ def test_heads_side_by_side_get_the_bits_that_each_gets_alone(name: str, monkeyp
         return [np.asarray(x) for x in jax.tree.leaves(found)]
 
     together = run()
-    monkeypatch.setattr(mosaic_tpu_kernel, "_AT_ONCE", 0)
+    monkeypatch.setattr(mosaic_tpu_blocks, "_MOST_LOGITS", 0)
     for x, y in zip(together, run(), strict=True):
         np.testing.assert_array_equal(x, y)
 
 
 @pytest.mark.parametrize(
-    ("heads", "rows", "side"),
+    ("heads", "rows", "at_once"),
     [(8, 16, 8), (8, 128, 4), (32, 16, 8), (6, 16, 6), (6, 128, 3), (1, 128, 1)],
 )
-def test_as_many_heads_side_by_side_as_divide_them(heads: int, rows: int, side: int):
-    shape = mosaic_tpu_kernel.Shape(heads, 4, 64, 4, 32, 64, 8, 16, 128, 0.0, 1.0, False)
-    assert shape.side(rows) == side
+def test_as_many_heads_side_by_side_as_divide_them(heads: int, rows: int, at_once: int):
+    shape = mosaic_tpu_blocks.Shape(heads, 4, 64, 4, 32, 64, 8, 16, 128, 1.0, 0.0, False)
+    assert shape.heads_at_once(rows) == at_once

@@ -13,8 +13,8 @@ from kernels_pallas.op import UnsupportedError
 from kernels_pallas.paged_attention import Ragged, mosaic_gpu, reference
 from kernels_pallas.paged_attention import mosaic_gpu_int8_writing as int8_writing
 from kernels_pallas.paged_attention.cases import batch as step_of
+from kernels_pallas.paged_attention.cases import pages_of
 from kernels_pallas.paged_attention.codec import empty
-from kernels_pallas.paged_attention.coded_cases import pages_of
 from kernels_pallas.paged_attention.ops import page_attention, page_write
 from tests.kernels_pallas.simulating import on_hopper
 

@@ -13,7 +13,7 @@ from kernels_pallas.hopper import registers
 from kernels_pallas.op import UnsupportedError
 from kernels_pallas.paged_attention import mosaic_gpu, reference
 from kernels_pallas.paged_attention.cases import batch as step_of
-from kernels_pallas.paged_attention.coded_cases import pages_of
+from kernels_pallas.paged_attention.cases import pages_of
 from kernels_pallas.paged_attention.ops import page_attention
 from tests.kernels_pallas.simulating import on_hopper
 from tests.sparing import sparing
