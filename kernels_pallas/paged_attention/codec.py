@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from kernels_pallas.op import UnsupportedError
 from kernels_pallas.quantize import quantize_rows
 
 ROTATED = 128
@@ -176,6 +177,19 @@ class Int4Pages(_Quantized):
 
 QuantizedPages = Int8Pages | StaticInt8Pages | Int4Pages
 Pages = Array | QuantizedPages
+
+
+def check_alike(*stacks: Pages) -> None:
+    """Refuses keys and values whose pages are of different kinds: kernels take one kind.
+
+    Raises:
+        UnsupportedError: they are.
+    """
+    kinds = [
+        type(x).__name__ if isinstance(x, QuantizedPages) else f"pages of {x.dtype}" for x in stacks
+    ]
+    if len({*kinds}) > 1:
+        raise UnsupportedError(f"keys and values in {' and '.join(kinds)}: keep both in one kind")
 
 
 def put(pages: Pages, x: Array, layer: Array | int, page: Array, slot: Array) -> Any:

@@ -76,14 +76,17 @@ def page_attention(
     """`reference.page_attention` as one TPU kernel.
 
     Raises:
-        UnsupportedError: `mosaic_tpu_pages.check` refuses the pages; a part of rows in four bits
-            has other than 128 lanes; the tile's heads do not divide the KV heads, or are not all
-            of them where pages hold scales.
+        UnsupportedError: `mosaic_tpu_pages.check` refuses the pages; scale is not above 0, or
+            soft_cap is below; a part of rows in four bits has other than 128 lanes; the tile's
+            heads do not divide the KV heads, or are not all of them where pages hold scales.
     """
     T, N, H = q.shape
     K, W = k_pages.shape[2], k_pages.shape[-1]
     stacks = [k_pages] if v_pages is None else [k_pages, v_pages]
     value_dim = value_dim or int(stacks[-1].shape[-1] if v_pages is not None else H)
+    check(stacks, batch.tables.shape)
+    if scale <= 0 or soft_cap < 0:
+        raise UnsupportedError(f"{scale=}, {soft_cap=}: below 0 the largest product is no maximum")
     if isinstance(k_pages, StaticInt8Pages):
         q = k_pages.fold(q, layer)
     caches, scales, dtype = _leaves(stacks)
@@ -225,7 +228,6 @@ def _shape(
     Raises:
         UnsupportedError: as `page_attention` says.
     """
-    check(stacks, batch.tables.shape)
     (_, _, K, Z, W), parts = stacks[0].shape, parts_of(stacks)
     int4 = isinstance(stacks[0], Int4Pages)
     if int4 and any(n != ROTATED for each in parts for n in each):

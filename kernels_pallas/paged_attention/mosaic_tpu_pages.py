@@ -12,6 +12,7 @@ from kernels_pallas.paged_attention.codec import (
     Int4Pages,
     Int8Pages,
     QuantizedPages,
+    check_alike,
     whole_scales,
 )
 from kernels_pallas.tpu import LANES
@@ -38,11 +39,9 @@ def check(stacks: list[Any], table: tuple[int, ...]) -> None:
             multiple of a register's rows (of 128, where pages hold scales); the block table has
             more than 2**17 entries; rows of scales are not padded (`codec.whole_scales`).
     """
-    kinds, first = {type(pages) for pages in stacks}, stacks[0]
-    quantized, parts = isinstance(first, QuantizedPages), parts_of(stacks)
-    if quantized and len(kinds) > 1:
-        raise UnsupportedError(f"keys and values in {kinds}: keep both in one")
-    if not quantized and first.dtype not in (jnp.bfloat16, jnp.float32):
+    check_alike(*stacks)
+    first, parts = stacks[0], parts_of(stacks)
+    if not isinstance(first, QuantizedPages) and first.dtype not in (jnp.bfloat16, jnp.float32):
         raise UnsupportedError(f"pages of {first.dtype}: keep them in bfloat16 or float32")
     if any(n % LANES for each in parts for n in each):
         raise UnsupportedError(f"{parts=} of rows must be multiples of {LANES} lanes")

@@ -58,6 +58,7 @@ def page_write(
     """
     stacks = [k_pages] if v_pages is None else [k_pages, v_pages]
     new = [k] if v is None else [k, v]
+    check(stacks, batch.tables.shape)
     T, dtype = k.shape[0], _dtype(k, stacks)
     shape = _shape(stacks, batch, T, dtype, tile or TpuTile())
     tokens = pl.cdiv(T, shape.align) * shape.align
@@ -142,13 +143,12 @@ def _shape(stacks: list[Any], batch: Ragged, T: int, dtype: Any, tile: TpuTile) 
     (_, _, K, Z, _), (R, M) = stacks[0].shape, batch.tables.shape
     itemsize, lanes = jnp.dtype(dtype).itemsize, [pages.shape[-1] for pages in stacks]
     align, parts = 32 // itemsize, tuple(parts_of(stacks))
-    check(stacks, batch.tables.shape)
     if isinstance(stacks[0], QuantizedPages):
         tile_slots = copy = 64 if isinstance(stacks[0], Int4Pages) else 32
         block = SUBLANES
     else:
         block = tile_slots = align
-        copy = min(tile.slots or max(16, 1 << (T // R).bit_length() - 1), Z)
+        copy = min(tile.slots or max(16, 1 << max(0, (T // R).bit_length() - 1)), Z)
         if Z % copy or copy % align:
             raise UnsupportedError(
                 f"groups of {copy} slots: take a divisor of {Z=}, whole {align}s"
