@@ -42,7 +42,7 @@ class Scratch(NamedTuple):
         o: [tiles, rows, store_lanes], on their way to global memory or to another warpgroup.
         lse: [tiles, rows].
         partials: the maximum and the sum [consumers, 2, rows] of warpgroups that take turns.
-        met: where consumers wait for each other.
+        consumer_barrier: where consumers wait for each other.
         ring: blocks of keys and values.
     """
 
@@ -51,7 +51,7 @@ class Scratch(NamedTuple):
     lse: Any
     partials: Any
     q_ready: Any
-    met: Any
+    consumer_barrier: Any
     ring: Any
 
     @classmethod
@@ -67,10 +67,10 @@ class Scratch(NamedTuple):
             Ring.scratch(shape, consumers=shape.tiles),
         )
 
-    def meet(self) -> None:
+    def sync_consumers(self) -> None:
         """Waits until all consumers are here."""
-        plgpu.barrier_arrive(self.met)
-        plgpu.barrier_wait(self.met)
+        plgpu.barrier_arrive(self.consumer_barrier)
+        plgpu.barrier_wait(self.consumer_barrier)
 
 
 class _State(NamedTuple):
@@ -119,6 +119,7 @@ def kernel(*refs: Any, shape: Shape, simulated: bool) -> None:
 
 
 def _produce(program: Program, caches: slice) -> None:
+    """A producer warpgroup, which copies some of the caches."""
     few, _ = program.shape.registers
     if few:
         plgpu.set_max_registers(few, action="decrease")
@@ -126,41 +127,49 @@ def _produce(program: Program, caches: slice) -> None:
 
 
 def _consume(program: Program) -> None:
+    """A consumer warpgroup: it attends for its tile of rows, masked blocks first."""
     shape, scratch = program.shape, program.scratch
     _, many = shape.registers
     if many:
         plgpu.set_max_registers(many, action="increase")
     wg, turn, tile = _place(shape)
-    queries = program.q.at[
-        program.head, pl.ds(program.item.first_row(shape) + tile * ROWS, ROWS)
-    ]  # fmt: skip
+    _copy_queries(program, turn, tile)
+    masses = [
+        x.at[program.number, program.head, :, pl.ds(tile * ROWS, ROWS)] for x in program.masses
+    ]
+    consumer = _Consumer(program, tile, masses)
+
+    def attend(state: _State, masked: bool) -> _State:
+        work = program.work()  # computed anew for each loop, to keep registers free
+        body = partial(_attend_block, consumer, work, masked=masked)
+        return work.loop(body, state, masked=masked, turn=turn, turns=shape.turns)
+
+    state = attend(_State.empty(shape), masked=True)
+    if shape.ping_pong:  # the second warpgroup stays half a block behind
+        pl.when(wg == 1)(scratch.sync_consumers)
+    o, row_max, row_sum = attend(state, masked=False)
+    if shape.ping_pong:
+        pl.when(wg == 0)(scratch.sync_consumers)
+    wg, _, tile = _place(shape)  # computed anew: no register is left in which to keep it
+    scale, lse = _normalizer(row_max, row_sum, wg, scratch, shape)
+    o = [x * down(scale, x.shape) for x in o]
+    rows = pl.ds(tile * ROWS, ROWS)
+    lse_rows = program.lse.at[program.split, program.number, program.head, rows]
+    _store_results(program, o, lse, lse_rows, wg)
+
+
+def _copy_queries(program: Program, turn: Any, tile: Any) -> None:
+    """Copies a tile's queries to shared memory, once for all that take turns, and waits for
+    them."""
+    scratch, item = program.scratch, program.item
+    rows = pl.ds(item.first_row(program.shape) + tile * ROWS, ROWS)
+    queries = program.q.at[program.head, rows]
 
     @pl.when(turn == 0)
     def _() -> None:
         plgpu.copy_gmem_to_smem(queries, scratch.q.at[tile], scratch.q_ready.at[tile])
 
     plgpu.barrier_wait(scratch.q_ready.at[tile])
-    rows = [x.at[program.number, program.head, :, pl.ds(tile * ROWS, ROWS)] for x in program.masses]
-    consumer = _Consumer(program, tile, rows)
-
-    def attend(state: _State, masked: bool) -> _State:
-        work = program.work()
-        body = partial(_attend_block, consumer, work, masked=masked)
-        return work.loop(body, state, masked=masked, turn=turn, turns=shape.turns)
-
-    state = attend(_State.empty(shape), masked=True)
-    if shape.ping_pong:  # the second warpgroup stays half a block behind
-        pl.when(wg == 1)(scratch.meet)
-    o, row_max, row_sum = attend(state, masked=False)
-    if shape.ping_pong:
-        pl.when(wg == 0)(scratch.meet)
-    wg, _, tile = _place(shape)  # computed anew: no register is left in which to keep it
-    scale, lse = _normalizer(row_max, row_sum, wg, scratch, shape)
-    o = [x * down(scale, x.shape) for x in o]
-    lse_rows = program.lse.at[
-        program.split, program.number, program.head, pl.ds(tile * ROWS, ROWS)
-    ]  # fmt: skip
-    _store_results(program, o, lse, lse_rows, wg)
 
 
 def _place(shape: Shape) -> tuple[Array, Any, Any]:
@@ -178,70 +187,77 @@ def _attend_block(
 ) -> _State:
     """The state with the block of keys of one more step."""
     program, tile, masses = consumer
-    shape, scratch, ring = program.shape, program.scratch, program.scratch.ring
+    shape, item, ring = program.shape, program.item, program.scratch.ring
     slot = lax.rem(step, jnp.int32(shape.stages))
     copy = work.copy_of_step(step, shape)
     first_key = copy * shape.keys_per_copy
-    meet = scratch.meet if shape.ping_pong and not masked else None
-    s, scales = _scores(consumer, step, slot, meet)
-    # values are in the keys' slot, or their scales beside those of keys
-    keeps_keys = shape.values_in_keys or shape.int4
-    if not keeps_keys:
+    sync = program.scratch.sync_consumers if shape.ping_pong and not masked else None
+
+    s, scales = _scores(consumer, step, slot, sync)
+    # a slot of keys is also that of values, or scales of int4 values lie beside those of its keys
+    read_to_the_end = shape.values_in_keys or shape.int4
+    if not read_to_the_end:
         plgpu.barrier_arrive(ring.free[0].at[slot])
-    position = program.item.first_position() + tile * shape.tokens_per_tile
-    visible = visible_keys(program.window) if masked else None
-    hide = None if visible is None else mask(position, first_key, visible, shape)
+
+    hide, position = None, item.first_position() + tile * shape.tokens_per_tile
+    if masked:
+        hide = mask(position, first_key, visible_keys(program.window), shape)
     p, row_max, rescale = softmax(s, state.row_max, hide, shape)
     sums = row_sums(p, shape)
     for rows in masses:
         store_masses(rows, sums, row_max * shape.exp2_scale, copy)
     row_sum = state.row_sum * rescale + sum(sums)
+
     if not shape.values_in_keys:
         plgpu.barrier_wait(ring.ready[1].at[slot])
         scales = ring.scales_of(1, step, shape) if shape.scales_per_row else None
     values = ring.blocks[-1].at[slot, :, pl.ds(0, shape.value_lanes)]
-    end = program.item.end_position() - first_key if masked else None  # no row sees keys behind it
+    end = item.end_position() - first_key if masked else None  # no row sees keys from there on
     if end is not None and not shape.quantized:  # integers are never NaN
         pl.when(end < shape.keys_per_block)(partial(_zero_unseen, consumer, values, end))
-    o = _add_values(program, state.o, rescale, weights(p, scales, end, shape), values, meet)
-    for free in ring.free if keeps_keys else ring.free[1:]:
+    o = _add_values(program, state.o, rescale, weights(p, scales, end, shape), values, sync)
+    for free in ring.free if read_to_the_end else ring.free[1:]:
         plgpu.barrier_arrive(free.at[slot])
     return _State(o, row_max, row_sum)
 
 
 def _scores(
-    consumer: _Consumer, step: Array, slot: Array, meet: Callable[[], None] | None
+    consumer: _Consumer, step: Array, slot: Array, sync: Callable[[], None] | None
 ) -> tuple[Array, Any]:
-    """Scores [ROWS, keys] of a step's block, once it is there, and the scales of its keys."""
+    """Scores [ROWS, keys] of a step's block, once it is there, and the scales of its keys.
+
+    Args:
+        sync: is called while the products are under way, where warpgroups alternate.
+    """
     shape, scratch = consumer.program.shape, consumer.program.scratch
     plgpu.barrier_wait(scratch.ring.ready[0].at[slot])
     scales = scratch.ring.scales_of(0, step, shape) if shape.scales_per_row else None
     q, keys = scratch.q.at[late(consumer.tile, step)], scratch.ring.blocks[0].at[slot]
-    return scores(q, keys, scales, shape, meet), scales
+    return scores(q, keys, scales, shape, sync), scales
 
 
 def _zero_unseen(consumer: _Consumer, values: Any, end: Array) -> None:
-    """`zero_unseen`, once and between meetings where two tiles read the block: where values are
-    keys, the other warpgroup may still be reading them."""
+    """`zero_unseen`, once for all tiles. Their warpgroups wait for each other before and after:
+    values may be keys, which the other one may still read."""
     scratch, several = consumer.program.scratch, consumer.program.shape.tiles > 1
     if several:
-        scratch.meet()
+        scratch.sync_consumers()
     pl.when(consumer.tile == 0)(lambda: zero_unseen(values, end))
     if several:
-        scratch.meet()
+        scratch.sync_consumers()
 
 
 def _add_values(
     program: Program, o: tuple[Array, ...], rescale: Array, by_part: list[Array], values: Any,
-    meet: Callable[[], None] | None,
+    sync: Callable[[], None] | None,
 ) -> tuple[Array, ...]:  # fmt: skip
     """Outputs, rescaled, plus products of weights, for each part of values, with a block."""
     scaled = [x * down(rescale, x.shape) for x in o]
     pairs = [
         (by_part[part], values.at[:, pl.ds(lane, n)]) for lane, n, part in _slices(program.shape)
     ]
-    if meet is not None:
-        meet()
+    if sync is not None:
+        sync()
     return add_products(scaled, pairs, simulated=program.simulated)
 
 
@@ -255,7 +271,7 @@ def _normalizer(
         for i, x in enumerate((row_max, row_sum)):
             scratch.partials[wg, i] = x
         plgpu.commit_smem()
-        scratch.meet()
+        scratch.sync_consumers()
         other_max, other_sum = (scratch.partials[1 - wg, i] for i in range(2))
         joint_max = jnp.maximum(row_max, other_max)
         own = jnp.exp2((row_max - joint_max) * shape.exp2_scale)
@@ -300,9 +316,9 @@ def _store_results(program: Program, o: list[Array], lse: Array, lse_rows: Any, 
                 out.copy(lanes)
                 continue
             pl.when(wg == 1)(partial(out.put, some, adds=False))
-            scratch.meet()
+            scratch.sync_consumers()
             pl.when(wg == 0)(partial(out.add_and_copy, some, lanes))
-            scratch.meet()
+            scratch.sync_consumers()
 
 
 class _Output(NamedTuple):

@@ -159,7 +159,7 @@ def _attend_block(
         rows = masses.at[program.number, program.head]
         store_masses(rows, sums, row_max * shape.exp2_scale, copy)
     row_sum = state.row_sum * rescale + sum(sums)
-    end = item.end_position() - first_key if masked else None  # no row sees keys behind it
+    end = item.end_position() - first_key if masked else None  # no row sees keys from there on
     if end is not None and not shape.quantized:  # integers are never NaN
         values = keys.at[:, pl.ds(0, shape.value_lanes)]
         pl.when(end < shape.keys_per_block)(lambda: zero_unseen(values, end))

@@ -32,7 +32,7 @@ def produce(program: Program, ring: Ring, work: Work, caches: slice = slice(None
     if shape.quantized:
         pl.loop(0, jnp.minimum(work.blocks, shape.raw_stages))(producer.copy_raw)
 
-    # the steps behind the last wait until all slots are free, as simulators demand
+    # steps behind the last block only wait for its slots to be free again, as simulators demand
     @pl.loop(0, work.blocks + shape.stages)
     def _step(step: Array) -> None:
         slot, ring = lax.rem(step, jnp.int32(shape.stages)), producer.ring

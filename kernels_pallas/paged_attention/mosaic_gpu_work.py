@@ -117,7 +117,8 @@ class Work(NamedTuple):
         return self.blocks - (self.unmasked_end - self.unmasked_begin)
 
     def copy_of_step(self, step: Array, shape: Shape) -> Array:
-        """The first copy of the block that a step attends to."""
+        """The first copy of the block that a step attends to: of masked blocks before the unmasked
+        ones, then of masked blocks behind them, then of the unmasked ones."""
         end = jnp.where(step < self.masked_blocks, self.unmasked_begin, self.blocks)
         skipped = jnp.where(step < self.unmasked_begin, 0, self.unmasked_end - end)
         return self.copy + (step + skipped) * shape.copies_per_block
@@ -130,6 +131,7 @@ class Work(NamedTuple):
         first, end = (0, self.masked_blocks) if masked else (self.masked_blocks, self.blocks)
         if turns == 1:
             return lax.fori_loop(first, end, body, state)
+        # the first step that is `turn` modulo `turns`, of at most two turns
         first = first + lax.rem(turn + first * (turns - 1), jnp.int32(turns))
         count = lax.div(end - first + turns - 1, jnp.int32(turns))
         return lax.fori_loop(0, count, lambda i, state: body(first + i * turns, state), state)
