@@ -67,6 +67,14 @@ def owners(batch: Ragged, num_tokens: int) -> tuple[Array, Array]:
     return row, jnp.where(real, position, -1)
 
 
+def slots(batch: Ragged, num_tokens: int, page_size: int) -> Array:
+    """The slot of each token int32 [T] among those of all pages, page * page_size + the slot in it;
+    -1 of padding. One number a token, so that a kernel reads it at once."""
+    row, position = owners(batch, num_tokens)
+    page = batch.tables[row, jnp.maximum(position, 0) // page_size]
+    return jnp.where(position >= 0, page * page_size + position % page_size, -1)
+
+
 def write(k_pages, v_pages, k, v, layer, batch: Ragged, row: Array, position: Array):
     """The caches with this step's keys and values in their slots; padding goes nowhere.
 
