@@ -50,7 +50,7 @@ def fours(**how):
     halves = [half for some in np.split(BYTES, 2) for half in (some & 15, some >> 4)]
     signed = np.concatenate(halves).astype(np.int8)
     signed = np.where(signed > 7, signed - 16, signed)
-    return widened(jnp.asarray(BYTES), partial(unpack, kinds=KEY_CLASSES), 128, **how), signed
+    return widened(jnp.asarray(BYTES), partial(unpack, classes=KEY_CLASSES), 128, **how), signed
 
 
 @pytest.mark.parametrize("bits", [eights, fours])
