@@ -59,6 +59,7 @@ class Shape:
         stages: blocks of bfloat16 in shared memory.
         raw_stages: blocks in shared memory of int8 or int4 as pages hold them; 0 where pages are
             bfloat16.
+        quantized: whether pages are int8 or int4, so that blocks become bfloat16 in shared memory.
         int4: whether pages are `Int4Pages`.
 
     Lanes of keys and values, and their scales.
@@ -97,6 +98,7 @@ class Shape:
     table_width: int
     stages: int = 0
     raw_stages: int = 0
+    quantized: bool
     int4: bool
 
     key_lanes: int
@@ -120,11 +122,6 @@ class Shape:
     def tokens_per_item(self) -> int:
         """Tokens that a block of threads attends for."""
         return self.tiles * self.tokens_per_tile
-
-    @property
-    def quantized(self) -> bool:
-        """Whether blocks are of int8 or int4 and become bfloat16 in shared memory."""
-        return self.raw_stages > 0
 
     @property
     def consumers(self) -> int:

@@ -67,6 +67,7 @@ class _Problem:
         split_values: whether two warpgroups share them.
         quantized: whether pages are int8 or int4.
         mass: whether masses of pages are asked for.
+        groups: whether sequences of the step may form groups.
     """
 
     tokens: int
@@ -81,6 +82,7 @@ class _Problem:
     split_values: bool
     quantized: bool
     mass: bool
+    groups: bool
 
     @property
     def max_keys(self) -> int:
@@ -93,8 +95,15 @@ class _Problem:
         return self.tokens > 4 * self.sequences
 
     @property
+    def pairs_tiles(self) -> bool:
+        """Whether prompts fill two tiles of rows, which then share what is copied, if registers and
+        shared memory have room for both."""
+        return self.prompts and not self.values_in_keys
+
+    @property
     def narrow(self) -> bool:
-        """Whether a second tile of rows, or a larger block of keys, has room in shared memory."""
+        """Whether registers and shared memory have room for a second tile of rows, or for larger
+        blocks of keys."""
         return self.key_lanes + self.value_lanes <= 256
 
 
@@ -120,19 +129,16 @@ def shape_of(
         kv_heads=K, group_heads=N // K, key_lanes=key_lanes, value_lanes=value_lanes,
         values_in_keys=v_pages is None, split_values=split_values,
         quantized=isinstance(k_pages, QuantizedPages), mass=mass,
+        groups=batch.groups is not None,
     )  # fmt: skip
     tiles_per_kv_head = _tiles_per_kv_head(problem.group_heads)
     heads_per_tile = problem.group_heads // tiles_per_kv_head
     tokens_per_tile = ROWS // heads_per_tile
     keys = _keys_per_block(tile, problem)
     tiles, turns = _warpgroups(tile, problem, keys)
-    programs = K * tiles_per_kv_head  # for as many tokens as fill an item
-    size = tiles * tokens_per_tile
-    blocks = most_items(T, problem.sequences, size) * programs
-    steps = problem.max_keys // keys
-    splits = tile.splits or _splits(blocks, steps, prompts=problem.prompts)
-    shares = batch.groups is not None and not problem.prompts and size > 1 and not mass
-    group_splits = _group_splits(-(-T // size) * programs * splits) if shares else 0
+    splits, group_splits = _all_splits(
+        tile, problem, keys, tokens_per_item=tiles * tokens_per_tile, heads=K * tiles_per_kv_head
+    )
     keys_per_copy = min(Z, keys)
     shape = Shape(
         heads_per_tile=heads_per_tile, tiles_per_kv_head=tiles_per_kv_head,
@@ -141,7 +147,7 @@ def shape_of(
         splits=splits, group_splits=group_splits,
         keys_per_copy=keys_per_copy, copies_per_page=Z // keys_per_copy,
         copies_per_block=keys // keys_per_copy, table_width=problem.table_width,
-        int4=isinstance(k_pages, Int4Pages),
+        quantized=problem.quantized, int4=isinstance(k_pages, Int4Pages),
         key_lanes=key_lanes, value_lanes=value_lanes, values_in_keys=problem.values_in_keys,
         split_values=split_values, key_parts=key_parts, value_parts=value_parts,
         stored_scales_per_row=tuple(
@@ -152,12 +158,12 @@ def shape_of(
         mass=mass,
     )  # fmt: skip
     try:
-        return _with_stages(shape, tile.stages, quantized=problem.quantized)
+        return _with_stages(shape, tile.stages)
     except UnsupportedError:
         if tile.turns or turns == 1:
             raise
         # two warpgroups want two slots; one that takes all blocks is content with one
-        return _with_stages(replace(shape, turns=1), tile.stages, quantized=problem.quantized)
+        return _with_stages(replace(shape, turns=1), tile.stages)
 
 
 def _lanes(H: int, value_dim: int, k_pages: Any, v_pages: Any) -> tuple[int, int, bool]:
@@ -230,10 +236,11 @@ def _keys_per_block(tile: GpuTile, problem: _Problem) -> int:
     Raises:
         UnsupportedError: they are neither whole pages nor equal parts of one.
     """
-    # What a block costs beside its keys is shared by more of them, above all in prompts. Decode
-    # steps over bfloat16 wait for memory alone; those over quantized pages also convert blocks.
-    prompts = problem.prompts and not problem.values_in_keys
-    worth = problem.max_keys >= _LONG and not prompts if problem.quantized else prompts
+    # A larger block shares among more keys what it costs beside them. That pays for prompts over
+    # bfloat16 pages, and over quantized ones for decode steps, if sequences are long.
+    worth = problem.pairs_tiles
+    if problem.quantized:
+        worth = not worth and problem.max_keys >= _LONG
     room = problem.narrow and not (problem.values_in_keys or problem.mass)
     keys, Z = tile.keys or (128 if room and worth else 64), problem.page_size
     if Z % 8 or max(Z, keys) % min(Z, keys) or keys % 64 or keys > 256:
@@ -248,9 +255,7 @@ def _warpgroups(tile: GpuTile, problem: _Problem, keys: int) -> tuple[int, int]:
         UnsupportedError: the two make more than two consumers, or than one where two warpgroups
             share the values of a tile.
     """
-    # a prompt has rows for two tiles, which then share what is copied
-    prompts = problem.prompts and not problem.values_in_keys
-    tiles = tile.tiles or (2 if prompts and problem.narrow else 1)
+    tiles = tile.tiles or (2 if problem.pairs_tiles and problem.narrow else 1)
     # a decode step has few rows: a second warpgroup has registers for outputs of its own, unless
     # they are taken, and is worth it where a sequence may have four blocks
     registers_taken = (
@@ -263,6 +268,25 @@ def _warpgroups(tile: GpuTile, problem: _Problem, keys: int) -> tuple[int, int]:
             most = "one, whose values two warpgroups share"
         raise UnsupportedError(f"{tiles=} of rows, {turns=} in which they take keys: {most}")
     return tiles, turns
+
+
+def _all_splits(
+    tile: GpuTile, problem: _Problem, keys: int, *, tokens_per_item: int, heads: int
+) -> tuple[int, int]:
+    """Splits of a sequence's keys, and of the keys that a group shares; 0 of these where groups are
+    ignored: their tokens would share no tile of rows, or little of one.
+
+    Args:
+        keys: of a block.
+        tokens_per_item: tokens in a block of threads.
+        heads: tiles of heads, each of which is a block of threads.
+    """
+    blocks = most_items(problem.tokens, problem.sequences, tokens_per_item) * heads
+    steps = problem.max_keys // keys
+    splits = tile.splits or _splits(blocks, steps, prompts=problem.prompts)
+    if not problem.groups or problem.prompts or tokens_per_item == 1 or problem.mass:
+        return splits, 0
+    return splits, _group_splits(-(-problem.tokens // tokens_per_item) * heads * splits)
 
 
 def _splits(blocks: int, steps: int, prompts: bool) -> int:
@@ -285,7 +309,7 @@ def _group_splits(blocks: int) -> int:
     return max(1, min(8, _CORES // blocks))
 
 
-def _with_stages(shape: Shape, wanted: int, *, quantized: bool) -> Shape:
+def _with_stages(shape: Shape, wanted: int) -> Shape:
     """The shape with rings as deep as shared memory allows, or as `wanted`.
 
     Both depths are multiples of `Shape.turns`, so a slot always serves the same warpgroup.
@@ -297,7 +321,7 @@ def _with_stages(shape: Shape, wanted: int, *, quantized: bool) -> Shape:
     fixed = _fixed_bytes(shape)
     block, raw = _block_bytes(shape)
     room = _SHARED_BYTES - fixed
-    if quantized:
+    if shape.quantized:
         stages = 2 if shape.turns > 1 or room >= 2 * (block + raw) else 1
         raw_stages = wanted or max(1, min(6, (room - stages * block) // raw))
         raw_stages = max(2, raw_stages // 2 * 2) if shape.turns > 1 else raw_stages
