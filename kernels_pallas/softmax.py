@@ -1,4 +1,4 @@
-"""How a softmax begins that is computed in base 2, for which hardware has an instruction."""
+"""What the softmaxes of kernels have in common. Those are of base 2, which hardware computes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from jax import Array
 
 LOG2E = math.log2(math.e)
 """Takes a logit to base 2: exp(x) = exp2(x * LOG2E)."""
+
+MASK_VALUE = -1e30
+"""The logit of a hidden key. It is finite, so that a row that sees no key does not become NaN."""
 
 INITIAL_MAX = -1e30
 """The maximum before any logit. It is finite, so that hidden logits, which are -inf, weigh 0 and

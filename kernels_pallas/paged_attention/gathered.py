@@ -15,9 +15,8 @@ from kernels_pallas.paged_attention.codec import (
     take,
 )
 from kernels_pallas.paged_attention.ragged import Ragged, locate, write
+from kernels_pallas.softmax import MASK_VALUE
 from kernels_pallas.weight import Weight, as_array
-
-_MASK_VALUE = -1e30  # finite: a row that sees no key must not become NaN
 
 
 def paged_attention(
@@ -60,8 +59,8 @@ def paged_attention(
     s = soft_cap * jnp.tanh(s / soft_cap) if soft_cap else s
     back = position[:, None] - at
     seen = (back >= 0) & ((window == 0) | (back < window))
-    s = jnp.where(seen[:, None, None], s, _MASK_VALUE)
-    sink = jnp.full(N, _MASK_VALUE) if sinks is None else as_array(sinks).astype(jnp.float32)
+    s = jnp.where(seen[:, None, None], s, MASK_VALUE)
+    sink = jnp.full(N, MASK_VALUE) if sinks is None else as_array(sinks).astype(jnp.float32)
     sink = jnp.broadcast_to(sink.reshape(1, *s.shape[1:3], 1), (*s.shape[:3], 1))
     lse = _logsumexp(jnp.concatenate([s, sink], -1))
     o = jnp.einsum("tkgs,tskh->tkgh", jnp.exp(s - lse[..., None]), values)

@@ -86,7 +86,9 @@ def page_attention(
     value_dim = value_dim or int(stacks[-1].shape[-1] if v_pages is not None else H)
     check(stacks, batch.tables.shape)
     if scale <= 0 or soft_cap < 0:
-        raise UnsupportedError(f"{scale=}, {soft_cap=}: below 0 the largest product is no maximum")
+        raise UnsupportedError(
+            f"{scale=}, {soft_cap=}: the largest product must have the largest logit"
+        )
     if isinstance(k_pages, StaticInt8Pages):
         q = k_pages.fold(q, layer)
     caches, scales, dtype = _leaves(stacks)

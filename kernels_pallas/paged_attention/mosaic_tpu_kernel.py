@@ -34,9 +34,8 @@ from kernels_pallas.paged_attention.mosaic_tpu_blocks import (
     Shape,
     div,
 )
+from kernels_pallas.softmax import LOG2E, MASK_VALUE
 from kernels_pallas.tpu import LANES, dot
-
-MASK_VALUE = -1e30  # finite: a row that has seen no key yet must not become NaN
 
 
 class Program(NamedTuple):
@@ -455,7 +454,7 @@ def _page_sums(p: Array, row_max: Array, shape: Shape) -> Array:
 
 def _exp(x: Array, unit: float) -> Array:
     """exp of logits in units of `unit`."""
-    return jnp.exp2(x * (unit * math.log2(math.e)))
+    return jnp.exp2(x * (unit * LOG2E))
 
 
 def _lanes(x: Array, width: int) -> Array:

@@ -63,6 +63,14 @@ def owners(batch: Ragged, num_tokens: int) -> tuple[Array, Array]:
     return _positions(batch, t, seq)
 
 
+def slots(batch: Ragged, num_tokens: int, page_size: int) -> Array:
+    """The slot of each token int32 [T] among those of all pages, page * page_size + the slot in it;
+    -1 of padding. One number a token, so that a kernel reads it at once."""
+    seq, position = owners(batch, num_tokens)
+    page = batch.tables[seq, jnp.maximum(position, 0) // page_size]
+    return jnp.where(position >= 0, page * page_size + position % page_size, -1)
+
+
 def _positions(batch: Ragged, t: Array, seq: Array) -> tuple[Array, Array]:
     """The sequence of each token t [T], and its position there (negative: padding).
 

@@ -14,11 +14,11 @@ from jax import Array, lax
 
 from kernels_pallas.paged_attention.codec import Pages, rotated, take, whole_parts
 from kernels_pallas.paged_attention.ragged import Ragged, locate, write
+from kernels_pallas.softmax import MASK_VALUE
 from kernels_pallas.weight import Weight, as_array
 
 _KEYS = 128  # keys attended at a time
 _QUERIES = 128  # prompt tokens attended at a time
-_MASK_VALUE = -1e30  # finite: a row that sees no key must not become NaN
 
 
 class _Softmax(NamedTuple):
@@ -124,7 +124,7 @@ def page_attention(
     keys = partial(_keys, k_pages, v_pages, layer, heads.shape[-1], lanes)
     logits = partial(_mask, window=window, soft_cap=soft_cap)
     if sinks is None:
-        sink = jnp.full((K, N // K), _MASK_VALUE)
+        sink = jnp.full((K, N // K), MASK_VALUE)
     else:
         sink = as_array(sinks).astype(jnp.float32).reshape(K, N // K)
     start = partial(_start, sink, 0.0 if sinks is None else 1.0, lanes)
@@ -158,7 +158,7 @@ def _mask(
     if soft_cap:
         logits = soft_cap * jnp.tanh(logits / soft_cap)
     seen = (key <= query) & ((window == 0) | (query - key < window))
-    return jnp.where(seen, logits, _MASK_VALUE)
+    return jnp.where(seen, logits, MASK_VALUE)
 
 
 def _start(sink: Array, row_sum: float, value_dim: int, *lead: int) -> _Softmax:

@@ -16,6 +16,7 @@ from kernels_pallas.paged_attention import (
     Groups,
     Ragged,
     mosaic_gpu,
+    mosaic_gpu_tiling,
     mosaic_gpu_writing,
     mosaic_tpu,
     mosaic_tpu_blocks,
@@ -252,7 +253,7 @@ def test_heads_may_be_split_over_programs():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [{"splits": 3}, {"groups": 2, "stages": 2}])
+@pytest.mark.parametrize("options", [{"splits": 3}, {"tiles": 2, "stages": 2}])
 def test_tiles_on_hopper(options):
     """Shares of keys that merge, of which some are empty; two tiles of rows that share a ring."""
     rng = np.random.default_rng(0)
@@ -287,7 +288,7 @@ def test_tiles_on_hopper(options):
     ],
 )
 def test_shares_of_keys_fill_the_cores(blocks, steps, prompts, splits):
-    assert mosaic_gpu._splits(blocks, steps, prompts) == splits
+    assert mosaic_gpu_tiling._splits(blocks, steps, prompts) == splits
 
 
 @pytest.mark.slow
@@ -318,8 +319,8 @@ REFUSED_ON_HOPPER = {
     "wide latents": ({"W": 640, "latent": True}, {"value_dim": 576}, "576 lanes .* up to 512"),
     "groups": (
         {"W": 640, "latent": True},
-        {"value_dim": 512, "tile": mosaic_gpu.GpuTile(groups=2)},
-        "groups=2 of rows, .*: one, whose values",
+        {"value_dim": 512, "tile": mosaic_gpu.GpuTile(tiles=2)},
+        "tiles=2 of rows, .*: one, whose values",
     ),
     "no room": (
         {"W": 640, "latent": True},

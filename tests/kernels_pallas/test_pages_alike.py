@@ -31,7 +31,7 @@ def operands(key_kind, value_kind):
 
 @pytest.mark.parametrize("body", TARGETS)
 @pytest.mark.parametrize(
-    ("key_kind", "value_kind"), itertools.permutations(KINDS, 2), ids=lambda kind: kind.__name__
+    ("key_kind", "value_kind"), [*itertools.permutations(KINDS, 2)], ids=lambda kind: kind.__name__
 )
 def test_pages_of_two_kinds_are_left_to_the_reference(key_kind, value_kind, body):
     *pages, k, v, q, step = operands(key_kind, value_kind)
@@ -44,7 +44,7 @@ def test_pages_of_two_kinds_are_left_to_the_reference(key_kind, value_kind, body
 
     for op in (write, attend):
         jax.eval_shape(op, *pages)
-        with pytest.raises(UnsupportedError, match="keys and values in .* keep both in one kind"):
+        with pytest.raises(UnsupportedError, match=r"keys and values in .* in one kind"):
             jax.eval_shape(partial(op, implementation=body), *pages)
 
 
@@ -53,7 +53,7 @@ def test_scales_and_caps_below_zero_are_left_to_the_reference():
     for options in ({"scale": 0.0}, {"scale": -0.1}, {"scale": 0.1, "soft_cap": -3.0}):
         run = partial(page_attention.run, **options)
         for body in TARGETS:
-            with pytest.raises(UnsupportedError, match="no maximum"):
+            with pytest.raises(UnsupportedError, match="must have the largest logit"):
                 jax.eval_shape(partial(run, body), q, *pages, 0, step)
 
 

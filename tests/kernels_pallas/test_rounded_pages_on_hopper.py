@@ -89,7 +89,7 @@ def test_registers_hold_lanes_of_one_line(parts):
     """Copies mix up the words of a line of 128 bytes by where it lies, which stores to a part of a
     wider row would not know of. Simulators do not either."""
     begins = itertools.accumulate((0, *parts[:-1]))
-    pieces = [int8_writing._pieces(*x) for x in zip(begins, parts, strict=True)]
+    pieces = [int8_writing._slices(*x) for x in zip(begins, parts, strict=True)]
     pieces = list(itertools.chain(*pieces))
     held = [lane for x in pieces for lane in range(x.start, x.start + x.size)]
     assert held == list(range(sum(parts)))

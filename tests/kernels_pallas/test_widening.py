@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas.paged_attention.mosaic_gpu_blocks import SORTED
+from kernels_pallas.paged_attention.mosaic_gpu_shape import KEY_CLASSES
 from kernels_pallas.paged_attention.mosaic_gpu_widening import UNIT, unpack, widen
 from tests.kernels_pallas import simulators
 from tests.kernels_pallas.executing import executing
@@ -50,7 +50,7 @@ def fours(**how):
     halves = [half for some in np.split(BYTES, 2) for half in (some & 15, some >> 4)]
     signed = np.concatenate(halves).astype(np.int8)
     signed = np.where(signed > 7, signed - 16, signed)
-    return widened(jnp.asarray(BYTES), partial(unpack, kinds=SORTED), 128, **how), signed
+    return widened(jnp.asarray(BYTES), partial(unpack, classes=KEY_CLASSES), 128, **how), signed
 
 
 @pytest.mark.parametrize("bits", [eights, fours])
