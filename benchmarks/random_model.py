@@ -157,9 +157,11 @@ def engine(raw: dict[str, Any], say: Say, **settings: Any) -> Generate:
 
 
 def wanted(plan: Any) -> list[tuple[str, int]]:
-    """Programs of the plan but for those that only serve until a whole step exists."""
-    whole = plan.step_tokens(plan.row_buckets[-1])
-    return [(kind, n) for kind, n in plan.programs if kind != "forward" or n > whole]
+    """Programs of the plan but for those whose work others do as well here: passes without a
+    sampler that only serve until whole steps exist, and the sampler of one row behind a prompt."""
+    whole, rows = plan.step_tokens(plan.row_buckets[-1]), plan.row_buckets[-1]
+    least = {"forward": whole + 1, "sample": rows}
+    return [(kind, n) for kind, n in plan.programs if n >= least.get(kind, 0)]
 
 
 def _served(runner: Any) -> Generate:

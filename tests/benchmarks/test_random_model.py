@@ -33,14 +33,14 @@ def test_layers_of_one_shape_are_drawn_by_one_program():
     assert len(sums) == len(normal), "no two leaves are alike"
 
 
-def test_programs_that_only_bridge_the_start_are_left_out():
+def test_programs_whose_work_others_do_are_left_out():
     raw = SHAPES["8b"]
     cfg = family("qwen3").config(raw)
     config = EngineConfig(max_num_seqs=32, max_num_batched_tokens=2048, max_model_len=4096)
     plan = resolve(config, raw, cfg, lambda *_: 0, AbsentDevice("cuda"))
     plan = dataclasses.replace(plan, token_buckets=(32, 2048))
     kept = wanted(plan)
-    assert set(plan.programs) - set(kept) == {("forward", 32)}
+    assert set(plan.programs) - set(kept) == {("forward", 32), ("sample", 1)}
     assert {("step", 1), ("step", 32), ("forward", 2048), ("sample", 32)} <= set(kept)
 
 
