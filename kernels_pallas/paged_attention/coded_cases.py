@@ -11,7 +11,7 @@ from jax import Array
 from kernels_pallas.op import Case, Cost
 from kernels_pallas.paged_attention.cases import Shared, keys_read
 from kernels_pallas.paged_attention.cases import batch as step_of
-from kernels_pallas.paged_attention.codec import Int4Pages, StaticInt8Pages, empty
+from kernels_pallas.paged_attention.codec import ROTATED, Int4Pages, StaticInt8Pages, empty
 
 _L = 2
 
@@ -32,8 +32,12 @@ def pages_of(
     return type(pages)(values, jax.random.uniform(b, pages.scale.shape) / 64, pages.parts)
 
 
-def _row_bytes(kind: str, W: int, parts: int) -> float:
-    return W / 2 + 4 * parts if kind == "int4" else W + (4 * parts if kind == "int8" else 0)
+def _row_bytes(kind: str, lanes: int, latent: tuple[int, ...] | None) -> float:
+    """Of so many lanes of a row, with its scales."""
+    if kind == "int4":  # whole parts, which are turned together
+        parts = -(-lanes // ROTATED)
+        return parts * (ROTATED / 2 + 4)
+    return lanes + (4 * len(latent or "1") if kind == "int8" else 0)
 
 
 def _writing(
@@ -52,7 +56,7 @@ def _writing(
         return (k_pages, v_pages, k, v, jnp.int32(1), jax.tree.map(jnp.asarray, step)), {}
 
     size = jnp.dtype(dtype).itemsize
-    cost = Cost((1 if latent else 2) * T * K * (size * H + _row_bytes(kind, W, len(latent or "1"))))
+    cost = Cost((1 if latent else 2) * T * K * (size * H + _row_bytes(kind, W, latent)))
     return Case(name, make, {}, shipped, cost, tolerance=0)
 
 
@@ -92,7 +96,7 @@ def _attention(
         return (q, k_pages, v_pages, jnp.int32(1), jax.tree.map(jnp.asarray, step)), arrays
 
     values = value_dim or H
-    row = _row_bytes(kind, W, len(latent or "1")) * (1 if latent else 2)
+    row = _row_bytes(kind, -(-H // 64) * 64, latent) * (1 if latent else 2)
     read = keys_read(lens, shared) * K * row + T * N * (2 * H + 4 * values + 4)
     pairs = sum(n * s - n * (n - 1) / 2 for n, s in zip(new, lens, strict=True))
     cost = Cost(read, 2 * pairs * N * (H + values), "bfloat16")
