@@ -16,6 +16,7 @@ GOALS = (
     ("int8_matmul", "7168x4096x4096-bfloat16"),
     ("grouped_matmul", "16384x128x1536x2048-L2-int8-bfloat16"),
     ("page_attention", "latent-decode-8k"),
+    ("page_attention", "latent-decode-8k-16-heads"),
     ("page_attention", "decode-32k-8-to-1"),
     ("page_attention", "int8-latent-decode-8k"),
     ("int8_matmul", "2048x14336x4096-L4-silu-bfloat16"),
