@@ -21,6 +21,7 @@ from kernels_pallas.flash_attention import flash_attention, flash_attention_grad
 from kernels_pallas.flash_attention.cases import _case as flash_case
 from kernels_pallas.op import Body, Case, Cost, Op, UnsupportedError, tried
 from kernels_pallas.paged_attention.cases import _case as page_case
+from kernels_pallas.paged_attention.coded_cases import _attention as coded_case
 from kernels_pallas.paged_attention.ops import page_attention
 from kernels_pallas.registry import OPS
 from kernels_pallas.target import Target
@@ -288,7 +289,23 @@ def test_candidates_are_drawn_from_what_tiles_declare():
 
 SMALL = [(o, c) for o in OPS for c in o.cases if not c.shipped and o.name != "paged_attention"]
 FIRST = [next(one for one in SMALL if one[0] is op) for op, _ in SMALL]
-EVEN = [(page_attention, page_case("even", (1,) * 3, (64,) * 3, N=4, K=2, H=128, Z=16))]
+THREE, MIXED = ((1,) * 3, (64,) * 3), ((1, 20, 1), (64, 20, 64))
+EVEN = [
+    (page_attention, each)
+    for each in (
+        page_case("even", *THREE, N=4, K=2, H=128, Z=16),
+        page_case("even-mixed", *MIXED, N=4, K=2, H=128, Z=16),
+        page_case("even-mass", *THREE, N=4, K=2, H=128, Z=16, mass=True),
+        page_case("even-latent", *THREE, N=16, K=1, H=192, Z=16, value_dim=128),
+        coded_case("even-int8", "int8", *MIXED, N=4, K=2, Z=32),
+        coded_case("even-static", "static", *THREE, N=4, K=2, Z=32),
+        coded_case("even-int4", "int4", *MIXED, N=4, K=2, Z=32),
+        coded_case("even-int8-latent", "int8", *THREE, N=16, K=1, H=192, value_dim=128, Z=32,
+                   latent=(128, 128)),
+        coded_case("even-int4-latent", "int4", *THREE, N=16, K=1, H=288, value_dim=256, Z=32,
+                   latent=(256, 128)),
+    )
+]  # fmt: skip
 ONE_DOCUMENT = [
     (
         o,
@@ -302,11 +319,16 @@ ONE_DOCUMENT = [
 
 
 @pytest.mark.parametrize(
-    ("each", "small"), [*sparing(SMALL, *FIRST), *EVEN, *ONE_DOCUMENT], ids=lambda x: x.name
+    ("each", "small"),
+    [*sparing(SMALL, *FIRST), *sparing(EVEN, EVEN[3], EVEN[4]), *ONE_DOCUMENT],
+    ids=lambda x: x.name,
 )
 def test_alternatives_compute_what_the_reference_does(each, small):
     """On small cases; torch's ways where torch is installed."""
     sets = [small.make(jax.random.key(0))]
+    names = [way.name for way in alternatives(each, small, sets[0], "gpu")]
+    if (each, small) in EVEN:  # of latent keys, of rounded ones and of prompts, too
+        assert "torch_sdpa" in names and len(names) >= 2
     if not list(alternatives(each, small, sets[0], "cpu")):
         assert (each, small) in SMALL
         pytest.skip("nobody else computes this")
