@@ -43,7 +43,8 @@ def _case(
 
     size = jnp.dtype(dtype).itemsize
     moved = size * B * T * (N + K) * (H + Hv) * (2 if backward else 1)  # gradients are written too
-    seen = T * min(options.get("window") or T, T / 2)  # pairs of a query and a key in one head
+    window = min(options.get("window") or T, T)
+    seen = window * T - window * (window - 1) / 2  # pairs of a query and a key in one head
     products = 2 * B * N * seen * (H + Hv)
     cost = Cost(moved + 4 * B * N * T, products * (2.5 if backward else 1), jnp.dtype(dtype).name)
     return Case(name, make, options, shipped, cost, tolerance=0.01)

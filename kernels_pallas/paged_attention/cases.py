@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from kernels_pallas.paged_attention.codec import Int4Pages, StaticInt8Pages, empty
+from kernels_pallas.paged_attention.codec import ROTATED, Int4Pages, StaticInt8Pages, empty
 from kernels_pallas.paged_attention.ragged import Groups, Ragged
 
 Shared = tuple[tuple[int, int, int], ...]
@@ -76,6 +76,8 @@ def pages_of(
     return type(pages)(values, jax.random.uniform(b, pages.scale.shape) / 64, pages.parts)
 
 
-def row_bytes(kind: str, W: int, parts: int) -> float:
-    """Bytes of a row of `pages_of`, with its scales."""
-    return W / 2 + 4 * parts if kind == "int4" else W + (4 * parts if kind == "int8" else 0)
+def row_bytes(kind: str, lanes: int, parts: tuple[int, ...] | None) -> float:
+    """Bytes of so many lanes of a row of `pages_of`, with its scales."""
+    if kind == "int4":  # whole parts, which are rotated together
+        return -(-lanes // ROTATED) * (ROTATED / 2 + 4)
+    return lanes + (4 * len(parts or "1") if kind == "int8" else 0)

@@ -60,7 +60,7 @@ def _quantized(
         return (k_pages, v_pages, k, v, jnp.int32(1), jax.tree.map(jnp.asarray, step)), {}
 
     size = jnp.dtype(dtype).itemsize
-    cost = Cost((1 if latent else 2) * T * K * (size * H + row_bytes(kind, W, len(latent or "1"))))
+    cost = Cost((1 if latent else 2) * T * K * (size * H + row_bytes(kind, W, latent)))
     return Case(name, make, {}, shipped, cost, tolerance=0)
 
 
