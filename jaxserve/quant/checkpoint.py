@@ -71,10 +71,10 @@ def quantize_checkpoint(
     params = hf.load_params(
         folder, module, cfg, "float32", unrolled=True, place=lambda _, x: x, progress=progress
     )
-    leaves = Leaves.of(module, cfg, params)
+    leaves = Leaves.of(module, cfg, params, _dtype(raw))
     quantize(leaves, config, documents or (), progress=progress)
     scales = calibrate_cache(leaves, documents or ()) if config.kv_cache else None
-    _to_dtype(leaves, _dtype(raw))
+    _to_dtype(leaves)
     config_json = _config_json(raw, leaves)
     card = _card(folder, str(model), config)
     save_pretrained(
@@ -163,14 +163,14 @@ def _as_eight_bits(w: np.ndarray) -> np.ndarray:
     return rounded_rows(w)
 
 
-def _to_dtype(leaves: Leaves, dtype: Any) -> None:
-    specs = [*leaves.specs()]
-    for layer, spec in zip(leaves.layers, specs, strict=True):
+def _to_dtype(leaves: Leaves) -> None:
+    """Casts what stays in floats to the type in which it will be stored, in place."""
+    for layer, spec in zip(leaves.layers, leaves.specs(), strict=True):
         for name, x in layer.items():
             if not isinstance(x, Int8Weight):
-                layer[name] = x.astype(spec[name].dtype or dtype)
+                layer[name] = x.astype(spec[name].dtype or leaves.dtype)
     for name, x in leaves.outer.items():
-        leaves.outer[name] = x.astype(dtype)
+        leaves.outer[name] = x.astype(leaves.dtype)
 
 
 def _dtype(raw: dict[str, Any]) -> np.dtype:
