@@ -18,7 +18,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 
 from jaxserve.checkpoint.quantized import EightBits, QuantizedShards
 from jaxserve.checkpoint.safetensors import FLOATS, Shards
-from jaxserve.checkpoint.schemes import scheme
+from jaxserve.checkpoint.schemes import normalised, scheme
 from jaxserve.errors import CheckpointError
 from jaxserve.models.family import Family
 from sharding.tree import Weight, abstract, is_weight, unstack
@@ -41,27 +41,28 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{folder} has no config.json; is it the folder of a Hugging Face model?"
         )
     config = _json_object(path)
-    said, inner = _pop_quantization(config), config.get("text_config")
+    found, inner = _pop_quantization(config), config.get("text_config")
     if isinstance(inner, dict):  # of the part that reads, where a model also sees or hears
         also = _pop_quantization(inner)
-        if said and also and said != also:
+        if found and also and found != also:
             raise CheckpointError(
-                f"{path} says quantization_config {reprlib.repr(said)}, and in text_config "
+                f"{path} says quantization_config {reprlib.repr(found)}, and in text_config "
                 f"{reprlib.repr(also)}; expected one of them, or the same twice"
             )
-        said = also or said
-    if not said and (beside := folder / "hf_quant_config.json").exists():
-        said = _json_object(beside).get("quantization")  # where modelopt keeps it
-        said = {"quant_method": "modelopt", **said} if isinstance(said, dict) else said
-    return config if said is None else {**config, "quantization_config": said}
+        found = also or found
+    if not found and (beside := folder / "hf_quant_config.json").exists():
+        found = _json_object(beside).get("quantization")  # where modelopt keeps it
+        found = {"quant_method": "modelopt", **found} if isinstance(found, dict) else found
+    found = normalised(found) if isinstance(found, dict) else found
+    return config if found is None else {**config, "quantization_config": found}
 
 
 def _pop_quantization(config: dict[str, Any]) -> Any:
     """What an object of config.json says of how weights are stored, taken out of it."""
-    said, older = config.pop("quantization_config", None), config.pop("compression_config", None)
+    found, older = config.pop("quantization_config", None), config.pop("compression_config", None)
     if isinstance(older, dict):  # what compressed-tensors called it at first
         older = {"quant_method": "compressed-tensors", **older}
-    return older if said is None else said
+    return older if found is None else found
 
 
 def _json_object(path: Path) -> dict[str, Any]:

@@ -61,7 +61,9 @@ class QuantizedShards(Shards):
         return self.scheme.kind == "int8" and self.scheme.block is None
 
     def is_quantized(self, name: str) -> bool:
-        return name in self.tensors and self.tensors[name].dtype.name in _TYPES[self.scheme.said]
+        return (
+            name in self.tensors and self.tensors[name].dtype.name in _TYPES[self.scheme.declared]
+        )
 
     def read(self, name: str, out: np.ndarray) -> None:
         """As `Shards.read`; scales are multiplied in.
@@ -127,12 +129,12 @@ class QuantizedShards(Shards):
 
     def _check_float(self, name: str) -> None:
         """Refuses a tensor that config.json, or what lies beside it, says is something else."""
-        tensor, said = self._find(name), self.scheme.said
+        tensor, declared = self._find(name), self.scheme.declared
         seen = f"{name} in {tensor.path.name} is {tensor.dtype.name} {list(tensor.shape)}"
         if any(tensor.dtype.name in types for types in _TYPES.values()):
-            raise CheckpointError(f"{seen}, but quantization_config says {said}")
+            raise CheckpointError(f"{seen}, but quantization_config says {declared}")
         if key := self._scale_name(name):
-            raise CheckpointError(f"{seen}, but {key} lies beside it; expected {said}")
+            raise CheckpointError(f"{seen}, but {key} lies beside it; expected {declared}")
 
     def _raw(self, name: str) -> np.ndarray:
         """A tensor as it is stored."""
@@ -163,7 +165,8 @@ class QuantizedShards(Shards):
         if scale_type not in _SCALE_TYPES:
             raise CheckpointError(f"{key} is {scale_type}; expected {', '.join(_SCALE_TYPES)}")
         tiles = (rows, 1) if block is None else (-(-rows // block[0]), -(-cols // block[1]))
-        by_block = block is not None and stored.shape == tiles
+        # modelopt keeps axes of 1 behind both numbers of blocks
+        by_block = block is not None and stored.shape in (tiles, (tiles[0], 1, tiles[1], 1))
         known = {rows} if self.scheme.by_row else set()
         known |= {1} if self.scheme.by_tensor else set()
         count = max(stored.shape, default=1)  # of the one axis that is not 1
@@ -175,7 +178,7 @@ class QuantizedShards(Shards):
             raise CheckpointError(f"{key} holds a scale that is NaN, infinite or below 0")
         if by_block:
             assert block is not None
-            return _Scales(scale, block)
+            return _Scales(scale.reshape(tiles), block)
         return _Scales(scale.reshape(-1, 1), (1 if count == rows else rows, cols))
 
     def _check_zero_scales(self, name: str, raw: np.ndarray, scales: _Scales) -> None:
@@ -190,7 +193,7 @@ class QuantizedShards(Shards):
                 )
 
     def _check_activations(self, name: str) -> None:
-        """A scale for what a product is given is not used, and shall make sense nevertheless."""
+        """Activation scales are ignored, but a malformed one means a damaged checkpoint."""
         for key in (name.removesuffix(".weight") + suffix for suffix in _ACTIVATIONS):
             if key not in self.tensors:
                 continue

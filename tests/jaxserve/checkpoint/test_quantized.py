@@ -193,6 +193,62 @@ def test_where_else_it_may_be_said(tmp_path, key):
     np.testing.assert_array_equal(np.asarray(wq)[1].reshape(64, 64), floats[NAME])
 
 
+MODELOPT = {"producer": {"name": "modelopt", "version": "0.29"}, "quantization": {}}
+ROWS = {"quant_algo": "FP8_PER_CHANNEL_PER_TOKEN", "exclude_modules": ["lm_head"]}
+BLOCKS = {"activation_scheme": "dynamic", "weight_block_size": [16, 32]}
+
+
+@pytest.mark.parametrize(
+    ("kind", "spelling"),
+    [
+        (FP8_ROWS, {"quant_method": "modelopt", "quantization": ROWS}),
+        (FP8_ROWS, {**MODELOPT, "quantization": ROWS}),
+        (FP8_ROWS, {"quant_method": "modelopt", "quant_algo": "fp8_per_channel_per_token"}),
+        (FP8_BLOCKS, {"quant_method": "fp8", "fmt": "float8_e4m3fn", **BLOCKS}),
+        (FP8_BLOCKS, {"quant_method": "FP8", **BLOCKS}),
+        (W8A8, {**W8A8, "quant_method": "compressed_tensors"}),
+    ],
+)
+def test_other_spellings_of_the_same(tmp_path, kind, spelling):
+    """Which vLLM takes, and so checkpoints have."""
+    floats = write(tmp_path, kind)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = spelling
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    wq = load(tmp_path).stacks[0].attn.wq
+    np.testing.assert_array_equal(np.asarray(wq)[1].reshape(64, 64), floats[NAME])
+
+
+@pytest.mark.parametrize("algorithm", ["FP8_PB_WO", "fp8_pb_wo"])
+def test_blocks_of_modelopt_have_axes_of_one_behind_them(tmp_path, algorithm):
+    said = {**MODELOPT, "quantization": {"quant_algo": algorithm}}
+    sizes = {**SMALL, "hidden_size": 192, "head_dim": 16}
+    write_checkpoint(tmp_path, "llama", tokenizer=False, **sizes, quantization_config=said)
+    tensors = load_file(tmp_path / "model.safetensors")
+    for name in [n for n in tensors if n.endswith("proj.weight")]:
+        tensors[name] = tensors[name].astype(ml_dtypes.float8_e4m3fn)
+        n, k = (-(-size // 128) for size in tensors[name].shape)
+        tensors[name + "_scale"] = np.arange(1, n * k + 1, dtype=np.float32).reshape(n, 1, k, 1)
+    save_file(tensors, tmp_path / "model.safetensors")
+    found = np.asarray(load(tmp_path).stacks[0].mlp.w_up[1])
+    name = "model.layers.1.mlp.up_proj.weight"
+    tiles = tensors[name + "_scale"][:, 0, :, 0]
+    whole = tiles.repeat(128, 0).repeat(128, 1)[: found.shape[0], : found.shape[1]]
+    assert len(set(whole.reshape(-1).tolist())) > 1
+    np.testing.assert_array_equal(found, tensors[name].astype(np.float32) * whole)
+
+
+@pytest.mark.parametrize("part", ["qweight", "weight_packed"])
+def test_weights_that_are_packed_in_fewer_bits_are_named(tmp_path, part):
+    """Old exporters of GPTQ and AWQ say nothing of it in config.json."""
+    write_checkpoint(tmp_path, "llama", tokenizer=False, **SMALL)
+    key = NAME.removesuffix("weight") + part
+    rewrite(tmp_path, **{NAME: None, key: np.zeros((8, 64), np.int32)})
+    message = rf"no tensor '{NAME}', but {key} int32 \[8, 64\]: .*\(GPTQ, AWQ\).* in floats"
+    with pytest.raises(CheckpointError, match=message):
+        load(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -398,6 +454,9 @@ def test_eight_bits_that_config_json_does_not_speak_of(tmp_path):
         ({"format": "pack-quantized"}, "format 'pack-quantized'"),
         ({"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity_config.format 'sparse"),
         ({"transform_config": {"config_groups": {"R1": {}}}}, "transform_config"),
+        ({"sparsity_config": "dense"}, "sparsity_config 'dense': expected an object"),
+        ({"transform_config": ["R1"]}, r"transform_config \['R1'\]: expected an object"),
+        ({"quant_method": "modelopt", "quantization": "FP8"}, "quantization 'FP8': expected an ob"),
         ({"config_groups": {"a": {"weights": {**INT8}, "input_activations": "x"}}}, "s 'x': exp"),
         ({"quant_method": "fp8", "weight_block_size": ["a", 1]}, "weight_block_size .*whole"),
         ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "quant_algo 'NVFP4'"),
