@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import logging
 import reprlib
 import sys
 import typing
@@ -13,6 +14,8 @@ from typing import Any
 
 from jaxserve.cli.options import describe, typed
 from jaxserve.errors import ConfigError
+
+log = logging.getLogger(__name__)
 
 NUM_DOCUMENTS, LENGTH = 128, 256
 """How much a model writes where it is given nothing to read."""
@@ -125,8 +128,29 @@ def own_text(folder: Path, *, seed: int = 0, progress: bool = False) -> list[lis
 
 
 def _prompts(folder: Path, llm: Any) -> list[list[int]]:
-    path = folder / "examples.json"
-    if llm.tokenizer is not None and path.exists():
-        return [llm.tokenizer.encode(e["prompt"]) for e in json.loads(path.read_text())]
-    first = llm.tokenizer.bos_token_id if llm.tokenizer is not None else None
-    return [[first or 0]]
+    """Beginnings of documents, token ids; half a context at most."""
+    if llm.tokenizer is None:
+        return [[0]]
+    texts = _examples(folder / "examples.json")
+    found = [ids[: llm.max_model_len // 2] for ids in map(llm.tokenizer.encode, texts) if ids]
+    return found or [[llm.tokenizer.bos_token_id or 0]]
+
+
+def _examples(path: Path) -> list[str]:
+    """The prompts of a model's own examples; none if a file of that name is something else."""
+    if not path.is_file():
+        return []
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        found = error
+    entries = found if isinstance(found, list) else []
+    prompts = [entry.get("prompt") for entry in entries if isinstance(entry, dict)]
+    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+    if texts and len(texts) == len(entries):
+        return texts
+    log.warning(
+        '%s holds no examples: %s; expected [{"prompt": "..."}, ...]. The model writes its text '
+        "from the first token on", path, reprlib.repr(found),
+    )  # fmt: skip
+    return []

@@ -68,6 +68,7 @@ def quantize_checkpoint(
     module = family(raw.get("model_type"))
     cfg = hf.model_config(module, raw)
     _check_tokens(documents or (), cfg.vocab)
+    card = _card(folder, str(model), config)  # what may fail, before hours of rounding
     params = hf.load_params(
         folder, module, cfg, "float32", unrolled=True, place=lambda _, x: x, progress=progress
     )
@@ -76,7 +77,6 @@ def quantize_checkpoint(
     scales = calibrate_cache(leaves, documents or ()) if config.kv_cache else None
     _to_dtype(leaves)
     config_json = _config_json(raw, leaves)
-    card = _card(folder, str(model), config)
     save_pretrained(
         out, module, leaves.cfg, leaves.tree(), config_json, beside=folder, card=card,
         kv_scales=scales,
@@ -252,8 +252,9 @@ def _ignored(leaves: Leaves) -> list[str]:
 
 def _card(folder: Path, model: str, config: QuantizeConfig) -> str:
     """The model's own card, and what was done to it."""
-    path = folder / "README.md"
-    own = path.read_text().rstrip() + "\n" if path.exists() else f"# {Path(model).name}\n"
+    path, own = folder / "README.md", f"# {Path(model).name}\n"
+    if path.is_file():
+        own = path.read_text(encoding="utf-8", errors="replace").rstrip() + "\n"
     used = ", ".join(name.replace("_", " ") for name in MEASURES if getattr(config, name))
     return f"""{own}
 ## Eight bits
