@@ -18,7 +18,7 @@ from jaxserve.checkpoint.hf import tensor_names
 from jaxserve.errors import CheckpointError
 from jaxserve.models.family import Family
 from kernels_pallas.weight import Int8Weight
-from sharding.tree import Weight, is_weight, unstack
+from sharding.tree import Weight, cut, is_weight
 
 _SHARD_BYTES = 5 << 30
 _TEXT_FILES = (
@@ -117,8 +117,8 @@ def named_tensors(family: Family, cfg: Any, params: Any) -> dict[str, np.ndarray
         CheckpointError: a family's layout can only be read.
     """
     tree = family.declare_params(cfg)
-    if len(getattr(params, "stacks", ())) != len(getattr(tree, "stacks", ())):
-        tree = unstack(tree)
+    if hasattr(tree, "stacks"):
+        tree = cut(tree, [len(jax.tree.leaves(stack)[0]) for stack in params.stacks])
     declared = jax.tree.leaves(tree, is_leaf=is_weight)
     arrays = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, Int8Weight))
     tensors: dict[str, np.ndarray] = {}

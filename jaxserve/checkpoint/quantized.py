@@ -13,6 +13,7 @@ import numpy as np
 from jaxserve.checkpoint.safetensors import FLOATS, Shards, splits
 from jaxserve.checkpoint.schemes import Scheme
 from jaxserve.errors import CheckpointError
+from kernels_pallas.weight import Int8Weight
 
 log = logging.getLogger(__name__)
 
@@ -21,13 +22,6 @@ _TYPES = {"int8": ("int8",), "fp8": (_E4M3, _E5M2), "e4m3": (_E4M3,), "e5m2": (_
 _SCALE_TYPES = (*FLOATS, "float8_e8m0fnu")
 _ACTIVATIONS = (".input_scale", ".activation_scale")  # vLLM's name, and transformers'
 _CHUNK = 1 << 20  # elements that are floats at a time: a whole matrix takes four times its bytes
-
-
-class EightBits(NamedTuple):
-    """A stored weight, values * scale: int8 [..., *out, *in], float32 [..., *out]."""
-
-    values: np.ndarray
-    scale: np.ndarray
 
 
 class _Scales(NamedTuple):
@@ -55,12 +49,13 @@ class QuantizedShards(Shards):
                 "floats, or get a scale for each token", folder, len(static), static[0],
             )  # fmt: skip
 
-    @property
-    def holds_rows_of_int8(self) -> bool:
-        """`read_int8` can be used: every scale is that of a row."""
-        return self.scheme.kind == "int8" and self.scheme.block is None
+    def has_rows_of_int8(self, name: str) -> bool:
+        """Whether `read_int8` can be used: the tensor is int8, and every scale is that of rows."""
+        plain = self.scheme.kind == "int8" and self.scheme.block is None
+        return plain and self.is_stored_in_eight_bits(name)
 
-    def is_quantized(self, name: str) -> bool:
+    def is_stored_in_eight_bits(self, name: str) -> bool:
+        """Whether a tensor is of the type that config.json declares."""
         return (
             name in self.tensors and self.tensors[name].dtype.name in _TYPES[self.scheme.declared]
         )
@@ -72,7 +67,7 @@ class QuantizedShards(Shards):
             CheckpointError: a tensor or its scales are missing, misshapen, of a type that
                 config.json does not speak of, or out of range.
         """
-        if not self.is_quantized(name):
+        if not self.is_stored_in_eight_bits(name):
             self._check_float(name)
             return super().read(name, out)
         shape = self._matrix(name, out.shape)
@@ -81,13 +76,17 @@ class QuantizedShards(Shards):
     def get(self, name: str) -> np.ndarray:
         """As `Shards.get`, but float32 where the tensor is stored in eight bits."""
         tensor = self._find(name)
-        eight = self.is_quantized(name)
-        out = np.empty(tensor.shape, np.float32 if eight else tensor.dtype)
+        stored = self.is_stored_in_eight_bits(name)
+        out = np.empty(tensor.shape, np.float32 if stored else tensor.dtype)
         self.read(name, out)
         return out
 
-    def read_int8(self, name: str, out: EightBits) -> None:
-        """Fills `out`, whose scale has one axis less for each axis that is contracted."""
+    def read_int8(self, name: str, out: Int8Weight) -> None:
+        """Fills `out`, numpy arrays int8 [*out, in] and float32 [*out], with what is stored.
+
+        Raises:
+            CheckpointError: as `read`, or the largest product exceeds float32.
+        """
         shape = self._matrix(name, out.values.shape)
         if shape[0] != out.scale.size:
             raise _misshapen(name, shape, out.values.shape)

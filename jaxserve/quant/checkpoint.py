@@ -21,7 +21,7 @@ from jaxserve.quant.config import MEASURES, QuantizeConfig
 from jaxserve.quant.leaves import Leaves
 from jaxserve.quant.record import Inputs, record
 from jaxserve.quant.rounding import round_matrix, rounded_rows
-from jaxserve.quant.weights import is_quantized
+from jaxserve.quant.weights import is_large
 from kernels_pallas.weight import Int8Weight
 from sharding.tree import Weight
 
@@ -120,7 +120,7 @@ def quantize(
 def _round_layer(leaves: Leaves, inputs: Inputs | None, i: int, config: QuantizeConfig) -> None:
     layer = leaves.layers[i]
     for name, spec in leaves.specs()[i].items():
-        if is_quantized(spec):
+        if is_large(spec):
             w = layer[name]
             layer[name] = _round_leaf(spec, name, w, inputs, i, config)
             bias = name.replace(".w", ".b")
@@ -245,7 +245,7 @@ def _ignored(leaves: Leaves) -> list[str]:
         spec.name.format(layer=spec.layers[0]).removesuffix(".weight")
         for specs in leaves.specs()
         for spec in specs.values()
-        if spec.is_matrix and not is_quantized(spec)
+        if spec.is_matrix and not is_large(spec)
     }
     return ["lm_head", *sorted(names)]
 

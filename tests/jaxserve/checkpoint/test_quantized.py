@@ -56,6 +56,8 @@ FP8_BLOCKS = {
     "weight_block_size": [16, 32],
 }  # fmt: skip
 
+IN_INT8 = {"in_int8": weights.is_large, "rounded": weights.round_to_int8}
+
 
 def stored(x: np.ndarray, config: dict[str, Any]) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """The tensors, by what follows the name, and the floats that they stand for."""
@@ -117,7 +119,7 @@ def test_floats_are_what_the_bits_stand_for(tmp_path, config, model_type):
 
 def test_int8_is_kept_to_the_bit(tmp_path):
     floats = write(tmp_path, W8A8)
-    params = load(tmp_path, convert=weights.quantize)
+    params = load(tmp_path, **IN_INT8)
     wq = params.stacks[0].attn.wq
     assert isinstance(wq, Int8Weight) and wq.values.dtype == np.int8
     assert np.abs(np.asarray(wq.values, np.int32)).max() == 120, "not rounded a second time"
@@ -278,9 +280,8 @@ def test_what_stays_in_floats_is_of_the_type_that_is_served(tmp_path):
     raw = hf.read_config(tmp_path)
     f = family(raw["model_type"])
     params = hf.load_params(
-        tmp_path, f, hf.model_config(f, raw), "bfloat16", convert=weights.quantize,
-        keeps_int8=weights.is_quantized, progress=False,
-    )  # fmt: skip
+        tmp_path, f, hf.model_config(f, raw), "bfloat16", progress=False, **IN_INT8
+    )
     assert params.embed.dtype == ml_dtypes.bfloat16
     np.testing.assert_array_equal(params.embed, floats.astype(ml_dtypes.bfloat16))
     assert isinstance(params.lm_head, Int8Weight)
@@ -294,7 +295,7 @@ def test_exponents_as_scales(tmp_path):
     assert np.all(np.asarray(load(tmp_path).stacks[0].attn.wq[1]) == 0.25)
 
 
-@pytest.mark.parametrize("convert", [None, weights.quantize])
+@pytest.mark.parametrize("options", [{}, IN_INT8])
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -324,11 +325,11 @@ def test_exponents_as_scales(tmp_path):
         ({GIVEN: np.full(1, np.nan, np.float32)}, rf"{GIVEN} .*NaN"),
     ],
 )
-def test_a_corrupt_checkpoint_is_refused_by_name(tmp_path, changes, message, convert):
+def test_a_corrupt_checkpoint_is_refused_by_name(tmp_path, changes, message, options):
     write(tmp_path, W8A8)
     rewrite(tmp_path, **changes)
     with pytest.raises(CheckpointError, match=message):
-        load(tmp_path, convert=convert)
+        load(tmp_path, **options)
 
 
 def test_a_float8_of_another_format_than_config_json_says(tmp_path):
@@ -434,9 +435,9 @@ def test_a_scale_for_the_tensor_where_one_for_each_row_is_there(tmp_path):
 def test_a_scale_that_makes_no_number_of_the_largest_is_refused(tmp_path):
     write(tmp_path, W8A8)
     rewrite(tmp_path, **{NAME + "_scale": np.full((64, 1), 3e38, np.float32)})
-    for convert in (None, weights.quantize):
+    for options in ({}, IN_INT8):
         with pytest.raises(CheckpointError, match=rf"{NAME} .*(infinity|exceeds float32)"):
-            load(tmp_path, convert=convert)
+            load(tmp_path, **options)
 
 
 def test_eight_bits_that_config_json_does_not_speak_of(tmp_path):

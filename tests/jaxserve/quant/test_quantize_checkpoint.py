@@ -41,8 +41,9 @@ def load(folder: Path):
     module = family(raw["model_type"])
     cfg = hf.model_config(module, raw)
     return hf.load_params(
-        folder, module, cfg, "float32", convert=weights.quantize, unrolled=True, progress=False
-    )
+        folder, module, cfg, "float32", in_int8=weights.is_large, rounded=weights.round_to_int8,
+        unrolled=True, progress=False,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("model_type", sparing(WRITABLE, "deepseek_v3"))

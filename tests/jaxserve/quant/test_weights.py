@@ -13,7 +13,7 @@ from jaxserve import LLM, SamplingParams
 from jaxserve.checkpoint import hf
 from jaxserve.errors import ConfigError
 from jaxserve.models.family import family
-from jaxserve.quant.weights import is_quantized, round_to_int8, weight_bytes
+from jaxserve.quant.weights import is_large, round_to_int8, weight_bytes
 from jaxserve.testing import FAMILIES, write_checkpoint
 from kernels_pallas.quantize import quantize_rows
 from sharding.tree import is_weight
@@ -57,7 +57,7 @@ def test_tables_routers_and_vectors_are_kept(model_type, tmp_path):
     raw = hf.read_config(write_checkpoint(tmp_path, model_type, tokenizer=False))
     f = family(model_type)
     declared = jax.tree.leaves(f.declare_params(hf.model_config(f, raw)), is_leaf=is_weight)
-    rounded = {w.name.rsplit("layer}.")[-1] for w in declared if is_quantized(w)}
+    rounded = {w.name.rsplit("layer}.")[-1] for w in declared if is_large(w)}
     assert "self_attn.o_proj.weight" in rounded
     assert not any(
         part in name
