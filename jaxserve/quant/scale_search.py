@@ -23,7 +23,8 @@ import numpy as np
 
 from jaxserve.quant.leaves import Layer, Leaves, readers
 from jaxserve.quant.record import Inputs
-from jaxserve.quant.rounding import dequantized, nearest, plain_scale, rounded_rows
+from jaxserve.quant.rounding import plain, rounded_rows
+from jaxserve.quant.rows import dequantize_rows
 
 ALPHAS = tuple(0.1 * i for i in range(11))
 _ROWS = 256  # inputs that a candidate is judged by
@@ -39,8 +40,9 @@ class Product:
     def error(self, s: np.ndarray, per_channel: bool = True) -> float:
         """|Q(W s) Q(x / s) - W x|^2 over |W x|^2."""
         w = self.matrix * s
-        scale = plain_scale(w, per_channel)
-        found = rounded_rows(self.inputs / s) @ dequantized(nearest(w, scale), scale).T
+        rounded = plain(w, per_channel)
+        w = dequantize_rows(rounded.values, rounded.scale)
+        found = rounded_rows(self.inputs / s) @ w.T
         power = max(float(np.square(self.outputs).sum()), 1e-30)
         return float(np.square(found - self.outputs).sum()) / power
 

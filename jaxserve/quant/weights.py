@@ -15,6 +15,7 @@ import numpy as np
 
 from jaxserve.checkpoint.hf import aligned_empty
 from jaxserve.models.family import Family
+from jaxserve.quant.rows import quantize_rows
 from kernels_pallas.weight import Int8Weight
 from sharding.tree import Weight, is_weight, unstack
 
@@ -54,21 +55,6 @@ def round_to_int8(array: np.ndarray, out: Int8Weight | None = None) -> Int8Weigh
         part = slice(i, i + step)
         values[part], scale[part] = quantize_rows(rows[part])
     return out
-
-
-def quantize_rows(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """`kernels_pallas.quantize.quantize_rows` on the host, to the bit.
-
-    Args:
-        x: [..., K], floats.
-
-    Returns:
-        int8 [..., K], and float32 [...] that they are multiplied by.
-    """
-    x = x.astype(np.float32)
-    top = np.abs(x).max(-1, keepdims=True)
-    steps = np.divide(np.float32(127), top, out=np.zeros_like(top), where=top > 0)
-    return np.rint(x * steps).astype(np.int8), top[..., 0] * np.float32(1 / 127)
 
 
 def _rows(array: np.ndarray) -> np.ndarray:  # [..., K] -> [N, K], the same memory
