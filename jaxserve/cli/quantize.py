@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
     names = [f.name for f in dataclasses.fields(QuantizeConfig)]
     asked = {name: getattr(args, name) for name in names if hasattr(args, name)}
     config = dataclasses.replace(PLAIN if args.plain else QuantizeConfig(), **asked)
-    if args.calibration is not None and not config.calibrated:
+    if args.calibration is not None and not config.needs_documents:
         raise ConfigError(
             f"--calibration {args.calibration}: no measure that is left reads text; leave it out, "
             "or ask for one, such as --compensation"
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
     folder = check_paths(args.model, args.out, args.revision)
     progress = not args.quiet and sys.stderr.isatty()
     documents = None
-    if config.calibrated:
+    if config.needs_documents:
         own = None if args.calibration is None else read(folder, args.calibration)
         documents = own or own_text(folder, progress=progress)
     done = quantize_checkpoint(

@@ -61,7 +61,7 @@ def quantize_checkpoint(
     config, out = config or QuantizeConfig(), Path(out).expanduser()
     folder = check_paths(model, out, revision)
     raw = hf.read_config(folder)
-    if config.calibrated and not any(map(len, documents or ())):
+    if config.needs_documents and not any(map(len, documents or ())):
         raise ConfigError(
             "calibration needs documents, and there are none; `jaxserve.quant.PLAIN` rounds without"
         )
@@ -100,7 +100,7 @@ def quantize(
             else:
                 log.info("not rotated: %s", why)
         inputs = None
-        if config.calibrated:
+        if config.reads_inputs:
             total = sum(min(len(d), leaves.cfg.max_len) for d in documents)
             task = bar.add_task("reading text", total=total)
             inputs = record(
@@ -114,7 +114,7 @@ def quantize(
             _round_layer(leaves, inputs, i, config)
             bar.advance(task)
     if not config.mixed_precision:
-        leaves.outer["embed"] = _as_eight_bits(leaves.outer["embed"])
+        leaves.outer["embed"] = rounded_rows(leaves.outer["embed"])
 
 
 def _round_layer(leaves: Leaves, inputs: Inputs | None, i: int, config: QuantizeConfig) -> None:
@@ -127,7 +127,7 @@ def _round_layer(leaves: Leaves, inputs: Inputs | None, i: int, config: Quantize
             if inputs is not None and config.compensation and bias in layer:
                 layer[bias] = layer[bias] + _mean_error(w, layer[name], inputs.rows(i, name))
         elif spec.is_matrix and not config.mixed_precision:
-            layer[name] = _as_eight_bits(layer[name])
+            layer[name] = rounded_rows(layer[name])
 
 
 def _round_leaf(
@@ -156,11 +156,6 @@ def _mean_error(w: np.ndarray, rounded: Int8Weight, inputs: np.ndarray) -> np.nd
     values = rounded.values.reshape(matrix.shape) * rounded.scale.reshape(-1, 1)
     error = matrix @ inputs.mean(0) - values @ rounded_rows(inputs).mean(0)
     return error.reshape(rounded.scale.shape).astype(np.float32)
-
-
-def _as_eight_bits(w: np.ndarray) -> np.ndarray:
-    """The floats that a table's rows in eight bits stand for."""
-    return rounded_rows(w)
 
 
 def _to_dtype(leaves: Leaves) -> None:

@@ -258,6 +258,11 @@ def test_calibration_that_cannot_be_read_is_refused(content, message, tmp_path, 
     assert not (tmp_path / "out").exists()
 
 
+def test_scales_of_a_cache_alone_need_no_inputs_of_products(tmp_path, monkeypatch):
+    monkeypatch.setattr("jaxserve.quant.checkpoint.record", None)
+    quantize(tiny(tmp_path, "llama"), replace(PLAIN, kv_cache=True), DOCUMENTS)
+
+
 def test_plain_takes_what_is_asked_for_beside_it(tmp_path, capsys):
     source = write_checkpoint(tmp_path / "in", "llama")
     plain = ["quantize", str(source), str(tmp_path / "out"), "--plain"]
