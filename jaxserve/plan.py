@@ -43,7 +43,8 @@ class Plan:
 
     Attributes:
         dtype: of weights.
-        quantization: "int8" where large weights are held in eight bits.
+        quantization: "int8" where large weights are held in eight bits, but for those that a
+            checkpoint of int8 keeps in floats.
         activation_dtype: of hidden states. On CPU float32, which its vector units are quicker at.
         kv_dtype: in which pages are stored. int8 and int4 are rounded, with scales of their own.
         parallelism: how devices share the work; everything else here is of one of them.
@@ -324,8 +325,15 @@ def _quantization(asked: str | None, hf: Mapping[str, Any]) -> str | None:
             f"quantization={asked!r}: a checkpoint may be stored so, but this one's config.json "
             f"{seen}. Leave it out, or use quantization='int8' to round while loading"
         )
+    return "int8" if serves_int8(hf) else None
+
+
+def serves_int8(hf: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint was made for products of int8, in rows that are held as they are."""
     stored = scheme(hf)
-    return "int8" if stored and stored.kind == "int8" and stored.rounds_activations else None
+    if stored is None or stored.block is not None:
+        return False
+    return stored.kind == "int8" and stored.rounds_activations
 
 
 def _dtype(config: EngineConfig, hf: Mapping[str, Any], platform: str, kernels: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,11 +21,12 @@ from jaxserve.models.family import Family
 from jaxserve.models.layers import restack
 from jaxserve.models.parallel import placed, put_on_mesh
 from jaxserve.models.reward_head import RewardHead
-from jaxserve.plan import Plan
+from jaxserve.plan import Plan, serves_int8
 from jaxserve.quant import weights as quant
+from jaxserve.quant.stored import stored_in_int8
 from sharding.mesh import Parallelism, first_devices, mesh, put
 from sharding.probe import probe
-from sharding.tree import Weight, initialise, is_weight, unstack
+from sharding.tree import Weight, cut, initialise, is_weight, unstack
 
 
 def serving_mesh(parallelism: Parallelism, device: Any) -> Mesh | None:
@@ -51,6 +53,23 @@ def has_reward_head(folder: Path, config: EngineConfig) -> bool:
     return config.reward_head is not None or (folder / REWARD_HEAD).is_file()
 
 
+def held_in_int8(
+    folder: Path, family: Family, cfg: Any, raw: Mapping[str, Any], config: EngineConfig
+) -> Callable[[Weight], bool]:
+    """Which leaves a plan with quantization "int8" holds in eight bits.
+
+    All large ones where that is asked for, or where weights are random; of a checkpoint that brings
+    int8 by itself those that it stores so, and the output head.
+
+    Raises:
+        CheckpointError: the checkpoint's tensors cannot be listed.
+    """
+    asked = config.quantization == "int8" or config.load_format == "dummy"
+    if asked or not serves_int8(raw):
+        return quant.is_large
+    return stored_in_int8(folder, family, cfg)
+
+
 @dataclass(frozen=True)
 class ServedWeights:
     """Makes trees of weights that the programs of a plan take.
@@ -59,6 +78,7 @@ class ServedWeights:
         folder: of the checkpoint.
         family, cfg: of the model in it.
         mesh: None: they all go to `device`.
+        in_int8: which leaves are held in eight bits, if the plan has such.
     """
 
     folder: Path
@@ -68,6 +88,7 @@ class ServedWeights:
     plan: Plan
     device: Any
     mesh: Mesh | None
+    in_int8: Callable[[Weight], bool] = quant.is_large
 
     def reward_head(self) -> RewardHead | None:
         """What judges paths of searches, if the plan has such a thing.
@@ -87,7 +108,8 @@ class ServedWeights:
         """The checkpoint's weights, or random ones where that is asked for."""
         plan = self.plan
         if self.config.load_format == "dummy":
-            declared = self._declared()
+            declared = self.family.declare_params(self.cfg)
+            declared = unstack(declared) if plan.unrolled else declared
             return self._served(initialise(declared, self.cfg.sizes, plan.dtype, self.config.seed))
         params = hf.load_params(
             self.folder,
@@ -95,12 +117,15 @@ class ServedWeights:
             self.cfg,
             plan.dtype,
             unrolled=plan.unrolled,
-            convert=quant.quantize if plan.quantization else None,
-            keeps_int8=quant.is_quantized,
+            in_int8=self._holds_int8,
+            rounded=quant.round_to_int8,
             place=self._place,
             progress=self.config.progress,
         )
         return self._with_placement(self._with_own_head(params))
+
+    def _holds_int8(self, w: Weight) -> bool:
+        return self.plan.quantization is not None and self.in_int8(w)
 
     def _place(self, w: Weight, leaf: Any) -> Any:
         """A leaf on the device, or each device's share on the mesh."""
@@ -123,22 +148,20 @@ class ServedWeights:
         if not self.plan.quantization or params.lm_head is not None:
             return params
         head = quant.round_to_int8(np.asarray(params.embed))
-        return dataclasses.replace(params, lm_head=self._place(self._declared().embed, head))
-
-    def _declared(self) -> Any:
-        declared = self.family.declare_params(self.cfg)
-        return unstack(declared) if self.plan.unrolled else declared
+        embed = self.family.declare_params(self.cfg).embed
+        return dataclasses.replace(params, lm_head=self._place(embed, head))
 
     def _served(self, params: Any) -> Any:
-        """A tree of floats as it is served."""
+        """A tree of floats as it is served; layers of a stack are of one kind."""
         if not self.plan.quantization and self.mesh is None:
             return params
 
         def leaf(w: Weight, x: Any) -> Any:
             x = np.asarray(x)
-            return self._place(w, quant.quantize(w, x) if self.plan.quantization else x)
+            return self._place(w, quant.round_to_int8(x) if self._holds_int8(w) else x)
 
-        leaves = jax.tree.map(leaf, self._declared(), params, is_leaf=is_weight)
+        declared = cut(self.family.declare_params(self.cfg), _num_layers(params))
+        leaves = jax.tree.map(leaf, declared, params, is_leaf=is_weight)
         return self._with_placement(self._with_own_head(leaves))
 
     def copied(self, params: Any, served: Any) -> Any:
@@ -147,8 +170,7 @@ class ServedWeights:
         Raises:
             ConfigError: a leaf is missing or of another shape.
         """
-        sizes = [jax.tree.leaves(stack)[0].shape[0] for stack in served.stacks]
-        if [jax.tree.leaves(stack)[0].shape[0] for stack in params.stacks] != sizes:
+        if _num_layers(params) != (sizes := _num_layers(served)):
             params = restack(jax.tree.map(np.asarray, params), sizes)
         params = self._served(params)
         wanted, tree = jax.tree_util.tree_flatten_with_path(served)
@@ -165,6 +187,11 @@ class ServedWeights:
                 f"{jax.tree_util.keystr(next(iter(given))).lstrip('.')} is not served"
             )
         return jax.tree.unflatten(tree, leaves)
+
+
+def _num_layers(params: Any) -> list[int]:
+    """Layers of each stack."""
+    return [len(jax.tree.leaves(stack)[0]) for stack in params.stacks]
 
 
 def _copied(x: Any, old: jax.Array) -> jax.Array:

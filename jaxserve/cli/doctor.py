@@ -170,8 +170,12 @@ class Checkpoint:
         """What an engine would decide; raises ConfigError if it cannot work."""
         from jaxserve import plan
         from jaxserve.quant import weights
+        from jaxserve.weights import held_in_int8
 
-        size = partial(weights.weight_bytes, self.family, self.model)
+        held = weights.is_large
+        if any(self.folder.glob("*.safetensors")):
+            held = held_in_int8(self.folder, self.family, self.model, self.raw, config)
+        size = partial(weights.weight_bytes, self.family, self.model, in_int8=held)
         return plan.resolve(config, self.raw, self.model, size, plan.default_device())
 
     def rows(self) -> Rows:

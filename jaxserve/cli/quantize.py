@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import logging
 import reprlib
 import sys
 import typing
@@ -13,6 +14,8 @@ from typing import Any
 
 from jaxserve.cli.options import describe, typed
 from jaxserve.errors import ConfigError
+
+log = logging.getLogger(__name__)
 
 NUM_DOCUMENTS, LENGTH = 128, 256
 """How much a model writes where it is given nothing to read."""
@@ -53,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
     names = [f.name for f in dataclasses.fields(QuantizeConfig)]
     asked = {name: getattr(args, name) for name in names if hasattr(args, name)}
     config = dataclasses.replace(PLAIN if args.plain else QuantizeConfig(), **asked)
-    if args.calibration is not None and not config.calibrated:
+    if args.calibration is not None and not config.needs_documents:
         raise ConfigError(
             f"--calibration {args.calibration}: no measure that is left reads text; leave it out, "
             "or ask for one, such as --compensation"
@@ -61,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
     folder = check_paths(args.model, args.out, args.revision)
     progress = not args.quiet and sys.stderr.isatty()
     documents = None
-    if config.calibrated:
+    if config.needs_documents:
         own = None if args.calibration is None else read(folder, args.calibration)
         documents = own or own_text(folder, progress=progress)
     done = quantize_checkpoint(
@@ -125,8 +128,29 @@ def own_text(folder: Path, *, seed: int = 0, progress: bool = False) -> list[lis
 
 
 def _prompts(folder: Path, llm: Any) -> list[list[int]]:
-    path = folder / "examples.json"
-    if llm.tokenizer is not None and path.exists():
-        return [llm.tokenizer.encode(e["prompt"]) for e in json.loads(path.read_text())]
-    first = llm.tokenizer.bos_token_id if llm.tokenizer is not None else None
-    return [[first or 0]]
+    """Beginnings of documents, token ids; half a context at most."""
+    if llm.tokenizer is None:
+        return [[0]]
+    texts = _examples(folder / "examples.json")
+    found = [ids[: llm.max_model_len // 2] for ids in map(llm.tokenizer.encode, texts) if ids]
+    return found or [[llm.tokenizer.bos_token_id or 0]]
+
+
+def _examples(path: Path) -> list[str]:
+    """The prompts of a model's own examples; none if a file of that name is something else."""
+    if not path.is_file():
+        return []
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        found = error
+    entries = found if isinstance(found, list) else []
+    prompts = [entry.get("prompt") for entry in entries if isinstance(entry, dict)]
+    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+    if texts and len(texts) == len(entries):
+        return texts
+    log.warning(
+        '%s holds no examples: %s; expected [{"prompt": "..."}, ...]. The model writes its text '
+        "from the first token on", path, reprlib.repr(found),
+    )  # fmt: skip
+    return []

@@ -21,7 +21,7 @@ from jaxserve.quant.config import MEASURES, QuantizeConfig
 from jaxserve.quant.leaves import Leaves
 from jaxserve.quant.record import Inputs, record
 from jaxserve.quant.rounding import round_matrix, rounded_rows
-from jaxserve.quant.weights import is_quantized
+from jaxserve.quant.weights import is_large
 from kernels_pallas.weight import Int8Weight
 from sharding.tree import Weight
 
@@ -61,22 +61,22 @@ def quantize_checkpoint(
     config, out = config or QuantizeConfig(), Path(out).expanduser()
     folder = check_paths(model, out, revision)
     raw = hf.read_config(folder)
-    if config.calibrated and not any(map(len, documents or ())):
+    if config.needs_documents and not any(map(len, documents or ())):
         raise ConfigError(
             "calibration needs documents, and there are none; `jaxserve.quant.PLAIN` rounds without"
         )
     module = family(raw.get("model_type"))
     cfg = hf.model_config(module, raw)
     _check_tokens(documents or (), cfg.vocab)
+    card = _card(folder, str(model), config)  # what may fail, before hours of rounding
     params = hf.load_params(
         folder, module, cfg, "float32", unrolled=True, place=lambda _, x: x, progress=progress
     )
-    leaves = Leaves.of(module, cfg, params)
+    leaves = Leaves.of(module, cfg, params, _dtype(raw))
     quantize(leaves, config, documents or (), progress=progress)
     scales = calibrate_cache(leaves, documents or ()) if config.kv_cache else None
-    _to_dtype(leaves, _dtype(raw))
+    _to_dtype(leaves)
     config_json = _config_json(raw, leaves)
-    card = _card(folder, str(model), config)
     save_pretrained(
         out, module, leaves.cfg, leaves.tree(), config_json, beside=folder, card=card,
         kv_scales=scales,
@@ -100,7 +100,7 @@ def quantize(
             else:
                 log.info("not rotated: %s", why)
         inputs = None
-        if config.calibrated:
+        if config.reads_inputs:
             total = sum(min(len(d), leaves.cfg.max_len) for d in documents)
             task = bar.add_task("reading text", total=total)
             inputs = record(
@@ -114,20 +114,20 @@ def quantize(
             _round_layer(leaves, inputs, i, config)
             bar.advance(task)
     if not config.mixed_precision:
-        leaves.outer["embed"] = _as_eight_bits(leaves.outer["embed"])
+        leaves.outer["embed"] = rounded_rows(leaves.outer["embed"])
 
 
 def _round_layer(leaves: Leaves, inputs: Inputs | None, i: int, config: QuantizeConfig) -> None:
     layer = leaves.layers[i]
     for name, spec in leaves.specs()[i].items():
-        if is_quantized(spec):
+        if is_large(spec):
             w = layer[name]
             layer[name] = _round_leaf(spec, name, w, inputs, i, config)
             bias = name.replace(".w", ".b")
             if inputs is not None and config.compensation and bias in layer:
                 layer[bias] = layer[bias] + _mean_error(w, layer[name], inputs.rows(i, name))
         elif spec.is_matrix and not config.mixed_precision:
-            layer[name] = _as_eight_bits(layer[name])
+            layer[name] = rounded_rows(layer[name])
 
 
 def _round_leaf(
@@ -158,19 +158,14 @@ def _mean_error(w: np.ndarray, rounded: Int8Weight, inputs: np.ndarray) -> np.nd
     return error.reshape(rounded.scale.shape).astype(np.float32)
 
 
-def _as_eight_bits(w: np.ndarray) -> np.ndarray:
-    """The floats that a table's rows in eight bits stand for."""
-    return rounded_rows(w)
-
-
-def _to_dtype(leaves: Leaves, dtype: Any) -> None:
-    specs = [*leaves.specs()]
-    for layer, spec in zip(leaves.layers, specs, strict=True):
+def _to_dtype(leaves: Leaves) -> None:
+    """Casts what stays in floats to the type in which it will be stored, in place."""
+    for layer, spec in zip(leaves.layers, leaves.specs(), strict=True):
         for name, x in layer.items():
             if not isinstance(x, Int8Weight):
-                layer[name] = x.astype(spec[name].dtype or dtype)
+                layer[name] = x.astype(spec[name].dtype or leaves.dtype)
     for name, x in leaves.outer.items():
-        leaves.outer[name] = x.astype(dtype)
+        leaves.outer[name] = x.astype(leaves.dtype)
 
 
 def _dtype(raw: dict[str, Any]) -> np.dtype:
@@ -245,15 +240,16 @@ def _ignored(leaves: Leaves) -> list[str]:
         spec.name.format(layer=spec.layers[0]).removesuffix(".weight")
         for specs in leaves.specs()
         for spec in specs.values()
-        if spec.is_matrix and not is_quantized(spec)
+        if spec.is_matrix and not is_large(spec)
     }
     return ["lm_head", *sorted(names)]
 
 
 def _card(folder: Path, model: str, config: QuantizeConfig) -> str:
     """The model's own card, and what was done to it."""
-    path = folder / "README.md"
-    own = path.read_text().rstrip() + "\n" if path.exists() else f"# {Path(model).name}\n"
+    path, own = folder / "README.md", f"# {Path(model).name}\n"
+    if path.is_file():
+        own = path.read_text(encoding="utf-8", errors="replace").rstrip() + "\n"
     used = ", ".join(name.replace("_", " ") for name in MEASURES if getattr(config, name))
     return f"""{own}
 ## Eight bits

@@ -16,7 +16,7 @@ from jaxserve.config import EngineConfig
 from jaxserve.engine.signature import program
 from jaxserve.models.family import family
 from jaxserve.plan import resolve
-from jaxserve.quant.weights import is_quantized
+from jaxserve.quant.weights import is_large
 from kernels_pallas.weight import Int8Weight
 from sharding import compile_only
 from sharding.tree import abstract, is_weight, unstack
@@ -74,7 +74,7 @@ def compiled(target: str, model: str, quantization: str | None, cache: Any):
     declared = unstack(declared) if plan.unrolled else declared
 
     def rounded(w, a):
-        if not quantization or not is_quantized(w):
+        if not quantization or not is_large(w):
             return a
         scale = jax.ShapeDtypeStruct(a.shape[:-1], jnp.float32)
         return Int8Weight(jax.ShapeDtypeStruct(a.shape, jnp.int8), scale)

@@ -13,7 +13,7 @@ import pytest
 from jaxserve.cache.kv_cache import KVCache, allocate, stored_shape
 from jaxserve.engine.serving_ops import sampling_ops, serving_ops
 from jaxserve.models.family import family
-from jaxserve.quant.weights import quantize
+from jaxserve.quant.weights import is_large, round_to_int8
 from kernels_pallas.draw import draw
 from kernels_pallas.op import Op
 from kernels_pallas.paged_attention import Ragged
@@ -90,7 +90,7 @@ def weights(hf, quantization):
     params = initialise(declared, cfg.sizes, "bfloat16")
     if quantization:
         rounded = jax.tree.map(
-            lambda w, a: quantize(w, np.asarray(a, np.float32)) if w.is_matrix else a,
+            lambda w, a: round_to_int8(np.asarray(a, np.float32)) if is_large(w) else a,
             declared, params, is_leaf=is_weight,
         )  # fmt: skip
         kept = jax.tree.map(lambda a: jnp.asarray(a), rounded)

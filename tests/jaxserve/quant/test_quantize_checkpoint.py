@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from huggingface_hub.utils import filter_repo_objects
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
@@ -17,7 +19,7 @@ from jaxserve import LLM, SamplingParams
 from jaxserve.checkpoint import hf
 from jaxserve.checkpoint.schemes import scheme
 from jaxserve.cli import main
-from jaxserve.cli.quantize import own_text, read
+from jaxserve.cli.quantize import _examples, own_text, read
 from jaxserve.errors import CheckpointError, ConfigError
 from jaxserve.models.family import family
 from jaxserve.quant import PLAIN, QuantizeConfig, check_paths, quantize_checkpoint, weights
@@ -39,8 +41,9 @@ def load(folder: Path):
     module = family(raw["model_type"])
     cfg = hf.model_config(module, raw)
     return hf.load_params(
-        folder, module, cfg, "float32", convert=weights.quantize, unrolled=True, progress=False
-    )
+        folder, module, cfg, "float32", in_int8=weights.is_large, rounded=weights.round_to_int8,
+        unrolled=True, progress=False,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("model_type", sparing(WRITABLE, "deepseek_v3"))
@@ -97,6 +100,33 @@ def test_what_the_folder_says_of_itself(tmp_path):
     assert (
         card.startswith("---\nlicense: mit") and "measures:\nmixed precision, per channel." in card
     )
+
+
+def test_a_hub_models_card_and_licence_go_along_and_code_that_does_not_is_not_named(
+    tmp_path, monkeypatch
+):
+    published = write_checkpoint(tmp_path / "in", "llama", tokenizer=False)
+    (published / "README.md").write_bytes(b"---\nlicense: mit\n---\n# Un mod\xe8le\n")  # Latin-1
+    (published / "LICENSE").write_text("MIT")
+    (published / "modeling_x.py").touch()
+    config = json.loads((published / "config.json").read_text())
+    config["auto_map"] = {"AutoModel": "modeling_x.X"}
+    (published / "config.json").write_text(json.dumps(config))
+
+    def download(name: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        (tmp_path / "cache").mkdir(exist_ok=True)
+        names = [file.name for file in published.iterdir()]
+        for name in filter_repo_objects(names, allow_patterns=allow_patterns):
+            shutil.copy(published / name, tmp_path / "cache" / name)
+        return str(tmp_path / "cache")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    out = quantize_checkpoint("somebody/model", tmp_path / "out", PLAIN, progress=False)
+    card = (out / "README.md").read_text(encoding="utf-8")
+    assert card.startswith("---\nlicense: mit\n---\n# Un mod\N{REPLACEMENT CHARACTER}le\n")
+    assert (out / "LICENSE").read_text() == "MIT"
+    assert not list(out.glob("*.py"))
+    assert "auto_map" not in json.loads((out / "config.json").read_text())
 
 
 def test_plain_is_what_the_engine_does_while_it_loads(tmp_path):
@@ -202,6 +232,18 @@ def test_the_command_reads_what_it_is_given_or_has_the_model_write(tmp_path, cap
 
 
 @pytest.mark.parametrize(
+    "content", ['{"examples": []}', '[{"input": "x"}]', '[{"prompt": 5}]', "[]", "{", "[1]", ""]
+)
+def test_other_examples_beside_a_model_are_passed_over(content, tmp_path, caplog):
+    path = tmp_path / "examples.json"
+    path.write_text(content)
+    assert _examples(path) == []
+    assert [f"{path} holds no examples" in r.getMessage() for r in caplog.records] == [True]
+    path.write_text('[{"prompt": "The", "answer": 1}, {"prompt": "A"}]')
+    assert _examples(path) == ["The", "A"]
+
+
+@pytest.mark.parametrize(
     ("content", "message"),
     [("", "has no lines"), ("{", "line 1: '{'; expected"), ("[1]", "line 1: '[1]'; expected"),
      ('{"text": "a"}\n\n{"prompt": "a"}', "line 3: '{\"prompt\": \"a\"}'; expected"),
@@ -214,6 +256,11 @@ def test_calibration_that_cannot_be_read_is_refused(content, message, tmp_path, 
     assert main(["quantize", str(source), str(tmp_path / "out"), *arguments]) == 1
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_scales_of_a_cache_alone_need_no_inputs_of_products(tmp_path, monkeypatch):
+    monkeypatch.setattr("jaxserve.quant.checkpoint.record", None)
+    quantize(tiny(tmp_path, "llama"), replace(PLAIN, kv_cache=True), DOCUMENTS)
 
 
 def test_plain_takes_what_is_asked_for_beside_it(tmp_path, capsys):
