@@ -1,11 +1,13 @@
 """Native CPU kernels whose compiler or library fails: an answer and a log line, no exception."""
 
+import logging
 import os
 import time
 from pathlib import Path
 
 import pytest
 
+from kernels_pallas import cpu
 from kernels_pallas.cpu import build
 
 
@@ -105,3 +107,28 @@ def test_a_marker_that_cannot_be_written(compiler, tmp_path, monkeypatch, caplog
     assert build.library() is None
     assert "No space left" in caplog.text
     assert build.find() is not None, "an empty marker says nothing"
+
+
+@pytest.mark.parametrize("content", [b"", b"no library" * 99])
+def test_a_library_that_is_none_is_built_again(compiler, caplog, content):
+    path, _ = build.find()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    assert not cpu.available.__wrapped__()
+    assert "cannot be loaded" in caplog.text
+    assert not path.exists()
+
+
+def test_a_library_that_may_not_run_stays(compiler, monkeypatch, caplog):
+    path, _ = build.find()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"well")
+
+    def load(name):
+        raise OSError(f"{name}: failed to map segment from shared object")
+
+    monkeypatch.setattr(cpu.ctypes, "CDLL", load)
+    with caplog.at_level(logging.WARNING):
+        assert not cpu.available.__wrapped__()
+    assert "JAXSERVE_CACHE_DIR" in caplog.text
+    assert path.exists()
