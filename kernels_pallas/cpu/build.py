@@ -4,14 +4,17 @@ A compilation takes seconds, so a server may ask first whether one is due (`find
 and have it made (`library`) behind its first tokens.
 """
 
+import contextlib
 import hashlib
 import logging
 import os
 import platform
 import shlex
 import shutil
+import signal
 import subprocess
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import jax
@@ -35,17 +38,23 @@ def find() -> tuple[Path, bool] | None:
         _log.warning("native CPU kernels are off: no C++ compiler (install g++ or clang++)")
         return None
     path = _cache_dir() / f"{_fingerprint(compiler)}.so"
-    if _failure(path).exists():
-        _log.warning("native CPU kernels are off: %s", _failure(path).read_text())
+    try:
+        exists = path.exists()
+        failed = "" if exists or not _failure(path).exists() else _failure(path).read_text()
+    except OSError as error:
+        failed = f"{error}; make the folder readable, or set JAXSERVE_CACHE_DIR to another"
+    if failed:
+        _log.warning("native CPU kernels are off: %s", failed)
         return None
-    return path, path.exists()
+    return path, exists
 
 
 def library() -> Path | None:
     """The compiled library, built now if need be; None, after one log line, if that fails.
 
     What the compiler objects to is kept beside the library's place: the next start does not try
-    again until the sources, the compiler or the machine are others.
+    again until the sources, the compiler or the machine are others. A compiler that was stopped, or
+    had no memory or disk, objects to nothing.
     """
     if (found := find()) is None:
         return None
@@ -55,12 +64,35 @@ def library() -> Path | None:
             _compile(_compiler() or "c++", path)
         return path
     except subprocess.CalledProcessError as error:
-        reason = f"{_compiler()} failed: {error.stderr[-2000:]}"
-        _failure(path).write_text(f"{reason}\n(remove {_failure(path)} to try again)")
+        reason = f"{_compiler()} failed with {error.returncode}: {error.stderr[-2000:]}"
         _log.warning("native CPU kernels are off: %s", reason)
+        if _objects(error):
+            _remember(path, reason)
     except OSError as error:
         _log.warning("native CPU kernels are off: %s", error)
     return None
+
+
+def discard(path: Path) -> None:
+    """Takes a library away that is none, so that the next start builds it again."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        _log.warning("cannot remove a broken library: %s; remove it by hand", error)
+
+
+def _objects(error: subprocess.CalledProcessError) -> bool:
+    """Whether another try would end alike."""
+    passing = ("Killed", "No space left", "out of memory", "Cannot allocate memory")
+    said = error.stderr
+    return error.returncode > 0 and "error:" in said and not any(x in said for x in passing)
+
+
+def _remember(path: Path, reason: str) -> None:
+    try:
+        _failure(path).write_text(f"{reason}\n(remove {_failure(path)} to try again)")
+    except OSError as error:  # the next start asks the compiler again
+        _log.warning("cannot note that: %s", error)
 
 
 def _compiler() -> str | None:
@@ -86,8 +118,13 @@ def _sources() -> list[Path]:
 
 
 def _fingerprint(compiler: str) -> str:
-    """Changes with anything the library depends on: sources, jaxlib's headers, CPU, compiler."""
+    """Changes with anything the library depends on: sources, jaxlib's headers, CPU, compiler, libc.
+
+    Size and time of the compiler stand for its version, which takes a process to ask for.
+    """
+    stat = Path(compiler).stat()
     parts = [jaxlib.version.__version__, _cpu(), compiler, " ".join(_flags())]
+    parts += [str(stat.st_size), str(stat.st_mtime_ns), *platform.libc_ver()]
     parts += [p.read_text() for p in sorted(_FOLDER.glob("*.h")) + _sources()]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
 
@@ -112,19 +149,38 @@ def _compile(compiler: str, path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         objects = [Path(folder) / f"{source.stem}.o" for source in _sources()]
         include = f"-isystem{jax.ffi.include_dir()}"
-        jobs = [
-            subprocess.Popen(
-                [*nice, compiler, *_flags(), include, "-c", str(source), "-o", str(target)],
-                stderr=subprocess.PIPE,
-                text=True,
-            )
+        _run_all(
+            [*nice, compiler, *_flags(), include, "-c", str(source), "-o", str(target)]
             for source, target in zip(_sources(), objects, strict=True)
-        ]
+        )
+        built = Path(folder) / "library.so"
+        _run_all([[compiler, *_flags(), "-shared", *map(str, objects), "-o", str(built)]])
+        built.replace(path)
+
+
+def _run_all(commands: Iterable[list[str]]) -> None:
+    """Runs commands side by side, and ends those that are left when one fails.
+
+    They have sessions of their own: Ctrl-C in a terminal is meant for the server, which may still
+    be answering. Their words are English, for `_objects`.
+    """
+    with contextlib.ExitStack() as stack:
+        jobs = [stack.enter_context(_start(command)) for command in commands]
+        for job in jobs:
+            stack.callback(_end, job)
         for job in jobs:
             _, stderr = job.communicate()
             if job.returncode:
                 raise subprocess.CalledProcessError(job.returncode, job.args, stderr=stderr)
-        built = Path(folder) / "library.so"
-        link = [compiler, *_flags(), "-shared", *map(str, objects), "-o", str(built)]
-        subprocess.run(link, check=True, capture_output=True, text=True)
-        built.replace(path)
+
+
+def _start(command: list[str]) -> subprocess.Popen[str]:
+    env = os.environ | {"LC_ALL": "C"}
+    return subprocess.Popen(
+        command, env=env, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
+def _end(job: subprocess.Popen[str]) -> None:
+    if job.poll() is None:
+        os.killpg(job.pid, signal.SIGKILL)
