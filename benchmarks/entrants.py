@@ -6,6 +6,7 @@ import dataclasses
 import os
 import random
 import sys
+import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -37,6 +38,7 @@ XLA = "reference"
 """The op's plain form, which XLA compiles, as the chooser and its tables call it."""
 
 _LIBRARY_TOLERANCE = 0.02  # of bfloat16 results that were rounded once more than ours
+_PREPARING = threading.Lock()  # ways lay inputs out alike: the second finds the first's programs
 _FINALISTS = 2  # tiles of a body that enter the race beside its own choice
 
 
@@ -193,9 +195,12 @@ class Field:
     def _library(self, expected: Any, way: Alternative) -> Entrant:
         def build() -> Program | TorchProgram:
             if way.uses_torch:
-                return TorchProgram(way, self.sets, self.platform)
+                with _PREPARING:
+                    return TorchProgram(way, self.sets, self.platform)
             with jax.numpy_dtype_promotion("standard"):  # which libraries rely on
-                return Program(way.run, [way.prepare(x) for x in self.sets], self.joined)
+                with _PREPARING:
+                    sets = [way.prepare(x) for x in self.sets]
+                return Program(way.run, sets, self.joined)
 
         first, whole = self.sets[0], expected[1]
         if way.asked:
