@@ -85,7 +85,8 @@ def sample_step(
     """Draws a token for each of the first R sequences of a step, and the history with them."""
     x = arrays.unpack()
     num_rows = jnp.sum(x.lengths > 0, dtype=jnp.int32)
-    rows = last[: x.lengths.shape[0]]
+    # XLA's matrix products on GPUs take the slice in, and then fail to compile for one row.
+    rows = lax.optimization_barrier(last[: x.lengths.shape[0]])
     logits = logits_of(plan, family, cfg, params, rows, num_rows)
     return sample(logits, history, x, **sampling_ops(plan, num_rows))
 

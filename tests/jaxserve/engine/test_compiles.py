@@ -60,8 +60,11 @@ class Absent:
         return {"bytes_limit": 64 << 30}
 
 
-def compiled(target: str, model: str, quantization: str | None, cache: Any):
-    """The program of a decoding step of 64 sequences, and bytes of its weights and its cache."""
+def compiled(
+    target: str, model: str, quantization: str | None, cache: Any,
+    kind: str = "step", size: int = 64,
+):  # fmt: skip
+    """A program, by default of a decoding step of 64 sequences, and the plan that it is of."""
     mesh = compile_only.mesh(target)
     module, hf = family(MODELS[model]["model_type"]), MODELS[model]
     cfg = module.config(hf)
@@ -81,7 +84,7 @@ def compiled(target: str, model: str, quantization: str | None, cache: Any):
 
     params = abstract(declared, cfg.sizes, plan.dtype)
     params = jax.tree.map(rounded, declared, params, is_leaf=is_weight)
-    made = program(plan, module, cfg, params, "step", 64)
+    made = program(plan, module, cfg, params, kind, size)
     here = NamedSharding(mesh, PartitionSpec())
     arguments = jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), made.arguments
@@ -147,6 +150,14 @@ def test_nor_does_one_on_hopper(model, quantization, cache, at_least):
     made, plan = compiled("h200:1x1x1", model, quantization, cache)
     assert not copied(made, plan)
     assert made.as_text().count('custom_call_target="mosaic_gpu_v2"') >= at_least
+
+
+@pytest.mark.aot
+@pytest.mark.usefixtures("no_compilation_cache")
+def test_one_row_of_many_is_sampled_on_hopper():
+    """XLA would take the slice of hidden states into its product, and fail to compile it."""
+    made, _ = compiled("h200:1x1x1", "8b", None, "auto", "sample", 1)
+    assert made.as_text().count('custom_call_target="mosaic_gpu_v2"') == 1
 
 
 def copied(made: Any, plan: Any) -> list[str]:
