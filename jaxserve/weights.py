@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxserve.checkpoint import hf
-from jaxserve.checkpoint.reward_head import REWARD_HEAD, load_reward_head
+from jaxserve.checkpoint.reward_head import REWARD_HEAD, ROTATED, load_reward_head
 from jaxserve.config import EngineConfig
 from jaxserve.errors import ConfigError
 from jaxserve.models.family import Family
@@ -98,9 +98,9 @@ class ServedWeights:
         """
         if not self.plan.judges:
             return None
-        head = load_reward_head(
-            self.folder / (self.config.reward_head or REWARD_HEAD), self.cfg.embed
-        )
+        file = self.folder / (self.config.reward_head or REWARD_HEAD)
+        rotated = bool(hf.read_config(self.folder).get(ROTATED))
+        head = load_reward_head(file, self.cfg.embed, rotated=rotated)
         place = self.device if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())
         return jax.device_put(head, place)
 

@@ -15,8 +15,10 @@ from safetensors.numpy import save_file
 
 from jaxserve.checkpoint import cache_scales
 from jaxserve.checkpoint.hf import tensor_names
+from jaxserve.checkpoint.reward_head import REWARD_HEAD, ROTATED, save_reward_head
 from jaxserve.errors import CheckpointError
 from jaxserve.models.family import Family
+from jaxserve.models.reward_head import RewardHead
 from kernels_pallas.weight import Int8Weight
 from sharding.tree import Weight, cut, is_weight
 
@@ -37,6 +39,7 @@ def save_pretrained(
     beside: Path | None = None,
     card: str | None = None,
     kv_scales: Mapping[str, np.ndarray] | None = None,
+    reward_head: RewardHead | None = None,
 ) -> None:
     """Writes config.json and safetensors that `transformers` and `LLM` load.
 
@@ -48,6 +51,7 @@ def save_pretrained(
         beside: a folder whose tokenizer, chat template, generation defaults and licence go along.
         card: what README.md says; without it there is none.
         kv_scales: of a cache in eight bits, as `cache_scales.save` takes them.
+        reward_head: that judges paths by the model's hidden states.
 
     Raises:
         CheckpointError: a weight has no form in a checkpoint, or writing failed; `folder` is as
@@ -68,6 +72,9 @@ def save_pretrained(
             (fresh / "README.md").write_text(card, encoding="utf-8")
         if kv_scales is not None:
             cache_scales.save(fresh, kv_scales)
+        if reward_head is not None:
+            rotated = bool(config.get(ROTATED))
+            save_reward_head(fresh / REWARD_HEAD, reward_head, rotated=rotated)
         _write_shards(fresh, tensors)
         for file in fresh.glob("*.safetensors"):  # safetensors writes files with mode 0600
             shutil.copymode(fresh / "config.json", file)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from jaxserve.checkpoint import hf, hub
 from jaxserve.checkpoint.export import begin, save_pretrained
+from jaxserve.checkpoint.reward_head import REWARD_HEAD, ROTATED, load_reward_head
 from jaxserve.checkpoint.schemes import scheme
 from jaxserve.errors import CheckpointError, ConfigError
 from jaxserve.models.family import family
+from jaxserve.models.reward_head import RewardHead
 from jaxserve.quant import rotate, scale_search
 from jaxserve.quant.cache import calibrate_cache
 from jaxserve.quant.config import MEASURES, QuantizeConfig
@@ -45,7 +48,9 @@ def quantize_checkpoint(
     The result is a Hugging Face folder (W8A8 of compressed-tensors) with the model's tokenizer,
     chat template, generation defaults and card; `LLM` serves it without being asked. The weights
     are held in float32 meanwhile: four bytes a parameter, and the rows of `config.rows`. Layers for
-    multi-token prediction and reward heads, which read hidden states, are left behind.
+    multi-token prediction are left behind. Rotations turn hidden states: a reward head beside the
+    model is turned with them, another one must be fitted anew, and embeddings compare with those
+    of the same checkpoint only.
 
     Args:
         model: a folder with a Hugging Face checkpoint in floats, or a hub id.
@@ -73,13 +78,13 @@ def quantize_checkpoint(
         folder, module, cfg, "float32", unrolled=True, place=lambda _, x: x, progress=progress
     )
     leaves = Leaves.of(module, cfg, params, _dtype(raw))
-    quantize(leaves, config, documents or (), progress=progress)
+    turn = quantize(leaves, config, documents or (), progress=progress)
     scales = calibrate_cache(leaves, documents or ()) if config.kv_cache else None
     _to_dtype(leaves)
-    config_json = _config_json(raw, leaves)
+    config_json = {**_config_json(raw, leaves), **({} if turn is None else {ROTATED: True})}
     save_pretrained(
         out, module, leaves.cfg, leaves.tree(), config_json, beside=folder, card=card,
-        kv_scales=scales,
+        kv_scales=scales, reward_head=_turned_head(folder, raw, cfg.embed, turn),
     )  # fmt: skip
     return out
 
@@ -90,13 +95,18 @@ def quantize(
     documents: Sequence[Sequence[int]],
     *,
     progress: bool = False,
-) -> None:
-    """Makes eight-bit weights of a model's large ones, in place; an output head stays in floats."""
+) -> np.ndarray | None:
+    """Makes eight-bit weights of a model's large ones, in place; an output head stays in floats.
+
+    Returns:
+        What `rotate.rotate` does; None if the model was not rotated.
+    """
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    turn = None
     with Progress(*columns, transient=True, disable=not progress) as bar:
         if config.rotations:
             if (why := rotate.refusal(leaves)) is None:
-                rotate.rotate(leaves, config.seed)
+                turn = rotate.rotate(leaves, config.seed)
             else:
                 log.info("not rotated: %s", why)
         inputs = None
@@ -115,6 +125,19 @@ def quantize(
             bar.advance(task)
     if not config.mixed_precision:
         leaves.outer["embed"] = rounded_rows(leaves.outer["embed"])
+    return turn
+
+
+def _turned_head(
+    folder: Path, raw: dict[str, Any], embed: int, turn: np.ndarray | None
+) -> RewardHead | None:
+    """The reward head beside a model, for hidden states that are turned."""
+    if not (folder / REWARD_HEAD).is_file():
+        return None
+    head = load_reward_head(folder / REWARD_HEAD, embed, rotated=bool(raw.get(ROTATED)))
+    if turn is None:
+        return head
+    return replace(head, w_in=np.asarray(head.w_in @ turn, np.float32))
 
 
 def _round_layer(leaves: Leaves, inputs: Inputs | None, i: int, config: QuantizeConfig) -> None:

@@ -17,11 +17,19 @@ from safetensors.numpy import load_file, save_file
 
 from jaxserve import LLM, SamplingParams
 from jaxserve.checkpoint import hf
+from jaxserve.checkpoint.reward_head import (
+    REWARD_HEAD,
+    ROTATED,
+    load_reward_head,
+    save_reward_head,
+)
 from jaxserve.checkpoint.schemes import scheme
 from jaxserve.cli import main
 from jaxserve.cli.quantize import _examples, own_text, read
 from jaxserve.errors import CheckpointError, ConfigError
+from jaxserve.models import reward_head
 from jaxserve.models.family import family
+from jaxserve.models.reward_head import new_reward_head
 from jaxserve.quant import PLAIN, QuantizeConfig, check_paths, quantize_checkpoint, weights
 from jaxserve.quant.checkpoint import quantize
 from jaxserve.quant.leaves import Leaves, readers
@@ -363,3 +371,27 @@ def test_float_checkpoints_of_eight_bits_are_read_as_floats(tmp_path):
     (source / "config.json").write_text(json.dumps(config))
     out = quantize_checkpoint(source, tmp_path / "out", PLAIN, progress=False)
     assert isinstance(load(out).stacks[0].attn.wq, Int8Weight)
+
+
+@pytest.mark.parametrize("rotations", [True, False])
+def test_a_reward_head_comes_along_and_another_is_refused(rotations, tmp_path):
+    """Rotated hidden states are another basis: a head of the model in floats would read noise."""
+    source = write_checkpoint(tmp_path / "in", "qwen3")
+    embed = hf.model_config(family("qwen3"), hf.read_config(source)).embed
+    head = new_reward_head(embed, 16, seed=3)
+    save_reward_head(source / REWARD_HEAD, head)
+    config = replace(PLAIN, rotations=rotations)
+    out = quantize_checkpoint(source, tmp_path / "out", config, progress=False)
+    assert hf.read_config(out).get(ROTATED, False) == rotations
+
+    def evidence(folder: Path, head) -> np.ndarray:
+        with LLM(folder, dtype="float32", max_model_len=64, progress=False) as llm:
+            states = [x.embedding for x in llm.embed(DOCUMENTS[:3])]
+        return np.asarray(reward_head.evidence(head, np.asarray(states)))
+
+    carried = load_reward_head(out / REWARD_HEAD, embed, rotated=rotations)
+    expected, found = evidence(source, head), evidence(out, carried)
+    np.testing.assert_allclose(found, expected, atol=0.1 * np.abs(expected).max())
+    if rotations:
+        with pytest.raises(CheckpointError, match="in floats, but this checkpoint's are rotated"):
+            LLM(out, reward_head=str(source / REWARD_HEAD), progress=False)
