@@ -42,6 +42,13 @@ constexpr auto guarded = &Guard<handler>::call;
 
 inline int64_t value(Scalar s) { return s.typed_data()[0]; }
 
+// "[2, 3]", for errors.
+inline std::string text(ffi::AnyBuffer::Dimensions dims) {
+  std::string all;
+  for (const int64_t n : dims) all += (all.empty() ? "" : ", ") + std::to_string(n);
+  return "[" + all + "]";
+}
+
 // Calls fn(T*) with the element type of an array: float, or bf16 (which may be stored as uint16).
 template <class Fn>
 ffi::Error visit(ffi::AnyBuffer array, const Fn& fn) {
