@@ -131,8 +131,6 @@ def linear(
     outs = tuple(_floats(x.shape[0], *shape) for shape in shapes)
     rows, index = _rows(num_rows, x), _int(layer)
     if residual is not None:
-        if len(weights) > 1:
-            raise ValueError(f"a residual goes with one weight, not with {len(weights)}")
         if residual.size != outs[0].size:
             raise ValueError(f"a residual {residual.shape} does not fit a product {outs[0].shape}")
         call = _call("add_linear", _floats(*residual.shape), input_output_aliases={3: 0})

@@ -1,5 +1,7 @@
 // The feed-forward layer of a mixture of experts: every expert multiplies only its own tokens.
 
+#include <algorithm>
+#include <initializer_list>
 #include <vector>
 
 #include "activation.h"
@@ -217,9 +219,39 @@ ffi::ErrorOr<Matrix<T>> matrices(ffi::AnyBuffer weight, ffi::RemainingArgs scale
   return Matrix<T>{static_cast<T*>(weight.untyped_data()) + offset, found, dims[2]};
 }
 
+bool same(ffi::AnyBuffer::Dimensions a, std::initializer_list<int64_t> b) {
+  return std::equal(a.begin(), a.end(), b.begin(), b.end());
+}
+
+// Whether all that is read is there.
+ffi::Error check(ffi::AnyBuffer x, Ints ids, Floats weights, Scalar layer, ffi::AnyBuffer w_gate,
+                 ffi::AnyBuffer w_up, ffi::AnyBuffer w_down) {
+  const auto route = ids.dimensions(), gate = slice(w_gate, layer, 3).dims;
+  const auto up = slice(w_up, layer, 3).dims, down = slice(w_down, layer, 3).dims;
+  const int64_t tokens = x.dimensions()[0], embed = x.dimensions()[1];
+  if (route[0] != tokens || !same(weights.dimensions(), {tokens, route[1]})) {
+    return ffi::Error::InvalidArgument("ids and weights must be [T, A], one row for each of x " +
+                                       text(x.dimensions()) + ", not " + text(route) + " and " +
+                                       text(weights.dimensions()));
+  }
+  const bool fit = gate.size() == 3 && gate[2] == embed && same(up, {gate[0], gate[1], embed}) &&
+                   same(down, {gate[0], embed, gate[1]});
+  const auto bytes = ffi::ByteWidth(w_gate.element_type());
+  if (!fit || ffi::ByteWidth(w_up.element_type()) != bytes ||
+      ffi::ByteWidth(w_down.element_type()) != bytes) {
+    return ffi::Error::InvalidArgument(
+        "w_gate and w_up must be [E, F, D], w_down [E, D, F], all of one dtype, for x " +
+        text(x.dimensions()) + ", not " + text(gate) + ", " + text(up) + " and " + text(down));
+  }
+  return ffi::Error::Success();
+}
+
 ffi::Error experts(ffi::AnyBuffer x, Ints ids, Floats weights, Scalar num_rows, Scalar layer,
                    ffi::AnyBuffer w_gate, ffi::AnyBuffer w_up, ffi::AnyBuffer w_down,
                    ffi::RemainingArgs scales, FloatsOut out, std::string_view activation) {
+  if (auto error = check(x, ids, weights, layer, w_gate, w_up, w_down); error.failure()) {
+    return error;
+  }
   const int64_t all_rows = x.dimensions()[0], embed = x.dimensions()[1];
   const int64_t rows = std::clamp<int64_t>(value(num_rows), 0, all_rows);
   const int64_t active = ids.dimensions()[1];

@@ -27,6 +27,12 @@ ffi::Error rope(Floats x, Floats cos, Floats sin, ffi::AnyBuffer scale, Scalar n
   const auto dims = x.dimensions();
   const int64_t heads = dims[1], width = dims[2], pairs = cos.dimensions()[1];
   if (2 * pairs > width) return ffi::Error::InvalidArgument("more pairs than a head has lanes");
+  for (const auto angles : {cos.dimensions(), sin.dimensions()}) {
+    if (angles[0] != dims[0] || angles[1] != pairs) {
+      return ffi::Error::InvalidArgument("cos and sin must be [T, pairs], one row for each of x " +
+                                         text(dims) + ", not " + text(angles));
+    }
+  }
   const bool normed = scale.dimensions()[0] > 0;
   if (normed && scale.dimensions()[0] != width) {
     return ffi::Error::InvalidArgument("scale must be [H], or [0] where heads are not normed");
