@@ -25,20 +25,30 @@ _log = logging.getLogger(__name__)
 def find() -> tuple[Path, bool] | None:
     """Where the library is or will be, and whether it exists; None if this machine has none.
 
-    None is said after one log line: they are off, nothing compiles C++ here, or it failed before.
+    None is said after one log line: they are off, nothing compiles C++ here, it failed before, or
+    there is nowhere to keep what it makes.
     """
     if os.environ.get("JAXSERVE_NATIVE", "1") == "0":
         _log.info("native CPU kernels are off: JAXSERVE_NATIVE=0")
         return None
-    compiler = _compiler()
+    compiler, root = _compiler(), cache_dir()
     if compiler is None:
-        _log.warning("native CPU kernels are off: no C++ compiler (install g++ or clang++)")
+        asked = os.environ.get("CXX")
+        why = f"CXX={asked!r} is not found" if asked else "no C++ compiler"
+        _log.warning("native CPU kernels are off: %s (install g++ or clang++)", why)
         return None
-    path = _cache_dir() / f"{_fingerprint(compiler)}.so"
+    if root is None:
+        _log.warning("native CPU kernels are off: no home folder; set JAXSERVE_CACHE_DIR")
+        return None
+    path = root / "native" / f"{_fingerprint(compiler)}.so"
+    exists = os.path.exists(path)  # which is False, not an error, behind a closed folder
+    if not exists and (why := _refusal(path.parent)):
+        _log.warning("native CPU kernels are off: %s; set JAXSERVE_CACHE_DIR to another", why)
+        return None
     if _failure(path).exists():
         _log.warning("native CPU kernels are off: %s", _failure(path).read_text())
         return None
-    return path, path.exists()
+    return path, exists
 
 
 def library() -> Path | None:
@@ -52,10 +62,10 @@ def library() -> Path | None:
     path, exists = found
     try:
         if not exists:
-            _compile(_compiler() or "c++", path)
+            _compile(_compiler() or ["c++"], path)
         return path
     except subprocess.CalledProcessError as error:
-        reason = f"{_compiler()} failed: {error.stderr[-2000:]}"
+        reason = f"{shlex.join(_compiler() or [])} failed: {error.stderr[-2000:]}"
         _failure(path).write_text(f"{reason}\n(remove {_failure(path)} to try again)")
         _log.warning("native CPU kernels are off: %s", reason)
     except OSError as error:
@@ -63,8 +73,38 @@ def library() -> Path | None:
     return None
 
 
-def _compiler() -> str | None:
-    return shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
+def cache_dir() -> Path | None:
+    """What this project keeps between processes: $JAXSERVE_CACHE_DIR, or ~/.cache/jaxserve.
+
+    None where that is in a home folder and nobody knows which.
+    """
+    try:
+        return Path(os.environ.get("JAXSERVE_CACHE_DIR") or "~/.cache/jaxserve").expanduser()
+    except RuntimeError:  # HOME is not set, and the user has no entry
+        return None
+
+
+def _refusal(folder: Path) -> str | None:
+    """Why nothing can be written to a folder, which is made if it is missing."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return None
+    except OSError as error:
+        return f"{folder} cannot be written ({error.strerror})"
+
+
+def _compiler() -> list[str] | None:
+    """$CXX, a program and perhaps arguments of it, or a compiler of the usual names."""
+    if asked := os.environ.get("CXX"):
+        try:
+            program, *arguments = shlex.split(asked)
+        except ValueError:  # nothing but blanks, or a quotation without end
+            return None
+        found = shutil.which(program)
+    else:
+        found, arguments = shutil.which("g++") or shutil.which("clang++"), []
+    return None if found is None else [found, *arguments]
 
 
 def _flags() -> list[str]:
@@ -76,18 +116,13 @@ def _failure(path: Path) -> Path:
     return path.with_suffix(".failed")
 
 
-def _cache_dir() -> Path:
-    root = os.environ.get("JAXSERVE_CACHE_DIR") or Path.home() / ".cache" / "jaxserve"
-    return Path(root) / "native"
-
-
 def _sources() -> list[Path]:
     return sorted(_FOLDER.glob("*.cc"))
 
 
-def _fingerprint(compiler: str) -> str:
+def _fingerprint(compiler: list[str]) -> str:
     """Changes with anything the library depends on: sources, jaxlib's headers, CPU, compiler."""
-    parts = [jaxlib.version.__version__, _cpu(), compiler, " ".join(_flags())]
+    parts = [jaxlib.version.__version__, _cpu(), " ".join(compiler), " ".join(_flags())]
     parts += [p.read_text() for p in sorted(_FOLDER.glob("*.h")) + _sources()]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
 
@@ -102,7 +137,7 @@ def _cpu() -> str:
     return platform.machine() + "".join(sorted({x for x in lines if x.startswith(named)}))
 
 
-def _compile(compiler: str, path: Path) -> None:
+def _compile(compiler: list[str], path: Path) -> None:
     """One object per source, in parallel; the rename makes concurrent builders harmless.
 
     The compilers yield to everybody else: a server may be answering already.
@@ -114,7 +149,7 @@ def _compile(compiler: str, path: Path) -> None:
         include = f"-isystem{jax.ffi.include_dir()}"
         jobs = [
             subprocess.Popen(
-                [*nice, compiler, *_flags(), include, "-c", str(source), "-o", str(target)],
+                [*nice, *compiler, *_flags(), include, "-c", str(source), "-o", str(target)],
                 stderr=subprocess.PIPE,
                 text=True,
             )
@@ -125,6 +160,6 @@ def _compile(compiler: str, path: Path) -> None:
             if job.returncode:
                 raise subprocess.CalledProcessError(job.returncode, job.args, stderr=stderr)
         built = Path(folder) / "library.so"
-        link = [compiler, *_flags(), "-shared", *map(str, objects), "-o", str(built)]
+        link = [*compiler, *_flags(), "-shared", *map(str, objects), "-o", str(built)]
         subprocess.run(link, check=True, capture_output=True, text=True)
         built.replace(path)
