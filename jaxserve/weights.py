@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from jaxserve.models.reward_head import RewardHead
 from jaxserve.plan import Plan, serves_int8
 from jaxserve.quant import weights as quant
 from jaxserve.quant.stored import stored_in_int8
+from kernels_pallas.weight import Int8Weight
 from sharding.mesh import Parallelism, first_devices, mesh, put
 from sharding.probe import probe
 from sharding.tree import Weight, cut, initialise, is_weight, unstack
@@ -157,36 +158,77 @@ class ServedWeights:
             return params
 
         def leaf(w: Weight, x: Any) -> Any:
+            if isinstance(x, Int8Weight):  # as an engine serves it: it has been rounded
+                return self._place(w, jax.tree.map(np.asarray, x))
             x = np.asarray(x)
             return self._place(w, quant.round_to_int8(x) if self._holds_int8(w) else x)
 
         declared = cut(self.family.declare_params(self.cfg), _num_layers(params))
+        self._check(declared, params)
         leaves = jax.tree.map(leaf, declared, params, is_leaf=is_weight)
         return self._with_placement(self._with_own_head(leaves))
+
+    def _check(self, declared: Any, params: Any) -> None:
+        """Raises ConfigError unless a tree has the leaves that are declared, each in its shape."""
+        given = _by_name(params, lambda x: isinstance(x, Int8Weight))
+        for name, w in _by_name(declared, is_weight).items():
+            leaf, wanted = given.pop(name, None), w.shape(self.cfg.sizes)
+            if leaf is None or leaf.shape != wanted:
+                raise _misfit(name, leaf, wanted)
+        if given:
+            raise ConfigError(f"{next(iter(given))} is not served")
 
     def copied(self, params: Any, served: Any) -> Any:
         """A copy of a tree in the form, the types and the places of the one that is served.
 
         Raises:
-            ConfigError: a leaf is missing or of another shape.
+            ConfigError: a leaf is missing or of another shape; the message names it.
         """
-        if _num_layers(params) != (sizes := _num_layers(served)):
-            params = restack(jax.tree.map(np.asarray, params), sizes)
-        params = self._served(params)
-        wanted, tree = jax.tree_util.tree_flatten_with_path(served)
-        given = dict(jax.tree_util.tree_flatten_with_path(params)[0])
-        leaves = []
-        for path, old in wanted:
-            new, name = given.pop(path, None), jax.tree_util.keystr(path).lstrip(".")
+        params = _stacked_like(params, served)
+        like = served
+        if self.plan.quantization and self.family.declare_params(self.cfg).lm_head is None:
+            like, params = (dataclasses.replace(tree, lm_head=None) for tree in (served, params))
+        if _shapes(params) == _shapes(like):
+            params = self._with_own_head(params)  # of the table that came, not of the one before
+        else:
+            params = self._served(params)
+        wanted, given = _by_name(served), _by_name(params)
+        for name, old in wanted.items():
+            new = given.pop(name, None)
             if new is None or new.shape != old.shape:
-                seen = "missing" if new is None else f"of shape {list(new.shape)}"
-                raise ConfigError(f"{name} is {seen}; the engine serves {list(old.shape)}")
-            leaves.append(_copied(new, old))
+                raise _misfit(name, new, old.shape)
         if given:
-            raise ConfigError(
-                f"{jax.tree_util.keystr(next(iter(given))).lstrip('.')} is not served"
-            )
-        return jax.tree.unflatten(tree, leaves)
+            raise ConfigError(f"{next(iter(given))} is not served")
+        return jax.tree.map(_copied, params, served)
+
+
+def _by_name(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
+    """The leaves of a tree by where they are, such as "stacks[0].mlp.w_up"."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
+    return {jax.tree_util.keystr(path).lstrip("."): leaf for path, leaf in leaves}
+
+
+def _misfit(name: str, leaf: Any, wanted: Sequence[int]) -> ConfigError:
+    seen = "missing" if leaf is None else f"of shape {list(leaf.shape)}"
+    return ConfigError(f"{name} is {seen}; the engine serves {list(wanted)}")
+
+
+def _shapes(tree: Any) -> Any:
+    """What of a tree says whether it is in the form of another."""
+    return jax.tree.structure(tree), [np.shape(leaf) for leaf in jax.tree.leaves(tree)]
+
+
+def _stacked_like(params: Any, served: Any) -> Any:
+    """A tree with its layers in stacks of the sizes that are served."""
+    if type(params) is not type(served):
+        wanted = type(served).__name__
+        raise ConfigError(f"params are a {type(params).__name__}; expected the model's {wanted}")
+    if _num_layers(params) == (sizes := _num_layers(served)):
+        return params
+    try:
+        return restack(jax.tree.map(np.asarray, params), sizes)
+    except ValueError as error:
+        raise ConfigError(f"the layers of params cannot be stacked as {sizes}: {error}") from None
 
 
 def _num_layers(params: Any) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -54,10 +55,11 @@ def save_pretrained(
         reward_head: that judges paths by the model's hidden states.
 
     Raises:
-        CheckpointError: a weight has no form in a checkpoint, or writing failed; `folder` is as
-            it was.
+        CheckpointError: a weight has no form in a checkpoint, `folder` is a mount point, or writing
+            failed; `folder` is as it was.
     """
     fresh = begin(folder)
+    folder = folder.resolve()  # a link to a folder stays one
     try:
         if beside is not None:
             _copy_text_files(beside, fresh)
@@ -88,14 +90,19 @@ def save_pretrained(
 def begin(folder: Path) -> Path:
     """An empty folder beside the one to write, which is as it was.
 
+    Beside what a link leads to: only there it can be renamed into its place.
+
     Raises:
-        CheckpointError: nothing can be written there.
+        CheckpointError: nothing can be written there, or it is a mount point.
     """
-    fresh = folder.with_name(f".{folder.name}.writing")
     try:
+        folder = folder.resolve()
+        if os.path.ismount(folder):
+            raise CheckpointError(f"{folder} is a mount point; give a folder in it")
+        fresh = folder.with_name(f".{folder.name}.writing")
         shutil.rmtree(fresh, ignore_errors=True)
         fresh.mkdir(parents=True)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # the latter: links that lead in a circle
         raise CheckpointError(f"{folder} cannot be written: {error}") from error
     return fresh
 

@@ -65,15 +65,17 @@ def _print(console: Any, title: str, rows: Rows) -> None:
 
 
 def _machine() -> Rows:
-    from jaxserve.engine.compile_watch import cache_dir
+    from kernels_pallas.cpu.build import cache_dir
 
     yield "jaxserve", __version__
     yield "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"
     yield "packages", ", ".join(f"{name} {_version(name)}" for name in _PACKAGES)
     yield from _devices()
     yield "native kernels", native_kernels()
-    folder = Path(os.environ.get("JAX_COMPILATION_CACHE_DIR") or cache_dir() / "xla")
-    yield "compile cache", _cache_state(folder)
+    own = None if (root := cache_dir()) is None else root / "xla"
+    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR") or own
+    nowhere = "none: no home folder; set JAXSERVE_CACHE_DIR"
+    yield "compile cache", _cache_state(Path(folder)) if folder else nowhere
 
 
 def _version(name: str) -> str:
