@@ -6,7 +6,8 @@ Weights of int8 come with `scales`, one for each output; rows of x are then roun
 (kernels_pallas.quantize), sums are exact integers, and the result is the reference's to the bit.
 `num_rows` says how many rows of a padded batch are real; the others cost nothing and come out 0.
 A row's result is the same bits whatever else is in the batch and however many threads run.
-All ops are forward only (`op.with_reference_gradient` lends them one) and need `available()`.
+All ops are forward only; `op.with_reference_gradient` supplies the backward pass. They need
+`available()`.
 """
 
 import ctypes

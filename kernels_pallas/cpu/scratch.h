@@ -47,7 +47,7 @@ class Scratch {
 
  private:
 #if defined(__SANITIZE_ADDRESS__)
-  static constexpr int64_t kGap = 64;  // who leaves his array shall not find another
+  static constexpr int64_t kGap = 64;  // an overrun hits poisoned memory, not the next array
 #else
   static constexpr int64_t kGap = 0;
 #endif
