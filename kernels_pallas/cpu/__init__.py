@@ -12,9 +12,7 @@ All ops are forward only; `op.with_reference_gradient` supplies the backward pas
 
 import ctypes
 import functools
-import logging
 from collections.abc import Sequence
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -44,8 +42,6 @@ __all__ = [
     "rms_norm",
     "rope",
 ]
-
-_log = logging.getLogger(__name__)
 
 _TARGETS = (
     "add_linear",
@@ -84,25 +80,11 @@ def available() -> bool:
         library = ctypes.CDLL(str(path))
         handlers = {f"jaxserve_{x}": getattr(library, f"jaxserve_{x}") for x in _TARGETS}
     except (OSError, AttributeError) as error:
-        _refuse(path, error)
+        build.refuse(path, error)
         return False
     for target, handler in handlers.items():
         jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(handler), platform="cpu")
     return True
-
-
-def _refuse(path: Path, error: Exception) -> None:
-    """Says why a library cannot be used. One that was cut short is built again at the next start;
-    others may be well, and their folder such that nothing in it may run."""
-    broken = isinstance(error, AttributeError) or any(
-        x in str(error) for x in ("file too short", "invalid ELF header")
-    )
-    remedy = "the next start builds it again"
-    if not broken:
-        remedy = "set JAXSERVE_CACHE_DIR to a folder whose libraries may run"
-    _log.warning("native CPU kernels are off: %s cannot be loaded (%s); %s", path, error, remedy)
-    if broken:
-        build.discard(path)
 
 
 def has_tiles() -> bool:
