@@ -38,6 +38,7 @@ def find() -> tuple[Path, bool] | None:
         _log.warning("native CPU kernels are off: no C++ compiler (install g++ or clang++)")
         return None
     path = _cache_dir() / f"{_fingerprint(compiler)}.so"
+    exists = False
     try:
         exists = path.exists()
         failed = "" if exists or not _failure(path).exists() else _failure(path).read_text()
