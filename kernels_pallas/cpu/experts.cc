@@ -183,7 +183,8 @@ void combine(const Grouping& groups, const float* weights, int64_t num_active, c
 template <class T, class X>
 void forward(const Experts<T>& moe, const X* x, const int32_t* ids, const float* weights,
              int64_t num_rows, float* out) {
-  thread_local Scratch scratch;
+  const SharedScratch lent;
+  Scratch& scratch = *lent;
   const Grouping groups(ids, num_rows * moe.num_active, moe.num_experts);
   const int64_t slots = groups.size(), waiting = kIsInt8<T> ? slots * moe.mlp : 0;
   scratch.reset(PackedGroups<T>::bytes(groups, moe.embed) +
