@@ -338,6 +338,11 @@ def serves_int8(hf: Mapping[str, Any]) -> bool:
 
 def _dtype(config: EngineConfig, hf: Mapping[str, Any], platform: str, kernels: str) -> Any:
     """The asked type; "auto": the checkpoint's, except where the device is bad at it."""
+    if config.dtype == "float16" and kernels == "native":
+        raise ConfigError(
+            "dtype='float16' is none that the native CPU kernels compute with; use "
+            "dtype='bfloat16' or dtype='float32', or kernels='reference'"
+        )
     if config.dtype != "auto":
         return jnp.dtype(config.dtype)
     own = str(hf.get("dtype") or hf.get("torch_dtype") or "float32").removeprefix("torch.")

@@ -6,14 +6,13 @@ Weights of int8 come with `scales`, one for each output; rows of x are then roun
 (kernels_pallas.quantize), sums are exact integers, and the result is the reference's to the bit.
 `num_rows` says how many rows of a padded batch are real; the others cost nothing and come out 0.
 A row's result is the same bits whatever else is in the batch and however many threads run.
-All ops are forward only (`op.with_reference_gradient` lends them one) and need `available()`.
+All ops are forward only; `op.with_reference_gradient` supplies the backward pass. They need
+`available()`.
 """
 
 import ctypes
 import functools
-import logging
 from collections.abc import Sequence
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -43,8 +42,6 @@ __all__ = [
     "rms_norm",
     "rope",
 ]
-
-_log = logging.getLogger(__name__)
 
 _TARGETS = (
     "add_linear",
@@ -83,25 +80,11 @@ def available() -> bool:
         library = ctypes.CDLL(str(path))
         handlers = {f"jaxserve_{x}": getattr(library, f"jaxserve_{x}") for x in _TARGETS}
     except (OSError, AttributeError) as error:
-        _refuse(path, error)
+        build.refuse(path, error)
         return False
     for target, handler in handlers.items():
         jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(handler), platform="cpu")
     return True
-
-
-def _refuse(path: Path, error: Exception) -> None:
-    """Says why a library cannot be used. One that was cut short is built again at the next start;
-    others may be well, and their folder such that nothing in it may run."""
-    broken = isinstance(error, AttributeError) or any(
-        x in str(error) for x in ("file too short", "invalid ELF header")
-    )
-    remedy = "the next start builds it again"
-    if not broken:
-        remedy = "set JAXSERVE_CACHE_DIR to a folder whose libraries may run"
-    _log.warning("native CPU kernels are off: %s cannot be loaded (%s); %s", path, error, remedy)
-    if broken:
-        build.discard(path)
 
 
 def has_tiles() -> bool:

@@ -63,7 +63,7 @@ ffi::Error visit(ffi::AnyBuffer array, const Fn& fn) {
   }
 }
 
-// The same for weights, which may also be of eight bits.
+// Calls fn(T*) with the element type of weights: int8_t, float, or bf16.
 template <class Fn>
 ffi::Error visit_weights(ffi::AnyBuffer array, const Fn& fn) {
   if (array.element_type() == ffi::S8) return fn(static_cast<int8_t*>(array.untyped_data()));

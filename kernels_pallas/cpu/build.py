@@ -81,12 +81,18 @@ def library() -> Path | None:
     return None
 
 
-def discard(path: Path) -> None:
-    """Takes a library away that is none, so that the next start builds it again."""
-    try:
-        path.unlink(missing_ok=True)
-    except OSError as error:
-        _log.warning("cannot remove a broken library: %s; remove it by hand", error)
+def refuse(path: Path, error: Exception) -> None:
+    """Says why a library cannot be used. One that was cut short is taken away, so that the next
+    start builds it again; others may be well, and their folder such that nothing in it may run."""
+    cut_short = ("file too short", "invalid ELF header", "undefined symbol")
+    remedy = "set JAXSERVE_CACHE_DIR to a folder whose libraries may run"
+    if any(x in str(error) for x in cut_short):
+        remedy = "the next start builds it again"
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as stays:
+            remedy = f"remove it by hand: {stays}"
+    _log.warning("native CPU kernels are off: %s cannot be loaded (%s); %s", path, error, remedy)
 
 
 def _objects(error: subprocess.CalledProcessError) -> bool:

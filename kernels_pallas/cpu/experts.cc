@@ -163,8 +163,7 @@ void contract(const Experts<T>& moe, const Grouping& groups, const PackedGroups<
 // out[token] = the weighted sum over its slots, always in the order of the slots.
 void combine(const Grouping& groups, const float* weights, int64_t num_active, const float* y,
              int64_t num_rows, int64_t embed, float* out) {
-  constexpr int64_t kElementsPerChunk = 16 * 1024;
-  const int64_t rows = std::max<int64_t>(1, kElementsPerChunk / std::max<int64_t>(1, embed));
+  const int64_t rows = rows_per_chunk(16 * 1024, embed);
   Pool::shared().run(ceil_div(num_rows, rows), [&](int64_t chunk) {
     for (int64_t t = chunk * rows; t < std::min(num_rows, (chunk + 1) * rows); ++t) {
       float* to = out + t * embed;
@@ -184,7 +183,8 @@ void combine(const Grouping& groups, const float* weights, int64_t num_active, c
 template <class T, class X>
 void forward(const Experts<T>& moe, const X* x, const int32_t* ids, const float* weights,
              int64_t num_rows, float* out) {
-  thread_local Scratch scratch;
+  const SharedScratch lent;
+  Scratch& scratch = *lent;
   const Grouping groups(ids, num_rows * moe.num_active, moe.num_experts);
   const int64_t slots = groups.size(), waiting = kIsInt8<T> ? slots * moe.mlp : 0;
   scratch.reset(PackedGroups<T>::bytes(groups, moe.embed) +

@@ -78,7 +78,8 @@ void multiply(const Packed<T>& x, int64_t first, const std::vector<Piece<T>>& pi
 template <class T, class X>
 void multiply_all(const X* x, int64_t num_rows, int64_t k, const std::vector<Piece<T>>& pieces,
                   Activation activation = Activation::kSilu) {
-  thread_local Scratch scratch;
+  const SharedScratch lent;
+  Scratch& scratch = *lent;
   for (int64_t first = 0; first < num_rows; first += kRowsPerPass) {
     const int64_t rows = std::min(kRowsPerPass, num_rows - first);
     const int64_t count = Packed<T>::count(rows, k);
