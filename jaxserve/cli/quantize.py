@@ -48,6 +48,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Reads or writes the text, rounds, and prints where the result is."""
+    from jaxserve.plan import default_device
     from jaxserve.quant import PLAIN, QuantizeConfig, check_paths, quantize_checkpoint
 
     names = [f.name for f in dataclasses.fields(QuantizeConfig)]
@@ -59,6 +60,7 @@ def run(args: argparse.Namespace) -> None:
             "or ask for one, such as --compensation"
         )
     folder = check_paths(args.model, args.out, args.revision)
+    default_device()  # raises where there is none
     progress = not args.quiet and sys.stderr.isatty()
     documents = None
     if config.calibrated:

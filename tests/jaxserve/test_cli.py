@@ -12,10 +12,13 @@ import httpx
 import openai
 import pytest
 
+from jaxserve import plan
+from jaxserve.checkpoint import cache_scales
 from jaxserve.cli import bench, chat, doctor, generate, main, parser
 from jaxserve.cli import options as cli_options
 from jaxserve.config import EngineConfig
 from jaxserve.errors import ConfigError
+from jaxserve.quant import weights
 from jaxserve.testing import write_checkpoint
 from tests.jaxserve.server.fake_llm import FakeLLM
 
@@ -197,6 +200,63 @@ def test_doctors_advice_is_taken_by_the_plan(checkpoint):
         found = doctor.nearest(read, asked)
         assert found is not None
         assert read.plan(found).max_model_len == found.max_model_len
+
+
+def test_doctor_rounds_weights_where_nothing_else_fits(checkpoint, monkeypatch):
+    read = doctor.Checkpoint.read(checkpoint, None)
+    sizes = [
+        weights.weight_bytes(read.family, read.model, "bfloat16", kind) for kind in ("int8", None)
+    ]
+    monkeypatch.setattr(plan, "memory_limit", lambda device: sum(sizes) // 2)
+    asked = EngineConfig(page_size=8)
+    with pytest.raises(ConfigError, match="quantization='int8', a narrower dtype"):
+        read.plan(asked)
+    found = doctor.nearest(read, asked)
+    assert found is not None and found.quantization == "int8"
+    assert "--quantization int8" in doctor._options(asked, found)
+
+
+@pytest.mark.parametrize(
+    ("asked", "advice"),
+    [({"kernels": "pallas"}, "--kernels auto"), ({"quantization": "fp8"}, "no --quantization")],
+)
+def test_doctor_takes_back_what_cannot_be_had_here(checkpoint, asked, advice):
+    read, config = doctor.Checkpoint.read(checkpoint, None), EngineConfig(**asked)
+    found = doctor.nearest(read, config)
+    assert found is not None
+    assert doctor._options(config, found) == advice
+
+
+def test_doctor_plans_for_the_scales_beside_the_weights(checkpoint, monkeypatch):
+    monkeypatch.setattr(cache_scales, "load", lambda *_: {"k": None})
+    read = doctor.Checkpoint.read(checkpoint, None)
+    assert read.plan(EngineConfig(kv_cache_dtype="int8")).kv_calibrated
+    assert not read.plan(EngineConfig()).kv_calibrated
+
+
+@pytest.mark.parametrize(
+    ("error", "why"),
+    [
+        (RuntimeError("Unable to initialize backend 'x' (set JAX_PLATFORMS='')"), "Unable to"),
+        (AssertionError(), "its backend did not start"),
+    ],
+)
+def test_a_device_that_is_not_there_is_named(checkpoint, error, why, monkeypatch, capsys):
+    def devices():
+        raise error
+
+    monkeypatch.setattr("jax.devices", devices)
+    asked = rf"JAX_PLATFORMS='{os.environ['JAX_PLATFORMS']}': {why}"
+    for arguments, says in (
+        (["generate", checkpoint, "hi"], f"error: {asked}"),
+        (["generate", checkpoint, "hi", "--tp", "2"], f"error: {asked}"),
+        (["quantize", checkpoint, f"{checkpoint}-int8"], f"error: {asked}"),
+    ):
+        assert main(arguments) == 1
+        assert says in (said := capsys.readouterr().err) and "use cpu" in said
+    assert main(["doctor"]) == 0
+    said = capsys.readouterr().out
+    assert f"none: {asked}" in said and "compile cache" in said
 
 
 def test_native_kernels_say_why_not():
