@@ -82,7 +82,7 @@ def read(folder: Path, file: Path) -> list[list[int]]:
 
     tokenizer = Tokenizer.from_folder(folder)
     try:
-        lines = file.read_text().splitlines()
+        lines = file.read_text("utf-8").split("\n")  # others are a string's own
     except (OSError, ValueError) as error:
         raise ConfigError(f"--calibration {file} cannot be read: {error}") from None
     texts = [_text(file, i, line) for i, line in enumerate(lines, 1) if line.strip()]
