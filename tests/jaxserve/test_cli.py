@@ -35,6 +35,7 @@ def fake(monkeypatch):
     llm = FakeLLM()
     for module in (generate, chat, bench):
         monkeypatch.setattr(module, "load", lambda args: llm)
+    monkeypatch.setattr(bench, "_context", lambda args: llm.max_model_len)
     return llm
 
 
@@ -74,14 +75,23 @@ def test_a_choice_that_may_be_left_out_can_be_made(capsys):
     args = parser().parse_args(["generate", "m", "p", "--quantization", "int8"])
     assert EngineConfig(**{k: v for k, v in cli_options.engine_settings(args).items()
                            if k != "revision"}).quantization == "int8"  # fmt: skip
-    for option, value, known in (
-        ("--quantization", "int3", "compressed-tensors"),
-        ("--kv-cache-dtype", "fp8", "bfloat16"),
-    ):
-        with pytest.raises(SystemExit):
-            parser().parse_args(["generate", "m", "p", option, value])
+
+
+@pytest.mark.parametrize(
+    ("options", "remedy"),
+    [
+        ("--quantization int3", "or what the checkpoint is stored in (compressed-tensors"),
+        ("--kv-cache-dtype fp8", "int8 is as small as float8"),
+        ("--gpu-memory-utilization 0.5", "here it is memory_utilization"),
+        ("--block-size 16", "here it is page_size"),
+        ("--enforce-eager", "leave it out"),
+    ],
+)
+def test_a_choice_that_is_none_and_names_of_vllm_are_answered_in_a_line(options, remedy, capsys):
+    for command in (["generate", "m", "p"], ["doctor", "models/recall-dense"]):
+        assert main([*command, *options.split()]) == 1
         said = capsys.readouterr().err
-        assert f"invalid choice: '{value}'" in said and known in said
+        assert said.count("\n") == 1 and remedy in said
 
 
 def test_an_error_is_one_line_and_no_traceback(capsys):
@@ -163,6 +173,13 @@ def test_bench_as_a_table(fake, capsys):
     assert main(["bench", "m", "--rounds", "1", "--output-len", "8", "--batch", "3"]) == 0
     shown = capsys.readouterr().out
     assert "single stream" in shown and "no model at all" in shown
+
+
+def test_bench_refuses_lengths_beyond_the_context_before_it_loads(checkpoint, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "load", lambda args: pytest.fail("it has been loaded"))
+    for options in (["--output-len", "9000"], ["--prompt-len", "60", "--max-model-len", "64"]):
+        assert main(["bench", checkpoint, *options]) == 1
+        assert "ask for fewer" in capsys.readouterr().err
 
 
 def test_bench_wants_something_to_measure(fake, capsys):
