@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import logging
 import reprlib
 import sys
 import typing
@@ -13,6 +14,8 @@ from typing import Any
 
 from jaxserve.cli.options import describe, typed
 from jaxserve.errors import ConfigError
+
+log = logging.getLogger(__name__)
 
 NUM_DOCUMENTS, LENGTH = 128, 256
 """How much a model writes where it is given nothing to read."""
@@ -122,8 +125,26 @@ def own_text(folder: Path, *, seed: int = 0, progress: bool = False) -> list[lis
             n=-(-NUM_DOCUMENTS // len(prompts)), max_tokens=min(LENGTH, llm.max_model_len // 2),
             seed=seed,
         )  # fmt: skip
-        outs = llm.generate([{"prompt_token_ids": p} for p in prompts], params)
-    return [[*p, *o.token_ids] for p, out in zip(prompts, outs, strict=True) for o in out.outputs]
+        return _written(llm, prompts, params, progress)
+
+
+def _written(llm: Any, prompts: list[list[int]], params: Any, progress: bool) -> list[list[int]]:
+    """`params.n` documents for each prompt, with a bar over their tokens meanwhile."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    documents = [[list(prompt) for _ in range(params.n)] for prompt in prompts]
+    most, total = params.max_tokens, params.n * len(prompts)
+    log.info("the model writes %d documents of up to %d tokens", total, most)
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, transient=True, disable=not progress) as bar:
+        task = bar.add_task("writing text", total=total * most)
+        generations = [llm.submit(prompt, params) for prompt in prompts]
+        for prompt, own, generation in zip(prompts, documents, generations, strict=True):
+            for delta in generation:
+                own[delta.index] += delta.token_ids
+                left = most + len(prompt) - len(own[delta.index]) if delta.finished else 0
+                bar.advance(task, len(delta.token_ids) + left)
+    return [document for own in documents for document in own]
 
 
 def _prompts(folder: Path, llm: Any) -> list[list[int]]:

@@ -73,7 +73,7 @@ def quantize_checkpoint(
     )
     leaves = Leaves.of(module, cfg, params)
     quantize(leaves, config, documents or (), progress=progress)
-    scales = calibrate_cache(leaves, documents or ()) if config.kv_cache else None
+    scales = _cache_scales(leaves, documents or (), progress) if config.kv_cache else None
     _to_dtype(leaves, _dtype(raw))
     config_json = _config_json(raw, leaves)
     card = _card(folder, str(model), config)
@@ -92,8 +92,7 @@ def quantize(
     progress: bool = False,
 ) -> None:
     """Makes eight-bit weights of a model's large ones, in place; an output head stays in floats."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, transient=True, disable=not progress) as bar:
+    with _bars(progress) as bar:
         if config.rotations:
             if (why := rotate.refusal(leaves)) is None:
                 rotate.rotate(leaves, config.seed)
@@ -101,7 +100,8 @@ def quantize(
                 log.info("not rotated: %s", why)
         inputs = None
         if config.calibrated:
-            total = sum(min(len(d), leaves.cfg.max_len) for d in documents)
+            total = _num_tokens(leaves, documents)
+            log.info("reading %d tokens of %d documents", total, len(documents))
             task = bar.add_task("reading text", total=total)
             inputs = record(
                 leaves, documents, rows=config.rows, seed=config.seed,
@@ -112,9 +112,30 @@ def quantize(
             if config.scale_search and inputs is not None:
                 scale_search.search(leaves, inputs, i, config.per_channel)
             _round_layer(leaves, inputs, i, config)
+            log.info("layer %d of %d is rounded", i + 1, len(leaves.layers))
             bar.advance(task)
     if not config.mixed_precision:
         leaves.outer["embed"] = _as_eight_bits(leaves.outer["embed"])
+
+
+def _bars(progress: bool) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    return Progress(*columns, transient=True, disable=not progress)
+
+
+def _num_tokens(leaves: Leaves, documents: Sequence[Sequence[int]]) -> int:
+    """How many tokens are read: each document as far as the model knows positions."""
+    return sum(min(len(d), leaves.cfg.max_len) for d in documents)
+
+
+def _cache_scales(
+    leaves: Leaves, documents: Sequence[Sequence[int]], progress: bool
+) -> dict[str, np.ndarray]:
+    total = _num_tokens(leaves, documents)
+    log.info("reading %d tokens for the scales of the cache", total)
+    with _bars(progress) as bar:
+        task = bar.add_task("calibrating the cache", total=total)
+        return calibrate_cache(leaves, documents, advance=lambda n: bar.advance(task, n))
 
 
 def _round_layer(leaves: Leaves, inputs: Inputs | None, i: int, config: QuantizeConfig) -> None:

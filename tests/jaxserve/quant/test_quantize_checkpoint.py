@@ -216,6 +216,29 @@ def test_calibration_that_cannot_be_read_is_refused(content, message, tmp_path, 
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
+def test_it_says_what_it_does_meanwhile(tmp_path, monkeypatch, caplog):
+    """Each thing that takes long has a bar that fills, and lines in the log."""
+    source, filled = write_checkpoint(tmp_path / "in", "llama"), {}
+
+    def stopped(bar):
+        filled.update({t.description: (t.completed, t.total) for t in bar.tasks})
+
+    monkeypatch.setattr("rich.progress.Progress.stop", stopped)
+    monkeypatch.setattr("rich.progress.Progress.start", lambda bar: None)
+    monkeypatch.setattr("jaxserve.cli.quantize.LENGTH", 8)
+    monkeypatch.setattr("jaxserve.cli.quantize.NUM_DOCUMENTS", 4)
+    caplog.set_level("INFO", "jaxserve")
+    documents = own_text(source, progress=True)
+    config = replace(PLAIN, kv_cache=True)
+    quantize_checkpoint(source, tmp_path / "out", config, documents=documents)
+    for bar in ("writing text", "calibrating the cache", "rounding"):
+        assert filled[bar][0] == filled[bar][1] > 0, bar
+    assert "the model writes 4 documents of up to 8 tokens" in caplog.text
+    assert "layer 2 of 2 is rounded" in caplog.text
+    assert "for the scales of the cache" in caplog.text
+
+
 def test_plain_takes_what_is_asked_for_beside_it(tmp_path, capsys):
     source = write_checkpoint(tmp_path / "in", "llama")
     plain = ["quantize", str(source), str(tmp_path / "out"), "--plain"]
@@ -254,7 +277,9 @@ def test_an_interrupted_run_leaves_nothing(tmp_path, monkeypatch, step):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(f"jaxserve.checkpoint.export.{step}", interrupted)
-    monkeypatch.setattr("jaxserve.quant.checkpoint.calibrate_cache", lambda *_: {"k": np.ones(1)})
+    monkeypatch.setattr(
+        "jaxserve.quant.checkpoint.calibrate_cache", lambda *_, **__: {"k": np.ones(1)}
+    )
     config = replace(PLAIN, kv_cache=True)
     with pytest.raises(KeyboardInterrupt):
         quantize_checkpoint(
