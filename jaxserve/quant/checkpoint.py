@@ -283,4 +283,5 @@ Large weights are int8 with a scale for each output, for activations that are ro
 with a scale for each token (W8A8, compressed-tensors). Made with `jaxserve quantize`; measures:
 {used or "none"}.
 Figures above are of the model in floats.
+transformers reads this form of dense models alone: it fuses experts, which it then refuses.
 """

@@ -94,6 +94,7 @@ def test_what_the_folder_says_of_itself(tmp_path):
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         assert (out / name).read_bytes() == (source / name).read_bytes()
     card = (out / "README.md").read_text()
+    assert "transformers reads this form of dense models alone" in card
     assert (
         card.startswith("---\nlicense: mit") and "measures:\nmixed precision, per channel." in card
     )
