@@ -401,9 +401,10 @@ def _cache(
         )
     most = (total - weights) // per_page
     if most < 1:
+        narrower = "" if config.quantization == "int8" else "quantization='int8', "
         raise ConfigError(
             f"weights take {_size(weights)} and a page of the cache {_size(per_page)}, but the "
-            f"device has {_size(total)}; choose a narrower dtype or a smaller model"
+            f"device has {_size(total)}; choose {narrower}a narrower dtype or a smaller model"
         )
     if config.num_pages is not None:
         pages = config.num_pages
@@ -453,4 +454,20 @@ def _size(nbytes: int) -> str:
 
 
 def default_device() -> Any:
-    return jax.devices()[0]
+    """The first device of JAX.
+
+    Raises:
+        ConfigError: there is none of the platform that was asked for.
+    """
+    try:
+        return jax.devices()[0]
+    except (RuntimeError, AssertionError) as error:
+        raise no_device(error) from error
+
+
+def no_device(error: Exception) -> ConfigError:
+    """What to say where JAX could not begin; a plugin without its card fails without a word."""
+    why = str(error).partition(" (set JAX_PLATFORMS")[0].rstrip(".") or "its backend did not start"
+    asked = jax.config.values["jax_platforms"]
+    remedy = "; unset it or use cpu" if asked else "; set JAX_PLATFORMS=cpu"
+    return ConfigError(f"JAX_PLATFORMS={asked or ''!r}: {why}{remedy}")

@@ -21,7 +21,7 @@ from jaxserve.models.family import Family
 from jaxserve.models.layers import restack
 from jaxserve.models.parallel import placed, put_on_mesh
 from jaxserve.models.reward_head import RewardHead
-from jaxserve.plan import Plan, serves_int8
+from jaxserve.plan import Plan, no_device, serves_int8
 from jaxserve.quant import weights as quant
 from jaxserve.quant.stored import stored_in_int8
 from kernels_pallas.weight import Int8Weight
@@ -34,7 +34,7 @@ def serving_mesh(parallelism: Parallelism, device: Any) -> Mesh | None:
     """The mesh of a split over several devices.
 
     Raises:
-        ConfigError: there are fewer, or a single one was asked for.
+        ConfigError: there are fewer or none, or a single one was asked for.
     """
     if parallelism.num_devices == 1:
         return None
@@ -47,6 +47,8 @@ def serving_mesh(parallelism: Parallelism, device: Any) -> Mesh | None:
         return mesh(parallelism, probe(devices), devices)
     except ValueError as error:
         raise ConfigError(str(error)) from None
+    except (RuntimeError, AssertionError) as error:
+        raise no_device(error) from error
 
 
 def has_reward_head(folder: Path, config: EngineConfig) -> bool:

@@ -51,6 +51,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Reads or writes the text, rounds, and prints where the result is."""
+    from jaxserve.plan import default_device
     from jaxserve.quant import PLAIN, QuantizeConfig, check_paths, quantize_checkpoint
 
     names = [f.name for f in dataclasses.fields(QuantizeConfig)]
@@ -62,6 +63,7 @@ def run(args: argparse.Namespace) -> None:
             "or ask for one, such as --compensation"
         )
     folder = check_paths(args.model, args.out, args.revision)
+    default_device()  # raises where there is none
     progress = not args.quiet and sys.stderr.isatty()
     documents = None
     if config.needs_documents:
@@ -83,7 +85,7 @@ def read(folder: Path, file: Path) -> list[list[int]]:
 
     tokenizer = Tokenizer.from_folder(folder)
     try:
-        lines = file.read_text().splitlines()
+        lines = file.read_text("utf-8").split("\n")  # others are a string's own
     except (OSError, ValueError) as error:
         raise ConfigError(f"--calibration {file} cannot be read: {error}") from None
     texts = [_text(file, i, line) for i, line in enumerate(lines, 1) if line.strip()]
@@ -123,8 +125,26 @@ def own_text(folder: Path, *, seed: int = 0, progress: bool = False) -> list[lis
             n=-(-NUM_DOCUMENTS // len(prompts)), max_tokens=min(LENGTH, llm.max_model_len // 2),
             seed=seed,
         )  # fmt: skip
-        outs = llm.generate([{"prompt_token_ids": p} for p in prompts], params)
-    return [[*p, *o.token_ids] for p, out in zip(prompts, outs, strict=True) for o in out.outputs]
+        return _written(llm, prompts, params, progress)
+
+
+def _written(llm: Any, prompts: list[list[int]], params: Any, progress: bool) -> list[list[int]]:
+    """`params.n` documents for each prompt, with a bar over their tokens meanwhile."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    documents = [[list(prompt) for _ in range(params.n)] for prompt in prompts]
+    most, total = params.max_tokens, params.n * len(prompts)
+    log.info("the model writes %d documents of up to %d tokens", total, most)
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, transient=True, disable=not progress) as bar:
+        task = bar.add_task("writing text", total=total * most)
+        generations = [llm.submit(prompt, params) for prompt in prompts]
+        for prompt, own, generation in zip(prompts, documents, generations, strict=True):
+            for delta in generation:
+                own[delta.index] += delta.token_ids
+                left = most + len(prompt) - len(own[delta.index]) if delta.finished else 0
+                bar.advance(task, len(delta.token_ids) + left)
+    return [document for own in documents for document in own]
 
 
 def _prompts(folder: Path, llm: Any) -> list[list[int]]:

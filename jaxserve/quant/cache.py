@@ -7,7 +7,7 @@ turning leaves alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -25,12 +25,18 @@ MARGIN = 1.1
 """How much larger than in calibration a lane may become before it is cut."""
 
 
-def calibrate_cache(leaves: Leaves, documents: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
+def calibrate_cache(
+    leaves: Leaves,
+    documents: Sequence[Sequence[int]],
+    *,
+    advance: Callable[[int], None] = lambda tokens: None,
+) -> dict[str, np.ndarray]:
     """Scales "k" [L, K, H] and "v" [L, K, Hv] (none where values are lanes of keys).
 
     Args:
         leaves: the model as it will be served.
         documents: token ids; they may be shorter than the sequences that will be served.
+        advance: told how many tokens have been read.
     """
     params, tops = jax.tree.map(jnp.asarray, leaves.tree()), dict[tuple[str, int], Array]()
     cfg = leaves.cfg
@@ -41,6 +47,7 @@ def calibrate_cache(leaves: Leaves, documents: Sequence[Sequence[int]]) -> dict[
         attend = _watched(packed(jnp.asarray(segments), at), real, tops, (first, pairs))
         ops = Ops(attend=attend, dtype=jnp.float32)
         leaves.family.forward(cfg, params, jnp.asarray(tokens), at, ops, None)
+        advance(int((segments > 0).sum()))
     layers = range(cfg.num_layers)
     kinds = [kind for kind in "kv" if (kind, 0) in tops]
     rows = {kind: jnp.stack([tops[kind, i] for i in layers])[:, None] for kind in kinds}

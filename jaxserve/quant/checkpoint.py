@@ -79,7 +79,7 @@ def quantize_checkpoint(
     )
     leaves = Leaves.of(module, cfg, params, _dtype(raw))
     turn = quantize(leaves, config, documents or (), progress=progress)
-    scales = calibrate_cache(leaves, documents or ()) if config.kv_cache else None
+    scales = _cache_scales(leaves, documents or (), progress) if config.kv_cache else None
     _to_dtype(leaves)
     config_json = {**_config_json(raw, leaves), **({} if turn is None else {ROTATED: True})}
     save_pretrained(
@@ -101,9 +101,8 @@ def quantize(
     Returns:
         What `rotate.rotate` does; None if the model was not rotated.
     """
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     turn = None
-    with Progress(*columns, transient=True, disable=not progress) as bar:
+    with _bars(progress) as bar:
         if config.rotations:
             if (why := rotate.refusal(leaves)) is None:
                 turn = rotate.rotate(leaves, config.seed)
@@ -111,7 +110,8 @@ def quantize(
                 log.info("not rotated: %s", why)
         inputs = None
         if config.reads_inputs:
-            total = sum(min(len(d), leaves.cfg.max_len) for d in documents)
+            total = _num_tokens(leaves, documents)
+            log.info("reading %d tokens of %d documents", total, len(documents))
             task = bar.add_task("reading text", total=total)
             inputs = record(
                 leaves, documents, rows=config.rows, seed=config.seed,
@@ -122,6 +122,7 @@ def quantize(
             if config.scale_search and inputs is not None:
                 scale_search.search(leaves, inputs, i, config.per_channel)
             _round_layer(leaves, inputs, i, config)
+            log.info("layer %d of %d is rounded", i + 1, len(leaves.layers))
             bar.advance(task)
     if not config.mixed_precision:
         leaves.outer["embed"] = rounded_rows(leaves.outer["embed"])
@@ -138,6 +139,26 @@ def _turned_head(
     if turn is None:
         return head
     return replace(head, w_in=np.asarray(head.w_in @ turn, np.float32))
+
+
+def _bars(progress: bool) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    return Progress(*columns, transient=True, disable=not progress)
+
+
+def _num_tokens(leaves: Leaves, documents: Sequence[Sequence[int]]) -> int:
+    """How many tokens are read: each document as far as the model knows positions."""
+    return sum(min(len(d), leaves.cfg.max_len) for d in documents)
+
+
+def _cache_scales(
+    leaves: Leaves, documents: Sequence[Sequence[int]], progress: bool
+) -> dict[str, np.ndarray]:
+    total = _num_tokens(leaves, documents)
+    log.info("reading %d tokens for the scales of the cache", total)
+    with _bars(progress) as bar:
+        task = bar.add_task("calibrating the cache", total=total)
+        return calibrate_cache(leaves, documents, advance=lambda n: bar.advance(task, n))
 
 
 def _round_layer(leaves: Leaves, inputs: Inputs | None, i: int, config: QuantizeConfig) -> None:
@@ -281,4 +302,5 @@ Large weights are int8 with a scale for each output, for activations that are ro
 with a scale for each token (W8A8, compressed-tensors). Made with `jaxserve quantize`; measures:
 {used or "none"}.
 Figures above are of the model in floats.
+transformers reads this form of dense models alone: it fuses experts, which it then refuses.
 """

@@ -105,6 +105,7 @@ def test_what_the_folder_says_of_itself(tmp_path):
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         assert (out / name).read_bytes() == (source / name).read_bytes()
     card = (out / "README.md").read_text()
+    assert "transformers reads this form of dense models alone" in card
     assert (
         card.startswith("---\nlicense: mit") and "measures:\nmixed precision, per channel." in card
     )
@@ -271,6 +272,29 @@ def test_scales_of_a_cache_alone_need_no_inputs_of_products(tmp_path, monkeypatc
     quantize(tiny(tmp_path, "llama"), replace(PLAIN, kv_cache=True), DOCUMENTS)
 
 
+@pytest.mark.slow
+def test_it_says_what_it_does_meanwhile(tmp_path, monkeypatch, caplog):
+    """Each thing that takes long has a bar that fills, and lines in the log."""
+    source, filled = write_checkpoint(tmp_path / "in", "llama"), {}
+
+    def stopped(bar):
+        filled.update({t.description: (t.completed, t.total) for t in bar.tasks})
+
+    monkeypatch.setattr("rich.progress.Progress.stop", stopped)
+    monkeypatch.setattr("rich.progress.Progress.start", lambda bar: None)
+    monkeypatch.setattr("jaxserve.cli.quantize.LENGTH", 8)
+    monkeypatch.setattr("jaxserve.cli.quantize.NUM_DOCUMENTS", 4)
+    caplog.set_level("INFO", "jaxserve")
+    documents = own_text(source, progress=True)
+    config = replace(PLAIN, kv_cache=True)
+    quantize_checkpoint(source, tmp_path / "out", config, documents=documents)
+    for bar in ("writing text", "calibrating the cache", "rounding"):
+        assert filled[bar][0] == filled[bar][1] > 0, bar
+    assert "the model writes 4 documents of up to 8 tokens" in caplog.text
+    assert "layer 2 of 2 is rounded" in caplog.text
+    assert "for the scales of the cache" in caplog.text
+
+
 def test_plain_takes_what_is_asked_for_beside_it(tmp_path, capsys):
     source = write_checkpoint(tmp_path / "in", "llama")
     plain = ["quantize", str(source), str(tmp_path / "out"), "--plain"]
@@ -309,7 +333,9 @@ def test_an_interrupted_run_leaves_nothing(tmp_path, monkeypatch, step):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(f"jaxserve.checkpoint.export.{step}", interrupted)
-    monkeypatch.setattr("jaxserve.quant.checkpoint.calibrate_cache", lambda *_: {"k": np.ones(1)})
+    monkeypatch.setattr(
+        "jaxserve.quant.checkpoint.calibrate_cache", lambda *_, **__: {"k": np.ones(1)}
+    )
     config = replace(PLAIN, kv_cache=True)
     with pytest.raises(KeyboardInterrupt):
         quantize_checkpoint(
