@@ -6,18 +6,22 @@
 A stage is a process of its own, because frameworks do not give a card's memory back to each other.
 One that fails or takes too long costs the others nothing, and a kernel that hangs, or leaves a card
 that answers nobody, costs the other cases little more than a minute. Every stage writes its own
-JSON as it goes, and stages-PART.json says how each of them ended. `--seconds` makes a part shorter;
-`--smoke` runs the same program with tiny sizes, on whatever there is.
+JSON as it goes, and stages-PART.json says how each of them ended. Programs compiled in one stage
+are read in the next, from JAX_COMPILATION_CACHE_DIR or a folder that goes with the part.
+`--seconds` makes a part shorter; `--smoke` runs the same program with tiny sizes, on whatever there
+is.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,12 +30,16 @@ from benchmarks.records import ROOT, machine
 from benchmarks.reports import Report, supervised
 
 if TYPE_CHECKING:  # who watches imports no JAX
+    from benchmarks.entrants import Field
+    from benchmarks.order import Work
     from kernels_pallas.op import Case, Op
 
 PART = 580.0
 """Seconds of a part, unless it is told otherwise."""
 
 _PATIENCE = 75.0  # seconds in which a case has been compiled and compared, or timed
+_CLOSING = 30  # seconds of a stage that are left to the last case and to rates at the end
+_AHEAD = 16  # cases that are compiled together, before any of them runs
 
 
 @dataclass(frozen=True)
@@ -40,6 +48,7 @@ class Stage:
 
     Attributes:
         report: what it writes case by case, if it can go on behind one that ended it.
+        budget: seconds that it is told to go on at most (`--budget-seconds`); 0 if it is not told.
     """
 
     name: str
@@ -47,6 +56,7 @@ class Stage:
     arguments: Sequence[str]
     seconds: float
     report: Path | None = None
+    budget: float = 0.0
 
 
 def stages(part: int, out: Path, *, smoke: bool, device: str, seconds: float = PART) -> list[Stage]:
@@ -64,9 +74,8 @@ def stages(part: int, out: Path, *, smoke: bool, device: str, seconds: float = P
                 Stage(
                     path.stem, "benchmarks.kernels",
                     ["--device", device, *small, *more, "--checked", *map(str, checked),
-                     "--budget-seconds", str(60 if smoke else round(seconds * share - 30)),
                      "--out", str(path)],
-                    seconds * share, path,
+                    seconds * share, path, budget=60.0 if smoke else seconds,
                 )
                 for path, checked, share, more in (
                     (found, [correct], 0.44, []),
@@ -75,56 +84,71 @@ def stages(part: int, out: Path, *, smoke: bool, device: str, seconds: float = P
             ),
         ]  # fmt: skip
     shapes = ("tiny", "tiny-moe") if smoke else ("8b", "30b-a3b")
-    shares = ("jaxserve", 0.29), ("torch", 0.2)  # ours compiles first
+    shares = ("jaxserve", 0.32), ("torch", 0.18)  # ours compiles first, and comes first
     return [
         Stage(
             f"{shape}-{library}", "benchmarks.random_model",
             [shape, "--library", library, "--out", str(out / f"{shape}-{library}.json")],
             seconds * share,
         )
-        for shape in shapes
         for library, share in shares
+        for shape in shapes
     ]  # fmt: skip
 
 
 def run(
     part: int, out: Path, *, smoke: bool = False, device: str = "auto", seconds: float = PART
 ) -> list[dict[str, Any]]:
-    """Runs the stages of a part one after the other, and returns how each of them ended."""
+    """Runs the stages of a part one after the other, and returns how each of them ended.
+
+    What a stage leaves of its time is given to the next one.
+    """
     out.mkdir(parents=True, exist_ok=True)
-    ended = list[dict[str, Any]]()
-    for stage in stages(part, out, smoke=smoke, device=device, seconds=seconds):
-        began = time.monotonic()
-        with (out / f"part-{part}.log").open("a") as log:
-            print(f"=== {stage.name}", file=log, flush=True)
-            how = _ended(stage, log)
-        took = round(time.monotonic() - began, 1)
-        ended.append({"stage": stage.name, "ended": how, "seconds": took})
-        print(json.dumps(ended[-1]), flush=True)
-        text = json.dumps({"part": part, "host": machine(), "stages": ended}, indent=1)
-        (out / f"stages-{part}.json").write_text(text + "\n")
+    ended, spare = list[dict[str, Any]](), 0.0
+    with tempfile.TemporaryDirectory() as programs:
+        for stage in stages(part, out, smoke=smoke, device=device, seconds=seconds):
+            began, limit = time.monotonic(), stage.seconds + spare
+            with (out / f"part-{part}.log").open("a") as log:
+                print(f"=== {stage.name}", file=log, flush=True)
+                how = _ended(stage, limit, log, Path(programs))
+            took = time.monotonic() - began
+            spare = max(0.0, limit - took)
+            ended.append({"stage": stage.name, "ended": how, "seconds": round(took, 1)})
+            print(json.dumps(ended[-1]), flush=True)
+            text = json.dumps({"part": part, "host": machine(), "stages": ended}, indent=1)
+            (out / f"stages-{part}.json").write_text(text + "\n")
     return ended
 
 
-def _ended(stage: Stage, log: Any) -> str:
+def _ended(stage: Stage, limit: float, log: Any, programs: Path) -> str:
+    """Runs a stage for so many seconds at most, and says how it ended."""
     command = [sys.executable, "-m", stage.module, *stage.arguments]
-    popen = {"cwd": ROOT, "stdout": log, "stderr": subprocess.STDOUT}
+    if stage.budget:
+        budget = min(stage.budget, max(limit / 2, limit - _CLOSING))
+        command += ["--budget-seconds", str(round(budget))]
+    cache = {
+        "JAX_COMPILATION_CACHE_DIR": str(programs),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    popen = {"cwd": ROOT, "stdout": log, "stderr": subprocess.STDOUT, "env": cache | os.environ}
     if stage.report:
         stage.report.unlink(missing_ok=True)  # of an earlier run
-        return supervised(command, stage.report, patience=_PATIENCE, seconds=stage.seconds, **popen)
+        return supervised(command, stage.report, patience=_PATIENCE, seconds=limit, **popen)
     child = subprocess.Popen(command, **popen)
     try:
-        return "well" if child.wait(stage.seconds) == 0 else f"exit {child.returncode}"
+        return "well" if child.wait(limit) == 0 else f"exit {child.returncode}"
     except subprocess.TimeoutExpired:
         child.kill()
         child.wait()
-        return f"over {stage.seconds:g} s"
+        return f"over {limit:.0f} s"
 
 
 def check(device_name: str, out: Path, *, smoke: bool, resume: str = "") -> dict[str, Any]:
     """Every body for the device on every case, small and shipped, against the reference."""
     import jax
 
+    from benchmarks.ahead import Ahead
+    from benchmarks.entrants import Field
     from benchmarks.kernels import device_named, name_of, platform_of, versions
 
     device = device_named(device_name)
@@ -134,9 +158,18 @@ def check(device_name: str, out: Path, *, smoke: bool, resume: str = "") -> dict
         "name": "correctness", "device": name_of(device), "kind": device.device_kind,
         "versions": versions(), "host": machine(),
     }  # fmt: skip
-    platform = platform_of(device)
-    for op, case in report.each(_work(platform, smoke)):
-        found = list(_checked(op, case, platform, name_of(device)))
+    platform, ahead = platform_of(device), Ahead()
+    report.write()  # whoever waits for it sees that the device was found
+
+    def field(op: Op, case: Case) -> Field:
+        return Field.of_shapes(op, case, 1, platform, name_of(device), ahead=ahead)
+
+    def compile(part: Work, done: Callable[[], Any]) -> None:
+        programs = [field(op, case).programs(xla=False) for op, case in part]
+        ahead.fill({k: make for each in programs for k, make in each.items()}, done)
+
+    for op, case in report.parts(_work(platform, smoke), _AHEAD, compile):
+        found = list(_checked(field(op, case)))
         for line in found:
             print(json.dumps(line), flush=True)
         report.add(found)
@@ -145,23 +178,25 @@ def check(device_name: str, out: Path, *, smoke: bool, resume: str = "") -> dict
 
 
 def _work(platform: str, smoke: bool) -> list[tuple[Op, Case]]:
-    """Cases of ops that have a body there, small ones first, and of all ops in turns."""
-    from benchmarks.kernels import in_turns
+    """Cases that have a body there: what will be timed first, a small and a shipped case of each
+    op, and then what is left, small before shipped."""
+    from benchmarks.order import bodies_on, goals_first, in_turns
     from kernels_pallas.registry import OPS
 
-    here = [op for op in OPS if any(body.platform == platform for body in op.bodies.values())]
-    work = [(op, case) for op in here for case in op.cases if not (smoke and case.shipped)]
-    return sorted(in_turns(work), key=lambda pair: pair[1].shipped)
+    here = [(op, case) for op in OPS for case in op.cases if bodies_on(op, case, platform)]
+    turns = in_turns([(op, case) for op, case in here if not case.shipped])
+    shipped = [] if smoke else in_turns([(op, case) for op, case in here if case.shipped])
+    first = len({op.name for op, _ in turns})
+    return goals_first([*turns[:first], *shipped[:first], *turns[first:], *shipped[first:]])
 
 
-def _checked(op: Op, case: Case, platform: str, device: str) -> Iterator[dict[str, Any]]:
-    from benchmarks.entrants import Field, short
+def _checked(shapes: Field) -> Iterator[dict[str, Any]]:
     from benchmarks.entrants import check as compared
-    from benchmarks.programs import input_sets
+    from benchmarks.entrants import short
 
-    about, began = {"op": op.name, "case": case.name}, time.monotonic()
+    about, began = {"op": shapes.op.name, "case": shapes.case.name}, time.monotonic()
     try:
-        field = Field(op, case, input_sets(case, platform, 0, most=1), platform, device)
+        field = shapes.filled()
         expected = field.expected()
         entrants = [e for e in field.bodies(expected) if e.kind == "body"]
         for found in compared(entrants):

@@ -1,7 +1,7 @@
 """What else could compute a case: other libraries' ways, some of which do a little less.
 
 An alternative is never handicapped: weights are taken out of their stacks, transposed or widened,
-and keys of pages are laid out in a row, before the clock starts.
+and keys of pages are decoded and laid out in a row, before the clock starts.
 """
 
 from __future__ import annotations
@@ -9,15 +9,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from benchmarks.torch_arrays import from_torch, to_torch
 from kernels_pallas.linear import GATES
 from kernels_pallas.op import Case, Op
+from kernels_pallas.paged_attention.codec import Pages, take, turned
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 """Arguments of a case and its keyword arrays."""
@@ -168,7 +171,7 @@ def _linear(case: Case, inputs: Inputs, platform: str) -> Iterator[Alternative]:
 
 
 def _grouped_matmul(case: Case, inputs: Any, platform: str) -> Iterator[Alternative]:
-    (x, w, _), _ = inputs
+    (x, w, sizes), _ = inputs
     E, out = w.shape[-3], case.options["out_dtype"]
     eight = x.dtype == jnp.int8
 
@@ -195,8 +198,10 @@ def _grouped_matmul(case: Case, inputs: Any, platform: str) -> Iterator[Alternat
 
     def torch_grouped(inputs: Inputs) -> Any:
         (x, w, sizes), arrays = inputs
-        weight = to_torch(_taken(w, arrays.get("layer"))).transpose(-1, -2)
-        return to_torch(x), weight, to_torch(jnp.cumsum(sizes, dtype=jnp.int32))
+        kind = jnp.bfloat16 if eight else x.dtype
+        weight = to_torch(_taken(w, arrays.get("layer")).astype(kind)).transpose(-1, -2)
+        ends = to_torch(jnp.cumsum(sizes, dtype=jnp.int32))
+        return to_torch(x.astype(kind)), weight, ends
 
     def torch_run(parts: Any) -> Any:
         import torch
@@ -205,8 +210,9 @@ def _grouped_matmul(case: Case, inputs: Any, platform: str) -> Iterator[Alternat
         product: Any = getattr(torch, "_grouped_mm")  # noqa: B009
         return product(x, w, offs=ends)
 
-    if not eight and platform == "gpu":
-        yield Alternative("torch_grouped_mm", torch_grouped, torch_run, finish=finish)
+    if int(sizes.sum()) == x.shape[0] and x.dtype in (jnp.int8, jnp.bfloat16):  # it wants no others
+        wide = "weights of two bytes; results rounded; without scales" if eight else ""
+        yield Alternative("torch_grouped_mm", torch_grouped, torch_run, finish=finish, note=wide)
 
 
 # ---- attention ----------------------------------------------------------------------------
@@ -217,53 +223,155 @@ def _implementations(platform: str) -> tuple[str, ...]:
 
 
 def _page_attention(case: Case, inputs: Any, platform: str) -> Iterator[Alternative]:
-    """Decoding only: all sequences have one new token. Nobody else reads rounded pages."""
-    (q, k_pages, v_pages, _, batch), arrays = inputs
-    (T, _, H), (R, M) = q.shape, batch.tables.shape
-    decodes = T == R and not (case.options.get("mass") or arrays)
-    if not decodes or not (isinstance(k_pages, Array) and isinstance(v_pages, Array)):
+    """Steps of sequences with one new token, and of prompts from their first one. Nobody else reads
+    pages of rounded or of latent keys: these are decoded and laid in rows of the queries' type."""
+    rows, scale = _Rows.of(case, inputs), case.options["scale"]
+    if rows is None:
         return
-    S, scale = M * k_pages.shape[3], case.options["scale"]
+    about = {"part": lambda expected: expected[0], "finish": rows.in_order}
+    note = "keys in a row instead of in pages" + ", and no mass" * bool(case.options.get("mass"))
+    if not rows.prompts:
+        yield Alternative(
+            "xla_rows", partial(rows.laid_out, heads_first=True), _each(partial(_rowwise, scale)),
+            note=note, **about,
+        )  # fmt: skip
+    for implementation in () if rows.latent else _implementations(platform):
+        nn = partial(
+            jax.nn.dot_product_attention,
+            scale=scale,
+            implementation=implementation,  # type: ignore[arg-type]
+        )
 
-    def laid_out(inputs: Inputs) -> Any:
-        (q, k_pages, v_pages, layer, batch), _ = inputs
+        def attend(q: Array, k: Array, v: Array, lens: Array, nn: Any = nn) -> Array:
+            return nn(q[:, None], k, v, key_value_seq_lengths=lens)[:, 0]
 
-        def rows(pages: Array) -> Array:  # [R, S, K, H]
-            found = pages[layer][batch.tables]  # [R, M, K, Z, W]
-            return jnp.moveaxis(found, 2, 3).reshape(R, S, -1, pages.shape[-1])[..., :H]
-
-        return q[:, None], rows(k_pages), rows(v_pages), batch.kv_lens
-
-    note = "keys in a row instead of in pages"
-    for implementation in _implementations(platform):
-
-        def attend(parts: Any, implementation: Any = implementation) -> Array:
-            q, k, v, lens = parts
-            return jax.nn.dot_product_attention(
-                q, k, v, scale=scale, key_value_seq_lengths=lens, implementation=implementation
-            )[:, 0]
+        def prompt(q: Array, k: Array, v: Array, nn: Any = nn) -> Array:
+            return nn(q[None], k[None], v[None], is_causal=True)[0]
 
         yield Alternative(
-            f"jax.nn_{implementation}", laid_out, attend,
-            part=lambda expected: expected[0], note=note,
-        )  # fmt: skip
+            f"jax.nn_{implementation}", rows.laid_out, _each(attend, prompt), note=note, **about
+        )
 
-    if int(batch.kv_lens.min()) < S:
+    if not rows.even:
         return
 
     def torch_laid_out(inputs: Inputs) -> Any:
-        q, k, v, _ = laid_out(inputs)
-        return tuple(to_torch(jnp.moveaxis(x, 1, 2)) for x in (q, k, v))
-
-    def torch_attend(parts: Any) -> Any:
-        from torch.nn.functional import scaled_dot_product_attention
-
-        return scaled_dot_product_attention(*parts, scale=scale, enable_gqa=True)
+        return jax.tree.map(to_torch, rows.laid_out(inputs, heads_first=True))
 
     yield Alternative(
-        "torch_sdpa", torch_laid_out, torch_attend, part=lambda expected: expected[0],
-        finish=lambda o, _: from_torch(o)[:, :, 0], note=f"{note}, all of one length",
+        "torch_sdpa", torch_laid_out,
+        _each(partial(_torch_rowwise, scale, rows.latent), partial(_torch_prompt, scale)),
+        note=f"{note}, all of one length", **about,
     )  # fmt: skip
+
+
+def _each(attend: Any, prompt: Any = None) -> Callable[[Any], list[Any]]:
+    """Attention of what `_Rows.laid_out` returns: of rows that decode, and of each prompt."""
+
+    def run(parts: Any) -> list[Any]:
+        ones, prompts = parts
+        return [*(attend(*x) for x in ones), *(prompt(*x) for x in prompts)]
+
+    return run
+
+
+def _rowwise(scale: float, q: Array, k: Array, v: Array, lens: Array) -> Array:
+    """Two products with a softmax in float32 between them: q [R, N, H], k and v [R, K, S, H]."""
+    heads = q.reshape(q.shape[0], k.shape[1], -1, q.shape[-1])
+    s = jnp.einsum("rkgh,rksh->rkgs", heads, k, preferred_element_type=jnp.float32) * scale
+    s = jnp.where(jnp.arange(k.shape[2]) < lens[:, None, None, None], s, -jnp.inf)
+    p = jax.nn.softmax(s, axis=-1).astype(v.dtype)
+    o = jnp.einsum("rkgs,rksv->rkgv", p, v, preferred_element_type=jnp.float32)
+    return o.reshape(*q.shape[:2], -1)
+
+
+def _torch_rowwise(scale: float, latent: bool, q: Any, k: Any, v: Any, _: Any) -> Any:
+    from torch.nn.functional import scaled_dot_product_attention
+
+    if latent:  # all heads share their keys: they are its queries
+        return scaled_dot_product_attention(q[:, None], k, v, scale=scale)[:, 0]
+    heads = q[:, :, None]
+    return scaled_dot_product_attention(heads, k, v, scale=scale, enable_gqa=True)[:, :, 0]
+
+
+def _torch_prompt(scale: float, q: Any, k: Any, v: Any) -> Any:
+    from torch.nn.functional import scaled_dot_product_attention
+
+    q, k, v = q.transpose(0, 1)[None], k[None], v[None]
+    o = scaled_dot_product_attention(q, k, v, scale=scale, is_causal=True, enable_gqa=True)
+    return o[0].transpose(0, 1)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """A step's sequences, apart: those with one new token, and those that begin.
+
+    Attributes:
+        ones, prompts: sequences of either kind.
+        starts: of each sequence's tokens.
+        lens: of each sequence.
+        dims: lanes of a key and of a value.
+        latent: values are part of the keys.
+        even: sequences that decode fill their pages.
+    """
+
+    ones: list[int]
+    prompts: list[int]
+    starts: list[int]
+    lens: list[int]
+    dims: tuple[int, int]
+    latent: bool
+    even: bool
+
+    @classmethod
+    def of(cls, case: Case, inputs: Inputs) -> _Rows | None:
+        """None where a step has more to it than others compute."""
+        (q, k_pages, v_pages, _, batch), arrays = inputs
+        starts, lens = batch.row_starts.tolist(), batch.kv_lens.tolist()
+        new = [end - start for start, end in pairwise(starts)]
+        ones = [r for r, n in enumerate(new) if n == 1]
+        prompts = [r for r, n in enumerate(new) if n > 1]
+        begin = all(new[r] == lens[r] for r in prompts)
+        latent = v_pages is None
+        whole = int(batch.num_seqs) == len(new) and 0 not in new
+        if arrays or case.options.get("soft_cap") or not (begin and whole) or (latent and prompts):
+            return None
+        values = case.options.get("value_dim") or (k_pages if latent else v_pages).shape[-1]
+        row = batch.tables.shape[1] * k_pages.shape[3]
+        dims = q.shape[-1], min(values, q.shape[-1])
+        even = all(lens[r] == row for r in ones)
+        return cls(ones, prompts, starts, lens, dims, latent, even)
+
+    def laid_out(self, inputs: Inputs, *, heads_first: bool = False) -> Any:
+        """Queries, keys, values and lengths of rows that decode (of none if none do), and queries,
+        keys and values of each prompt."""
+        (q, k_pages, v_pages, layer, batch), _ = inputs
+        H, Hv = self.dims
+
+        def rows(pages: Pages, r: Any, length: int, lanes: int) -> Array:  # [R, S, K, lanes]
+            found = jnp.moveaxis(take(pages, layer, batch.tables[r]), 2, 3)  # [R, M, Z, K, W]
+            found = found.reshape(len(r), -1, *found.shape[3:])[:, :length]
+            found = turned(pages, found)[..., :lanes].astype(q.dtype)
+            return found.swapaxes(1, 2) if heads_first else found
+
+        def both(r: Any, length: int) -> tuple[Array, Array]:
+            keys = rows(k_pages, r, length, H)
+            return keys, keys[..., :Hv] if self.latent else rows(v_pages, r, length, Hv)
+
+        ones, prompts = np.array(self.ones, int), list[Any]()
+        for r in self.prompts:
+            start, n = self.starts[r], self.lens[r]
+            prompts.append((q[start : start + n], *(x[0] for x in both(np.array([r]), n))))
+        if not self.ones:
+            return [], prompts
+        k, v = both(ones, max(self.lens[r] for r in self.ones))
+        return [(q[np.array(self.starts)[ones]], k, v, batch.kv_lens[ones])], prompts
+
+    def in_order(self, found: list[Any], _: Inputs) -> Array:
+        """What was computed apart, by tokens of the step."""
+        tokens = [self.starts[r] for r in self.ones]
+        tokens += [t for r in self.prompts for t in range(self.starts[r], self.starts[r + 1])]
+        return jnp.concatenate([from_torch(x) for x in found])[np.argsort(tokens)]
 
 
 def _lse_level(inputs: Inputs) -> Inputs:

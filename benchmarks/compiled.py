@@ -28,7 +28,8 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from benchmarks.entrants import candidates, short
-from benchmarks.kernels import chosen, versions
+from benchmarks.kernels import versions
+from benchmarks.order import chosen
 from benchmarks.programs import runner
 from kernels_pallas import tuning
 from kernels_pallas.op import Case, Op

@@ -6,15 +6,30 @@ import dataclasses
 import os
 import random
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import jax
 
+from benchmarks.ahead import Ahead, Make
 from benchmarks.alternatives import Alternative, alternatives
-from benchmarks.programs import Program, TorchProgram, agreement, runner, truth
+from benchmarks.order import bodies_on
+from benchmarks.programs import (
+    Program,
+    TorchProgram,
+    agreement,
+    compiled_over,
+    compiled_truth,
+    input_sets,
+    maker,
+    runner,
+    shapes_of,
+    truth,
+)
 from benchmarks.stopwatch import Launch, race
 from benchmarks.torch_arrays import torch_sees
 from kernels_pallas.op import Body, Case, Op
@@ -23,6 +38,7 @@ XLA = "reference"
 """The op's plain form, which XLA compiles, as the chooser and its tables call it."""
 
 _LIBRARY_TOLERANCE = 0.02  # of bfloat16 results that were rounded once more than ours
+_PREPARING = threading.Lock()  # ways lay inputs out alike: the second finds the first's programs
 _FINALISTS = 2  # tiles of a body that enter the race beside its own choice
 
 
@@ -73,25 +89,73 @@ class Checked:
 
 @dataclass(frozen=True)
 class Field:
-    """A case, its inputs and the truth about them: what entrants are made of."""
+    """A case, its inputs and the truth about them: what entrants are made of.
+
+    Attributes:
+        sets: of inputs, or of their shapes.
+        device: as tuned tables call it.
+        ahead: where programs may be that were compiled before.
+        without: bodies that may not run.
+    """
 
     op: Op
     case: Case
     sets: Sequence[Any]
     platform: str
-    device: str = ""  # as tuned tables call it
+    device: str = ""
+    ahead: Ahead = field(default_factory=Ahead)
+    without: frozenset[str] = frozenset()
+
+    @classmethod
+    def of_shapes(cls, op: Op, case: Case, count: int, *more: Any, **options: Any) -> Field:
+        """A field that compiles, and cannot run until it is `filled`."""
+        return cls(op, case, [shapes_of(case)] * count, *more, **options)
+
+    def filled(self) -> Field:
+        """With inputs in place of shapes."""
+        make = self.ahead.take(self._key("make"), lambda: maker(self.case))
+        return dataclasses.replace(self, sets=input_sets(self.case, len(self.sets), make))
 
     @property
     def joined(self) -> bool:
         return self.platform != "cpu"
 
+    def programs(self, *, xla: bool = True, tiles: int = 0) -> dict[Hashable, Make]:
+        """What it will ask to be compiled, with XLA's form or without it, and with so many tiles;
+        but for libraries, which look at values of inputs."""
+        found: dict[Hashable, Make] = {
+            self._key("make"): lambda: maker(self.case),
+            self._key("truth"): self._compiled_truth,
+        }
+        wanted: list[tuple[str, Any]] = [(XLA, None)] if xla else []
+        for name, body in self._here().items():
+            own = [body.wanted(self.device)]
+            tried = candidates(body, self.device, tiles) if tiles else []
+            wanted += [(name, tile) for tile in (*own, *tried)]
+        for name, tile in wanted:
+            found[self._key(name, tile)] = partial(self._compiled, name, tile)
+        return found
+
+    def _key(self, *what: Any) -> Hashable:
+        return self.op.name, self.case.name, *what
+
+    def _compiled_truth(self) -> Any:
+        return compiled_truth(self.op, self.case, self.sets, self.joined)
+
+    def _compiled(self, name: str, tile: Any) -> Any:
+        run = runner(self.op, self.case, name, tile)
+        return compiled_over(run, self.sets, self.joined, self.op.in_place)
+
     def expected(self) -> tuple[Any, Any]:
-        return truth(self.op, self.case, self.sets, self.joined).first()
+        compiled = self.ahead.take(self._key("truth"), self._compiled_truth)
+        return truth(self.op, self.case, self.sets, self.joined, compiled).first()
 
     def implementation(self, expected: Any, name: str, tile: Any = None) -> Entrant:
         def build() -> Program:
+            make = partial(self._compiled, name, tile)
+            compiled = self.ahead.take(self._key(name, tile), make)
             run = runner(self.op, self.case, name, tile)
-            return Program(run, self.sets, self.joined, self.op.in_place)
+            return Program(run, self.sets, self.joined, self.op.in_place, compiled)
 
         title = "xla" if name == XLA else name
         return Entrant(
@@ -118,12 +182,8 @@ class Field:
                 yield right[key].entrant
 
     def _here(self) -> dict[str, Body]:
-        named = self.case.bodies
-        return {
-            name: body
-            for name, body in self.op.bodies.items()
-            if body.platform == self.platform and (named is None or name in named)
-        }
+        names = bodies_on(self.op, self.case, self.platform)
+        return {name: self.op.bodies[name] for name in names if name not in self.without}
 
     def libraries(self, expected: Any, most_work: float, *, torch: bool) -> Iterator[Entrant]:
         """What else there is, but for what does more than `most_work` times the operations."""
@@ -135,9 +195,12 @@ class Field:
     def _library(self, expected: Any, way: Alternative) -> Entrant:
         def build() -> Program | TorchProgram:
             if way.uses_torch:
-                return TorchProgram(way, self.sets, self.platform)
+                with _PREPARING:
+                    return TorchProgram(way, self.sets, self.platform)
             with jax.numpy_dtype_promotion("standard"):  # which libraries rely on
-                return Program(way.run, [way.prepare(x) for x in self.sets], self.joined)
+                with _PREPARING:
+                    sets = [way.prepare(x) for x in self.sets]
+                return Program(way.run, sets, self.joined)
 
         first, whole = self.sets[0], expected[1]
         if way.asked:

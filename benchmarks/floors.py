@@ -77,8 +77,14 @@ class Rates:
         }
 
 
-def measure(device: Any, sizes: Sizes, seconds: float = 1.0) -> Rates:
-    """The device's rates. Where several ways lead to a product, the best counts."""
+def measure(
+    device: Any, sizes: Sizes, seconds: float = 1.0, *, done: Callable[[], Any] = lambda: None
+) -> Rates:
+    """The device's rates. Where several ways lead to a product, the best counts.
+
+    Args:
+        done: is called after each rate.
+    """
     words = jax.device_put(jnp.zeros(sizes.bytes // 4, jnp.int32), device)
     pieces = words.reshape(-1, 4096)
     moves = {
@@ -91,10 +97,12 @@ def measure(device: Any, sizes: Sizes, seconds: float = 1.0) -> Rates:
     took = race(moves, seconds)
     read = min(times.best for name, times in took.items() if name != "copy")
     matmul = dict[str, float]()
+    done()
     for dtype in ("bfloat16", "int8", "float32"):
         ways = _products(device, sizes.side, dtype)
         best = min(times.best for times in race(ways, seconds / 2).values())
         matmul[dtype] = 2.0 * sizes.side**3 / best
+        done()
     return Rates(2 * sizes.bytes / took["copy"].best, sizes.bytes / read, matmul)
 
 

@@ -18,8 +18,7 @@ import json
 import os
 import sys
 import time
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,20 +29,22 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from benchmarks.ahead import Ahead
 from benchmarks.entrants import Checked, Field, check, short
 from benchmarks.floors import Floor, Rates, Sizes, measure
-from benchmarks.programs import input_sets
+from benchmarks.order import Work, bodies_on, chosen, goals_first, in_turns
+from benchmarks.programs import set_count
 from benchmarks.records import ROOT, cpu_name, machine
-from benchmarks.reports import Report, hung
+from benchmarks.reports import Report, fatal
 from benchmarks.stopwatch import Times, fastest, race
 from jaxserve.plan import memory_limit
 from kernels_pallas import tuning
-from kernels_pallas.op import Case, Op
-from kernels_pallas.registry import OPS
+from kernels_pallas.op import Case, Cost, Op
 from kernels_pallas.target import Target
 
 _SETS_MEMORY = 16 * 2**30  # bytes that sets of inputs may take, at most
 _WORK = 0.2  # seconds of arithmetic that an alternative may waste
+_AHEAD = 8  # cases that are compiled together, before any of them is timed
 
 
 @dataclass(frozen=True)
@@ -68,12 +69,18 @@ class Settings:
 
 @dataclass
 class Bench:
-    """One device, what it can do at most, and what has won there."""
+    """One device, what it can do at most, and what has won there.
+
+    Attributes:
+        fatal: ops, cases and bodies that may not run again, as `reports.fatal` says.
+    """
 
     device: Any
     rates: Rates
     settings: Settings
     started: float = field(default_factory=time.monotonic)
+    fatal: Set[tuple[str, str, str]] = frozenset()
+    ahead: Ahead = field(default_factory=Ahead)
     won: dict[str, dict[str, Any]] = field(default_factory=dict)  # op -> signature -> entry
 
     def __post_init__(self) -> None:
@@ -85,23 +92,43 @@ class Bench:
 
     def case(self, op: Op, case: Case) -> list[dict[str, Any]]:
         """Records of one case, one for each contestant."""
-        assert case.cost is not None
-        floor = self.rates.floor(case.cost)
         about = {"op": op.name, "case": case.name}
-        if reason := self._not_here(op) or self._too_much(floor, case):
+        if reason := self._left_out(op, case):
             return [about | {"skipped": reason}]
         try:
-            return [about | line for line in self._race(op, case, floor)]
+            return [about | line for line in self._race(op, case)]
         except Exception as error:  # one case must not cost the others
             return [about | {"failed": short(error)}]
         finally:
             gc.collect()
 
-    def _not_here(self, op: Op) -> str:
-        """On CPU a case without a body says nothing: the engine runs other ops there."""
-        if self.platform == "cpu" and all(b.platform != "cpu" for b in op.bodies.values()):
-            return "no body for cpu"
-        return ""
+    def compile(self, work: Work, done: Callable[[], Any]) -> None:
+        """Compiles what the cases will ask for, but for libraries; `done` is called as it goes."""
+        fields = [self._field(op, case) for op, case in work if not self._left_out(op, case)]
+        programs = [field.programs(tiles=self.settings.tiles) for field in fields]
+        self.ahead.fill({k: make for each in programs for k, make in each.items()}, done)
+
+    def _field(self, op: Op, case: Case) -> Field:
+        """Of shapes; without what may not run."""
+        room = min(_SETS_MEMORY, 0.1 * memory_limit(self.device))
+        here = bodies_on(op, case, self.platform)
+        without = self.without(op, case)
+        return Field.of_shapes(
+            op, case, set_count(case, self.platform, room), self.platform, name_of(self.device),
+            ahead=self.ahead, without=frozenset(here if "" in without else without),
+        )  # fmt: skip
+
+    def without(self, op: Op, case: Case) -> set[str]:
+        """Bodies that hung, or ended a process or a card, on this case; "" stands for all."""
+        return {body for o, c, body in self.fatal if (o, c) == (op.name, case.name)}
+
+    def _left_out(self, op: Op, case: Case) -> str:
+        """Why a case is not run; "" if it is. One without a body says nothing: the engine runs
+        other ops there."""
+        if not bodies_on(op, case, self.platform):
+            return f"no body for {self.platform}"
+        assert case.cost is not None
+        return self._too_much(self.rates.floor(case.cost), case)
 
     def _too_much(self, floor: Floor, case: Case) -> str:
         if self.left <= 0:
@@ -115,30 +142,30 @@ class Bench:
             return f"its arrays are {size / 2**30:.1f} GiB, more than a quarter of the memory"
         return ""
 
-    def _race(self, op: Op, case: Case, floor: Floor) -> Iterator[dict[str, Any]]:
-        room = min(_SETS_MEMORY, 0.1 * memory_limit(self.device))
-        sets = input_sets(case, self.platform, room)
-        runners = Field(op, case, sets, self.platform, name_of(self.device))
-        expected = runners.expected()
-        entrants = [*runners.bodies(expected)]
-        if self.settings.tiles:
-            entrants += runners.tuned(expected, self.settings.tiles)
+    def _race(self, op: Op, case: Case) -> Iterator[dict[str, Any]]:
+        floor = self.rates.floor(case.cost or Cost(0))
+        field = self._field(op, case).filled()
+        for body in sorted(field.without):
+            yield {"contestant": body, "kind": "body", "skipped": "it was fatal when it last ran"}
+        expected = field.expected()
         work = _WORK / max(floor.flops, 1e-9)
-        entrants += runners.libraries(expected, work, torch=self.settings.torch)
-        checked = check(entrants)
+        # libraries and XLA run first: whatever a body leaves of the card, these were right
+        checked = check([*field.libraries(expected, work, torch=self.settings.torch)])
+        checked += check([*field.bodies(expected)])
+        if self.settings.tiles:
+            checked += check([*field.tuned(expected, self.settings.tiles)])
         times = race({c.entrant.name: c.launch for c in checked if c.launch}, self.settings.seconds)
-        others = [c.entrant.name for c in checked if c.entrant.kind != "body"]
-        best = fastest(times, others)
+        best = fastest(times, [c.entrant.name for c in checked if c.entrant.kind != "body"])
         for c in checked:
             line = c.entrant.about()
             if c.problem:
                 yield line | {"correct": False, "error": _digits(c.error)} | c.problem
             else:
-                rival = times[best] if best and c.entrant.kind == "body" else None
+                rival = (best, times[best]) if best and c.entrant.kind == "body" else None
                 figures = _figures(times[c.entrant.name], floor, rival)
                 yield line | {"correct": True, "error": _digits(c.error)} | figures
         if self.settings.tiles:
-            self._remember(op, case, sets[0], checked, times)
+            self._remember(op, case, field.sets[0], checked, times)
 
     def _remember(
         self, op: Op, case: Case, inputs: Any, checked: Sequence[Checked], times: dict[str, Times]
@@ -158,7 +185,7 @@ class Bench:
         self.won.setdefault(op.name, {})[signature] = entry
 
 
-def _figures(times: Times, floor: Floor, best: Times | None) -> dict[str, Any]:
+def _figures(times: Times, floor: Floor, best: tuple[str, Times] | None) -> dict[str, Any]:
     """Milliseconds, the share of the floor, and how many times faster than the best alternative."""
     line = {
         "ms": _digits(1e3 * times.median),
@@ -169,7 +196,8 @@ def _figures(times: Times, floor: Floor, best: Times | None) -> dict[str, Any]:
         "share_of_floor": round(floor.seconds / times.median, 3),
     }
     if best is not None:
-        line["ratio_to_best_alternative"] = round(best.median / times.median, 3)
+        line["ratio_to_best_alternative"] = round(best[1].median / times.median, 3)
+        line["best_alternative"] = best[0]
     return line
 
 
@@ -196,24 +224,6 @@ def versions() -> dict[str, str]:
     return found
 
 
-def chosen(ops: Sequence[str], cases: Sequence[str], shipped: bool) -> Iterator[tuple[Op, Case]]:
-    """Cases whose names contain one of the words given, of ops of those names."""
-    for op in OPS:
-        for case in op.cases:
-            named = not cases or any(word in case.name for word in cases)
-            if case.shipped == shipped and named and (not ops or op.name in ops):
-                yield op, case
-
-
-def in_turns(work: Sequence[tuple[Op, Case]]) -> list[tuple[Op, Case]]:
-    """The first case of each op, then the second of each: a run that ends early has met all ops."""
-    met, turns = Counter[str](), list[int]()
-    for op, _ in work:
-        turns.append(met[op.name])
-        met[op.name] += 1
-    return [work[i] for i in sorted(range(len(work)), key=turns.__getitem__)]
-
-
 def print_line(line: dict[str, Any]) -> None:
     words = f"{line['op']:26}{line['case']:34}{line.get('contestant', ''):40}"
     if "ms" in line:
@@ -221,7 +231,7 @@ def print_line(line: dict[str, Any]) -> None:
         share = f"{100 * line['share_of_floor']:.0f} % of the {line['bound']} floor"
         words += f"{line['ms']:9.4g} ms ({low:.4g}-{high:.4g}), {share}"
         if ratio := line.get("ratio_to_best_alternative"):
-            words += f", {ratio:.2f} x the best alternative"
+            words += f", {ratio:.2f} x {line['best_alternative']}"
     else:
         kinds = ("skipped", "failed", "wrong")
         words += "; ".join(f"{kind}: {line[kind]}" for kind in kinds if kind in line)
@@ -255,28 +265,29 @@ def run(
 
     Args:
         resume: why an earlier process ended in the middle of the case that `out` tells of.
-        checked: earlier reports, whose cases without an answer are not run.
+        checked: earlier reports, whose fatal bodies are not run.
     """
     report, platform = Report.resumed(out, resume), platform_of(device)
     jax.config.update("jax_default_device", device)  # of threads that compile, too
-    rates = measure(device, sizes or Sizes.of(platform))
-    bench = Bench(device, rates, settings, time.monotonic() - report.seconds)
     report.head = {
         "name": "kernels", "device": name_of(device), "kind": device.device_kind,
-        "versions": versions(), "rates": rates.record(), "host": machine(),
+        "versions": versions(), "host": machine(),
     }  # fmt: skip
+    report.write()  # whoever waits for it sees that the device was found
+    rates = measure(device, sizes or Sizes.of(platform), done=report.write)
+    report.head["rates"] = rates.record()
     print(json.dumps(report.head), flush=True)
-    hangs = set[tuple[str, str]]().union(*map(hung, checked))
-    for op, case in report.each(work):
-        about = {"op": op.name, "case": case.name}
-        skipped = [about | {"skipped": "it gave no answer when it was checked"}]
-        found = skipped if (op.name, case.name) in hangs else bench.case(op, case)
+    started = time.monotonic() - report.seconds
+    lost = set[tuple[str, str, str]]().union(*map(fatal, checked))
+    bench = Bench(device, rates, settings, started, fatal=lost)
+    for op, case in report.parts(work, _AHEAD, bench.compile):
+        found = bench.case(op, case)
         for line in found:
             print_line(line)
         if bench.won:
             tuning.merge(tables / f"{name_of(device)}.json", bench.won)
         report.add(found, summary=summary([*report.records, *found]))
-    after = measure(device, sizes or Sizes.of(platform)).record()
+    after = measure(device, sizes or Sizes.of(platform), done=report.write).record()
     written = report.write(summary=summary(report.records), rates_after=after)
     print(json.dumps(written["summary"]), flush=True)
     return written
@@ -309,7 +320,7 @@ def main() -> None:
     )  # fmt: skip
     date = datetime.date.today().isoformat()
     out = args.out or ROOT / "benchmarks" / "results" / f"{name_of(device)}-{date}.json"
-    work = in_turns(list(chosen(args.ops, args.cases, shipped=settings.shipped)))
+    work = goals_first(in_turns(list(chosen(args.ops, args.cases, shipped=settings.shipped))))
     sizes = Sizes.of(platform_of(device), smoke=args.smoke)
     run(
         device, settings, work, out, sizes=sizes, tables=args.tables, resume=args.resume,

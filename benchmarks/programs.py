@@ -28,18 +28,67 @@ _MOST_SETS = 16
 _NEAR_TIES = 0.05  # of drawn tokens: sums in another order move a border between two
 
 
-def input_sets(case: Case, platform: str, memory: float, most: int = _MOST_SETS) -> list:
-    """Sets of inputs, of `memory` bytes at most."""
-    size = _bytes(jax.eval_shape(case.make, jax.random.key(0)))
+def shapes_of(case: Case) -> Any:
+    """A case's inputs, as shapes."""
+    return jax.eval_shape(case.make, jax.random.key(0))
+
+
+def set_count(case: Case, platform: str, memory: float, most: int = _MOST_SETS) -> int:
+    """How many sets of inputs exceed the cache together, of `memory` bytes at most."""
+    size = _bytes(shapes_of(case))
     read = case.cost.bytes if case.cost else size
     wanted = -(-_CACHE[platform] * 2**20 // max(1, int(read)))
-    count = int(max(1, min(most, wanted, memory // max(1, size))))
-    make = jax.jit(case.make)
+    return int(max(1, min(most, wanted, memory // max(1, size))))
+
+
+def maker(case: Case) -> Any:
+    """The compiled program that draws a set from a key."""
+    return jax.jit(case.make).lower(jax.random.key(0)).compile()
+
+
+def input_sets(case: Case, count: int, make: Callable[[Any], Any] | None = None) -> list[Any]:
+    """Sets of inputs.
+
+    Args:
+        make: what `maker` returned.
+    """
+    make = make or maker(case)
     return [make(jax.random.key(i)) for i in range(count)]
 
 
 def _bytes(tree: Any) -> int:
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree) if hasattr(x, "size"))
+
+
+InPlace = tuple[tuple[int, int], ...]
+"""As `Op.in_place`."""
+
+
+def compiled_over(
+    run: Callable[[Any], Any], sets: Sequence[Any], joined: bool, in_place: InPlace = ()
+) -> Any:
+    """The program of `Program`, for sets or for their shapes."""
+    one = jax.jit(run)  # traced and lowered once, however many sets there are
+    replaced = {result for _, result in in_place}
+
+    def whole(state: Any, rests: Sequence[Any]) -> tuple[Any, list[Any]]:
+        outs = []
+        for rest in rests:
+            out = one(_with(rest, state, in_place))
+            if replaced:
+                state = tuple(out[result] for _, result in in_place)
+                out = [x for i, x in enumerate(out) if i not in replaced]
+            outs.append(out)
+        return state, outs
+
+    begin, groups = _arranged(sets, joined, in_place)
+    return jax.jit(whole, donate_argnums=0).lower(begin, groups[0]).compile()
+
+
+def _arranged(sets: Sequence[Any], joined: bool, in_place: InPlace) -> tuple[Any, list[list[Any]]]:
+    """What is carried, and what each start of the program is given besides."""
+    rests = [_without(x, in_place) for x in sets]
+    return _carried(sets[0], in_place), [rests] if joined else [[x] for x in rests]
 
 
 class Program:
@@ -50,28 +99,15 @@ class Program:
         joined: whether one program runs over all sets.
         in_place: as `Op.in_place`. Such arguments are donated and carried from call to call; those
             of the first set are copied for it.
+        compiled: what `compiled_over` returned for sets of these shapes.
     """
 
     def __init__(
         self, run: Callable[[Any], Any], sets: Sequence[Any], joined: bool,
-        in_place: tuple[tuple[int, int], ...] = (),
+        in_place: InPlace = (), compiled: Any = None,
     ):  # fmt: skip
-        self._in_place, self._begin = in_place, _carried(sets[0], in_place)
-        rests = [_without(x, in_place) for x in sets]
-        self._groups = [rests] if joined else [[x] for x in rests]
-        self._one = jax.jit(run)  # traced and lowered once, however many sets there are
-        whole = jax.jit(self._whole, donate_argnums=0)
-        self._compiled = whole.lower(self._begin, self._groups[0]).compile()
-
-    def _whole(self, state: Any, rests: Sequence[Any]) -> tuple[Any, list[Any]]:
-        replaced, outs = {result for _, result in self._in_place}, []
-        for rest in rests:
-            out = self._one(_with(rest, state, self._in_place))
-            if replaced:
-                state = tuple(out[result] for _, result in self._in_place)
-                out = [x for i, x in enumerate(out) if i not in replaced]
-            outs.append(out)
-        return state, outs
+        self._begin, self._groups = _arranged(sets, joined, in_place)
+        self._compiled = compiled or compiled_over(run, sets, joined, in_place)
 
     def _fresh(self) -> Any:
         return jax.tree.map(jnp.copy, self._begin)
@@ -92,11 +128,11 @@ class Program:
         return Launch(start, jax.block_until_ready, len(self._groups[0]))
 
 
-def _carried(inputs: Any, in_place: tuple[tuple[int, int], ...]) -> tuple[Any, ...]:
+def _carried(inputs: Any, in_place: InPlace) -> tuple[Any, ...]:
     return tuple(inputs[0][argument] for argument, _ in in_place)
 
 
-def _without(inputs: Any, in_place: tuple[tuple[int, int], ...]) -> Any:
+def _without(inputs: Any, in_place: InPlace) -> Any:
     gone = {argument for argument, _ in in_place}
     return (
         (tuple(None if i in gone else x for i, x in enumerate(inputs[0])), inputs[1])
@@ -105,7 +141,7 @@ def _without(inputs: Any, in_place: tuple[tuple[int, int], ...]) -> Any:
     )
 
 
-def _with(rest: Any, state: Any, in_place: tuple[tuple[int, int], ...]) -> Any:
+def _with(rest: Any, state: Any, in_place: InPlace) -> Any:
     if not in_place:
         return rest
     args = list(rest[0])
@@ -181,11 +217,22 @@ def runner(op: Op, case: Case, name: str, tile: Any = None) -> Callable[[Inputs]
     return run
 
 
-def truth(op: Op, case: Case, sets: Sequence[Any], joined: bool) -> Program:
+def truth(op: Op, case: Case, sets: Sequence[Any], joined: bool, compiled: Any = None) -> Program:
     """The reference, in full precision: TF32 and products of bfloat16 are approximations."""
-    used = sets if joined and op.in_place else sets[:1]
+    compiled = compiled or compiled_truth(op, case, sets, joined)
+    run = runner(op, case, "reference")
+    return Program(run, _judged(op, sets, joined), joined, op.in_place, compiled)
+
+
+def compiled_truth(op: Op, case: Case, sets: Sequence[Any], joined: bool) -> Any:
+    """The program of `truth`, for sets or for their shapes."""
     with jax.default_matmul_precision("highest"):
-        return Program(runner(op, case, "reference"), used, joined, op.in_place)
+        run = runner(op, case, "reference")
+        return compiled_over(run, _judged(op, sets, joined), joined, op.in_place)
+
+
+def _judged(op: Op, sets: Sequence[Any], joined: bool) -> Sequence[Any]:
+    return sets if joined and op.in_place else sets[:1]
 
 
 # ---- agreement ----------------------------------------------------------------------------

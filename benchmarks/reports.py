@@ -8,9 +8,10 @@ run, `supervised` ends a process that says nothing new, and the next one begins 
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,14 @@ if TYPE_CHECKING:
 NO_ANSWER = "no answer"
 """How the reason begins for a case that hung."""
 
+_FATAL = re.compile(  # after which a process, or a card, does nothing for anybody
+    rf"^{NO_ANSWER}|^exit |_ILLEGAL_|_MISALIGNED_|_LAUNCH_FAILED|_LAUNCH_TIMEOUT|_INVALID_PC"
+    r"|_HARDWARE_STACK|_ERROR_ASSERT|illegal (memory|address|instruction)|misaligned address"
+    r"|unspecified launch"
+)
+
+_START = 2  # times the patience: until a process has written first, it imports and finds its card
+
 
 @dataclass
 class Report:
@@ -30,16 +39,18 @@ class Report:
         path: of the file.
         head: what it begins with.
         more: what stands beside it, and changes.
-        running: the op and case that may end the process.
+        running: the op and case that may end the process; or what is compiled ahead.
         began: when the run did, in its first process: seconds since 1970.
+        alone: an earlier process ended while it compiled ahead, so this one does not.
     """
 
     path: Path
     head: dict[str, Any] = field(default_factory=dict)
     more: dict[str, Any] = field(default_factory=dict)
     records: list[dict[str, Any]] = field(default_factory=list)
-    running: dict[str, str] | None = None
+    running: dict[str, Any] | None = None
     began: float = field(default_factory=time.time)
+    alone: bool = False
 
     @classmethod
     def resumed(cls, path: Path, reason: str) -> Report:
@@ -48,8 +59,10 @@ class Report:
         report = cls(path)
         if reason and (found := read(path)):
             report.records, report.began = found["records"], found["began"]
-            if last := found.get("running"):
+            last = found.get("running") or {}
+            if "case" in last:
                 report.records.append(last | {"correct": False, "failed": reason})
+            report.alone = "ahead" in last
         return report
 
     @property
@@ -57,15 +70,35 @@ class Report:
         """Since the run began, in whatever process."""
         return round(time.time() - self.began, 1)
 
+    def left(self, work: Sequence[tuple[Op, Case]]) -> list[tuple[Op, Case]]:
+        """What of the work has no record."""
+        done = {(r["op"], r["case"]) for r in self.records}
+        return [(op, case) for op, case in work if (op.name, case.name) not in done]
+
     def each(self, work: Sequence[tuple[Op, Case]]) -> Iterator[tuple[Op, Case]]:
         """What is left of the work, written down before it is given out."""
-        done = {(r["op"], r["case"]) for r in self.records}
-        for op, case in work:
-            if (op.name, case.name) not in done:
-                self.running = {"op": op.name, "case": case.name}
-                self.write()
-                yield op, case
+        for op, case in self.left(work):
+            self.running = {"op": op.name, "case": case.name}
+            self.write()
+            yield op, case
         self.running = None
+
+    def parts(
+        self, work: Sequence[tuple[Op, Case]], size: int, ahead: Callable[[Any, Any], Any]
+    ) -> Iterator[tuple[Op, Case]]:
+        """As `each`, in parts: of each, `ahead` first compiles what it can.
+
+        Args:
+            ahead: takes a part, and what to call as it goes on, so that it is seen to.
+        """
+        left = self.left(work)
+        for begin in range(0, len(left), size):
+            part = left[begin : begin + size]
+            if not self.alone:
+                self.running = {"ahead": [f"{op.name} {case.name}" for op, case in part]}
+                self.write()
+                ahead(part, self.write)
+            yield from self.each(part)
 
     def add(self, records: Sequence[dict[str, Any]], **more: Any) -> None:
         """Writes down what the running case has given.
@@ -99,10 +132,17 @@ def read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def hung(path: Path) -> set[tuple[str, str]]:
-    """Ops and cases that gave no answer when that report was made."""
-    records = read(path).get("records", [])
-    return {(r["op"], r["case"]) for r in records if r.get("failed", "").startswith(NO_ANSWER)}
+def fatal(path: Path) -> set[tuple[str, str, str]]:
+    """Ops, cases and bodies that hung, or ended a process or a card, when that report was made.
+
+    Where it cannot be told which body it was, "" stands for all. Of a case's bodies only the first
+    counts: a card that is lost fails whatever follows.
+    """
+    found = dict[tuple[str, str], str]()
+    for r in read(path).get("records", []):
+        if _FATAL.search(r.get("failed", "")) and r.get("kind", "body") == "body":
+            found.setdefault((r["op"], r["case"]), r.get("body", r.get("contestant", "")))
+    return {(op, case, body.split(" ")[0]) for (op, case), body in found.items()}
 
 
 def _ill() -> str:
@@ -148,9 +188,10 @@ def _watched(child: subprocess.Popen, path: Path, patience: float, deadline: flo
     while child.poll() is None:
         written = path.stat().st_mtime if path.exists() else 0.0
         quiet = time.time() - max(began, written)
-        if quiet > patience or time.monotonic() >= deadline:
+        most = patience if written > began else _START * patience
+        if quiet > most or time.monotonic() >= deadline:
             child.kill()
             child.wait()
-            return f"{NO_ANSWER} for {patience:g} s"
+            return f"{NO_ANSWER} for {most:g} s"
         time.sleep(0.2)
     return f"exit {child.returncode}" if child.returncode else ""

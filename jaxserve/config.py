@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,6 +16,14 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 KV_DTYPES = ("auto", "bfloat16", "int8", "int4")
 STORED = ("compressed-tensors", "fp8", "fbgemm_fp8", "modelopt", "mxfp4")
 """Quantisations that a checkpoint brings, by `quant_method` of its config.json."""
+
+OTHER_NAMES = {
+    "gpu_memory_utilization": "here it is memory_utilization",
+    "block_size": "here it is page_size",
+    "num_gpu_blocks_override": "here it is num_pages",
+    "enforce_eager": "here every step is a compiled program; leave it out",
+}
+"""Settings that vLLM has, and what to write instead of them."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +110,12 @@ class EngineConfig:
         """
         known = {f.name for f in dataclasses.fields(cls)}
         if unknown := sorted(set(settings) - known):
-            raise ConfigError(f"unknown setting {unknown[0]!r}; known: {', '.join(sorted(known))}")
+            name = unknown[0]
+            near = difflib.get_close_matches(name, known, 1)
+            says = OTHER_NAMES.get(name) or (f"did you mean {near[0]}?" if near else "")
+            if not says:
+                says = f"known: {', '.join(sorted(known))}"
+            raise ConfigError(f"unknown setting {name!r}; {says}")
         return cls(**settings)
 
     def __post_init__(self) -> None:

@@ -40,7 +40,7 @@ from jaxserve.request import (
 )
 from jaxserve.searches import Searches, once
 from jaxserve.text.tokenizer import Tokenizer
-from jaxserve.weights import ServedWeights, has_reward_head, serving_mesh
+from jaxserve.weights import ServedWeights, has_reward_head, held_in_int8, serving_mesh
 from reasoning.result import Budget
 
 log = logging.getLogger(__name__)
@@ -76,9 +76,8 @@ class LLM:
         raw = hf.read_config(folder)
         self.model_type: str = raw.get("model_type", "")
         self._family = family(self.model_type)
-        self.model_config = hf.model_config(self._family, raw)
-        self.tokenizer: Tokenizer | None = _tokenizer(folder, tokenizer, self.model_config.vocab)
-        cfg = self.model_config
+        cfg = self.model_config = hf.model_config(self._family, raw)
+        self.tokenizer: Tokenizer | None = _tokenizer(folder, tokenizer, cfg.vocab)
         split.check_split(self.engine_config, cfg)
         self._mesh = serving_mesh(split.parallelism_of(self.engine_config), device)
         self._lockstep = None if device else Lockstep.over(self._mesh)  # a device is this one's
@@ -86,11 +85,12 @@ class LLM:
         keep_programs()
         rounded = self.engine_config.kv_cache_dtype == "int8"
         scales = cache_scales.load(folder, cfg.num_layers, cfg.kv_shape) if rounded else None
-        plan = self._resolve(raw, device, kv_calibrated=scales is not None)
+        in_int8 = held_in_int8(folder, self._family, cfg, raw, self.engine_config)
+        plan = self._resolve(raw, device, in_int8, kv_calibrated=scales is not None)
         judges = has_reward_head(folder, self.engine_config)
         self.plan = planning.for_searches(plan, self.engine_config, cfg, judges=judges)
         self._weights = ServedWeights(
-            folder, self._family, cfg, self.engine_config, self.plan, device, self._mesh
+            folder, self._family, cfg, self.engine_config, self.plan, device, self._mesh, in_int8
         )
         params, self._reward_head = self._weights.load(), self._weights.reward_head()
         runner = Runner(
@@ -121,7 +121,7 @@ class LLM:
         if not background:
             self.wait_until_warm()
 
-    def _resolve(self, raw: dict[str, Any], device: Any, *, kv_calibrated: bool) -> planning.Plan:
+    def _resolve(self, raw: Any, device: Any, held: Any, *, kv_calibrated: bool) -> planning.Plan:
         """The plan for a device, which is the same in all processes."""
         cfg, config = self.model_config, self.engine_config
         memory = planning.memory_limit(device)
@@ -129,7 +129,7 @@ class LLM:
             self._lockstep.check(self.model_type, config)
             memory = self._lockstep.agreed(memory)
         local = split.sizes_on_device(cfg, split.parallelism_of(config))
-        size = partial(quant.weight_bytes, self._family, cfg, sizes=local)
+        size = partial(quant.weight_bytes, self._family, cfg, sizes=local, in_int8=held)
         return planning.resolve(
             config, raw, cfg, size, device, kv_calibrated=kv_calibrated, memory=memory
         )

@@ -43,7 +43,8 @@ class Plan:
 
     Attributes:
         dtype: of weights.
-        quantization: "int8" where large weights are held in eight bits.
+        quantization: "int8" where large weights are held in eight bits, but for those that a
+            checkpoint of int8 keeps in floats.
         activation_dtype: of hidden states. On CPU float32, which its vector units are quicker at.
         kv_dtype: in which pages are stored. int8 and int4 are rounded, with scales of their own.
         parallelism: how devices share the work; everything else here is of one of them.
@@ -324,12 +325,24 @@ def _quantization(asked: str | None, hf: Mapping[str, Any]) -> str | None:
             f"quantization={asked!r}: a checkpoint may be stored so, but this one's config.json "
             f"{seen}. Leave it out, or use quantization='int8' to round while loading"
         )
+    return "int8" if serves_int8(hf) else None
+
+
+def serves_int8(hf: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint was made for products of int8, in rows that are held as they are."""
     stored = scheme(hf)
-    return "int8" if stored and stored.kind == "int8" and stored.rounds_activations else None
+    if stored is None or stored.block is not None:
+        return False
+    return stored.kind == "int8" and stored.rounds_activations
 
 
 def _dtype(config: EngineConfig, hf: Mapping[str, Any], platform: str, kernels: str) -> Any:
     """The asked type; "auto": the checkpoint's, except where the device is bad at it."""
+    if config.dtype == "float16" and kernels == "native":
+        raise ConfigError(
+            "dtype='float16' is none that the native CPU kernels compute with; use "
+            "dtype='bfloat16' or dtype='float32', or kernels='reference'"
+        )
     if config.dtype != "auto":
         return jnp.dtype(config.dtype)
     own = str(hf.get("dtype") or hf.get("torch_dtype") or "float32").removeprefix("torch.")
@@ -388,9 +401,10 @@ def _cache(
         )
     most = (total - weights) // per_page
     if most < 1:
+        narrower = "" if config.quantization == "int8" else "quantization='int8', "
         raise ConfigError(
             f"weights take {_size(weights)} and a page of the cache {_size(per_page)}, but the "
-            f"device has {_size(total)}; choose a narrower dtype or a smaller model"
+            f"device has {_size(total)}; choose {narrower}a narrower dtype or a smaller model"
         )
     if config.num_pages is not None:
         pages = config.num_pages
@@ -440,4 +454,20 @@ def _size(nbytes: int) -> str:
 
 
 def default_device() -> Any:
-    return jax.devices()[0]
+    """The first device of JAX.
+
+    Raises:
+        ConfigError: there is none of the platform that was asked for.
+    """
+    try:
+        return jax.devices()[0]
+    except (RuntimeError, AssertionError) as error:
+        raise no_device(error) from error
+
+
+def no_device(error: Exception) -> ConfigError:
+    """What to say where JAX could not begin; a plugin without its card fails without a word."""
+    why = str(error).partition(" (set JAX_PLATFORMS")[0].rstrip(".") or "its backend did not start"
+    asked = jax.config.values["jax_platforms"]
+    remedy = "; unset it or use cpu" if asked else "; set JAX_PLATFORMS=cpu"
+    return ConfigError(f"JAX_PLATFORMS={asked or ''!r}: {why}{remedy}")

@@ -165,7 +165,7 @@ _RULES: dict[str, tuple[type, Callable[[Any], bool], str]] = {
     "n": (Integral, lambda n: 1 <= n <= 1024, "between 1 and 1024"),
     "temperature": (Real, lambda t: 0 <= t <= 100, "between 0 (greedy) and 100"),
     "top_p": (Real, lambda p: 0 < p <= 1, "in (0, 1]"),
-    "top_k": (Integral, lambda k: k >= -1, "0 (off) or positive"),
+    "top_k": (Integral, lambda k: -1 <= k < 2**31, "0 (off) or positive, below 2**31"),
     "min_p": (Real, lambda p: 0 <= p <= 1, "in [0, 1]"),
     "seed": (Integral, lambda s: -(2**63) <= s < 2**64, "a 64-bit integer"),
     "stop": (Collection, _is_text, "non-empty strings"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,25 +14,27 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxserve.checkpoint import hf
-from jaxserve.checkpoint.reward_head import REWARD_HEAD, load_reward_head
+from jaxserve.checkpoint.reward_head import REWARD_HEAD, ROTATED, load_reward_head
 from jaxserve.config import EngineConfig
 from jaxserve.errors import ConfigError
 from jaxserve.models.family import Family
 from jaxserve.models.layers import restack
 from jaxserve.models.parallel import placed, put_on_mesh
 from jaxserve.models.reward_head import RewardHead
-from jaxserve.plan import Plan
+from jaxserve.plan import Plan, no_device, serves_int8
 from jaxserve.quant import weights as quant
+from jaxserve.quant.stored import stored_in_int8
+from kernels_pallas.weight import Int8Weight
 from sharding.mesh import Parallelism, first_devices, mesh, put
 from sharding.probe import probe
-from sharding.tree import Weight, initialise, is_weight, unstack
+from sharding.tree import Weight, cut, initialise, is_weight, unstack
 
 
 def serving_mesh(parallelism: Parallelism, device: Any) -> Mesh | None:
     """The mesh of a split over several devices.
 
     Raises:
-        ConfigError: there are fewer, or a single one was asked for.
+        ConfigError: there are fewer or none, or a single one was asked for.
     """
     if parallelism.num_devices == 1:
         return None
@@ -44,11 +47,30 @@ def serving_mesh(parallelism: Parallelism, device: Any) -> Mesh | None:
         return mesh(parallelism, probe(devices), devices)
     except ValueError as error:
         raise ConfigError(str(error)) from None
+    except (RuntimeError, AssertionError) as error:
+        raise no_device(error) from error
 
 
 def has_reward_head(folder: Path, config: EngineConfig) -> bool:
     """Whether a reward head is asked for, or lies beside the weights."""
     return config.reward_head is not None or (folder / REWARD_HEAD).is_file()
+
+
+def held_in_int8(
+    folder: Path, family: Family, cfg: Any, raw: Mapping[str, Any], config: EngineConfig
+) -> Callable[[Weight], bool]:
+    """Which leaves a plan with quantization "int8" holds in eight bits.
+
+    All large ones where that is asked for, or where weights are random; of a checkpoint that brings
+    int8 by itself those that it stores so, and the output head.
+
+    Raises:
+        CheckpointError: the checkpoint's tensors cannot be listed.
+    """
+    asked = config.quantization == "int8" or config.load_format == "dummy"
+    if asked or not serves_int8(raw):
+        return quant.is_large
+    return stored_in_int8(folder, family, cfg)
 
 
 @dataclass(frozen=True)
@@ -59,6 +81,7 @@ class ServedWeights:
         folder: of the checkpoint.
         family, cfg: of the model in it.
         mesh: None: they all go to `device`.
+        in_int8: which leaves are held in eight bits, if the plan has such.
     """
 
     folder: Path
@@ -68,6 +91,7 @@ class ServedWeights:
     plan: Plan
     device: Any
     mesh: Mesh | None
+    in_int8: Callable[[Weight], bool] = quant.is_large
 
     def reward_head(self) -> RewardHead | None:
         """What judges paths of searches, if the plan has such a thing.
@@ -77,9 +101,9 @@ class ServedWeights:
         """
         if not self.plan.judges:
             return None
-        head = load_reward_head(
-            self.folder / (self.config.reward_head or REWARD_HEAD), self.cfg.embed
-        )
+        file = self.folder / (self.config.reward_head or REWARD_HEAD)
+        rotated = bool(hf.read_config(self.folder).get(ROTATED))
+        head = load_reward_head(file, self.cfg.embed, rotated=rotated)
         place = self.device if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())
         return jax.device_put(head, place)
 
@@ -87,7 +111,8 @@ class ServedWeights:
         """The checkpoint's weights, or random ones where that is asked for."""
         plan = self.plan
         if self.config.load_format == "dummy":
-            declared = self._declared()
+            declared = self.family.declare_params(self.cfg)
+            declared = unstack(declared) if plan.unrolled else declared
             return self._served(initialise(declared, self.cfg.sizes, plan.dtype, self.config.seed))
         params = hf.load_params(
             self.folder,
@@ -95,12 +120,15 @@ class ServedWeights:
             self.cfg,
             plan.dtype,
             unrolled=plan.unrolled,
-            convert=quant.quantize if plan.quantization else None,
-            keeps_int8=quant.is_quantized,
+            in_int8=self._holds_int8,
+            rounded=quant.round_to_int8,
             place=self._place,
             progress=self.config.progress,
         )
         return self._with_placement(self._with_own_head(params))
+
+    def _holds_int8(self, w: Weight) -> bool:
+        return self.plan.quantization is not None and self.in_int8(w)
 
     def _place(self, w: Weight, leaf: Any) -> Any:
         """A leaf on the device, or each device's share on the mesh."""
@@ -123,48 +151,91 @@ class ServedWeights:
         if not self.plan.quantization or params.lm_head is not None:
             return params
         head = quant.round_to_int8(np.asarray(params.embed))
-        return dataclasses.replace(params, lm_head=self._place(self._declared().embed, head))
-
-    def _declared(self) -> Any:
-        declared = self.family.declare_params(self.cfg)
-        return unstack(declared) if self.plan.unrolled else declared
+        embed = self.family.declare_params(self.cfg).embed
+        return dataclasses.replace(params, lm_head=self._place(embed, head))
 
     def _served(self, params: Any) -> Any:
-        """A tree of floats as it is served."""
+        """A tree of floats as it is served; layers of a stack are of one kind."""
         if not self.plan.quantization and self.mesh is None:
             return params
 
         def leaf(w: Weight, x: Any) -> Any:
+            if isinstance(x, Int8Weight):  # as an engine serves it: it has been rounded
+                return self._place(w, jax.tree.map(np.asarray, x))
             x = np.asarray(x)
-            return self._place(w, quant.quantize(w, x) if self.plan.quantization else x)
+            return self._place(w, quant.round_to_int8(x) if self._holds_int8(w) else x)
 
-        leaves = jax.tree.map(leaf, self._declared(), params, is_leaf=is_weight)
+        declared = cut(self.family.declare_params(self.cfg), _num_layers(params))
+        self._check(declared, params)
+        leaves = jax.tree.map(leaf, declared, params, is_leaf=is_weight)
         return self._with_placement(self._with_own_head(leaves))
+
+    def _check(self, declared: Any, params: Any) -> None:
+        """Raises ConfigError unless a tree has the leaves that are declared, each in its shape."""
+        given = _by_name(params, lambda x: isinstance(x, Int8Weight))
+        for name, w in _by_name(declared, is_weight).items():
+            leaf, wanted = given.pop(name, None), w.shape(self.cfg.sizes)
+            if leaf is None or leaf.shape != wanted:
+                raise _misfit(name, leaf, wanted)
+        if given:
+            raise ConfigError(f"{next(iter(given))} is not served")
 
     def copied(self, params: Any, served: Any) -> Any:
         """A copy of a tree in the form, the types and the places of the one that is served.
 
         Raises:
-            ConfigError: a leaf is missing or of another shape.
+            ConfigError: a leaf is missing or of another shape; the message names it.
         """
-        sizes = [jax.tree.leaves(stack)[0].shape[0] for stack in served.stacks]
-        if [jax.tree.leaves(stack)[0].shape[0] for stack in params.stacks] != sizes:
-            params = restack(jax.tree.map(np.asarray, params), sizes)
-        params = self._served(params)
-        wanted, tree = jax.tree_util.tree_flatten_with_path(served)
-        given = dict(jax.tree_util.tree_flatten_with_path(params)[0])
-        leaves = []
-        for path, old in wanted:
-            new, name = given.pop(path, None), jax.tree_util.keystr(path).lstrip(".")
+        params = _stacked_like(params, served)
+        like = served
+        if self.plan.quantization and self.family.declare_params(self.cfg).lm_head is None:
+            like, params = (dataclasses.replace(tree, lm_head=None) for tree in (served, params))
+        if _shapes(params) == _shapes(like):
+            params = self._with_own_head(params)  # of the table that came, not of the one before
+        else:
+            params = self._served(params)
+        wanted, given = _by_name(served), _by_name(params)
+        for name, old in wanted.items():
+            new = given.pop(name, None)
             if new is None or new.shape != old.shape:
-                seen = "missing" if new is None else f"of shape {list(new.shape)}"
-                raise ConfigError(f"{name} is {seen}; the engine serves {list(old.shape)}")
-            leaves.append(_copied(new, old))
+                raise _misfit(name, new, old.shape)
         if given:
-            raise ConfigError(
-                f"{jax.tree_util.keystr(next(iter(given))).lstrip('.')} is not served"
-            )
-        return jax.tree.unflatten(tree, leaves)
+            raise ConfigError(f"{next(iter(given))} is not served")
+        return jax.tree.map(_copied, params, served)
+
+
+def _by_name(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
+    """The leaves of a tree by where they are, such as "stacks[0].mlp.w_up"."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
+    return {jax.tree_util.keystr(path).lstrip("."): leaf for path, leaf in leaves}
+
+
+def _misfit(name: str, leaf: Any, wanted: Sequence[int]) -> ConfigError:
+    seen = "missing" if leaf is None else f"of shape {list(leaf.shape)}"
+    return ConfigError(f"{name} is {seen}; the engine serves {list(wanted)}")
+
+
+def _shapes(tree: Any) -> Any:
+    """What of a tree says whether it is in the form of another."""
+    return jax.tree.structure(tree), [np.shape(leaf) for leaf in jax.tree.leaves(tree)]
+
+
+def _stacked_like(params: Any, served: Any) -> Any:
+    """A tree with its layers in stacks of the sizes that are served."""
+    if type(params) is not type(served):
+        wanted = type(served).__name__
+        raise ConfigError(f"params are a {type(params).__name__}; expected the model's {wanted}")
+    if _num_layers(params) == (sizes := _num_layers(served)):
+        return params
+    try:
+        return restack(jax.tree.map(np.asarray, params), sizes)
+    except ValueError as error:
+        raise ConfigError(f"the layers of params cannot be stacked as {sizes}: {error}") from None
+
+
+def _num_layers(params: Any) -> list[int]:
+    """Layers of each stack."""
+    return [len(jax.tree.leaves(stack)[0]) for stack in params.stacks]
 
 
 def _copied(x: Any, old: jax.Array) -> jax.Array:

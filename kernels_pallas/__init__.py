@@ -1,1 +1,1 @@
-"""Kernels, each beside the reference that it must equal."""
+"""Kernels, each with a reference in plain JAX that it must agree with."""

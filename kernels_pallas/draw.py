@@ -1,6 +1,6 @@
 """Drawing a token from scores: temperature, min-p, top-k, top-p, without a sort.
 
-It imports no Pallas, which takes a fifth of a second, since every engine samples.
+It does not import Pallas, which would take a fifth of a second of every engine's start.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 COLDEST = 1e-6
-"""The lowest temperature: a lower one would overflow."""
+"""The lowest temperature: with a lower one, scores would overflow."""
 
 BITS = 31
-"""Of a positive float, which orders as they do."""
+"""Bits of a positive float, which order as the floats do."""
 
 _INFINITY = 0x7F800000
 
@@ -29,11 +29,11 @@ def draw(
 ) -> Array:
     """The token [R] at which the running sum of the kept probabilities passes u times their total.
 
-    Temperature first, then min-p, top-k and top-p as vLLM orders them. Ties with the last that
-    top-k or top-p keep stay as well. Sums are rounded, so a u within rounding of the border of two
-    tokens may fall to either.
+    The temperature is applied first, then min-p, top-k and top-p, in the order of vLLM. Ties with
+    the last token that top-k or top-p keeps are kept as well. Sums are rounded, so a u very close
+    to the border between two tokens may draw either.
     """
-    # relative to the most likely, whose exponent must be 0 however cold it is
+    # relative to the largest score: its exponent is 0 at any temperature
     behind = scores - jnp.max(scores, -1, keepdims=True)
     p = jnp.exp(behind / jnp.maximum(temperature, COLDEST)[:, None])
     p = jnp.where(p >= min_p[:, None], p, 0.0)
@@ -43,34 +43,40 @@ def draw(
 
 
 def _keep_top_k(p: Array, k: Array) -> Array:
-    """Keeps the k largest of each row (ties with the last stay, as in vLLM)."""
+    """Keeps the k largest of each row, and ties with the last of them, as vLLM does."""
     k = jnp.where(k > 0, k, p.shape[-1])
     return _above(p, lambda kept: jnp.sum(kept, -1) >= k)
 
 
 def _keep_top_p(p: Array, top_p: Array) -> Array:
-    """Keeps the fewest largest whose share reaches top_p."""
-    need = top_p * jnp.sum(p, -1)
+    """Keeps the fewest of the largest whose share reaches top_p."""
+    share = jnp.maximum(top_p, jnp.finfo(jnp.float32).tiny)  # a share of 0 would keep nothing
+    need = share * jnp.sum(p, -1)
     return jnp.where(
         (top_p < 1)[:, None], _above(p, lambda kept: jnp.sum(jnp.where(kept, p, 0), -1) >= need), p
     )
 
 
 def _above(p: Array, enough: Callable[[Array], Array]) -> Array:
-    """p where it reaches the highest threshold that still keeps enough, elsewhere 0."""
+    """p where it reaches the highest threshold that keeps enough, 0 elsewhere."""
     bits = lax.bitcast_convert_type(p, jnp.int32)
     low = highest(p.shape[:-1], BITS, lambda middle: enough(bits >= middle[:, None]))
     return jnp.where(bits >= low[:, None], p, 0.0)
 
 
 def highest(shape: tuple[int, ...], rounds: int | Array, enough: Callable[[Array], Array]) -> Array:
-    """The bits of the highest float that is still enough; of 0 after no rounds.
+    """Bits of the highest threshold that keeps enough; 0 after no rounds.
 
-    Positive floats order as their bits do, so a bisection over 31 bits is exact; no sort.
+    Positive floats order as their bits do, so a bisection over 31 bits is exact, without a sort.
+
+    Args:
+        shape: of the thresholds, one per row.
+        rounds: `BITS` for an exact result, or 0.
+        enough: bits of thresholds -> bool, whether they keep enough.
     """
 
     def halve(_: Array, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
-        low, high = bounds  # keeping bits >= low is enough, bits >= high is not
+        low, high = bounds  # a threshold of `low` keeps enough, one of `high` does not
         middle = low + ((high - low) >> 1)
         ok = enough(middle)
         return jnp.where(ok, middle, low), jnp.where(ok, high, middle)
@@ -82,19 +88,29 @@ def highest(shape: tuple[int, ...], rounds: int | Array, enough: Callable[[Array
 def _inverse_cdf(p: Array, u: Array) -> Array:
     """The token at which the running sum of p passes u times its total.
 
-    In two levels, so that no running sum is longer than the square root of the vocabulary.
+    Two levels keep running sums short: each is over about the square root of the vocabulary.
     """
     R, V = p.shape
     width = 1 << (V - 1).bit_length() // 2
     blocks = jnp.pad(p, ((0, 0), (0, -V % width))).reshape(R, -1, width)
-    ends = jnp.cumsum(blocks.sum(-1), -1)
+    sums = blocks.sum(-1)
+    ends = jnp.cumsum(sums, -1)
     target = u * ends[:, -1]
-    block = jnp.sum(ends <= target[:, None], -1)
-    block = jnp.minimum(
-        block, jnp.max(jnp.where(blocks.sum(-1) > 0, jnp.arange(blocks.shape[1]), 0), -1)
-    )
+    block = _first_past(target, sums, ends)
     inside = jnp.take_along_axis(blocks, block[:, None, None], 1)[:, 0]
     before = jnp.take_along_axis(ends, block[:, None], 1)[:, 0] - inside.sum(-1)
-    token = jnp.sum(before[:, None] + jnp.cumsum(inside, -1) <= target[:, None], -1)
-    last = jnp.max(jnp.where(inside > 0, jnp.arange(width), 0), -1)  # rounding must not leave it
-    return (block * width + jnp.minimum(token, last)).astype(jnp.int32)
+    token = _first_past(target, inside, before[:, None] + jnp.cumsum(inside, -1))
+    return (block * width + token).astype(jnp.int32)
+
+
+def _first_past(target: Array, p: Array, ends: Array) -> Array:
+    """The first index with weight p [R, N] whose running sum `ends` passes target [R].
+
+    Sums are rounded, each in its own order, so they may pass it early, at an index without weight,
+    or never. The first would draw what top-k, top-p or a mask removed.
+    """
+    ids = jnp.arange(p.shape[-1])
+    some = p > 0
+    last = jnp.max(jnp.where(some, ids, 0), -1)
+    passed = some & (ends > target[:, None])
+    return jnp.minimum(jnp.min(jnp.where(passed, ids, p.shape[-1]), -1), last)

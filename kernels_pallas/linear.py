@@ -33,11 +33,16 @@ def linear(x: Array, *weights: Weight, residual: Array | None = None) -> Array |
 
 def added(products: Sequence[Array], residual: Array | None) -> Array | tuple[Array, ...]:
     """What `linear` returns, given its products."""
+    check_residual(residual, len(products))
     if residual is None:
         return tuple(products) if len(products) > 1 else products[0]
-    if len(products) > 1:
-        raise ValueError(f"a residual goes with one weight, not with {len(products)}")
     return residual + products[0]
+
+
+def check_residual(residual: Array | None, num_weights: int) -> None:
+    """Raises ValueError where a residual meets several products."""
+    if residual is not None and num_weights > 1:
+        raise ValueError(f"a residual goes with one weight, not with {num_weights}")
 
 
 def _apply(x: Array, w: Weight) -> Array:

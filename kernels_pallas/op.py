@@ -1,4 +1,4 @@
-"""What all ops share: several bodies, how one is chosen, and the gradient that a kernel borrows."""
+"""What all ops share: their bodies, how one is chosen, and the gradient of a kernel without one."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from kernels_pallas.target import Platform, Target
 
 
 class UnsupportedError(NotImplementedError):
-    """A body cannot take these shapes, types or options. The chooser tries the next one."""
+    """A body does not support these shapes, types or options. An op then tries the next one."""
 
 
 def tried(default: int, *others: int) -> Any:
-    """A field of a tile: its default, and what else tuning tries."""
+    """A field of a tile: its default, and the other values that tuning tries."""
     return field(default=default, metadata={"tried": (default, *others)})
 
 
 @dataclass(frozen=True)
 class NoTile:
-    """Nothing to choose."""
+    """The tile of a body that has no sizes to choose."""
 
 
 @dataclass(frozen=True)
@@ -38,21 +38,25 @@ class Body:
 
     Attributes:
         platform: where it runs.
-        run: takes the op's arguments and options, and `tile` (a `tile`, or None for the tuned one)
-            and `interpret`. What it cannot take it refuses with `UnsupportedError` as it is traced.
-        tile: its tile sizes: a frozen dataclass of integers with defaults. Fields made by `tried`
-            are tuned.
-        wanted: device -> the tile that it wants where nothing is tuned, or None for the body's
-            own choice.
+        run: takes the op's arguments and options, `tile` (of the type below, or None for the body's
+            own choice) and `interpret`. It raises `UnsupportedError` while it is traced if it does
+            not support them.
+        tile: the type of its tile: a frozen dataclass of integers with defaults. Fields made by
+            `tried` are tuned.
+        wanted: device -> the tile to use where none was tuned, or None for the body's own choice.
+        declines: device -> why the body cannot run there although the platform is its own, or
+            None. Asked before tracing: a compiler can only fail, and may end the process.
     """
 
     platform: Platform
     run: Callable[..., Any]
     tile: type
     wanted: Callable[[str], Any] = lambda device: None
+    declines: Callable[[str], str | None] = lambda device: None
 
     def tiles(self, device: str) -> Iterator[Any]:
-        """What tuning tries besides what the body wants there, which these differ from."""
+        """What tuning tries on a device: every combination of tried values over the wanted tile,
+        including the wanted tile itself. Nothing if no field is tried."""
         choices = {
             f.name: f.metadata["tried"] for f in fields(self.tile) if f.metadata.get("tried")
         }
@@ -64,12 +68,12 @@ class Body:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a case cannot do without: the floor of its time.
+    """The least work of a case, which bounds its time from below.
 
     Attributes:
-        bytes: read and written at least.
-        flops: of multiplications and additions, two for each pair.
-        dtype: of the products, which decides the peak rate.
+        bytes: that must be read and written.
+        flops: multiplications and additions, counted separately.
+        dtype: of the factors, which decides the peak rate.
     """
 
     bytes: float
@@ -82,13 +86,14 @@ class Case:
     """Shapes at which an op is tested, timed and tuned.
 
     Attributes:
-        make: key -> (args, keyword arrays). Traceable: absent hardware is given shapes only.
+        make: key -> (args, keyword arrays). It can be traced, since a compiler for absent hardware
+            is given shapes only.
         options: static options.
-        shipped: a size that users meet: compiled for every target and timed. Others are small
-            enough to be simulated, which takes milliseconds for each step of a grid.
+        shipped: whether users meet this size: it is then compiled for every target, and timed.
+            Others are small enough to be simulated, which takes milliseconds per step of a grid.
         cost: of a shipped case.
-        tolerance: relative to the largest value of the reference; 0 for equality.
-        bodies: that take it, where some refuse.
+        tolerance: largest error, relative to the largest value of the reference; 0 for equality.
+        bodies: the bodies that support it; None for all.
     """
 
     name: str
@@ -102,14 +107,16 @@ class Case:
 
 @dataclass(frozen=True)
 class Op:
-    """A contract, the bodies that keep it, and the cases that show it.
+    """A reference, the bodies that must agree with it, and the cases that test them.
 
     Attributes:
         reference: plain JAX, on any platform. Its docstring is the contract.
-        bodies: by name, the preferred first: "mosaic_tpu", "mosaic_gpu", or "xla" where there is
-            a faster form in plain JAX.
-        in_place: pairs of an argument and the result that replaces it, both by number. A caller
-            donates such arguments; otherwise they are copied.
+        bodies: by name, the preferred one first: "mosaic_tpu", "mosaic_gpu", or "xla" for a faster
+            form in plain JAX.
+        in_place: pairs of numbers: of an argument, and of the result that is written into it. Such
+            an argument is copied unless the caller donates it.
+        differentiate: takes a body's function and the target, and returns the function with a
+            gradient; None if bodies have none. JAX differentiates the reference by itself.
     """
 
     name: str
@@ -117,6 +124,7 @@ class Op:
     bodies: Mapping[str, Body]
     cases: tuple[Case, ...]
     in_place: tuple[tuple[int, int], ...] = ()
+    differentiate: Callable[[Callable[..., Any], Target], Callable[..., Any]] | None = None
 
     def case(self, name: str) -> Case:
         """The case of that name.
@@ -132,10 +140,11 @@ class Op:
     def __call__(
         self, *args: Any, target: Target, implementation: str | None = None, **options: Any
     ) -> Any:
-        """The best body's result for `target`, or that of the `implementation` named.
+        """The result of the best body for `target`, or of the named `implementation`.
 
         Raises:
-            UnsupportedError: no body takes these arguments, or not the one that was named.
+            UnsupportedError: neither a body nor the reference supports these arguments, or the
+                named one does not.
         """
         won, sizes = None, dict[str, int]()
         if target.device:
@@ -144,20 +153,30 @@ class Op:
         for name in self._candidates(target, implementation, won):
             body, tile = self.bodies.get(name), None
             if body is not None:
+                if reason := body.declines(target.device):
+                    declined[name] = reason
+                    continue
                 tile = body.tile(**sizes) if name == won and sizes else body.wanted(target.device)
             try:
-                return self.chosen(target, name, *args, tile=tile, **options)
+                run = functools.partial(self.run, name, tile=tile)
+                if self.differentiate is not None and name != "reference":
+                    run = self.differentiate(run, target)
+                return run(*args, **options)
             except UnsupportedError as error:
                 declined[name] = str(error)
         reasons = "; ".join(f"{name}: {reason}" for name, reason in declined.items())
         raise UnsupportedError(f"{self.name}: nothing can run this. {reasons}")
 
-    def chosen(self, target: Target, name: str, *args: Any, tile: Any, **options: Any) -> Any:
-        """The result of the implementation that was chosen for `target`, with its tile."""
-        return self.run(name, *args, tile=tile, **options)
-
     def run(self, name: str, *args: Any, tile: Any = None, interpret: Any = False, **options: Any):
-        """The result of one implementation."""
+        """The result of one implementation: a body, by name, or "reference".
+
+        Args:
+            tile: of the body's type; None for the body's own choice.
+            interpret: as `jax.experimental.pallas` takes it, to simulate the kernel.
+
+        Raises:
+            UnsupportedError: the body does not support these arguments.
+        """
         if name == "reference":
             return self.reference(*args, **options)
         body = self.bodies[name]
@@ -172,7 +191,7 @@ class Op:
         return signature(*call.args, **call.kwargs)
 
     def _candidates(self, target: Target, named: str | None, won: str | None) -> list[str]:
-        """What is tried, in order: what was faster when it was measured, then the op's order."""
+        """What is tried, in order: what was fastest when measured, then in the op's own order."""
         known = [*self.bodies, "reference"]
         if named is not None:
             if named not in known:
@@ -183,10 +202,10 @@ class Op:
 
 
 def _lowered_once(run: Callable[..., Any], args: Any, tile: Any, options: dict[str, Any]) -> Any:
-    """run(*args), which the same types, tile and fixed options trace and lower but once.
+    """run(*args), traced and lowered once for the same types, tile and fixed options.
 
-    Layers of a step on a GPU are written out one behind another, and a Hopper kernel takes a second
-    to lower: more than all else at the start of an engine.
+    Layers of a step on a GPU are unrolled, and a Hopper kernel takes a second to lower: without
+    this, that would take most of an engine's start.
     """
     arrays = {
         name: value for name, value in options.items()
@@ -198,14 +217,15 @@ def _lowered_once(run: Callable[..., Any], args: Any, tile: Any, options: dict[s
 
 @functools.cache
 def _jitted(run: Callable[..., Any], tile: Any, fixed: tuple[tuple[str, Any], ...]) -> Any:
+    """A function that JAX caches the lowering of: the same one for the same arguments."""
     return jax.jit(functools.partial(run, tile=tile, **dict(fixed)))
 
 
 def signature(*args: Any, **options: Any) -> str:
-    """Types and shapes of arguments in a word, as tuned tables write them.
+    """Types and shapes of arguments as one string, the key of tuned tables.
 
-    Options count by name where they change what is computed: arrays, words, types and what is
-    switched on. Numbers and scalars, such as a scale or the number of a layer, do not.
+    It includes options that change what is computed: arrays, strings, types, and flags that are
+    True. Numbers and scalars, such as a scale or the index of a layer, are left out.
     """
     words = [_described(x) for x in jax.tree.leaves(args) if np.ndim(x)]
     for name, value in sorted(options.items()):
@@ -224,14 +244,14 @@ def _described(x: Any) -> str:
 def with_reference_gradient(
     kernel: Callable[..., Any], reference: Callable[..., Any], **context: Any
 ) -> Callable[..., Any]:
-    """`kernel`, whose backward pass is that of `reference`, computed from the arguments.
+    """`kernel` with the gradient of `reference`, which is recomputed from the arguments.
 
     Both take the same arguments and return the same types. Options that are plain numbers or
-    words stay out of the trace; everything else may be differentiated.
+    strings stay static; all others may be differentiated.
 
     Args:
-        context: integers that the kernel alone is given, such as the number of rows that are real.
-            They are arguments here because the trace of a backward pass sees no closures.
+        context: integer arrays that only the kernel is given, such as how many rows are real. They
+            are arguments, since a backward pass cannot close over values of a forward pass.
     """
 
     def op(*args: Any, **options: Any) -> Any:
@@ -249,7 +269,7 @@ def with_reference_gradient(
             args, traced, context = operands
 
             def plain(args: Any, traced: Any) -> Any:
-                args, traced = jax.tree.map(jnp.asarray, (args, traced))  # constants are numpy's
+                args, traced = jax.tree.map(jnp.asarray, (args, traced))  # constants may be numpy's
                 return reference(*args, **traced, **fixed)
 
             _, pull = jax.vjp(plain, args, traced)
@@ -262,4 +282,5 @@ def with_reference_gradient(
 
 
 def _no_gradient(x: Array) -> Any:
-    return np.zeros(x.shape, jax.dtypes.float0)  # of integers, which is all that a context has
+    """The gradient of an array of integers."""
+    return np.zeros(x.shape, jax.dtypes.float0)

@@ -1,4 +1,4 @@
-"""Every op that has cases: what tests, benchmarks and tuning go through."""
+"""The ops that tests, benchmarks and tuning go through."""
 
 from __future__ import annotations
 
@@ -22,4 +22,4 @@ OPS: tuple[Op, ...] = (
     sample,
     *CPU_OPS,
 )
-"""All that have cases, small before large."""
+"""All ops that have cases."""

@@ -1,4 +1,4 @@
-"""RMSNorm whose result leaves as eight-bit rows with a scale each: the input of a W8A8 product."""
+"""RMSNorm whose result is quantized to int8 rows with a scale each: the input of a W8A8 product."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.op import Body, Case, Cost, Op, UnsupportedError, tried
 from kernels_pallas.quantize import quantize_rows
-from kernels_pallas.tiling import divisor
+from kernels_pallas.target import not_hopper
+from kernels_pallas.tpu import INT8_ROWS, LANES, divisor
 
 
 def reference(x: Array, scale: Array, *, eps: float, offset: float = 0.0) -> tuple[Array, Array]:
@@ -32,47 +33,49 @@ def reference(x: Array, scale: Array, *, eps: float, offset: float = 0.0) -> tup
     return quantize_rows(y * (offset + scale.astype(jnp.float32)))
 
 
-_ROWS, _LANES = 32, 128  # of an int8 tile in VMEM
-_COLUMNS = 512  # of as many rows are what registers hold
+_COLUMNS = 512  # at most, per step: registers hold so many of 32 rows
 
 
 @dataclass(frozen=True)
 class TpuTile:
-    """rows: of tokens in a program."""
+    """rows: tokens in a block of the grid."""
 
     rows: int = tried(256, 64, 128, 512)
 
 
 def _tpu_kernel(x_ref, scale_ref, values_ref, scales_ref, *, eps: float, offset: float):
-    """An int8 tile of rows at a time, in pieces that registers hold: once for the sum of squares
-    and the largest value, which is known but for the rms then, and once to round."""
+    """Quantizes 32 rows at a time, in parts of columns that registers hold.
+
+    A first pass finds the sum of squares and the largest magnitude before it is divided by the rms;
+    a second one rounds.
+    """
     D = x_ref.shape[1]
-    width = divisor(D, _COLUMNS, _LANES)
+    width = divisor(D, _COLUMNS, LANES)
 
     def scaled(rows: Any, i: Array) -> tuple[Array, Array, Any]:
         columns = pl.ds(pl.multiple_of(i * width, width), width)
         x = x_ref[rows, columns].astype(jnp.float32)
         return x, x * (offset + scale_ref[:, columns].astype(jnp.float32)), columns
 
-    @pl.loop(0, x_ref.shape[0] // _ROWS)
+    @pl.loop(0, x_ref.shape[0] // INT8_ROWS)
     def _(i: Array) -> None:
-        rows = pl.ds(pl.multiple_of(i * _ROWS, _ROWS), _ROWS)
+        rows = pl.ds(pl.multiple_of(i * INT8_ROWS, INT8_ROWS), INT8_ROWS)
 
         def measure(i: Array, found: tuple[Array, Array]) -> tuple[Array, Array]:
             x, y, _ = scaled(rows, i)
-            squares, top = found
-            for at in range(0, width, _LANES):  # lanes are put together at the end
-                part = slice(at, at + _LANES)
+            squares, absmax = found
+            for at in range(0, width, LANES):  # lanes are reduced at the end
+                part = slice(at, at + LANES)
                 squares += x[:, part] * x[:, part]
-                top = jnp.maximum(top, jnp.abs(y[:, part]))
-            return squares, top
+                absmax = jnp.maximum(absmax, jnp.abs(y[:, part]))
+            return squares, absmax
 
-        nothing = jnp.zeros((_ROWS, _LANES), jnp.float32)
-        squares, top = lax.fori_loop(0, D // width, measure, (nothing, nothing))
-        top = jnp.max(top, 1, keepdims=True)
-        steps = jnp.where(top > 0, 127.0 / top, 0.0)
+        zeros = jnp.zeros((INT8_ROWS, LANES), jnp.float32)
+        squares, absmax = lax.fori_loop(0, D // width, measure, (zeros, zeros))
+        absmax = jnp.max(absmax, 1, keepdims=True)
+        steps = jnp.where(absmax > 0, 127.0 / absmax, 0.0)
         squares = jnp.sum(squares, 1, keepdims=True)
-        scales_ref[rows] = top * lax.rsqrt(squares * (1 / D) + eps) * (1 / 127)
+        scales_ref[rows] = absmax * lax.rsqrt(squares * (1 / D) + eps) * (1 / 127)
 
         @pl.loop(0, D // width)
         def _(i: Array) -> None:
@@ -84,12 +87,16 @@ def tpu(
     x: Array, scale: Array, *, eps: float, offset: float = 0.0,
     tile: TpuTile | None = None, interpret: Any = False,
 ) -> tuple[Array, Array]:  # fmt: skip
-    """`reference` as a TPU kernel: one pass over memory."""
+    """`reference` as a TPU kernel: one pass over HBM.
+
+    Raises:
+        UnsupportedError: D is no multiple of 128.
+    """
     T, D = x.shape
-    if D % 128:
-        raise UnsupportedError(f"rows of {D=} must be whole lanes of 128")
+    if D % LANES:
+        raise UnsupportedError(f"rows of {D=} must be whole lanes of {LANES}")
     wanted = (tile or TpuTile(rows=min(256, 2**20 // D))).rows  # wide rows fill VMEM sooner
-    rows = max(32, min(wanted, T + 31) // 32 * 32)  # an int8 tile has 32 rows
+    rows = max(INT8_ROWS, min(wanted, T + INT8_ROWS - 1) // INT8_ROWS * INT8_ROWS)
     block = pl.BlockSpec((rows, D), lambda t: (t, 0))
     values, scales = pl.pallas_call(
         partial(_tpu_kernel, eps=eps, offset=offset),
@@ -108,7 +115,7 @@ def tpu(
 
 @dataclass(frozen=True)
 class GpuTile:
-    """Nothing to choose: a row is a block of the grid, and stays in one warpgroup's registers."""
+    """Nothing to choose: a block of the grid is a row, which one warpgroup keeps in registers."""
 
 
 def _gpu_kernel(x_ref, scale_ref, values_ref, scales_ref, *, eps: float, offset: float):
@@ -116,18 +123,22 @@ def _gpu_kernel(x_ref, scale_ref, values_ref, scales_ref, *, eps: float, offset:
     y = x_ref[row].astype(jnp.float32)
     y = y * lax.rsqrt(jnp.sum(y * y) * (1 / y.size) + eps)
     y = y * (offset + scale_ref[...].astype(jnp.float32))
-    top = jnp.max(jnp.abs(y))
-    steps = jnp.where(top > 0, 127.0 / top, 0.0)
+    absmax = jnp.max(jnp.abs(y))
+    steps = jnp.where(absmax > 0, 127.0 / absmax, 0.0)
     rounded = lax.round(y * steps, lax.RoundingMethod.TO_NEAREST_EVEN)
     values_ref[row] = rounded.astype(jnp.int8)
-    scales_ref[row] = top * (1 / 127.0)
+    scales_ref[row] = absmax * (1 / 127.0)
 
 
 def gpu(
     x: Array, scale: Array, *, eps: float, offset: float = 0.0,
     tile: GpuTile | None = None, interpret: Any = False,
 ) -> tuple[Array, Array]:  # fmt: skip
-    """`reference` as a Hopper kernel: one pass over memory."""
+    """`reference` as a Hopper kernel: one pass over memory.
+
+    Raises:
+        UnsupportedError: D is no multiple of 128, or above 16384.
+    """
     T, D = x.shape
     if D % 128 or D > 16384:
         raise UnsupportedError(f"rows of {D=} must be multiples of 128 up to 16384")
@@ -167,6 +178,9 @@ CASES = (
 rms_norm_quantize = Op(
     "rms_norm_quantize",
     reference,
-    {"mosaic_tpu": Body("tpu", tpu, TpuTile), "mosaic_gpu": Body("gpu", gpu, GpuTile)},
+    {
+        "mosaic_tpu": Body("tpu", tpu, TpuTile),
+        "mosaic_gpu": Body("gpu", gpu, GpuTile, declines=not_hopper),
+    },
     CASES,
 )

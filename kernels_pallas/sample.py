@@ -1,4 +1,4 @@
-"""`draw` as an op: the scores of eight rows lie in VMEM while their thresholds are searched."""
+"""`draw` as an op. On a TPU, scores of eight rows stay in VMEM while thresholds are searched."""
 
 from __future__ import annotations
 
@@ -16,13 +16,15 @@ from jax.experimental.pallas import tpu as pltpu
 from kernels_pallas import sample_gpu
 from kernels_pallas.draw import BITS, COLDEST, draw, highest
 from kernels_pallas.op import Body, Case, Cost, Op, UnsupportedError, tried
+from kernels_pallas.target import not_hopper
+from kernels_pallas.tpu import LANES, SUBLANES
 
-_ROWS, _LANES = 8, 128  # of scores that are searched together, in VMEM; lanes of a register
+_ROWS = SUBLANES  # that are searched together, in a register
 
 
 @dataclass(frozen=True)
 class TpuTile:
-    """vocab: entries of eight rows that are read at a time."""
+    """vocab: entries of each row that are read at a time."""
 
     vocab: int = tried(2048, 1024, 4096, 8192)
 
@@ -31,14 +33,18 @@ def tpu(
     scores: Array, u: Array, temperature: Array, top_k: Array, top_p: Array, min_p: Array, *,
     tile: TpuTile | None = None, interpret: Any = False,
 ) -> Array:  # fmt: skip
-    """`draw` as a TPU kernel: scores are read once, and bisected where they lie."""
+    """`draw` as a TPU kernel: scores are read from HBM once, and searched in VMEM.
+
+    Raises:
+        UnsupportedError: scores are not float32.
+    """
     R, V = scores.shape
     if scores.dtype != jnp.float32:
         raise UnsupportedError(f"scores are {scores.dtype}, and must be float32")
-    width = min((tile or TpuTile()).vocab, -(-V // _LANES) * _LANES)
+    width = min((tile or TpuTile()).vocab, -(-V // LANES) * LANES)
     padded, groups = -(-V // width) * width, pl.cdiv(R, _ROWS)
 
-    def rounds(wanted: Array) -> Array:  # [groups]; none where no row asks for them
+    def rounds(wanted: Array) -> Array:  # [groups]; 0 where no row of a group asks for any
         wanted = jnp.pad(wanted, (0, groups * _ROWS - R)).reshape(groups, _ROWS)
         return jnp.where(wanted.any(-1), BITS, 0)
 
@@ -55,7 +61,7 @@ def tpu(
             scratch_shapes=[pltpu.VMEM((_ROWS, padded), jnp.float32)],
         ),
         out_shape=jax.ShapeDtypeStruct((R, 1), jnp.int32),
-        # scores twice, while the next rows arrive, and their probabilities
+        # two buffers of scores, as the next rows are loaded meanwhile, and one of probabilities
         compiler_params=pltpu.CompilerParams(vmem_limit_bytes=3 * 4 * _ROWS * padded + 2**22),
         interpret=interpret,
         name="sample",
@@ -72,17 +78,23 @@ def _kernel(
     k_rounds_ref, p_rounds_ref, scores_ref, u_ref, temperature_ref, top_k_ref, top_p_ref, min_p_ref,
     token_ref, p_ref, *, vocab: int, width: int,
 ):  # fmt: skip
+    """Draws the tokens of eight rows.
+
+    Args:
+        p_ref: scratch of the scores' shape, for probabilities relative to the largest.
+        width: entries of each row that are read at a time.
+    """
     steps, group = p_ref.shape[1] // width, pl.program_id(0)
     place = lax.broadcasted_iota(jnp.int32, (_ROWS, width), 1)
 
     def part(ref: Any, i: Array) -> Array:
-        return ref[:, pl.ds(pl.multiple_of(i * width, _LANES), width)]
+        return ref[:, pl.ds(pl.multiple_of(i * width, LANES), width)]
 
     def score(i: Array) -> Array:
         return jnp.where(i * width + place < vocab, part(scores_ref, i), -jnp.inf)
 
     def total(of: Callable[[Array], Array]) -> Array:  # [8, 1]
-        zero = jnp.zeros((_ROWS, _LANES), jnp.float32)
+        zero = jnp.zeros((_ROWS, LANES), jnp.float32)
         add = lax.fori_loop(0, steps, lambda i, sums: sums + _folded(of(part(p_ref, i))), zero)
         return jnp.sum(add, 1, keepdims=True)
 
@@ -91,23 +103,24 @@ def _kernel(
             lambda p: jnp.where(lax.bitcast_convert_type(p, jnp.int32) >= threshold, what(p), 0.0)
         )
 
-    most = lax.fori_loop(
-        0, steps, lambda i, most: jnp.maximum(most, _folded(score(i), jnp.maximum)),
-        jnp.full((_ROWS, _LANES), -jnp.inf, jnp.float32),
+    row_max = lax.fori_loop(
+        0, steps, lambda i, found: jnp.maximum(found, _folded(score(i), jnp.maximum)),
+        jnp.full((_ROWS, LANES), -jnp.inf, jnp.float32),
     )  # fmt: skip
-    most = jnp.max(most, 1, keepdims=True)
+    row_max = jnp.max(row_max, 1, keepdims=True)
 
     def weigh(i: Array, _: None) -> None:
-        p = jnp.exp((score(i) - most) / jnp.maximum(temperature_ref[...], COLDEST))
-        p_ref[:, pl.ds(pl.multiple_of(i * width, _LANES), width)] = jnp.where(
+        p = jnp.exp((score(i) - row_max) / jnp.maximum(temperature_ref[...], COLDEST))
+        p_ref[:, pl.ds(pl.multiple_of(i * width, LANES), width)] = jnp.where(
             p >= min_p_ref[...], p, 0.0
         )
 
     lax.fori_loop(0, steps, weigh, None)
     column = (_ROWS, 1)
-    k = jnp.where(top_k_ref[...] > 0, top_k_ref[...], vocab).astype(jnp.float32)  # exact to 2^24
+    k = jnp.where(top_k_ref[...] > 0, top_k_ref[...], vocab).astype(jnp.float32)  # exact up to 2^24
     low = highest(column, k_rounds_ref[group], lambda at: reaching(at, jnp.ones_like) >= k)
-    need = top_p_ref[...] * reaching(low, lambda p: p)
+    share = jnp.maximum(top_p_ref[...], jnp.finfo(jnp.float32).tiny)  # one of 0 keeps nothing
+    need = share * reaching(low, lambda p: p)
     lower = highest(
         column,
         p_rounds_ref[group],
@@ -119,8 +132,8 @@ def _kernel(
 
 
 def _folded(x: Array, by: Callable[[Array, Array], Array] = jnp.add) -> Array:
-    """[8, W] as [8, 128], whole registers onto one another."""
-    parts = [x[:, i : i + _LANES] for i in range(0, x.shape[1], _LANES)]
+    """[8, W] reduced to [8, 128] by operations on whole registers."""
+    parts = [x[:, i : i + LANES] for i in range(0, x.shape[1], LANES)]
     while len(parts) > 1:
         pairs = [by(*parts[i : i + 2]) for i in range(0, len(parts) - 1, 2)]
         parts = pairs + parts[2 * len(pairs) :]
@@ -128,10 +141,11 @@ def _folded(x: Array, by: Callable[[Array, Array], Array] = jnp.add) -> Array:
 
 
 def _pick(part: Callable[[Any], Array], low: Array, target: Array, steps: int, token_ref: Any):
-    """Puts down the token at which the running sum of what reaches `low` passes the target [8, 1].
+    """Writes the token at which the running sum of what reaches `low` passes the target [8, 1].
 
-    Of parts, then of registers, then of lanes, it is the last one that weighs something and whose
-    running sum begins at or before the target. Rounding cannot leave what is kept.
+    It is found among parts, then registers, then lanes: each time the last one that has any weight
+    and before which the running sum is at most the target. Rounding cannot make it a token of no
+    weight.
     """
 
     def kept(i: Array) -> Array:
@@ -150,7 +164,7 @@ def _pick(part: Callable[[Any], Array], low: Array, target: Array, steps: int, t
 
     start = none(part(0), jnp.zeros(target.shape, jnp.float32))
     _, (p, before, outer) = lax.fori_loop(0, steps, lambda i, s: choose(i, kept(i), s), start)
-    registers = [p[:, i : i + _LANES] for i in range(0, p.shape[1], _LANES)]
+    registers = [p[:, i : i + LANES] for i in range(0, p.shape[1], LANES)]
     state = none(registers[0], before)
     for i, register in enumerate(registers):
         state = choose(i, register, state)
@@ -161,11 +175,11 @@ def _pick(part: Callable[[Any], Array], low: Array, target: Array, steps: int, t
         begins += jnp.where(lane >= shift, pltpu.roll(begins, shift, 1), 0.0)
     hit = (inside > 0) & (before + begins <= target)
     last = jnp.max(jnp.where(hit, lane.astype(jnp.float32), 0.0), 1, keepdims=True)
-    token_ref[...] = outer * p.shape[1] + inner * _LANES + last.astype(jnp.int32)
+    token_ref[...] = outer * p.shape[1] + inner * LANES + last.astype(jnp.int32)
 
 
 def _case(R: int, V: int, *, shipped: bool = False, **filters: float) -> Case:
-    """Every other row has the filters; the others take all."""
+    """R rows of V scores. Every other row has the filters, and the others none."""
 
     def make(key: Array) -> tuple[tuple[Array, ...], dict[str, Array]]:
         a, b = jax.random.split(key)
@@ -200,7 +214,7 @@ sample = Op(
     draw,
     {
         "mosaic_tpu": Body("tpu", tpu, TpuTile),
-        "mosaic_gpu": Body("gpu", sample_gpu.gpu, sample_gpu.GpuTile),
+        "mosaic_gpu": Body("gpu", sample_gpu.gpu, sample_gpu.GpuTile, declines=not_hopper),
     },
     CASES,
 )

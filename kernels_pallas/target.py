@@ -1,7 +1,8 @@
-"""What a program is compiled for. It comes from a mesh, never from a query of what is attached."""
+"""What a program is compiled for. It is read from a mesh, never from the devices attached."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -20,14 +21,24 @@ _DEVICES = {
     "NVIDIA H100 80GB HBM3": "h100",
     "NVIDIA H200": "h200",
 }
-"""Short names of device kinds: those of files under tuned/."""
+"""Device kind -> short name, by which files under tuned/ are called."""
 
-_NARROW = ("v4", "v5e", "v5p")
+_HOPPER = re.compile(r"\bG?H(100|200|800|20)\b")
+
+_NARROW = ("v4", "v5e", "v5p")  # their matrix unit is 128 x 128
 
 
 def matrix_unit(device: str) -> int:
-    """Columns of a product that a TPU's matrix unit works on at a time; it takes as many of K."""
+    """Columns of a product that a TPU's matrix unit computes at a time, from as many rows of K."""
     return 128 if device in _NARROW else 256
+
+
+def not_hopper(device: str) -> str | None:
+    """Why a kernel for Hopper (sm_90a) cannot run on a GPU; None if it can, or if the device is
+    not known. Other generations have no wgmma."""
+    if not device or _HOPPER.search(device.upper()):
+        return None
+    return f"kernels for Hopper need an H100, H200, H800, H20 or GH200, and this is {device!r}"
 
 
 @dataclass(frozen=True)
@@ -35,8 +46,8 @@ class Target:
     """The hardware that a program is compiled for.
 
     Attributes:
-        platform: as JAX calls it.
-        device: the model, such as "v6e" or "h200"; "" where it does not matter or is not known.
+        platform: JAX's name for it.
+        device: the model, such as "v6e" or "h200"; "" if it does not matter or is not known.
     """
 
     platform: Platform
@@ -44,10 +55,11 @@ class Target:
 
     @classmethod
     def of(cls, mesh: Mesh | AbstractMesh | Any) -> Target:
-        """The target of a mesh's devices, or of a device; any of them may be absent.
+        """The target of a mesh's devices, or of a device, none of which need be attached.
 
         Raises:
-            ValueError: the mesh does not say what its devices are.
+            ValueError: the mesh does not say what its devices are, or they are of no known
+                platform.
         """
         if isinstance(mesh, AbstractMesh):
             device: Any = mesh.abstract_device

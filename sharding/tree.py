@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar, dataclass_transform
@@ -146,17 +146,32 @@ def is_weight(x: Any) -> bool:
 
 def unstack(tree: Any) -> Any:
     """A declared tree whose `stacks` all hold one layer: they are unrolled instead of scanned."""
+    return cut(tree, [1] * sum(map(len, _layers(tree))))
 
-    def one_layer(stack: Any, i: int) -> Any:
-        leaf = partial(dataclasses.replace, layers=range(i, i + 1))
-        return jax.tree.map(leaf, stack, is_leaf=is_weight)
 
-    layers = [
-        one_layer(stack, i)
-        for stack in tree.stacks
-        for i in jax.tree.leaves(stack, is_leaf=is_weight)[0].layers
-    ]
-    return dataclasses.replace(tree, stacks=tuple(layers))
+def cut(tree: Any, sizes: Sequence[int]) -> Any:
+    """A declared tree whose `stacks` are parts of its own: of the first layers, so many each.
+
+    Raises:
+        ValueError: a part would join layers of two stacks, or go beyond the last.
+    """
+    layers = [(stack, i) for stack, r in zip(tree.stacks, _layers(tree), strict=True) for i in r]
+    stacks, first = [], 0
+    for size in sizes:
+        some = layers[first : first + size]
+        if size < 1 or len(some) < size or any(stack is not some[0][0] for stack, _ in some):
+            raise ValueError(
+                f"sizes {tuple(sizes)} must cut stacks of {[*map(len, _layers(tree))]} layers"
+            )
+        leaf = partial(dataclasses.replace, layers=range(some[0][1], some[-1][1] + 1))
+        stacks.append(jax.tree.map(leaf, some[0][0], is_leaf=is_weight))
+        first += size
+    return dataclasses.replace(tree, stacks=tuple(stacks))
+
+
+def _layers(tree: Any) -> list[range]:
+    """Numbers of the layers of each stack."""
+    return [jax.tree.leaves(stack, is_leaf=is_weight)[0].layers for stack in tree.stacks]
 
 
 def abstract(tree: Any, sizes: Mapping[str, int], dtype: Any) -> Any:

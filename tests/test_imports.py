@@ -51,7 +51,7 @@ MAY_IMPORT = {
     "jaxserve.intake": """jaxserve.engine jaxserve.plan jaxserve.cache jaxserve.text
         jaxserve.request jaxserve.errors""",
     "jaxserve.weights": """jaxserve.plan jaxserve.config jaxserve.models jaxserve.checkpoint
-        jaxserve.quant jaxserve.errors sharding jax numpy""",
+        jaxserve.quant jaxserve.errors kernels_pallas sharding jax numpy""",
     "jaxserve.searches": """jaxserve.paths jaxserve.intake jaxserve.engine.loop jaxserve.protocol
         jaxserve.request jaxserve.errors reasoning msgspec""",
     "jaxserve.llm": """jaxserve.searches jaxserve.paths reasoning.result

@@ -100,6 +100,14 @@ class PageManager:
             self._page_of[key] = page
             self._key_of[page] = key
 
+    def withdraw(self, keys: Iterable[bytes]) -> None:
+        """Lets nobody match these keys until they are published again; owners keep the pages."""
+        for key in keys:
+            if (page := self._page_of.pop(key, None)) is not None:
+                del self._key_of[page]
+                if self._refs[page] == 0:
+                    self._free.move_to_end(page, last=False)
+
     def forget(self) -> None:
         """Empties the prefix index: the contents of all pages are about to change."""
         self._page_of.clear()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,15 +16,17 @@ from safetensors.numpy import save_file
 
 from jaxserve.checkpoint import cache_scales
 from jaxserve.checkpoint.hf import tensor_names
+from jaxserve.checkpoint.reward_head import REWARD_HEAD, ROTATED, save_reward_head
 from jaxserve.errors import CheckpointError
 from jaxserve.models.family import Family
+from jaxserve.models.reward_head import RewardHead
 from kernels_pallas.weight import Int8Weight
-from sharding.tree import Weight, is_weight, unstack
+from sharding.tree import Weight, cut, is_weight
 
 _SHARD_BYTES = 5 << 30
 _TEXT_FILES = (
     "tokenizer*", "*.model", "vocab*", "merges.txt", "tekken.json", "special_tokens_map.json",
-    "added_tokens.json", "chat_template*", "generation_config.json",
+    "added_tokens.json", "chat_template*", "generation_config.json", "LICENSE*", "NOTICE*",
 )  # fmt: skip
 
 
@@ -37,6 +40,7 @@ def save_pretrained(
     beside: Path | None = None,
     card: str | None = None,
     kv_scales: Mapping[str, np.ndarray] | None = None,
+    reward_head: RewardHead | None = None,
 ) -> None:
     """Writes config.json and safetensors that `transformers` and `LLM` load.
 
@@ -44,31 +48,37 @@ def save_pretrained(
     an error leaves unfinished is removed.
 
     Args:
-        config: what config.json says.
-        beside: a folder whose tokenizer, chat template and generation defaults go along.
+        config: what config.json says, but for `auto_map`: no code goes along.
+        beside: a folder whose tokenizer, chat template, generation defaults and licence go along.
         card: what README.md says; without it there is none.
         kv_scales: of a cache in eight bits, as `cache_scales.save` takes them.
+        reward_head: that judges paths by the model's hidden states.
 
     Raises:
-        CheckpointError: a weight has no form in a checkpoint, or writing failed; `folder` is as
-            it was.
+        CheckpointError: a weight has no form in a checkpoint, `folder` is a mount point, or writing
+            failed; `folder` is as it was.
     """
     fresh = begin(folder)
+    folder = folder.resolve()  # a link to a folder stays one
     try:
         if beside is not None:
             _copy_text_files(beside, fresh)
         tensors = named_tensors(family, cfg, params)
-        said = {**config, "dtype": next(iter(tensors.values())).dtype.name}
-        if not any(x.dtype == np.int8 for x in tensors.values()):  # it spoke of what was loaded
-            said.pop("quantization_config", None)
-        text = json.dumps(said, indent=2)
+        written = {**config, "dtype": next(iter(tensors.values())).dtype.name}
+        written.pop("auto_map", None)  # names files of Python that stay behind
+        if not any(x.dtype == np.int8 for x in tensors.values()):
+            written.pop("quantization_config", None)  # it described the source checkpoint
+        text = json.dumps(written, indent=2)
         (fresh / "config.json").write_text(text + "\n")
         if card is not None:
-            (fresh / "README.md").write_text(card)
+            (fresh / "README.md").write_text(card, encoding="utf-8")
         if kv_scales is not None:
             cache_scales.save(fresh, kv_scales)
+        if reward_head is not None:
+            rotated = bool(config.get(ROTATED))
+            save_reward_head(fresh / REWARD_HEAD, reward_head, rotated=rotated)
         _write_shards(fresh, tensors)
-        for file in fresh.glob("*.safetensors"):  # which the package gives to its owner alone
+        for file in fresh.glob("*.safetensors"):  # safetensors writes files with mode 0600
             shutil.copymode(fresh / "config.json", file)
         _put_in_place(fresh, folder)
     except (OSError, SafetensorError) as error:
@@ -80,14 +90,19 @@ def save_pretrained(
 def begin(folder: Path) -> Path:
     """An empty folder beside the one to write, which is as it was.
 
+    Beside what a link leads to: only there it can be renamed into its place.
+
     Raises:
-        CheckpointError: nothing can be written there.
+        CheckpointError: nothing can be written there, or it is a mount point.
     """
-    fresh = folder.with_name(f".{folder.name}.writing")
     try:
+        folder = folder.resolve()
+        if os.path.ismount(folder):
+            raise CheckpointError(f"{folder} is a mount point; give a folder in it")
+        fresh = folder.with_name(f".{folder.name}.writing")
         shutil.rmtree(fresh, ignore_errors=True)
         fresh.mkdir(parents=True)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # the latter: links that lead in a circle
         raise CheckpointError(f"{folder} cannot be written: {error}") from error
     return fresh
 
@@ -116,8 +131,8 @@ def named_tensors(family: Family, cfg: Any, params: Any) -> dict[str, np.ndarray
         CheckpointError: a family's layout can only be read.
     """
     tree = family.declare_params(cfg)
-    if len(getattr(params, "stacks", ())) != len(getattr(tree, "stacks", ())):
-        tree = unstack(tree)
+    if hasattr(tree, "stacks"):
+        tree = cut(tree, [len(jax.tree.leaves(stack)[0]) for stack in params.stacks])
     declared = jax.tree.leaves(tree, is_leaf=is_weight)
     arrays = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, Int8Weight))
     tensors: dict[str, np.ndarray] = {}
@@ -156,9 +171,10 @@ def _stored_shape(spec: Weight, part: np.ndarray) -> tuple[int, ...]:
 
 
 def _copy_text_files(source: Path, target: Path) -> None:
-    """What makes tokens of text. A card stays behind: it speaks of another model."""
+    """What makes tokens of text, and licences. A card stays behind: it speaks of another model."""
     for file in {file for pattern in _TEXT_FILES for file in source.glob(pattern)}:
-        shutil.copy2(file, target / file.name)
+        if file.is_file():
+            shutil.copy2(file, target / file.name)
 
 
 def _write_shards(folder: Path, tensors: Mapping[str, np.ndarray]) -> None:

@@ -9,6 +9,7 @@ import math
 import re
 import reprlib
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,13 @@ import jax
 import numpy as np
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-from jaxserve.checkpoint.quantized import EightBits, QuantizedShards
+from jaxserve.checkpoint.quantized import QuantizedShards
 from jaxserve.checkpoint.safetensors import FLOATS, Shards
-from jaxserve.checkpoint.schemes import scheme
+from jaxserve.checkpoint.schemes import normalised, scheme
 from jaxserve.errors import CheckpointError
 from jaxserve.models.family import Family
-from sharding.tree import Weight, abstract, is_weight, unstack
+from kernels_pallas.weight import Int8Weight
+from sharding.tree import Weight, abstract, cut, is_weight, unstack
 
 log = logging.getLogger(__name__)
 
@@ -41,27 +43,28 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{folder} has no config.json; is it the folder of a Hugging Face model?"
         )
     config = _json_object(path)
-    said, inner = _pop_quantization(config), config.get("text_config")
+    found, inner = _pop_quantization(config), config.get("text_config")
     if isinstance(inner, dict):  # of the part that reads, where a model also sees or hears
         also = _pop_quantization(inner)
-        if said and also and said != also:
+        if found and also and found != also:
             raise CheckpointError(
-                f"{path} says quantization_config {reprlib.repr(said)}, and in text_config "
+                f"{path} says quantization_config {reprlib.repr(found)}, and in text_config "
                 f"{reprlib.repr(also)}; expected one of them, or the same twice"
             )
-        said = also or said
-    if not said and (beside := folder / "hf_quant_config.json").exists():
-        said = _json_object(beside).get("quantization")  # where modelopt keeps it
-        said = {"quant_method": "modelopt", **said} if isinstance(said, dict) else said
-    return config if said is None else {**config, "quantization_config": said}
+        found = also or found
+    if not found and (beside := folder / "hf_quant_config.json").exists():
+        found = _json_object(beside).get("quantization")  # where modelopt keeps it
+        found = {"quant_method": "modelopt", **found} if isinstance(found, dict) else found
+    found = normalised(found) if isinstance(found, dict) else found
+    return config if found is None else {**config, "quantization_config": found}
 
 
 def _pop_quantization(config: dict[str, Any]) -> Any:
     """What an object of config.json says of how weights are stored, taken out of it."""
-    said, older = config.pop("quantization_config", None), config.pop("compression_config", None)
+    found, older = config.pop("quantization_config", None), config.pop("compression_config", None)
     if isinstance(older, dict):  # what compressed-tensors called it at first
         older = {"quant_method": "compressed-tensors", **older}
-    return older if said is None else said
+    return older if found is None else found
 
 
 def _json_object(path: Path) -> dict[str, Any]:
@@ -99,17 +102,19 @@ def load_params(
     dtype: Any,
     *,
     unrolled: bool = False,
-    convert: Callable[[Weight, Any], Any] | None = None,
-    keeps_int8: Callable[[Weight], bool] = lambda _: True,
+    in_int8: Callable[[Weight], bool] = lambda _: False,
+    rounded: Callable[..., Int8Weight] | None = None,
     place: Callable[[Weight, Any], Any] = lambda _, x: jax.device_put(x),
     progress: bool = True,
 ) -> Any:
     """The family's tree of weights, in `dtype`; with `unrolled`, every layer is its own stack.
 
     Args:
-        convert: makes of each leaf what is placed, such as an eight-bit weight. It is given an
-            array, or `EightBits` where the checkpoint itself stores int8.
-        keeps_int8: of which leaves; others are given in `dtype`, however they are stored.
+        in_int8: which leaves are held in eight bits, as they are stored or else `rounded`; others
+            are given in `dtype`, however they are stored. Stacks are cut where layers differ.
+        rounded: `rounded(floats)`, numpy [..., in], is an `Int8Weight` of numpy arrays, and
+            `rounded(floats, out)` fills one. It is needed where there are such leaves.
+        place: what becomes of a leaf.
 
     One leaf at a time is on its way: host memory stays within the tree plus one leaf (and on CPU
     within the tree, since its buffers are handed over rather than copied).
@@ -121,7 +126,7 @@ def load_params(
     stored = scheme(raw)
     shards = Shards(folder) if stored is None else QuantizedShards(folder, stored)
     declared = family.declare_params(cfg)
-    declared = unstack(declared) if unrolled else declared
+    declared = unstack(declared) if unrolled else _cut_by_kind(declared, in_int8)
     dtype = np.dtype(dtype)
     shapes = jax.tree.leaves(abstract(declared, cfg.sizes, dtype))
     total = sum(shape.size * shape.dtype.itemsize for shape in shapes)
@@ -136,11 +141,9 @@ def load_params(
 
         def load(w: Weight) -> jax.Array:
             bar.advance(task, math.prod(w.shape(cfg.sizes)) * np.dtype(w.dtype or dtype).itemsize)
-            as_stored = convert is not None and keeps_int8(w)
-            leaf = _fill_int8(w, shards, cfg) if as_stored else None
-            if leaf is None:
-                leaf = _fill(w, shards, cfg, np.dtype(w.dtype or dtype))
-            return place(w, leaf if convert is None else convert(w, leaf))
+            if in_int8(w):
+                return place(w, _fill_int8(w, shards, cfg, dtype, rounded))
+            return place(w, _fill(w, shards, cfg, np.dtype(w.dtype or dtype)))
 
         params = jax.tree.map(load, declared, is_leaf=is_weight)
     _warn_of_unread(shards, raw)
@@ -174,21 +177,44 @@ def _fill(w: Weight, shards: Shards, cfg: Any, dtype: np.dtype) -> np.ndarray:
     return out
 
 
-def _fill_int8(w: Weight, shards: Shards, cfg: Any) -> EightBits | None:
-    """The leaf as the checkpoint stores it; None if any part of it is not int8."""
-    if not isinstance(shards, QuantizedShards) or not shards.holds_rows_of_int8 or w.read:
-        return None
+def _fill_int8(
+    w: Weight, shards: Shards, cfg: Any, dtype: np.dtype, rounded: Callable[..., Int8Weight] | None
+) -> Int8Weight:
+    """The leaf in eight bits: every tensor as it is stored, or rounded if it is not in int8."""
+    assert rounded is not None
+    if w.read is not None:
+        return rounded(_fill(w, shards, cfg, dtype))
     shape = w.shape(cfg.sizes)
-    parts = list(tensor_names(w, shape))
-    if not w.is_matrix or not all(shards.is_quantized(name) for _, name in parts):
-        return None
-    out = EightBits(
+    out = Int8Weight(
         aligned_empty(shape, np.dtype(np.int8)),
         aligned_empty(shape[:-1], np.dtype(np.float32)),
     )
-    for index, name in parts:
-        shards.read_int8(name, EightBits(out.values[index], out.scale[index]))
+    for index, name in tensor_names(w, shape):
+        part = Int8Weight(out.values[index], out.scale[index])
+        if isinstance(shards, QuantizedShards) and shards.has_rows_of_int8(name):
+            shards.read_int8(name, part)
+        else:
+            floats = np.empty(part.shape, dtype)
+            shards.read(name, floats)
+            rounded(floats, part)
     return out
+
+
+def _cut_by_kind(declared: Any, in_int8: Callable[[Weight], bool]) -> Any:
+    """The tree with its stacks cut where layers hold other leaves in eight bits."""
+    if not hasattr(declared, "stacks"):
+        return declared
+    sizes = list[int]()
+    for stack in declared.stacks:
+        leaves, before = jax.tree.leaves(stack, is_leaf=is_weight), None
+        for i in leaves[0].layers:
+            kinds = [in_int8(replace(w, layers=range(i, i + 1))) for w in leaves]
+            if kinds == before:
+                sizes[-1] += 1
+            else:
+                sizes.append(1)
+            before = kinds
+    return cut(declared, sizes)
 
 
 def tensor_names(w: Weight, shape: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], str]]:

@@ -6,7 +6,10 @@ from pathlib import Path
 
 from jaxserve.errors import CheckpointError
 
-_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
+_PATTERNS = [
+    "*.json", "*.safetensors", "*.jinja", "tokenizer.model", "README.md", "LICENSE*", "NOTICE*",
+]  # fmt: skip
+"""What is read, and what goes along with a model that is made of this one."""
 
 
 def resolve(model: str | Path, revision: str | None = None) -> Path:

@@ -15,7 +15,7 @@ _BYTE = np.stack([np.tile(_NIBBLE, 16), np.repeat(_NIBBLE, 16)], -1)  # [256, 2]
 _LARGEST = 252  # 6 * 2 ** (252 - 127) is the last that float32 and bfloat16 hold
 
 
-def dequantise(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
+def dequantize(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
     """Values [..., G * 32] bfloat16, exactly, of blocks [..., G, 16] with exponents [..., G].
 
     Both are uint8; byte i of a block holds values 2i and 2i + 1, and a scale s means 2^(s - 127).
@@ -48,5 +48,5 @@ def read(get: Callable[[str], np.ndarray], name: str, rows: slice) -> np.ndarray
     blocks, scales = blocks[:, rows], scales[:, rows]
     out = np.empty((*scales.shape[:2], scales.shape[2] * 32), ml_dtypes.bfloat16)
     for expert in range(len(out)):
-        out[expert] = dequantise(blocks[expert], scales[expert])
+        out[expert] = dequantize(blocks[expert], scales[expert])
     return out

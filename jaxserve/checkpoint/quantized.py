@@ -13,6 +13,7 @@ import numpy as np
 from jaxserve.checkpoint.safetensors import FLOATS, Shards, splits
 from jaxserve.checkpoint.schemes import Scheme
 from jaxserve.errors import CheckpointError
+from kernels_pallas.weight import Int8Weight
 
 log = logging.getLogger(__name__)
 
@@ -21,13 +22,6 @@ _TYPES = {"int8": ("int8",), "fp8": (_E4M3, _E5M2), "e4m3": (_E4M3,), "e5m2": (_
 _SCALE_TYPES = (*FLOATS, "float8_e8m0fnu")
 _ACTIVATIONS = (".input_scale", ".activation_scale")  # vLLM's name, and transformers'
 _CHUNK = 1 << 20  # elements that are floats at a time: a whole matrix takes four times its bytes
-
-
-class EightBits(NamedTuple):
-    """A stored weight, values * scale: int8 [..., *out, *in], float32 [..., *out]."""
-
-    values: np.ndarray
-    scale: np.ndarray
 
 
 class _Scales(NamedTuple):
@@ -55,13 +49,16 @@ class QuantizedShards(Shards):
                 "floats, or get a scale for each token", folder, len(static), static[0],
             )  # fmt: skip
 
-    @property
-    def holds_rows_of_int8(self) -> bool:
-        """`read_int8` can be used: every scale is that of a row."""
-        return self.scheme.kind == "int8" and self.scheme.block is None
+    def has_rows_of_int8(self, name: str) -> bool:
+        """Whether `read_int8` can be used: the tensor is int8, and every scale is that of rows."""
+        plain = self.scheme.kind == "int8" and self.scheme.block is None
+        return plain and self.is_stored_in_eight_bits(name)
 
-    def is_quantized(self, name: str) -> bool:
-        return name in self.tensors and self.tensors[name].dtype.name in _TYPES[self.scheme.said]
+    def is_stored_in_eight_bits(self, name: str) -> bool:
+        """Whether a tensor is of the type that config.json declares."""
+        return (
+            name in self.tensors and self.tensors[name].dtype.name in _TYPES[self.scheme.declared]
+        )
 
     def read(self, name: str, out: np.ndarray) -> None:
         """As `Shards.read`; scales are multiplied in.
@@ -70,7 +67,7 @@ class QuantizedShards(Shards):
             CheckpointError: a tensor or its scales are missing, misshapen, of a type that
                 config.json does not speak of, or out of range.
         """
-        if not self.is_quantized(name):
+        if not self.is_stored_in_eight_bits(name):
             self._check_float(name)
             return super().read(name, out)
         shape = self._matrix(name, out.shape)
@@ -79,13 +76,17 @@ class QuantizedShards(Shards):
     def get(self, name: str) -> np.ndarray:
         """As `Shards.get`, but float32 where the tensor is stored in eight bits."""
         tensor = self._find(name)
-        eight = self.is_quantized(name)
-        out = np.empty(tensor.shape, np.float32 if eight else tensor.dtype)
+        stored = self.is_stored_in_eight_bits(name)
+        out = np.empty(tensor.shape, np.float32 if stored else tensor.dtype)
         self.read(name, out)
         return out
 
-    def read_int8(self, name: str, out: EightBits) -> None:
-        """Fills `out`, whose scale has one axis less for each axis that is contracted."""
+    def read_int8(self, name: str, out: Int8Weight) -> None:
+        """Fills `out`, numpy arrays int8 [*out, in] and float32 [*out], with what is stored.
+
+        Raises:
+            CheckpointError: as `read`, or the largest product exceeds float32.
+        """
         shape = self._matrix(name, out.values.shape)
         if shape[0] != out.scale.size:
             raise _misshapen(name, shape, out.values.shape)
@@ -127,12 +128,12 @@ class QuantizedShards(Shards):
 
     def _check_float(self, name: str) -> None:
         """Refuses a tensor that config.json, or what lies beside it, says is something else."""
-        tensor, said = self._find(name), self.scheme.said
+        tensor, declared = self._find(name), self.scheme.declared
         seen = f"{name} in {tensor.path.name} is {tensor.dtype.name} {list(tensor.shape)}"
         if any(tensor.dtype.name in types for types in _TYPES.values()):
-            raise CheckpointError(f"{seen}, but quantization_config says {said}")
+            raise CheckpointError(f"{seen}, but quantization_config says {declared}")
         if key := self._scale_name(name):
-            raise CheckpointError(f"{seen}, but {key} lies beside it; expected {said}")
+            raise CheckpointError(f"{seen}, but {key} lies beside it; expected {declared}")
 
     def _raw(self, name: str) -> np.ndarray:
         """A tensor as it is stored."""
@@ -163,7 +164,8 @@ class QuantizedShards(Shards):
         if scale_type not in _SCALE_TYPES:
             raise CheckpointError(f"{key} is {scale_type}; expected {', '.join(_SCALE_TYPES)}")
         tiles = (rows, 1) if block is None else (-(-rows // block[0]), -(-cols // block[1]))
-        by_block = block is not None and stored.shape == tiles
+        # modelopt keeps axes of 1 behind both numbers of blocks
+        by_block = block is not None and stored.shape in (tiles, (tiles[0], 1, tiles[1], 1))
         known = {rows} if self.scheme.by_row else set()
         known |= {1} if self.scheme.by_tensor else set()
         count = max(stored.shape, default=1)  # of the one axis that is not 1
@@ -175,7 +177,7 @@ class QuantizedShards(Shards):
             raise CheckpointError(f"{key} holds a scale that is NaN, infinite or below 0")
         if by_block:
             assert block is not None
-            return _Scales(scale, block)
+            return _Scales(scale.reshape(tiles), block)
         return _Scales(scale.reshape(-1, 1), (1 if count == rows else rows, cols))
 
     def _check_zero_scales(self, name: str, raw: np.ndarray, scales: _Scales) -> None:
@@ -190,7 +192,7 @@ class QuantizedShards(Shards):
                 )
 
     def _check_activations(self, name: str) -> None:
-        """A scale for what a product is given is not used, and shall make sense nevertheless."""
+        """Activation scales are ignored, but a malformed one means a damaged checkpoint."""
         for key in (name.removesuffix(".weight") + suffix for suffix in _ACTIVATIONS):
             if key not in self.tensors:
                 continue

@@ -107,17 +107,26 @@ class Shards:
         return self.tensors[name]
 
     def _instead(self, name: str) -> str:
-        """Why a tensor may be missing: one holds it for all experts, as models in memory do."""
+        """Why a tensor may be missing: it is packed, or one holds it for all experts."""
+        packed = [name.removesuffix("weight") + part for part in ("qweight", "weight_packed")]
+        if found := [key for key in packed if key in self.tensors and name.endswith("weight")]:
+            return (
+                f", but {self._seen(found[0])}: weights that are packed in fewer bits (GPTQ, AWQ) "
+                "are not supported; take the checkpoint in floats"
+            )
         module = re.match(r".*\bexperts\.(?=\d+\.)", name)
         of_all = re.compile(re.escape(module[0]) + r"[a-z]\w*$") if module else None
         found = [key for key in sorted(self.tensors) if of_all and of_all.match(key)]
         if not found:
             return "; the checkpoint does not fit its config.json"
-        seen = ", ".join(f"{k} {(t := self.tensors[k]).dtype.name} {list(t.shape)}" for k in found)
         return (
-            f", but {seen}: tensors of all experts are not read for this family; save them one by "
-            "one, as save_pretrained of transformers does by default"
+            f", but {', '.join(map(self._seen, found))}: tensors of all experts are not read for "
+            "this family; save them one by one, as save_pretrained of transformers does by default"
         )
+
+    def _seen(self, name: str) -> str:
+        tensor = self.tensors[name]
+        return f"{name} {tensor.dtype.name} {list(tensor.shape)}"
 
 
 def _paths(folder: Path) -> list[Path]:

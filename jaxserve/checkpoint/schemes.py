@@ -2,8 +2,9 @@
 
 Four ways of saying it are known: that of compressed-tensors (vLLM's), int8 or float8 with a scale
 for each row, tensor or block; "fp8" of transformers, DeepSeek and vLLM, float8 with a scale for
-each block or tensor; "fbgemm_fp8", for each row; and NVIDIA's "modelopt". Weights are symmetric in
-all of them. Scales of activations and of the cache are passed over: both get their own here.
+each block or tensor; "fbgemm_fp8", for each row; and NVIDIA's "modelopt", for each row, tensor or
+block. Weights are symmetric in all of them. Scales of activations and of the cache are passed over:
+both get their own here.
 """
 
 from __future__ import annotations
@@ -39,10 +40,13 @@ class Scheme:
     fmt: str | None = None
 
     @property
-    def said(self) -> str:
+    def declared(self) -> str:
         """What config.json says eight bits are, as closely as it does."""
         return self.fmt or self.kind
 
+
+_METHODS = {"compressed_tensors": "compressed-tensors"}
+_FLOAT8 = {"float8_e4m3fn": "e4m3", "float8_e5m2": "e5m2"}
 
 _INVERSE = ("_scale_inv", "_scale")
 """transformers writes the first, vLLM's own exporters the second; both are multiplied in."""
@@ -51,6 +55,29 @@ _FORMATS = (
     None, "int-quantized", "float-quantized", "naive-quantized", "mixed-precision", "dense",
 )  # fmt: skip
 """Of compressed-tensors: a value is a byte, or a float. Others pack several into a word."""
+
+
+def normalised(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A `quantization_config` in the one spelling that is read here, of those that vLLM takes.
+
+    Methods, algorithms and formats may be in either case; modelopt may keep its settings in an
+    object `quantization`, and name itself as the `producer` alone.
+    """
+    found, producer = dict(config), config.get("producer")
+    made_by = producer.get("name") if isinstance(producer, Mapping) else None
+    method = found.get("quant_method") or (made_by if made_by == "modelopt" else None)
+    if isinstance(method, str):
+        method = _METHODS.get(method.lower(), method.lower())
+    if method == "modelopt" and isinstance(inner := found.get("quantization"), Mapping):
+        found = {**found, **inner}
+        del found["quantization"]
+    if method is not None:
+        found["quant_method"] = method
+    if isinstance(algorithm := found.get("quant_algo"), str):
+        found["quant_algo"] = algorithm.upper()
+    if isinstance(fmt := found.get("fmt"), str):
+        found["fmt"] = _FLOAT8.get(fmt.lower(), fmt.lower())
+    return found
 
 
 def scheme(hf: Mapping[str, Any]) -> Scheme | None:
@@ -62,6 +89,7 @@ def scheme(hf: Mapping[str, Any]) -> Scheme | None:
     config = hf.get("quantization_config") or {}
     if not isinstance(config, Mapping):
         raise CheckpointError(f"quantization_config {config!r} in config.json: expected an object")
+    config = normalised(config)
     match config.get("quant_method"):
         case "compressed-tensors":
             return _compressed_tensors(config)
@@ -84,17 +112,20 @@ def _fp8(config: Mapping[str, Any]) -> Scheme:
 
 
 def _modelopt(config: Mapping[str, Any]) -> Scheme | None:
+    _object(config, "quantization")
     if (algorithm := config.get("quant_algo")) is None:
         return None  # the cache alone is quantised
-    _expect("quant_algo", algorithm, "FP8", "FP8_PER_CHANNEL_PER_TOKEN")
+    _expect("quant_algo", algorithm, "FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO")
+    if algorithm == "FP8_PB_WO":
+        return Scheme("fp8", False, block=(128, 128), by_row=False, by_tensor=False)
     return Scheme("fp8", True, by_tensor=algorithm == "FP8")
 
 
 def _compressed_tensors(config: Mapping[str, Any]) -> Scheme | None:
     _expect("format", config.get("format"), *_FORMATS)
-    sparsity = config.get("sparsity_config") or {}
+    sparsity = _object(config, "sparsity_config")
     _expect("sparsity_config.format", sparsity.get("format", "dense"), "dense")
-    if (config.get("transform_config") or {}).get("config_groups"):
+    if _object(config, "transform_config").get("config_groups"):
         raise CheckpointError(
             "quantization_config.transform_config: activations that are rotated while the model "
             "runs are not supported; take a checkpoint without"
@@ -151,6 +182,14 @@ def _block(key: str, seen: Any) -> tuple[int, int]:
     raise CheckpointError(
         f"quantization_config.{key} {seen!r}: expected [n, k], whole numbers from 1"
     )
+
+
+def _object(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """An object that may be missing, or null."""
+    found = config.get(key) or {}
+    if not isinstance(found, Mapping):
+        raise CheckpointError(f"quantization_config.{key} {found!r}: expected an object")
+    return found
 
 
 def _expect(key: str, seen: Any, *known: Any) -> None:

@@ -56,7 +56,9 @@ def run(args: argparse.Namespace) -> None:
     """Measures a single stream, a batch and a long prompt, in this order."""
     if min(args.rounds, args.prompt_len, args.output_len, args.batch, args.prefill_len) < 1:
         raise ConfigError("--rounds, lengths and --batch must be at least 1")
+    _check_lengths(args, _context(args))
     with load(args) as llm:
+        _check_lengths(args, llm.max_model_len)  # memory may have left less
         llm.wait_until_warm()
         prefill_len = min(args.prefill_len, llm.max_model_len - 1)
         workloads = [
@@ -70,6 +72,23 @@ def run(args: argparse.Namespace) -> None:
         print(json.dumps({**about, "figures": [asdict(f) for f in found]}))
     else:
         _print(about, found)
+
+
+def _context(args: argparse.Namespace) -> int:
+    """Tokens that a sequence may have, by what can be known without loading anything."""
+    from jaxserve.cli.doctor import Checkpoint
+
+    known = Checkpoint.read(args.model, args.revision).model.max_len
+    return min(known, args.max_model_len or known)
+
+
+def _check_lengths(args: argparse.Namespace, context: int) -> None:
+    if args.prompt_len + args.output_len > context:
+        raise ConfigError(
+            f"--prompt-len {args.prompt_len} and --output-len {args.output_len} are "
+            f"{args.prompt_len + args.output_len} tokens, and a sequence may have {context}; ask "
+            "for fewer"
+        )
 
 
 def measure(llm: Any, workload: Workload, rounds: int) -> Figures:

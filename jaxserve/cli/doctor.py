@@ -17,7 +17,7 @@ from typing import Any
 from jaxserve import __version__
 from jaxserve.cli.options import add_engine_options, engine_settings
 from jaxserve.config import EngineConfig
-from jaxserve.errors import ConfigError
+from jaxserve.errors import ConfigError, JaxServeError
 
 Rows = Iterator[tuple[str, str]]
 
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     revision = settings.pop("revision")
     checkpoint = Checkpoint.read(args.model, revision)
     _print(console, args.model, checkpoint.rows())
-    config = EngineConfig(**settings)
+    config = EngineConfig.of(settings)
     try:
         plan = checkpoint.plan(config)
     except ConfigError as error:
@@ -65,15 +65,17 @@ def _print(console: Any, title: str, rows: Rows) -> None:
 
 
 def _machine() -> Rows:
-    from jaxserve.engine.compile_watch import cache_dir
+    from kernels_pallas.cpu.build import cache_dir
 
     yield "jaxserve", __version__
     yield "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"
     yield "packages", ", ".join(f"{name} {_version(name)}" for name in _PACKAGES)
     yield from _devices()
     yield "native kernels", native_kernels()
-    folder = Path(os.environ.get("JAX_COMPILATION_CACHE_DIR") or cache_dir() / "xla")
-    yield "compile cache", _cache_state(folder)
+    own = None if (root := cache_dir()) is None else root / "xla"
+    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR") or own
+    nowhere = "none: no home folder; set JAXSERVE_CACHE_DIR"
+    yield "compile cache", _cache_state(Path(folder)) if folder else nowhere
 
 
 def _version(name: str) -> str:
@@ -86,14 +88,14 @@ def _version(name: str) -> str:
 def _devices() -> Rows:
     import jax
 
-    from jaxserve.plan import memory_limit
+    from jaxserve.plan import default_device, memory_limit
 
     try:
-        devices = jax.devices()
-    except RuntimeError as error:
+        default_device()
+    except ConfigError as error:
         yield "devices", f"none: {error}"
         return
-    for device in devices:
+    for device in jax.devices():
         free = memory_limit(device) / 2**30
         kind = "" if device.device_kind == device.platform else f" {device.device_kind}"
         cores = f", {os.cpu_count()} cores" if device.platform == "cpu" else ""
@@ -169,10 +171,24 @@ class Checkpoint:
     def plan(self, config: EngineConfig) -> Any:
         """What an engine would decide; raises ConfigError if it cannot work."""
         from jaxserve import plan
+        from jaxserve.checkpoint import cache_scales
         from jaxserve.quant import weights
+        from jaxserve.weights import held_in_int8
 
-        size = partial(weights.weight_bytes, self.family, self.model)
-        return plan.resolve(config, self.raw, self.model, size, plan.default_device())
+        held = weights.is_large
+        if any(self.folder.glob("*.safetensors")):
+            held = held_in_int8(self.folder, self.family, self.model, self.raw, config)
+        layers, shape, scales = self.model.num_layers, self.model.kv_shape, None
+        if config.kv_cache_dtype == "int8":
+            scales = cache_scales.load(self.folder, layers, shape)
+        return plan.resolve(
+            config,
+            self.raw,
+            self.model,
+            partial(weights.weight_bytes, self.family, self.model, in_int8=held),
+            plan.default_device(),
+            kv_calibrated=scales is not None,
+        )
 
     def rows(self) -> Rows:
         """The checkpoint in words."""
@@ -200,7 +216,7 @@ def nearest(checkpoint: Checkpoint, asked: EngineConfig) -> EngineConfig | None:
     for tried in _candidates(asked):
         try:
             plan = checkpoint.plan(tried)
-        except ConfigError:
+        except JaxServeError:  # or scales of a cache that only this candidate reads
             continue
         if asked.max_model_len is not None:
             shorter = min(asked.max_model_len, plan.max_model_len)
@@ -211,12 +227,24 @@ def nearest(checkpoint: Checkpoint, asked: EngineConfig) -> EngineConfig | None:
 
 def _candidates(asked: EngineConfig) -> Iterator[EngineConfig]:
     """Settings ever further from what was asked: shorter, fuller, narrower, and together."""
-    fuller = dataclasses.replace(asked, memory_utilization=max(asked.memory_utilization, 0.95))
-    narrower = dataclasses.replace(asked, dtype="bfloat16")
-    for base in (asked, fuller, narrower, dataclasses.replace(fuller, dtype="bfloat16")):
-        yield base
-        yield dataclasses.replace(base, max_model_len=None)
-        yield dataclasses.replace(base, max_model_len=None, num_pages=None)
+    change = dataclasses.replace
+    fuller = {"memory_utilization": max(asked.memory_utilization, 0.95)}
+    narrower, rounded = {"dtype": "bfloat16"}, {"quantization": "int8"}
+    for other in ({}, fuller, narrower, fuller | narrower):
+        yield from _shorter(change(asked, **other))
+    for field in dataclasses.fields(EngineConfig):  # one that cannot be had here
+        if getattr(asked, field.name) != field.default:
+            yield change(asked, **{field.name: field.default})
+    pages = {"kv_cache_dtype": "int8"}
+    for other in (pages, rounded, rounded | fuller, rounded | fuller | narrower):
+        yield from _shorter(change(asked, **other))
+    yield from _shorter(change(asked, **rounded, **fuller, **narrower, **pages))
+
+
+def _shorter(base: EngineConfig) -> Iterator[EngineConfig]:
+    yield base
+    yield dataclasses.replace(base, max_model_len=None)
+    yield dataclasses.replace(base, max_model_len=None, num_pages=None)
 
 
 def _options(asked: EngineConfig, found: EngineConfig) -> str:
@@ -224,7 +252,11 @@ def _options(asked: EngineConfig, found: EngineConfig) -> str:
     changed: list[str] = []
     for field in dataclasses.fields(EngineConfig):
         before, after = getattr(asked, field.name), getattr(found, field.name)
-        option = f"--{field.name.replace('_', '-')}"
-        if before != after:
-            changed.append(f"no {option}" if after is None else f"{option} {after}")
+        option = field.name.replace("_", "-")
+        if before == after:
+            continue
+        if isinstance(after, bool):
+            changed.append(f"--{option}" if after else f"--no-{option}")
+        else:
+            changed.append(f"no --{option}" if after is None else f"--{option} {after}")
     return " ".join(changed) or "the same again: memory has been freed since"

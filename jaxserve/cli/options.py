@@ -9,7 +9,7 @@ import types
 import typing
 from typing import Any
 
-from jaxserve.config import EngineConfig
+from jaxserve.config import OTHER_NAMES, EngineConfig
 from jaxserve.request import SamplingParams
 
 _SHORT = {
@@ -30,6 +30,9 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         options |= {"default": field.default, "help": texts[field.name].replace("%", "%%")}
         names = [f"--{field.name.replace('_', '-')}", *_SHORT.get(field.name, ())]
         group.add_argument(*names, **options)
+    for name in OTHER_NAMES:  # taken so that `EngineConfig.of` can say what they are called here
+        option = f"--{name.replace('_', '-')}"
+        group.add_argument(option, nargs="?", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
 
 
 def add_process_options(parser: argparse.ArgumentParser) -> None:
@@ -46,8 +49,9 @@ def add_process_options(parser: argparse.ArgumentParser) -> None:
 
 def engine_settings(args: argparse.Namespace) -> dict[str, Any]:
     """What was asked of the engine, as keyword arguments of `LLM`."""
-    settings = {f.name: getattr(args, f.name) for f in dataclasses.fields(EngineConfig)}
-    return settings | {"revision": args.revision}
+    names = [f.name for f in dataclasses.fields(EngineConfig)]
+    names += [name for name in OTHER_NAMES if hasattr(args, name)]
+    return {name: getattr(args, name) for name in names} | {"revision": args.revision}
 
 
 def load(args: argparse.Namespace) -> Any:
@@ -86,8 +90,8 @@ def typed(kind: Any) -> dict[str, Any]:
         (kind,) = (k for k in kind.__args__ if k is not type(None))
     if kind is bool:
         return {"action": argparse.BooleanOptionalAction}
-    if typing.get_origin(kind) is typing.Literal:
-        return {"choices": typing.get_args(kind)}
+    if typing.get_origin(kind) is typing.Literal:  # the config refuses others, and says why
+        return {"type": str, "metavar": f"{{{','.join(typing.get_args(kind))}}}"}
     return {"type": kind, "metavar": kind.__name__.upper()}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import logging
 import reprlib
 import sys
 import typing
@@ -13,6 +14,8 @@ from typing import Any
 
 from jaxserve.cli.options import describe, typed
 from jaxserve.errors import ConfigError
+
+log = logging.getLogger(__name__)
 
 NUM_DOCUMENTS, LENGTH = 128, 256
 """How much a model writes where it is given nothing to read."""
@@ -48,20 +51,22 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Reads or writes the text, rounds, and prints where the result is."""
+    from jaxserve.plan import default_device
     from jaxserve.quant import PLAIN, QuantizeConfig, check_paths, quantize_checkpoint
 
     names = [f.name for f in dataclasses.fields(QuantizeConfig)]
     asked = {name: getattr(args, name) for name in names if hasattr(args, name)}
     config = dataclasses.replace(PLAIN if args.plain else QuantizeConfig(), **asked)
-    if args.calibration is not None and not config.calibrated:
+    if args.calibration is not None and not config.needs_documents:
         raise ConfigError(
             f"--calibration {args.calibration}: no measure that is left reads text; leave it out, "
             "or ask for one, such as --compensation"
         )
     folder = check_paths(args.model, args.out, args.revision)
+    default_device()  # raises where there is none
     progress = not args.quiet and sys.stderr.isatty()
     documents = None
-    if config.calibrated:
+    if config.needs_documents:
         own = None if args.calibration is None else read(folder, args.calibration)
         documents = own or own_text(folder, progress=progress)
     done = quantize_checkpoint(
@@ -80,7 +85,7 @@ def read(folder: Path, file: Path) -> list[list[int]]:
 
     tokenizer = Tokenizer.from_folder(folder)
     try:
-        lines = file.read_text().splitlines()
+        lines = file.read_text("utf-8").split("\n")  # others are a string's own
     except (OSError, ValueError) as error:
         raise ConfigError(f"--calibration {file} cannot be read: {error}") from None
     texts = [_text(file, i, line) for i, line in enumerate(lines, 1) if line.strip()]
@@ -120,13 +125,52 @@ def own_text(folder: Path, *, seed: int = 0, progress: bool = False) -> list[lis
             n=-(-NUM_DOCUMENTS // len(prompts)), max_tokens=min(LENGTH, llm.max_model_len // 2),
             seed=seed,
         )  # fmt: skip
-        outs = llm.generate([{"prompt_token_ids": p} for p in prompts], params)
-    return [[*p, *o.token_ids] for p, out in zip(prompts, outs, strict=True) for o in out.outputs]
+        return _written(llm, prompts, params, progress)
+
+
+def _written(llm: Any, prompts: list[list[int]], params: Any, progress: bool) -> list[list[int]]:
+    """`params.n` documents for each prompt, with a bar over their tokens meanwhile."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    documents = [[list(prompt) for _ in range(params.n)] for prompt in prompts]
+    most, total = params.max_tokens, params.n * len(prompts)
+    log.info("the model writes %d documents of up to %d tokens", total, most)
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, transient=True, disable=not progress) as bar:
+        task = bar.add_task("writing text", total=total * most)
+        generations = [llm.submit(prompt, params) for prompt in prompts]
+        for prompt, own, generation in zip(prompts, documents, generations, strict=True):
+            for delta in generation:
+                own[delta.index] += delta.token_ids
+                left = most + len(prompt) - len(own[delta.index]) if delta.finished else 0
+                bar.advance(task, len(delta.token_ids) + left)
+    return [document for own in documents for document in own]
 
 
 def _prompts(folder: Path, llm: Any) -> list[list[int]]:
-    path = folder / "examples.json"
-    if llm.tokenizer is not None and path.exists():
-        return [llm.tokenizer.encode(e["prompt"]) for e in json.loads(path.read_text())]
-    first = llm.tokenizer.bos_token_id if llm.tokenizer is not None else None
-    return [[first or 0]]
+    """Beginnings of documents, token ids; half a context at most."""
+    if llm.tokenizer is None:
+        return [[0]]
+    texts = _examples(folder / "examples.json")
+    found = [ids[: llm.max_model_len // 2] for ids in map(llm.tokenizer.encode, texts) if ids]
+    return found or [[llm.tokenizer.bos_token_id or 0]]
+
+
+def _examples(path: Path) -> list[str]:
+    """The prompts of a model's own examples; none if a file of that name is something else."""
+    if not path.is_file():
+        return []
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        found = error
+    entries = found if isinstance(found, list) else []
+    prompts = [entry.get("prompt") for entry in entries if isinstance(entry, dict)]
+    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+    if texts and len(texts) == len(entries):
+        return texts
+    log.warning(
+        '%s holds no examples: %s; expected [{"prompt": "..."}, ...]. The model writes its text '
+        "from the first token on", path, reprlib.repr(found),
+    )  # fmt: skip
+    return []

@@ -22,7 +22,10 @@ def run(args: argparse.Namespace) -> None:
         from jaxserve.train.loop import train
     except ModuleNotFoundError as error:
         raise ConfigError(f"training needs {error.name}: pip install 'jaxserve[train]'") from None
+    from jaxserve.plan import default_device
     from jaxserve.train.config import read_config
 
-    job = prepare(read_config(args.config))
+    config = read_config(args.config)
+    default_device()  # raises where there is none
+    job = prepare(config)
     print(train(job, progress=not args.quiet and sys.stderr.isatty()))

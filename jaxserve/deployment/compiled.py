@@ -27,7 +27,7 @@ from jaxserve.engine.signature import program
 from jaxserve.engine.spread import spread
 from jaxserve.errors import ConfigError
 from jaxserve.models.parallel import place_of, placed, whole_sizes
-from jaxserve.quant.weights import is_quantized, weight_bytes
+from jaxserve.quant.weights import is_large, weight_bytes
 from kernels_pallas.weight import Int8Weight
 from moe import wire
 from moe.transport import capacity
@@ -241,7 +241,7 @@ def _params(shape: Shape, plan: planning.Plan, mesh: Mesh) -> Any:
     def leaf(w: Weight) -> Any:
         spec = place_of(w, cfg.sizes, plan.parallelism)
         dims = w.shape({**sizes, "experts": slots})
-        if plan.quantization and is_quantized(w):
+        if plan.quantization and is_large(w):
             return Int8Weight(array(dims, jnp.int8, spec), array(dims[:-1], jnp.float32, spec))
         return array(dims, w.dtype or plan.dtype, spec)
 

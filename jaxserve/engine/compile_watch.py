@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
+import logging
 from typing import Any
 
 import jax
 
 from jaxserve.errors import CompileForbiddenError
+from kernels_pallas.cpu.build import cache_dir
+
+log = logging.getLogger(__name__)
 
 _COMPILED = "/jax/core/compile/backend_compile_duration"
 _HIT = "/jax/compilation_cache/cache_hits"
-
-
-def cache_dir() -> Path:
-    """Where compiled programs are kept: $JAXSERVE_CACHE_DIR, or ~/.cache/jaxserve."""
-    return Path(os.environ.get("JAXSERVE_CACHE_DIR", "~/.cache/jaxserve")).expanduser()
 
 
 def keep_programs() -> None:
@@ -25,7 +22,10 @@ def keep_programs() -> None:
     jax keys it by program, jaxlib version, flags and device; a second start compiles nothing.
     """
     if jax.config.values["jax_compilation_cache_dir"] is None:
-        jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
+        if (root := cache_dir()) is None:
+            log.warning("compiled programs are not kept: no home folder; set JAXSERVE_CACHE_DIR")
+            return
+        jax.config.update("jax_compilation_cache_dir", str(root / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 

@@ -129,6 +129,13 @@ class Engine:
         for seq in list(sequences or [s for group in self._requests.values() for s in group]):
             self._end(seq, error)
 
+    def _fail_request(self, seq: Sequence, error: EngineError, *, distrusted: bool) -> None:
+        """Ends a sequence and its siblings; where scores were broken, so may be what is cached."""
+        group = self._requests[seq.generation.request_id]
+        for each in group if distrusted else ():
+            self.ranks[each.rank].distrust(each)
+        self.fail(error, group)
+
     def close(self, error: BaseException) -> None:
         """Ends everything that waits for the engine."""
         self.fail(error)
@@ -331,7 +338,7 @@ class Engine:
         try:
             delta = advance(seq, token, logprob)
         except EngineError as error:  # its siblings have lost their reader
-            self.fail(error, self._requests[seq.generation.request_id])
+            self._fail_request(seq, error, distrusted=token < 0)
             return
         self._counted(seq)
         if delta.finished:
@@ -376,7 +383,7 @@ class Engine:
         if row.start + row.count == seq.prompt_len:
             vector = seq.pooled / (seq.prompt_len if seq.pooling == "mean" else 1)
             if not np.isfinite(vector).all():
-                self._end(seq, not_finite(seq))
+                self._fail_request(seq, not_finite(seq), distrusted=True)
                 return
             seq.generation.embedding = EmbeddingOutput(vector.tolist(), seq.tokens)
             self._end(seq, CompletionOutput(0, finish_reason="stop"))

@@ -46,7 +46,9 @@ def ops(attend: Attend, dtype: Any, num_rows: Array) -> Ops:
 def _rotate(
     x: Array, table: Table, *, norm: Weight | None = None, num_rows: Array, **options: Any
 ) -> Array:
-    cos, sin = (t.reshape(-1, t.shape[-1]) for t in table)
+    cos, sin = (  # one table may serve all sequences
+        jnp.broadcast_to(t, (*x.shape[:2], *t.shape[2:])).reshape(-1, t.shape[-1]) for t in table
+    )
     flat = x.reshape(-1, *x.shape[2:])
     scale = None if norm is None else as_array(norm)
     y = cpu.rope(flat, cos, sin, norm=scale, num_rows=num_rows, **options)

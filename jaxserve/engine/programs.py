@@ -25,7 +25,7 @@ from jaxserve.models.ops import Ops
 from jaxserve.models.parallel import marked
 from jaxserve.plan import Plan
 from kernels_pallas.paged_attention import Ragged
-from sharding.tree import unstack
+from sharding.tree import cut
 
 _SCORED = 64  # prompt tokens whose logits exist at a time
 
@@ -85,7 +85,8 @@ def sample_step(
     """Draws a token for each of the first R sequences of a step, and the history with them."""
     x = arrays.unpack()
     num_rows = jnp.sum(x.lengths > 0, dtype=jnp.int32)
-    rows = last[: x.lengths.shape[0]]
+    # XLA's matrix products on GPUs take the slice in, and then fail to compile for one row.
+    rows = lax.optimization_barrier(last[: x.lengths.shape[0]])
     logits = logits_of(plan, family, cfg, params, rows, num_rows)
     return sample(logits, history, x, **sampling_ops(plan, num_rows))
 
@@ -203,10 +204,8 @@ def _marked(plan: Plan, family: Family, cfg: Any, params: Any) -> Any:
     """Params as the operations of a mesh want them."""
     if not plan.on_mesh:
         return params
-    declared = family.declare_params(cfg)
-    declared = unstack(declared) if plan.unrolled else declared
-    if not params.stacks:  # `signature.head`
-        declared = replace(declared, stacks=())
+    sizes = [len(jax.tree.leaves(stack)[0]) for stack in params.stacks]  # none: `signature.head`
+    declared = cut(family.declare_params(cfg), sizes)
     return marked(declared, params, cfg.sizes, plan.parallelism)
 
 

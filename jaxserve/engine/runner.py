@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -49,6 +51,8 @@ from moe.parallel import PlacedExperts
 log = logging.getLogger(__name__)
 
 OnProgram = Callable[[str, int, float], None]  # kind, size, seconds
+
+_COMPILERS = 8  # at once, where nothing is served meanwhile: each may take gigabytes of the host
 
 _HASTY: dict[str, Any] = {"xla_backend_optimization_level": 0}  # halves the time of LLVM
 
@@ -101,6 +105,7 @@ class Runner:
         self._traced = plan  # what programs are compiled for now; only its kernels may differ
         self._programs: dict[tuple[str, int], Callable[..., Any]] = {}
         self._sizes: dict[str, tuple[int, ...]] = {}  # of programs, by kind
+        self._listing = threading.Lock()  # of what exists, since several may be compiled at once
         self._stop = threading.Event()
         self._compiler: threading.Thread | None = None
         self._failure: BaseException | None = None
@@ -129,16 +134,23 @@ class Runner:
 
     # ---- programs ---------------------------------------------------------------------
 
-    def warm_up(self, *, background: bool, on_program: OnProgram) -> None:
+    def warm_up(
+        self, *, background: bool, on_program: OnProgram,
+        programs: Sequence[tuple[str, int]] | None = None,
+    ) -> None:  # fmt: skip
         """Allocates and compiles what the first token needs; the rest behind it if `background`.
 
-        Where the native kernels are still to be built, that happens behind the first tokens too:
+        In the foreground several are compiled at once, or only those `programs` of the plan that
+        its steps will need; in the background one by one, because steps want the host too. Where
+        the native kernels are still to be built, that happens behind the first tokens too:
         the first program then runs the reference, and makes way for the native one.
         """
         urgent, rest = self.plan.programs[:2], self.plan.programs[2:]
         if not background:
             self.allocate()
-            self._compile_all(self.plan.programs, on_program)
+            # processes of one mesh must meet in the same order, and compile in it
+            at_once = 1 if self.mesh is not None else min(_COMPILERS, os.cpu_count() or 1)
+            self._compile_all(programs or self.plan.programs, on_program, at_once)
             return self._check()
         interim = self.plan.kernels == "native" and not kernels_pallas.cpu.ready()
         if interim:
@@ -164,13 +176,21 @@ class Runner:
         lost = self.plan.kernels == "native" and not kernels_pallas.cpu.available()
         self._traced = replace(self.plan, kernels="reference") if lost else self.plan
 
-    def _compile_all(self, programs: Sequence[tuple[str, int]], on_program: OnProgram) -> None:
+    def _compile_all(
+        self, programs: Sequence[tuple[str, int]], on_program: OnProgram, at_once: int = 1
+    ) -> None:
+        def compiled(program: tuple[str, int]) -> float | None:
+            return None if self._stop.is_set() else self._compile(*program)
+
         try:
             self._find_kernels()
-            for kind, size in programs:
-                if self._stop.is_set():
-                    return
-                on_program(kind, size, self._compile(kind, size))
+            # a pool's threads are waited for as Python exits: none for what is in the background
+            with ThreadPoolExecutor(at_once) if at_once > 1 else nullcontext() as pool:
+                took = pool.map(compiled, programs) if pool else map(compiled, programs)
+                for program, seconds in zip(programs, took, strict=True):
+                    if seconds is None:
+                        return
+                    on_program(*program, seconds)
             _settle_heap()
         except BaseException as error:  # reported to whoever waits, or runs the next step
             self._failure = error
@@ -210,8 +230,10 @@ class Runner:
         with jax.default_device(self.device):
             lowered = jax.jit(made.function, donate_argnums=made.donated).lower(*made.arguments)
             options = _HASTY if hasty else self.plan.compiler_options
-            self._programs[kind, size] = lowered.compile(compiler_options=options)
-        self._sizes[kind] = tuple(sorted({size, *self._ready(kind)}))
+            compiled = lowered.compile(compiler_options=options)
+        with self._listing:
+            self._programs[kind, size] = compiled
+            self._sizes[kind] = tuple(sorted({size, *self._ready(kind)}))
         return time.monotonic() - started
 
     def _unused_arrays(self, R: int) -> dict[str, Any]:

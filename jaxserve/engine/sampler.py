@@ -61,11 +61,12 @@ class Sampled(NamedTuple):
 
 
 def argmax(x: Array) -> tuple[Array, Array]:
-    """The first largest entry of each row [R, V], and its value.
+    """The first largest entry of each row [R, V], and its value: infinite where any is NaN.
 
-    Two plain reductions: XLA:CPU's own argmax is ten times slower.
+    Two plain reductions: XLA:CPU's own argmax is ten times slower. Its maximum of a long row
+    forgets a NaN, so that must be said in another way.
     """
-    top = jnp.max(x, -1)
+    top = jnp.max(jnp.where(jnp.isnan(x), jnp.inf, x), -1)
     ids = jnp.arange(x.shape[-1], dtype=jnp.int32)
     return jnp.min(jnp.where(x == top[:, None], ids, x.shape[-1] - 1), -1), top
 
@@ -92,7 +93,7 @@ def sample(
     likely, best = argmax(logits)
     choose = partial(_choose, argmax, draw)
     tokens = lax.cond(plain, lambda s, h, x: likely, choose, logits, history, x)
-    # a NaN makes the maximum NaN, infinity makes it infinite, and a mask that forbids all is finite
+    # NaN and infinity make the maximum infinite or NaN; a mask that forbids all leaves it finite
     tokens = jnp.where(jnp.isfinite(best), tokens, -1)
     logprob, rank, ids, top = lax.cond(x.use_logprobs, logprobs_of, _no_logprobs, logits, tokens)
     unseen = jnp.zeros((logits.shape[0], 4), jnp.float32)

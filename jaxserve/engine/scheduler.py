@@ -269,6 +269,15 @@ class Scheduler:
         if seq in (queue := self._queue(seq)):
             queue.remove(seq)
 
+    def distrust(self, seq: Sequence) -> None:
+        """Gives up all that is cached of a sequence for which the model had no scores.
+
+        The keys of tokens before the broken one may be NaN as well: a masked key weighs 0, and 0
+        times NaN is NaN. Pages that it had matched go with them, since it may have met it there.
+        """
+        self.pages.withdraw(seq.keys)
+        self._drop(seq)
+
     # ---- one sequence -----------------------------------------------------------------
 
     def _decode(self, seq: Sequence, step: Step, budget: int) -> None:

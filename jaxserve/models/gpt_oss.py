@@ -13,7 +13,7 @@ from jaxserve.checkpoint import mxfp4
 from jaxserve.models import decoder, llama
 from jaxserve.models.decoder import forward, logits
 from jaxserve.models.layers import Attention
-from jaxserve.models.settings import check, choice, refuse_quantised
+from jaxserve.models.settings import check, choice, refuse_quantized
 from kernels_pallas.weight import Weight
 from moe.experts import Experts
 from moe.router import Router
@@ -84,7 +84,7 @@ declare_params = partial(decoder.declare_params, moe_layer=Layer)
 def config(hf: Mapping[str, Any]) -> Config:
     """Reads `config.json`; defaults are the published models'."""
     check(hf)
-    quantised = refuse_quantised(hf, supported=("mxfp4",))
+    quantized = refuse_quantized(hf, supported=("mxfp4",))
     choice(hf, "hidden_act", {"silu": "silu"}, "silu")
     choice(hf, "swiglu_limit", {7.0: 7.0}, 7.0)
     choice(hf, "swiglu_alpha", {1.702: 1.702}, 1.702)
@@ -102,5 +102,5 @@ def config(hf: Mapping[str, Any]) -> Config:
         moe_layers=(True,) * hf["num_hidden_layers"],
         router=Router(hf["num_local_experts"], hf["num_experts_per_tok"]),
         expert_mlp=hf["intermediate_size"],
-        mxfp4=quantised is not None,
+        mxfp4=quantized is not None,
     )

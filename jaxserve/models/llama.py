@@ -8,7 +8,7 @@ from typing import Any
 from jaxserve.errors import CheckpointError
 from jaxserve.models import rope
 from jaxserve.models.decoder import Config, declare_params, forward, logits
-from jaxserve.models.settings import ACTIVATIONS, check, choice, refuse_quantised
+from jaxserve.models.settings import ACTIVATIONS, check, choice, refuse_quantized
 
 __all__ = ["config", "declare_params", "forward", "logits"]
 
@@ -16,7 +16,7 @@ __all__ = ["config", "declare_params", "forward", "logits"]
 def config(hf: Mapping[str, Any], kind: type[Config] = Config, **more: Any) -> Any:
     """Reads `config.json`. Other families call this too, and say in `more` where they differ."""
     check(hf)
-    refuse_quantised(hf)
+    refuse_quantized(hf)
     heads = hf["num_attention_heads"]
     head_dim = hf.get("head_dim") or hf["hidden_size"] // heads
     return kind(**{

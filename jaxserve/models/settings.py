@@ -37,7 +37,7 @@ EIGHT_BITS = ("compressed-tensors", "fp8", "fbgemm_fp8", "modelopt")
 """Quantisations that `checkpoint.quantized` reads as floats, for any family."""
 
 
-def refuse_quantised(hf: Mapping[str, Any], supported: tuple[str, ...] = EIGHT_BITS) -> str | None:
+def refuse_quantized(hf: Mapping[str, Any], supported: tuple[str, ...] = EIGHT_BITS) -> str | None:
     """The checkpoint's `quant_method`; CheckpointError unless it is None or one of `supported`."""
     config = hf.get("quantization_config") or {}
     method = config.get("quant_method")

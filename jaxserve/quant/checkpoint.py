@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,18 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from jaxserve.checkpoint import hf, hub
 from jaxserve.checkpoint.export import begin, save_pretrained
+from jaxserve.checkpoint.reward_head import REWARD_HEAD, ROTATED, load_reward_head
 from jaxserve.checkpoint.schemes import scheme
 from jaxserve.errors import CheckpointError, ConfigError
 from jaxserve.models.family import family
+from jaxserve.models.reward_head import RewardHead
 from jaxserve.quant import rotate, scale_search
 from jaxserve.quant.cache import calibrate_cache
 from jaxserve.quant.config import MEASURES, QuantizeConfig
 from jaxserve.quant.leaves import Leaves
 from jaxserve.quant.record import Inputs, record
 from jaxserve.quant.rounding import round_matrix, rounded_rows
-from jaxserve.quant.weights import is_quantized
+from jaxserve.quant.weights import is_large
 from kernels_pallas.weight import Int8Weight
 from sharding.tree import Weight
 
@@ -45,7 +48,9 @@ def quantize_checkpoint(
     The result is a Hugging Face folder (W8A8 of compressed-tensors) with the model's tokenizer,
     chat template, generation defaults and card; `LLM` serves it without being asked. The weights
     are held in float32 meanwhile: four bytes a parameter, and the rows of `config.rows`. Layers for
-    multi-token prediction and reward heads, which read hidden states, are left behind.
+    multi-token prediction are left behind. Rotations turn hidden states: a reward head beside the
+    model is turned with them, another one must be fitted anew, and embeddings compare with those
+    of the same checkpoint only.
 
     Args:
         model: a folder with a Hugging Face checkpoint in floats, or a hub id.
@@ -61,25 +66,25 @@ def quantize_checkpoint(
     config, out = config or QuantizeConfig(), Path(out).expanduser()
     folder = check_paths(model, out, revision)
     raw = hf.read_config(folder)
-    if config.calibrated and not any(map(len, documents or ())):
+    if config.needs_documents and not any(map(len, documents or ())):
         raise ConfigError(
             "calibration needs documents, and there are none; `jaxserve.quant.PLAIN` rounds without"
         )
     module = family(raw.get("model_type"))
     cfg = hf.model_config(module, raw)
     _check_tokens(documents or (), cfg.vocab)
+    card = _card(folder, str(model), config)  # what may fail, before hours of rounding
     params = hf.load_params(
         folder, module, cfg, "float32", unrolled=True, place=lambda _, x: x, progress=progress
     )
-    leaves = Leaves.of(module, cfg, params)
-    quantize(leaves, config, documents or (), progress=progress)
-    scales = calibrate_cache(leaves, documents or ()) if config.kv_cache else None
-    _to_dtype(leaves, _dtype(raw))
-    config_json = _config_json(raw, leaves)
-    card = _card(folder, str(model), config)
+    leaves = Leaves.of(module, cfg, params, _dtype(raw))
+    turn = quantize(leaves, config, documents or (), progress=progress)
+    scales = _cache_scales(leaves, documents or (), progress) if config.kv_cache else None
+    _to_dtype(leaves)
+    config_json = {**_config_json(raw, leaves), **({} if turn is None else {ROTATED: True})}
     save_pretrained(
         out, module, leaves.cfg, leaves.tree(), config_json, beside=folder, card=card,
-        kv_scales=scales,
+        kv_scales=scales, reward_head=_turned_head(folder, raw, cfg.embed, turn),
     )  # fmt: skip
     return out
 
@@ -90,18 +95,23 @@ def quantize(
     documents: Sequence[Sequence[int]],
     *,
     progress: bool = False,
-) -> None:
-    """Makes eight-bit weights of a model's large ones, in place; an output head stays in floats."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, transient=True, disable=not progress) as bar:
+) -> np.ndarray | None:
+    """Makes eight-bit weights of a model's large ones, in place; an output head stays in floats.
+
+    Returns:
+        What `rotate.rotate` does; None if the model was not rotated.
+    """
+    turn = None
+    with _bars(progress) as bar:
         if config.rotations:
             if (why := rotate.refusal(leaves)) is None:
-                rotate.rotate(leaves, config.seed)
+                turn = rotate.rotate(leaves, config.seed)
             else:
                 log.info("not rotated: %s", why)
         inputs = None
-        if config.calibrated:
-            total = sum(min(len(d), leaves.cfg.max_len) for d in documents)
+        if config.reads_inputs:
+            total = _num_tokens(leaves, documents)
+            log.info("reading %d tokens of %d documents", total, len(documents))
             task = bar.add_task("reading text", total=total)
             inputs = record(
                 leaves, documents, rows=config.rows, seed=config.seed,
@@ -112,22 +122,56 @@ def quantize(
             if config.scale_search and inputs is not None:
                 scale_search.search(leaves, inputs, i, config.per_channel)
             _round_layer(leaves, inputs, i, config)
+            log.info("layer %d of %d is rounded", i + 1, len(leaves.layers))
             bar.advance(task)
     if not config.mixed_precision:
-        leaves.outer["embed"] = _as_eight_bits(leaves.outer["embed"])
+        leaves.outer["embed"] = rounded_rows(leaves.outer["embed"])
+    return turn
+
+
+def _turned_head(
+    folder: Path, raw: dict[str, Any], embed: int, turn: np.ndarray | None
+) -> RewardHead | None:
+    """The reward head beside a model, for hidden states that are turned."""
+    if not (folder / REWARD_HEAD).is_file():
+        return None
+    head = load_reward_head(folder / REWARD_HEAD, embed, rotated=bool(raw.get(ROTATED)))
+    if turn is None:
+        return head
+    return replace(head, w_in=np.asarray(head.w_in @ turn, np.float32))
+
+
+def _bars(progress: bool) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    return Progress(*columns, transient=True, disable=not progress)
+
+
+def _num_tokens(leaves: Leaves, documents: Sequence[Sequence[int]]) -> int:
+    """How many tokens are read: each document as far as the model knows positions."""
+    return sum(min(len(d), leaves.cfg.max_len) for d in documents)
+
+
+def _cache_scales(
+    leaves: Leaves, documents: Sequence[Sequence[int]], progress: bool
+) -> dict[str, np.ndarray]:
+    total = _num_tokens(leaves, documents)
+    log.info("reading %d tokens for the scales of the cache", total)
+    with _bars(progress) as bar:
+        task = bar.add_task("calibrating the cache", total=total)
+        return calibrate_cache(leaves, documents, advance=lambda n: bar.advance(task, n))
 
 
 def _round_layer(leaves: Leaves, inputs: Inputs | None, i: int, config: QuantizeConfig) -> None:
     layer = leaves.layers[i]
     for name, spec in leaves.specs()[i].items():
-        if is_quantized(spec):
+        if is_large(spec):
             w = layer[name]
             layer[name] = _round_leaf(spec, name, w, inputs, i, config)
             bias = name.replace(".w", ".b")
             if inputs is not None and config.compensation and bias in layer:
                 layer[bias] = layer[bias] + _mean_error(w, layer[name], inputs.rows(i, name))
         elif spec.is_matrix and not config.mixed_precision:
-            layer[name] = _as_eight_bits(layer[name])
+            layer[name] = rounded_rows(layer[name])
 
 
 def _round_leaf(
@@ -158,19 +202,14 @@ def _mean_error(w: np.ndarray, rounded: Int8Weight, inputs: np.ndarray) -> np.nd
     return error.reshape(rounded.scale.shape).astype(np.float32)
 
 
-def _as_eight_bits(w: np.ndarray) -> np.ndarray:
-    """The floats that a table's rows in eight bits stand for."""
-    return rounded_rows(w)
-
-
-def _to_dtype(leaves: Leaves, dtype: Any) -> None:
-    specs = [*leaves.specs()]
-    for layer, spec in zip(leaves.layers, specs, strict=True):
+def _to_dtype(leaves: Leaves) -> None:
+    """Casts what stays in floats to the type in which it will be stored, in place."""
+    for layer, spec in zip(leaves.layers, leaves.specs(), strict=True):
         for name, x in layer.items():
             if not isinstance(x, Int8Weight):
-                layer[name] = x.astype(spec[name].dtype or dtype)
+                layer[name] = x.astype(spec[name].dtype or leaves.dtype)
     for name, x in leaves.outer.items():
-        leaves.outer[name] = x.astype(dtype)
+        leaves.outer[name] = x.astype(leaves.dtype)
 
 
 def _dtype(raw: dict[str, Any]) -> np.dtype:
@@ -245,15 +284,16 @@ def _ignored(leaves: Leaves) -> list[str]:
         spec.name.format(layer=spec.layers[0]).removesuffix(".weight")
         for specs in leaves.specs()
         for spec in specs.values()
-        if spec.is_matrix and not is_quantized(spec)
+        if spec.is_matrix and not is_large(spec)
     }
     return ["lm_head", *sorted(names)]
 
 
 def _card(folder: Path, model: str, config: QuantizeConfig) -> str:
     """The model's own card, and what was done to it."""
-    path = folder / "README.md"
-    own = path.read_text().rstrip() + "\n" if path.exists() else f"# {Path(model).name}\n"
+    path, own = folder / "README.md", f"# {Path(model).name}\n"
+    if path.is_file():
+        own = path.read_text(encoding="utf-8", errors="replace").rstrip() + "\n"
     used = ", ".join(name.replace("_", " ") for name in MEASURES if getattr(config, name))
     return f"""{own}
 ## Eight bits
@@ -262,4 +302,5 @@ Large weights are int8 with a scale for each output, for activations that are ro
 with a scale for each token (W8A8, compressed-tensors). Made with `jaxserve quantize`; measures:
 {used or "none"}.
 Figures above are of the model in floats.
+transformers reads this form of dense models alone: it fuses experts, which it then refuses.
 """

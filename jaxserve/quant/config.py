@@ -44,9 +44,14 @@ class QuantizeConfig:
             raise ConfigError(f"seed={self.seed} must be 0 or more; 0 is the default")
 
     @property
-    def calibrated(self) -> bool:
+    def reads_inputs(self) -> bool:
         """Whether inputs of products are looked at."""
-        return self.scale_search or self.clipping or self.compensation or self.kv_cache
+        return self.scale_search or self.clipping or self.compensation
+
+    @property
+    def needs_documents(self) -> bool:
+        """Whether the model has to read text."""
+        return self.reads_inputs or self.kv_cache
 
 
 MEASURES = tuple(

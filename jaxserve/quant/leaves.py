@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxserve.models.family import Family
 from kernels_pallas.weight import Int8Weight
@@ -25,19 +26,21 @@ class Leaves:
         cfg: the family's config; it changes where a tied head gets weights of its own.
         outer: embed, final_norm and lm_head, as far as they are there.
         layers: one dict for each layer.
+        dtype: in which what stays in floats will be stored; here it is float32.
     """
 
     family: Family
     cfg: Any
     outer: Layer
     layers: list[Layer]
+    dtype: np.dtype
 
     @classmethod
-    def of(cls, family: Family, cfg: Any, params: Any) -> Leaves:
+    def of(cls, family: Family, cfg: Any, params: Any, dtype: Any = "float32") -> Leaves:
         """Takes an unrolled tree apart; arrays are not copied."""
         outer = {name: x for name, x in _outer(params).items() if x is not None}
         layers = [{k: x[0] for k, x in named(stack).items()} for stack in params.stacks]
-        return cls(family, cfg, outer, layers)
+        return cls(family, cfg, outer, layers, np.dtype(dtype))
 
     def declared(self) -> Any:
         """The tree of `Weight`, a stack for each layer."""

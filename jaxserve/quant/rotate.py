@@ -42,10 +42,14 @@ def rotation(size: int, rng: np.random.Generator) -> np.ndarray:
     return signs[:, None] * np.kron(odd, hadamard / power**0.5)
 
 
-def rotate(leaves: Leaves, seed: int = 0) -> None:
+def rotate(leaves: Leaves, seed: int = 0) -> np.ndarray:
     """Turns a model in place. A tied head becomes one of its own, for it reads behind a norm.
 
     There must be no `refusal`.
+
+    Returns:
+        What a matrix [N, embed] that reads the model's last hidden states must be multiplied by,
+        [embed, embed], to read the rotated ones.
     """
     rng = np.random.default_rng(seed)
     turn, within = rotation(leaves.cfg.embed, rng), None
@@ -59,7 +63,9 @@ def rotate(leaves: Leaves, seed: int = 0) -> None:
             layer[name] = _turned(layer[name], turn, axes.index("embed"))
         within = rotation(layer[_values(layer)].shape[1], rng) if within is None else within
         _turn_values(layer, within)
+    states = (leaves.cfg.norm_offset + leaves.outer["final_norm"])[:, None] * turn
     _turn_outer(leaves, turn)
+    return states
 
 
 def fold_norm(layer: Layer, norm: str, names: list[str], offset: float) -> None:

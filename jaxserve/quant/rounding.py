@@ -1,14 +1,15 @@
-"""Rounding a matrix to eight bits with an eye on the inputs that it meets.
+"""Rounds a matrix [N, K] to int8 given inputs [n, K] of it, both float32.
 
-Matrices are [N, K] and inputs [n, K], float32. Every function takes the inputs as a product sees
-them, each row rounded to eight bits, and none makes the output error of any row of the matrix
-larger than rounding to the nearest leaves it.
+`round_matrix` tries what the measures offer and takes for each row what leaves the smallest output
+error, so that none is larger than rounding to the nearest leaves it. It is given inputs as they
+are; the functions below it take them as a product sees them, each row rounded to eight bits.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
+from jaxserve.quant.rows import dequantize_rows, quantize_rows
 from kernels_pallas.weight import Int8Weight
 
 CLIPS = (*(1 - 0.01 * i for i in range(16)), 0.8, 0.75, 0.7, 0.65, 0.6)
@@ -19,9 +20,8 @@ _BLOCK = 128  # columns whose errors are handed on together
 
 
 def rounded_rows(x: np.ndarray) -> np.ndarray:
-    """Rows as `kernels_pallas.quantize.quantize_rows` leaves them, in floats."""
-    scale = np.abs(x).max(-1, keepdims=True) / 127.0
-    return (np.rint(x / np.where(scale > 0, scale, 1.0)) * scale).astype(np.float32)
+    """Rows [..., K] rounded to eight bits, as the floats that these stand for."""
+    return dequantize_rows(*quantize_rows(x))
 
 
 def output_error(change: np.ndarray, inputs: np.ndarray) -> np.ndarray:
@@ -36,31 +36,28 @@ def condensed(inputs: np.ndarray) -> np.ndarray:
     return np.asarray(np.linalg.qr(inputs, mode="r"))
 
 
+def plain(w: np.ndarray, per_channel: bool = True) -> Int8Weight:
+    """The nearest matrix whose largest weight, of each row or of all, is 127."""
+    if per_channel:
+        return Int8Weight(*quantize_rows(w))
+    values, scale = quantize_rows(w.reshape(1, -1))
+    return Int8Weight(values.reshape(w.shape), np.repeat(scale, len(w)))
+
+
 def nearest(w: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """int8 values of a matrix for scales [N]."""
+    """int8 values of a matrix for scales [N], cut where these are too small."""
     steps = np.where(scale > 0, scale, 1.0)[:, None]
     return np.clip(np.rint(w / steps), -127, 127).astype(np.int8)
 
 
-def plain_scale(w: np.ndarray, per_channel: bool = True) -> np.ndarray:
-    """Scales [N] with which the largest weight becomes 127."""
-    top = np.abs(w).max(-1)
-    return (top if per_channel else np.full_like(top, top.max())).astype(np.float32) / 127.0
-
-
 def clipped_scale(w: np.ndarray, inputs: np.ndarray, per_channel: bool = True) -> np.ndarray:
     """Scales [N], each the best of `CLIPS` for its row (or of all rows alike)."""
-    scale = plain_scale(w, per_channel)
-    errors = np.stack(
-        [output_error(dequantized(nearest(w, c * scale), c * scale) - w, inputs) for c in CLIPS]
-    )
+    scale = plain(w, per_channel).scale
+    scales = [np.float32(clip) * scale for clip in CLIPS]
+    errors = np.stack([output_error(dequantize_rows(nearest(w, s), s) - w, inputs) for s in scales])
     if not per_channel:
         errors = np.broadcast_to(errors.sum(1, keepdims=True), errors.shape)
-    return (np.asarray(CLIPS)[errors.argmin(0)] * scale).astype(np.float32)
-
-
-def dequantized(values: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    return values.astype(np.float32) * scale[:, None]
+    return np.stack(scales)[errors.argmin(0), np.arange(len(w))]
 
 
 def compensated(w: np.ndarray, scale: np.ndarray, inputs: np.ndarray) -> np.ndarray:
@@ -90,7 +87,7 @@ def _fed_back(w: np.ndarray, scale: np.ndarray, factor: np.ndarray) -> np.ndarra
         for j in range(start, stop):
             column = nearest(w[:, j : j + 1], scale)
             values[:, j : j + 1] = column
-            error = (w[:, j] - dequantized(column, scale)[:, 0]) / factor[j, j]
+            error = (w[:, j] - dequantize_rows(column, scale)[:, 0]) / factor[j, j]
             w[:, j + 1 : stop] -= np.outer(error, factor[j, j + 1 : stop])
             errors[:, j - start] = error
         w[:, stop:] -= errors @ factor[start:stop, stop:]
@@ -110,12 +107,14 @@ def round_matrix(
     Args:
         inputs: rows that it meets, as they are; None rounds to the nearest.
     """
-    plain = plain_scale(w, per_channel)
+    found = [plain(w, per_channel)]
     if inputs is None or not (clipping or compensation):
-        return Int8Weight(nearest(w, plain), plain)
+        return found[0]
     inputs = condensed(rounded_rows(inputs))
-    scales = [plain, clipped_scale(w, inputs, per_channel)] if clipping else [plain]
-    found = [Int8Weight(nearest(w, scale), scale) for scale in scales]
+    if clipping:
+        scale = clipped_scale(w, inputs, per_channel)
+        found.append(Int8Weight(nearest(w, scale), scale))
+    scales = [f.scale for f in found]
     if compensation:  # where it presses weights beyond a clipped range, the whole one is better
         found += [Int8Weight(compensated(w, scale, inputs), scale) for scale in scales]
     return _best_rows(w, found, inputs, per_channel)
@@ -125,7 +124,7 @@ def _best_rows(
     w: np.ndarray, found: list[Int8Weight], inputs: np.ndarray, per_channel: bool
 ) -> Int8Weight:
     """Each row as the candidate has it that leaves the smallest error; the first of equals."""
-    errors = np.stack([output_error(dequantized(f.values, f.scale) - w, inputs) for f in found])
+    errors = np.stack([output_error(dequantize_rows(f.values, f.scale) - w, inputs) for f in found])
     if not per_channel:
         return found[int(errors.sum(1).argmin())]
     best, row = errors.argmin(0), np.arange(len(w))

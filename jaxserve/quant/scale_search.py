@@ -8,6 +8,9 @@ would take the bits of all others, are thereby folded away too.
 
 Scales are powers of two, so that folding them is exact in every float type: the model in floats
 says the same to the bit, and what stays in bfloat16, such as a router, is not rounded once more.
+Norms that store their distance from one (Gemma) are the exception: near -1 bfloat16 has steps of
+2^-8 only. There a scale is what the stored norm has given up, whatever that is, so that readers
+take just that; it is exact up to the rounding of float32.
 """
 
 from __future__ import annotations
@@ -20,7 +23,8 @@ import numpy as np
 
 from jaxserve.quant.leaves import Layer, Leaves, readers
 from jaxserve.quant.record import Inputs
-from jaxserve.quant.rounding import dequantized, nearest, plain_scale, rounded_rows
+from jaxserve.quant.rounding import plain, rounded_rows
+from jaxserve.quant.rows import dequantize_rows
 
 ALPHAS = tuple(0.1 * i for i in range(11))
 _ROWS = 256  # inputs that a candidate is judged by
@@ -36,8 +40,9 @@ class Product:
     def error(self, s: np.ndarray, per_channel: bool = True) -> float:
         """|Q(W s) Q(x / s) - W x|^2 over |W x|^2."""
         w = self.matrix * s
-        scale = plain_scale(w, per_channel)
-        found = rounded_rows(self.inputs / s) @ dequantized(nearest(w, scale), scale).T
+        rounded = plain(w, per_channel)
+        w = dequantize_rows(rounded.values, rounded.scale)
+        found = rounded_rows(self.inputs / s) @ w.T
         power = max(float(np.square(self.outputs).sum()), 1e-30)
         return float(np.square(found - self.outputs).sum()) / power
 
@@ -76,14 +81,31 @@ def _candidate(
     return s.astype(np.float32)
 
 
+def divided(
+    norm: np.ndarray, s: np.ndarray, offset: float, dtype: np.dtype
+) -> tuple[np.ndarray, np.ndarray]:
+    """A norm [K] that multiplies by offset + norm, divided by about s; and the exact divisor [K].
+
+    Both are float32, and `dtype` holds the norm as it is. A channel that multiplies by 0 stays so.
+    """
+    whole = offset + norm
+    stored = (whole / s - offset).astype(dtype)
+    zero = np.asarray(-offset, dtype)
+    least = np.nextafter(zero, (np.sign(whole) - offset).astype(dtype))  # a quotient is never 0
+    stored = np.where((stored == zero) & (whole != 0), least, stored)
+    stored = np.where((whole == 0) | (s == 1), norm, stored.astype(np.float32))
+    quotient = offset + stored
+    return stored, np.divide(whole, quotient, out=np.ones_like(whole), where=whole != 0)
+
+
 def search(leaves: Leaves, inputs: Inputs, i: int, per_channel: bool = True) -> None:
     """Finds and folds the scales of layer i, in place; `inputs` become what they are then."""
     layer, specs = leaves.layers[i], leaves.specs()[i]
     fold = _Fold(layer, inputs, i, per_channel)
     for norm in ("attn_norm", "mlp_norm"):
-        fold.norm(norm, readers(norm, specs), leaves.cfg.norm_offset)
+        fold.norm(norm, readers(norm, specs), leaves.cfg.norm_offset, leaves.dtype)
     if "attn.wq_b" in layer:
-        fold.norm("attn.q_norm", ["attn.wq_b"], 0.0)
+        fold.norm("attn.q_norm", ["attn.wq_b"], 0.0, leaves.dtype)
     for part in ("mlp.", "mlp.shared.", "mlp.experts."):
         if part + "w_down" in layer:
             fold.hidden(part)
@@ -99,11 +121,14 @@ class _Fold:
     i: int
     per_channel: bool
 
-    def norm(self, norm: str, names: list[str], offset: float) -> None:
+    def norm(self, norm: str, names: list[str], offset: float, dtype: np.dtype) -> None:
         """Between a norm and the matrices that read it; a router reads it too, in floats."""
         judged = [name for name in names if name != "mlp.router"]
         s = best_scale([p for n in judged for p in self._products(n)], per_channel=self.per_channel)
-        self.layer[norm] = ((offset + self.layer[norm]) / s - offset).astype(np.float32)
+        if offset:
+            self.layer[norm], s = divided(self.layer[norm], s, offset, dtype)
+        else:
+            self.layer[norm] = (self.layer[norm] / s).astype(np.float32)
         for name in names:
             self.layer[name] = self.layer[name] * s
         self._divide(names, s)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxserve.checkpoint.export import save_pretrained
+from jaxserve.checkpoint.export import begin, save_pretrained
 from jaxserve.models.family import Family
 from jaxserve.train.adapter import Adapter, merged
 from jaxserve.train.checkpoint import Checkpoints
@@ -56,8 +56,9 @@ def train(run: Run, *, progress: bool = True) -> Path:
     Raises:
         CheckpointError: a checkpoint belongs to another run, or something cannot be written.
     """
-    params = fit(run, progress=progress)
     folder = run.folder / "model"
+    begin(folder).rmdir()  # now, not when days of steps are done
+    params = fit(run, progress=progress)
     save_pretrained(folder, run.family, run.cfg, params, run.hf, beside=run.beside)
     return folder
 

@@ -69,7 +69,7 @@ def _read(file: Path) -> list[tuple[str, str]]:
             a file that was cut off.
     """
     try:
-        lines = file.read_text().splitlines()
+        lines = file.read_text("utf-8").split("\n")  # others are a string's own
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read {file}: {error}") from None
     return [_pair(line, f"{file}:{i + 1}") for i, line in enumerate(lines) if line.strip()]

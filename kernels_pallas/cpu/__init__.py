@@ -6,7 +6,8 @@ Weights of int8 come with `scales`, one for each output; rows of x are then roun
 (kernels_pallas.quantize), sums are exact integers, and the result is the reference's to the bit.
 `num_rows` says how many rows of a padded batch are real; the others cost nothing and come out 0.
 A row's result is the same bits whatever else is in the batch and however many threads run.
-All ops are forward only (`op.with_reference_gradient` lends them one) and need `available()`.
+All ops are forward only; `op.with_reference_gradient` supplies the backward pass. They need
+`available()`.
 """
 
 import ctypes
@@ -75,10 +76,14 @@ def available() -> bool:
     path = build.library()
     if path is None:
         return False
-    library = ctypes.CDLL(str(path))
-    for target in _TARGETS:
-        handler = jax.ffi.pycapsule(getattr(library, f"jaxserve_{target}"))
-        jax.ffi.register_ffi_target(f"jaxserve_{target}", handler, platform="cpu")
+    try:
+        library = ctypes.CDLL(str(path))
+        handlers = {f"jaxserve_{x}": getattr(library, f"jaxserve_{x}") for x in _TARGETS}
+    except (OSError, AttributeError) as error:
+        build.refuse(path, error)
+        return False
+    for target, handler in handlers.items():
+        jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(handler), platform="cpu")
     return True
 
 
@@ -109,8 +114,6 @@ def linear(
     outs = tuple(_floats(x.shape[0], *shape) for shape in shapes)
     rows, index = _rows(num_rows, x), _int(layer)
     if residual is not None:
-        if len(weights) > 1:
-            raise ValueError(f"a residual goes with one weight, not with {len(weights)}")
         if residual.size != outs[0].size:
             raise ValueError(f"a residual {residual.shape} does not fit a product {outs[0].shape}")
         call = _call("add_linear", _floats(*residual.shape), input_output_aliases={3: 0})

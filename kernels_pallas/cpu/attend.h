@@ -182,7 +182,7 @@ void regroup(const Attention<T>& job, const Work<T>& work, int64_t num_rows) {
   }
 }
 
-// The same as below. Keys are used as they lie.
+// work.scores = q . keys, where products go by tiles. Keys are used as they lie.
 template <class T>
 void score_by_tiles(const Attention<T>& job, int64_t num_rows, const Work<T>& work,
                     const Context<T>& now, const Context<T>& next) {
@@ -207,7 +207,7 @@ void score_by_tiles(const Attention<T>& job, int64_t num_rows, const Work<T>& wo
   }
 }
 
-// work.scores = q . keys
+// work.scores = q . keys, packed or by strips, unless products go by tiles.
 template <class T>
 void score(const Attention<T>& job, int64_t num_rows, const Work<T>& work, const Context<T>& now,
            const Context<T>& next) {

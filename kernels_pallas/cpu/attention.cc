@@ -131,17 +131,78 @@ Attention<T> attention_of(Operands in) {
   return job;
 }
 
+bool fits(Floats rows, int64_t num_tokens, int64_t num_heads, int64_t width) {
+  const auto dims = rows.dimensions();
+  return dims.size() == 3 && dims[0] == num_tokens && dims[1] == num_heads && dims[2] == width;
+}
+
+// Whether sequences have rows for their queries and pages for their keys.
+ffi::Error check(const Batch& batch, int64_t num_tokens, int64_t page_size) {
+  for (int64_t seq = 0; seq < batch.num_seqs; ++seq) {
+    const int64_t begin = batch.row_starts[seq], end = batch.row_starts[seq + 1];
+    const int64_t length = batch.kv_lens[seq], room = batch.table_width * page_size;
+    if (begin < 0 || end < begin || end > num_tokens) {
+      return ffi::Error::InvalidArgument(
+          "row_starts must ascend from 0 to at most " + std::to_string(num_tokens) +
+          " rows of q; sequence " + std::to_string(seq) + " has rows " + std::to_string(begin) +
+          " to " + std::to_string(end));
+    }
+    if (end > begin && (length < end - begin || length > room)) {
+      return ffi::Error::InvalidArgument(
+          "kv_lens must count this step's tokens, and tables hold them all; sequence " +
+          std::to_string(seq) + " has " + std::to_string(length) + " keys, " +
+          std::to_string(end - begin) + " of them new, and pages for " + std::to_string(room));
+    }
+  }
+  return ffi::Error::Success();
+}
+
+// Whether all that is read or written is there. Where values are heads of keys, v is k.
+template <class T>
+ffi::Error check(const Attention<T>& job, const Operands& in, Floats k, Floats v) {
+  const auto q = in.q.dimensions(), tables = in.tables.dimensions();
+  const int64_t heads = job.keys.num_heads, num_seqs = int64_t(in.kv_lens.element_count());
+  if (!fits(k, q[0], heads, job.keys.width) || !fits(v, q[0], heads, job.values.width) ||
+      job.values.num_heads != heads || job.values.page_size != job.keys.page_size) {
+    return ffi::Error::InvalidArgument(
+        "k and v must be [T, K, H] for T = " + std::to_string(q[0]) +
+        ", and their pages [P, K, Z, H] with one K and Z; they are " + text(k.dimensions()) +
+        " and " + text(v.dimensions()) + ", pages have " + std::to_string(heads) + " and " +
+        std::to_string(job.values.num_heads) + " heads, " + std::to_string(job.keys.page_size) +
+        " and " + std::to_string(job.values.page_size) + " slots");
+  }
+  if (heads == 0 || q[1] % heads != 0 || q[2] != job.keys.width) {
+    return ffi::Error::InvalidArgument("q must be [T, N, H] with N a multiple of " +
+                                       std::to_string(heads) + " heads of keys and H = " +
+                                       std::to_string(job.keys.width) + ", not " + text(q));
+  }
+  if (tables[0] != num_seqs || int64_t(in.row_starts.element_count()) != num_seqs + 1) {
+    return ffi::Error::InvalidArgument(
+        "row_starts, kv_lens and tables must be [R + 1], [R] and [R, M], not " +
+        text(in.row_starts.dimensions()) + ", " + text(in.kv_lens.dimensions()) + " and " +
+        text(tables));
+  }
+  return check(job.batch, q[0], job.keys.page_size);
+}
+
+ffi::Error mixed_pages() {
+  return ffi::Error::InvalidArgument("pages of keys and of values must have one dtype");
+}
+
 ffi::Error paged_attention(Floats q, Floats k, Floats v, ffi::AnyBuffer, ffi::AnyBuffer,
                            Scalar layer, Ints row_starts, Ints kv_lens, Ints tables, Ints groups,
                            Scalar num_seqs, Scalar window, Floats sinks, FloatsOut out,
                            FloatsOut lse, ffi::Result<ffi::AnyBuffer> k_pages,
                            ffi::Result<ffi::AnyBuffer> v_pages, float scale, float soft_cap) {
+  if (k_pages->element_type() != v_pages->element_type()) return mixed_pages();
   return visit(*k_pages, [&](auto* typed) {
     using T = std::remove_pointer_t<decltype(typed)>;
-    auto job = attention_of<T>({q, k, layer, row_starts, kv_lens, tables, groups, num_seqs, window,
-                                sinks, out, lse, scale, soft_cap});
+    const Operands in{q,        k,      layer, row_starts, kv_lens, tables, groups,
+                      num_seqs, window, sinks, out,        lse,     scale,  soft_cap};
+    auto job = attention_of<T>(in);
     job.keys = pages_of<T>(*k_pages, layer);
     job.values = pages_of<T>(*v_pages, layer);
+    if (auto error = check(job, in, k, v); error.failure()) return error;
     write(job.keys, job.batch, k.typed_data());
     write(job.values, job.batch, v.typed_data());
     run(job, q.dimensions()[0]);
@@ -156,9 +217,11 @@ ffi::Error latent_attention(Floats q, Floats k, ffi::AnyBuffer, Scalar layer, In
                             ffi::Result<ffi::AnyBuffer> k_pages, float scale, float soft_cap) {
   return visit(*k_pages, [&](auto* typed) {
     using T = std::remove_pointer_t<decltype(typed)>;
-    auto job = attention_of<T>({q, k, layer, row_starts, kv_lens, tables, groups, num_seqs, window,
-                                sinks, out, lse, scale, soft_cap});
+    const Operands in{q,        k,      layer, row_starts, kv_lens, tables, groups,
+                      num_seqs, window, sinks, out,        lse,     scale,  soft_cap};
+    auto job = attention_of<T>(in);
     job.keys = job.values = pages_of<T>(*k_pages, layer);
+    if (auto error = check(job, in, k, k); error.failure()) return error;
     write(job.keys, job.batch, k.typed_data());
     run(job, q.dimensions()[0]);
     return ffi::Error::Success();
@@ -172,14 +235,17 @@ ffi::Error coded_attention(Floats q, Floats k, Floats v, ffi::AnyBuffer, Floats,
                            FloatsOut lse, ffi::Result<ffi::AnyBuffer> k_pages, FloatsOut k_scales,
                            ffi::Result<ffi::AnyBuffer> v_pages, FloatsOut v_scales, float scale,
                            float soft_cap, Parts k_parts, Parts v_parts) {
-  auto job = attention_of<bf16>({q, k, layer, row_starts, kv_lens, tables, groups, num_seqs, window,
-                                 sinks, out, lse, scale, soft_cap});
+  if (k_pages->element_type() != v_pages->element_type()) return mixed_pages();
+  const Operands in{q,        k,      layer, row_starts, kv_lens, tables, groups,
+                    num_seqs, window, sinks, out,        lse,     scale,  soft_cap};
+  auto job = attention_of<bf16>(in);
   const CodedPages keys = coded_pages_of(*k_pages, k_scales, layer, k_parts);
   const CodedPages values = coded_pages_of(*v_pages, v_scales, layer, v_parts);
   job.coded_keys = &keys;
   job.coded_values = &values;
   job.keys = sizes_of<bf16>(keys);
   job.values = sizes_of<bf16>(values);
+  if (auto error = check(job, in, k, v); error.failure()) return error;
   write(keys, job.batch, k.typed_data());
   write(values, job.batch, v.typed_data());
   run(job, q.dimensions()[0]);
@@ -191,11 +257,13 @@ ffi::Error coded_latent_attention(Floats q, Floats k, ffi::AnyBuffer, Floats, Sc
                                   Scalar num_seqs, Scalar window, Floats sinks, FloatsOut out,
                                   FloatsOut lse, ffi::Result<ffi::AnyBuffer> k_pages,
                                   FloatsOut k_scales, float scale, float soft_cap, Parts k_parts) {
-  auto job = attention_of<bf16>({q, k, layer, row_starts, kv_lens, tables, groups, num_seqs, window,
-                                 sinks, out, lse, scale, soft_cap});
+  const Operands in{q,        k,      layer, row_starts, kv_lens, tables, groups,
+                    num_seqs, window, sinks, out,        lse,     scale,  soft_cap};
+  auto job = attention_of<bf16>(in);
   const CodedPages keys = coded_pages_of(*k_pages, k_scales, layer, k_parts);
   job.coded_keys = job.coded_values = &keys;
   job.keys = job.values = sizes_of<bf16>(keys);
+  if (auto error = check(job, in, k, k); error.failure()) return error;
   write(keys, job.batch, k.typed_data());
   run(job, q.dimensions()[0]);
   return ffi::Error::Success();

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from kernels_pallas import cpu
+from kernels_pallas.linear import check_residual
 from kernels_pallas.linear import linear as linear_reference
 from kernels_pallas.paged_attention.ragged import Ragged
 from kernels_pallas.weight import Int8Weight, StackedWeight, Weight, as_array
@@ -23,6 +24,7 @@ def linear(
     x: Array, *weights: Weight, residual: Array | None = None, num_rows: Array | None = None
 ) -> Any:
     """`kernels_pallas.linear.linear`."""
+    check_residual(residual, len(weights))
     if any(w.dtype not in _NATIVE for w in weights):
         return linear_reference(x, *weights, residual=residual)
     if residual is not None and residual.dtype != jnp.float32:  # products are rounded first

@@ -2,7 +2,9 @@
 #pragma once
 
 #include <cstdint>
+#include <exception>
 #include <new>
+#include <string>
 
 #include "simd.h"
 #include "xla/ffi/api/ffi.h"
@@ -15,7 +17,8 @@ using Ints = ffi::Buffer<ffi::S32>;
 using Floats = ffi::Buffer<ffi::F32>;
 using FloatsOut = ffi::Result<ffi::Buffer<ffi::F32>>;
 
-// A handler that answers with an error where there is no working memory: XLA knows no exceptions.
+// A handler that answers with an error, of which working memory that is not there is the likeliest:
+// XLA knows no exceptions.
 template <auto handler>
 struct Guard;
 
@@ -28,6 +31,8 @@ struct Guard<handler> {
       return ffi::Error(ffi::ErrorCode::kResourceExhausted,
                         "no memory for what a CPU kernel works in; give the process more, or the "
                         "engine a smaller memory_utilization");
+    } catch (const std::exception& error) {
+      return ffi::Error::Internal(std::string("a CPU kernel failed: ") + error.what());
     }
   }
 };
@@ -36,6 +41,13 @@ template <auto handler>
 constexpr auto guarded = &Guard<handler>::call;
 
 inline int64_t value(Scalar s) { return s.typed_data()[0]; }
+
+// "[2, 3]", for errors.
+inline std::string text(ffi::AnyBuffer::Dimensions dims) {
+  std::string all;
+  for (const int64_t n : dims) all += (all.empty() ? "" : ", ") + std::to_string(n);
+  return "[" + all + "]";
+}
 
 // Calls fn(T*) with the element type of an array: float, or bf16 (which may be stored as uint16).
 template <class Fn>
@@ -51,7 +63,7 @@ ffi::Error visit(ffi::AnyBuffer array, const Fn& fn) {
   }
 }
 
-// The same for weights, which may also be of eight bits.
+// Calls fn(T*) with the element type of weights: int8_t, float, or bf16.
 template <class Fn>
 ffi::Error visit_weights(ffi::AnyBuffer array, const Fn& fn) {
   if (array.element_type() == ffi::S8) return fn(static_cast<int8_t*>(array.untyped_data()));

@@ -264,14 +264,16 @@ void multiply_many(const T* x, int64_t x_stride, int64_t rows, const Weights<T>&
   }
 }
 
-// The same for int8 with rows that fill whole registers.
+// Sums of integers for at most kSweepRows rows of x, where rows of w fill whole registers: weights
+// are read as they lie.
 inline void multiply_fewest(const int8_t* x, int64_t x_stride, int64_t rows,
                             const Weights<int8_t>& w, float* out, int64_t out_stride) {
   const auto run = rows <= 1 ? &sweep<1> : rows <= 2 ? &sweep<2> : &sweep<kSweepRows>;
   run(x, x_stride, rows, w.data, w.stride, w.cols, out, out_stride);
 }
 
-// The same for columns that fill no register, or rows that fill no quarter: copied and padded first.
+// out = x . w for columns that fill no register, or rows that fill no quarter: weights are copied
+// and padded first.
 template <class T>
 void multiply_odd(const Packed<T>& x, int64_t begin, int64_t end, const T* w, int64_t cols,
                   float* out, int64_t out_stride) {
@@ -297,7 +299,8 @@ void multiply_odd(const Packed<T>& x, int64_t begin, int64_t end, const T* w, in
   }
 }
 
-// The same for rows that are in groups, scaled already.
+// out = x . w, or out += x . w where `onto`, for rows of x that are in groups. Products of integers
+// come out scaled.
 template <class T>
 void multiply_groups(const Packed<T>& x, int64_t begin, int64_t end, const Matrix<T>& w,
                      int64_t cols, float* out, int64_t out_stride, bool onto = false) {
@@ -349,7 +352,8 @@ void dot_block(const Packed<T>& x, int64_t begin, int64_t end, const Matrix<T>& 
   }
 }
 
-// out += the same. Sums that may be of integers on their way wait apart, some columns at a time.
+// out[r][c] += x[begin + r] . w[c] for rows [begin, end) of x and the first `cols` rows of w. Sums
+// that may be of integers on their way wait apart, some columns at a time.
 template <class T>
 void add_block(const Packed<T>& x, int64_t begin, int64_t end, const Matrix<T>& matrix, int64_t cols,
                float* out, int64_t out_stride) {

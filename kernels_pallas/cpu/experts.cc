@@ -1,5 +1,7 @@
 // The feed-forward layer of a mixture of experts: every expert multiplies only its own tokens.
 
+#include <algorithm>
+#include <initializer_list>
 #include <vector>
 
 #include "activation.h"
@@ -161,8 +163,7 @@ void contract(const Experts<T>& moe, const Grouping& groups, const PackedGroups<
 // out[token] = the weighted sum over its slots, always in the order of the slots.
 void combine(const Grouping& groups, const float* weights, int64_t num_active, const float* y,
              int64_t num_rows, int64_t embed, float* out) {
-  constexpr int64_t kElementsPerChunk = 16 * 1024;
-  const int64_t rows = std::max<int64_t>(1, kElementsPerChunk / std::max<int64_t>(1, embed));
+  const int64_t rows = rows_per_chunk(16 * 1024, embed);
   Pool::shared().run(ceil_div(num_rows, rows), [&](int64_t chunk) {
     for (int64_t t = chunk * rows; t < std::min(num_rows, (chunk + 1) * rows); ++t) {
       float* to = out + t * embed;
@@ -182,7 +183,8 @@ void combine(const Grouping& groups, const float* weights, int64_t num_active, c
 template <class T, class X>
 void forward(const Experts<T>& moe, const X* x, const int32_t* ids, const float* weights,
              int64_t num_rows, float* out) {
-  thread_local Scratch scratch;
+  const SharedScratch lent;
+  Scratch& scratch = *lent;
   const Grouping groups(ids, num_rows * moe.num_active, moe.num_experts);
   const int64_t slots = groups.size(), waiting = kIsInt8<T> ? slots * moe.mlp : 0;
   scratch.reset(PackedGroups<T>::bytes(groups, moe.embed) +
@@ -217,9 +219,39 @@ ffi::ErrorOr<Matrix<T>> matrices(ffi::AnyBuffer weight, ffi::RemainingArgs scale
   return Matrix<T>{static_cast<T*>(weight.untyped_data()) + offset, found, dims[2]};
 }
 
+bool same(ffi::AnyBuffer::Dimensions a, std::initializer_list<int64_t> b) {
+  return std::equal(a.begin(), a.end(), b.begin(), b.end());
+}
+
+// Whether all that is read is there.
+ffi::Error check(ffi::AnyBuffer x, Ints ids, Floats weights, Scalar layer, ffi::AnyBuffer w_gate,
+                 ffi::AnyBuffer w_up, ffi::AnyBuffer w_down) {
+  const auto route = ids.dimensions(), gate = slice(w_gate, layer, 3).dims;
+  const auto up = slice(w_up, layer, 3).dims, down = slice(w_down, layer, 3).dims;
+  const int64_t tokens = x.dimensions()[0], embed = x.dimensions()[1];
+  if (route[0] != tokens || !same(weights.dimensions(), {tokens, route[1]})) {
+    return ffi::Error::InvalidArgument("ids and weights must be [T, A], one row for each of x " +
+                                       text(x.dimensions()) + ", not " + text(route) + " and " +
+                                       text(weights.dimensions()));
+  }
+  const bool fit = gate.size() == 3 && gate[2] == embed && same(up, {gate[0], gate[1], embed}) &&
+                   same(down, {gate[0], embed, gate[1]});
+  const auto bytes = ffi::ByteWidth(w_gate.element_type());
+  if (!fit || ffi::ByteWidth(w_up.element_type()) != bytes ||
+      ffi::ByteWidth(w_down.element_type()) != bytes) {
+    return ffi::Error::InvalidArgument(
+        "w_gate and w_up must be [E, F, D], w_down [E, D, F], all of one dtype, for x " +
+        text(x.dimensions()) + ", not " + text(gate) + ", " + text(up) + " and " + text(down));
+  }
+  return ffi::Error::Success();
+}
+
 ffi::Error experts(ffi::AnyBuffer x, Ints ids, Floats weights, Scalar num_rows, Scalar layer,
                    ffi::AnyBuffer w_gate, ffi::AnyBuffer w_up, ffi::AnyBuffer w_down,
                    ffi::RemainingArgs scales, FloatsOut out, std::string_view activation) {
+  if (auto error = check(x, ids, weights, layer, w_gate, w_up, w_down); error.failure()) {
+    return error;
+  }
   const int64_t all_rows = x.dimensions()[0], embed = x.dimensions()[1];
   const int64_t rows = std::clamp<int64_t>(value(num_rows), 0, all_rows);
   const int64_t active = ids.dimensions()[1];

@@ -78,7 +78,8 @@ void multiply(const Packed<T>& x, int64_t first, const std::vector<Piece<T>>& pi
 template <class T, class X>
 void multiply_all(const X* x, int64_t num_rows, int64_t k, const std::vector<Piece<T>>& pieces,
                   Activation activation = Activation::kSilu) {
-  thread_local Scratch scratch;
+  const SharedScratch lent;
+  Scratch& scratch = *lent;
   for (int64_t first = 0; first < num_rows; first += kRowsPerPass) {
     const int64_t rows = std::min(kRowsPerPass, num_rows - first);
     const int64_t count = Packed<T>::count(rows, k);
@@ -101,6 +102,17 @@ ffi::Error bad_shapes() {
   return ffi::Error::InvalidArgument(
       "weights must be [N, K] or [L, N, K], all of one dtype; those of int8 with scales [N] or "
       "[L, N] behind them");
+}
+
+// Whether rows of a product are as long as its weight has outputs.
+bool fits(ffi::Buffer<ffi::F32> out, int64_t num_rows, int64_t cols) {
+  return int64_t(out.element_count()) == num_rows * cols;
+}
+
+ffi::Error bad_size(ffi::Buffer<ffi::F32> out, int64_t num_rows, int64_t cols) {
+  return ffi::Error::InvalidArgument("products of " + std::to_string(num_rows) + " rows and " +
+                                     std::to_string(cols) + " outputs do not fit a result " +
+                                     text(out.dimensions()));
 }
 
 // Weight i of several, whose scales follow all of them if they are of eight bits.
@@ -142,6 +154,7 @@ ffi::Error linear(ffi::AnyBuffer x, Scalar num_rows, Scalar layer, ffi::Remainin
       if (weight.has_error()) return weight.error();
       auto out = *outs.get<ffi::Buffer<ffi::F32>>(i);
       const int64_t cols = cols_of(i);
+      if (!fits(*out, all_rows, cols)) return bad_size(*out, all_rows, cols);
       zero_padding(out->typed_data(), rows, all_rows, cols);
       cut<T>(&pieces, *weight, {}, out->typed_data(), cols, chunk_cols(all_cols));
     }
@@ -154,10 +167,12 @@ ffi::Error linear(ffi::AnyBuffer x, Scalar num_rows, Scalar layer, ffi::Remainin
 
 ffi::Error add_linear(ffi::AnyBuffer x, Scalar num_rows, Scalar layer, Floats,
                       ffi::RemainingArgs weights, FloatsOut out) {
-  const int64_t k = x.dimensions()[1], cols = out->dimensions().back();
-  const int64_t rows = std::clamp<int64_t>(value(num_rows), 0, x.dimensions()[0]);
+  const int64_t all_rows = x.dimensions()[0], k = x.dimensions()[1];
+  const int64_t rows = std::clamp<int64_t>(value(num_rows), 0, all_rows);
   auto first = weights.get<ffi::AnyBuffer>(0);
   if (first.has_error()) return first.error();
+  const int64_t cols = slice(*first, layer, 2).dims[0];  // the result may have several axes of them
+  if (!fits(*out, all_rows, cols)) return bad_size(*out, all_rows, cols);
   return visit_weights(*first, [&](auto* typed) {
     using T = std::remove_pointer_t<decltype(typed)>;
     auto weight = matrix<T>(weights, 0, 1, layer, k);
@@ -179,6 +194,12 @@ ffi::Error gated_linear(ffi::AnyBuffer x, Scalar num_rows, Scalar layer, ffi::Re
   zero_padding(out->typed_data(), rows, all_rows, cols);
   auto first = weights.get<ffi::AnyBuffer>(0);
   if (first.has_error()) return first.error();
+  for (size_t i = 0; i < 2; ++i) {
+    auto weight = weights.get<ffi::AnyBuffer>(i);
+    if (weight.has_error()) return weight.error();
+    const int64_t outputs = slice(*weight, layer, 2).dims[0];
+    if (!fits(*out, all_rows, outputs)) return bad_size(*out, all_rows, outputs);
+  }
   return visit_weights(*first, [&](auto* typed) {
     using T = std::remove_pointer_t<decltype(typed)>;
     auto gate = matrix<T>(weights, 0, 2, layer, k), up = matrix<T>(weights, 1, 2, layer, k);

@@ -9,10 +9,9 @@ namespace {
 
 ffi::Error rms_norm(Floats x, ffi::AnyBuffer scale, Scalar num_rows, Scalar layer, FloatsOut out,
                     float eps, float offset) {
-  constexpr int64_t kElementsPerChunk = 32 * 1024;
   const int64_t all_rows = x.dimensions()[0], n = x.dimensions()[1];
   const int64_t rows = std::clamp<int64_t>(value(num_rows), 0, all_rows);
-  const int64_t per_chunk = std::max<int64_t>(1, kElementsPerChunk / std::max<int64_t>(1, n));
+  const int64_t per_chunk = rows_per_chunk(32 * 1024, n);
   auto [dims, start] = slice(scale, layer, 1);
   if (dims[0] != n) return ffi::Error::InvalidArgument("scale must be [D] or [L, D]");
   const float* from = x.typed_data();

@@ -6,11 +6,15 @@
 
 namespace jaxserve {
 
+// Rows of so many elements that make a chunk of about `elements`.
+inline int64_t rows_per_chunk(int64_t elements, int64_t width) {
+  return std::max<int64_t>(1, elements / std::max<int64_t>(1, width));
+}
+
 // row_of(i) is the address of the K elements that become row i.
 template <class T, class RowOf>
 void pack_rows(const Packed<T>& to, const RowOf& row_of) {
-  constexpr int64_t kElementsPerChunk = 64 * 1024;
-  const int64_t fit = std::max<int64_t>(1, kElementsPerChunk / std::max<int64_t>(1, to.k));
+  const int64_t fit = rows_per_chunk(64 * 1024, to.k);
   const int64_t rows = to.groups ? round_up(fit, kTileRows) : fit;
   Pool::shared().run(ceil_div(to.num_rows, rows), [&](int64_t chunk) {
     const int64_t begin = chunk * rows, end = std::min(to.num_rows, begin + rows);

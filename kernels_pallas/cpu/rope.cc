@@ -23,16 +23,21 @@ void rotate(const float* __restrict x, const float* __restrict cos, const float*
 
 ffi::Error rope(Floats x, Floats cos, Floats sin, ffi::AnyBuffer scale, Scalar num_rows,
                 FloatsOut out, bool interleaved, float eps, float offset) {
-  constexpr int64_t kElementsPerChunk = 32 * 1024;
   const auto dims = x.dimensions();
   const int64_t heads = dims[1], width = dims[2], pairs = cos.dimensions()[1];
   if (2 * pairs > width) return ffi::Error::InvalidArgument("more pairs than a head has lanes");
+  for (const auto angles : {cos.dimensions(), sin.dimensions()}) {
+    if (angles[0] != dims[0] || angles[1] != pairs) {
+      return ffi::Error::InvalidArgument("cos and sin must be [T, pairs], one row for each of x " +
+                                         text(dims) + ", not " + text(angles));
+    }
+  }
   const bool normed = scale.dimensions()[0] > 0;
   if (normed && scale.dimensions()[0] != width) {
     return ffi::Error::InvalidArgument("scale must be [H], or [0] where heads are not normed");
   }
   const int64_t rows = std::clamp<int64_t>(value(num_rows), 0, dims[0]), each = heads * width;
-  const int64_t per_chunk = std::max<int64_t>(1, kElementsPerChunk / std::max<int64_t>(1, each));
+  const int64_t per_chunk = rows_per_chunk(32 * 1024, each);
   float* data = out->typed_data();
   std::memset(data + rows * each, 0, (dims[0] - rows) * each * sizeof(float));
   const auto turn = interleaved ? &rotate<true> : &rotate<false>;

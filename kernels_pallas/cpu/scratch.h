@@ -4,7 +4,9 @@
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
+#include <mutex>
 #include <new>
+#include <utility>
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
@@ -15,7 +17,7 @@
 
 namespace jaxserve {
 
-// An arena of one thread for the length of one call: take() hands out 64-byte aligned arrays.
+// An arena for the length of one call: take() hands out 64-byte aligned arrays.
 class Scratch {
  public:
   // Reserves for everything that will be taken; earlier pointers become invalid. Throws
@@ -47,7 +49,7 @@ class Scratch {
 
  private:
 #if defined(__SANITIZE_ADDRESS__)
-  static constexpr int64_t kGap = 64;  // who leaves his array shall not find another
+  static constexpr int64_t kGap = 64;  // an overrun hits poisoned memory, not the next array
 #else
   static constexpr int64_t kGap = 0;
 #endif
@@ -60,6 +62,49 @@ class Scratch {
   std::unique_ptr<char, Free> data_;
   int64_t size_ = 0;
   int64_t used_ = 0;
+};
+
+// The working memory of a call that all helpers share in. There are as many as calls run at once,
+// not one for each of XLA's threads, which take turns at calling; the one used last is lent first.
+class SharedScratch {
+ public:
+  SharedScratch() {
+    List& list = shared();
+    std::lock_guard<std::mutex> lock(list.mutex);
+    if (list.first) {
+      mine_ = std::move(list.first);
+      list.first = std::move(mine_->next);
+    } else {
+      mine_ = std::make_unique<Node>();
+    }
+  }
+  ~SharedScratch() {
+    List& list = shared();
+    std::lock_guard<std::mutex> lock(list.mutex);
+    mine_->next = std::move(list.first);
+    list.first = std::move(mine_);
+  }
+  SharedScratch(const SharedScratch&) = delete;
+  SharedScratch& operator=(const SharedScratch&) = delete;
+
+  Scratch& operator*() const { return mine_->scratch; }
+
+ private:
+  struct Node {
+    Scratch scratch;
+    std::unique_ptr<Node> next;
+  };
+  struct List {
+    std::mutex mutex;
+    std::unique_ptr<Node> first;
+  };
+
+  static List& shared() {
+    static List* list = new List;  // never destroyed: calls may outlive main
+    return *list;
+  }
+
+  std::unique_ptr<Node> mine_;
 };
 
 }  // namespace jaxserve

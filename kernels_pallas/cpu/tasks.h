@@ -113,7 +113,7 @@ class Tasks {
     }
   }
 
-  // Members with as many rows as a task may have share keys among these.
+  // Packs consecutive members into tasks of at most `rows_per_task` rows.
   void together(int64_t first, int64_t end, int64_t shared) {
     const int64_t most = rows_per_task(first, end);
     for (int64_t seq = first; seq < end;) {
@@ -132,7 +132,7 @@ class Tasks {
     }
   }
 
-  // Of at least two members that say a token, and few enough that every thread has tasks.
+  // Row limit: room for two decoding members, few enough that every thread gets tasks.
   int64_t rows_per_task(int64_t first, int64_t end) const {
     const int64_t rows = (batch_.row_starts[end] - batch_.row_starts[first]) * heads_;
     const int64_t num_tasks = Pool::shared().num_threads() * kTasksPerThread;

@@ -1,7 +1,10 @@
 #include "threads.h"
 
+#include <algorithm>
 #include <chrono>
+#include <cstdio>
 #include <cstdlib>
+#include <exception>
 #include <new>
 #include <thread>
 
@@ -45,12 +48,24 @@ Pool& Pool::shared() {
   return *pool;
 }
 
-Pool::Pool(int num_threads) : num_helpers_(num_threads > 1 ? num_threads - 1 : 0) {
-  for (int i = 0; i < num_helpers_; ++i) {
-    std::thread helper([this] { help(); });
-    helpers_.push_back(helper.native_handle());
-    helper.detach();
+// The system may refuse threads (a limit, no memory): those that exist wait for this very pool, so
+// it goes on with them.
+Pool::Pool(int num_threads) {
+  const int wanted = std::max(num_threads - 1, 0);
+  helpers_.reserve(size_t(wanted));
+  try {
+    while (int(helpers_.size()) < wanted) {
+      std::thread helper([this] { help(); });
+      helpers_.push_back(helper.native_handle());
+      helper.detach();
+    }
+  } catch (const std::exception& error) {  // std::system_error, or std::bad_alloc
+    std::fprintf(stderr,
+                 "jaxserve: native CPU kernels run on %d of %d threads: the system refused another "
+                 "(%s); raise its limits, or set JAXSERVE_NUM_THREADS\n",
+                 int(helpers_.size()) + 1, num_threads, error.what());
   }
+  num_helpers_ = int(helpers_.size());
 }
 
 void Pool::run(int64_t n, Call call, const void* fn) {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -17,39 +18,34 @@ from kernels_pallas.flash_attention.gpu_blocks import GpuTile
 from kernels_pallas.flash_attention.gradient import with_gradient
 from kernels_pallas.flash_attention.tpu_blocks import TpuTile
 from kernels_pallas.op import Body, Op
-from kernels_pallas.target import Target
+from kernels_pallas.target import Target, not_hopper
 
 flash_attention_gradient = Op(
     "flash_attention_gradient",
     reference.gradient,
     {
         "mosaic_tpu": Body("tpu", mosaic_tpu_backward.backward, TpuTile),
-        "mosaic_gpu": Body("gpu", mosaic_gpu_backward.backward, GpuTile),
+        "mosaic_gpu": Body("gpu", mosaic_gpu_backward.backward, GpuTile, declines=not_hopper),
     },
     cases(backward=True),
 )
-"""What `flash_attention` runs backwards, whose tiles are not those of the forward pass."""
+"""The backward pass of `flash_attention`: an op, since its tiles are tuned by themselves."""
 
 
-class FlashAttention(Op):
-    """Attention whose slopes another op computes. The reference is differentiated by JAX."""
-
-    def chosen(self, target: Target, name: str, *args: Any, tile: Any, **options: Any) -> Any:
-        forward = partial(super().chosen, target, name, tile=tile)
-        if name == "reference":
-            return forward(*args, **options)
-        backward = partial(flash_attention_gradient, target=target)
-        return with_gradient(forward, backward)(*args, **options)
+def _differentiate(forward: Callable[..., Any], target: Target) -> Callable[..., Any]:
+    """A forward kernel whose gradient is `flash_attention_gradient` on the same target."""
+    return with_gradient(forward, partial(flash_attention_gradient, target=target))
 
 
-flash_attention = FlashAttention(
+flash_attention = Op(
     "flash_attention",
     reference.attend,
     {
         "mosaic_tpu": Body("tpu", mosaic_tpu.forward, TpuTile),
-        "mosaic_gpu": Body("gpu", mosaic_gpu.forward, mosaic_gpu.ForwardTile),
+        "mosaic_gpu": Body("gpu", mosaic_gpu.forward, mosaic_gpu.ForwardTile, declines=not_hopper),
     },
     cases(backward=False),
+    differentiate=_differentiate,
 )
 
 __all__ = ["flash_attention", "flash_attention_gradient"]

@@ -24,7 +24,7 @@ def _case(
     dtype: Any = jnp.bfloat16, sinks: bool = False, one: bool = False, shipped: bool = False,
     **options: Any,
 ) -> Case:  # fmt: skip
-    """A case of the op, or of its backward pass; `one` document fills each row."""
+    """A case of the op, or of its backward pass. If `one`, one document fills each row."""
     Hv, options = Hv or H, {"scale": H**-0.5, **options}
 
     def make(key: Array) -> tuple[tuple[Array, ...], dict[str, Array]]:
@@ -42,14 +42,17 @@ def _case(
         return (q, k, v, segments, o, lse, do, dlse), arrays
 
     size = jnp.dtype(dtype).itemsize
-    moved = size * B * T * (N + K) * (H + Hv) * (2 if backward else 1)  # read; slopes written too
-    seen = T * min(options.get("window") or T, T / 2)  # pairs of tokens of a head
+    moved = size * B * T * (N + K) * (H + Hv) * (2 if backward else 1)  # gradients are written too
+    window = min(options.get("window") or T, T)
+    seen = window * T - window * (window - 1) / 2  # pairs of a query and a key in one head
     products = 2 * B * N * seen * (H + Hv)
     cost = Cost(moved + 4 * B * N * T, products * (2.5 if backward else 1), jnp.dtype(dtype).name)
     return Case(name, make, options, shipped, cost, tolerance=0.01)
 
 
 def cases(*, backward: bool) -> tuple[Case, ...]:
+    """The cases of `flash_attention`, or of its backward pass."""
+
     def case(name: str, *sizes: int, **options: Any) -> Case:
         return _case(name, *sizes, backward=backward, **options)
 

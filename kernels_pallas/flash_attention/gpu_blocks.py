@@ -1,7 +1,7 @@
-"""What the three Hopper kernels share: sizes, the ring of tiles that TMA fills, products, masks.
+"""What the three Hopper kernels share: sizes, the ring of tiles that TMA fills, masks.
 
-Two warpgroups compute, 64 rows of the output each, and a third one brings tiles for both. A block
-walks the tiles that have work: from the first that its first token sees to the diagonal.
+Two warpgroups compute 64 rows of the output each, and a third one loads tiles for both. A block
+walks only the tiles that have work: from the first that its first token sees to the diagonal.
 """
 
 from __future__ import annotations
@@ -18,18 +18,22 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.flash_attention.reference import last_queries
+from kernels_pallas.hopper import ROWS, fit
 from kernels_pallas.op import UnsupportedError, tried
-from kernels_pallas.tiling import fit
-from kernels_pallas.wgmma import ROWS
+from kernels_pallas.softmax import LOG2E
 
-LOG2E = math.log2(math.e)
-GROUPS = 2  # that compute
-BLOCK = ROWS * GROUPS
+GROUPS = 2  # warpgroups that compute
+BLOCK = ROWS * GROUPS  # tokens of a block of the grid
 
 
 @dataclass(frozen=True)
 class GpuTile:
-    """tokens: in a tile that is brought, 64 or 128. stages: tiles on their way or in use."""
+    """Tiles that are loaded.
+
+    Attributes:
+        tokens: in a tile, 64 or 128.
+        stages: tiles that are in use or being loaded.
+    """
 
     tokens: int = tried(128, 64)
     stages: int = tried(2, 3, 4)
@@ -37,7 +41,7 @@ class GpuTile:
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of one call."""
+    """Sizes of one call: q is [B, N, T, H], k [B, K, T, H], v [B, K, T, Hv]."""
 
     B: int
     N: int
@@ -54,9 +58,16 @@ class Shape:
 
     @classmethod
     def of(cls, q: Array, k: Array, v: Array, scale: float, tile: GpuTile) -> Shape:
+        """The sizes of these arrays.
+
+        Raises:
+            UnsupportedError: scale is not positive, an array is not bfloat16, N is no multiple of
+                K or T of 128, heads are neither 64 nor 128 wide, or a tile has neither 64 nor 128
+                tokens.
+        """
         (B, N, T, H), K, Hv = q.shape, k.shape[1], v.shape[3]
         if scale <= 0:
-            raise UnsupportedError(f"{scale=}: above 0, or the largest product is not what counts")
+            raise UnsupportedError(f"{scale=} must be above 0, so that logits order as products")
         if not q.dtype == k.dtype == v.dtype == jnp.bfloat16:
             raise UnsupportedError(f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}: only bfloat16")
         if N % K:
@@ -72,15 +83,15 @@ class Shape:
 
 @dataclass(frozen=True)
 class Ring:
-    """Slots of shared memory that one warpgroup fills and the others empty, in the same order."""
+    """Slots of shared memory that one warpgroup fills and the others read, in the same order."""
 
     tiles: Sequence[Any]  # [stages, ...] each
-    ready: Any  # a barrier per slot, on which every tile arrives
-    free: Any  # a barrier per slot, on which every warpgroup that computes arrives
+    ready: Any  # a barrier per slot: all its tiles are loaded
+    free: Any  # a barrier per slot: all warpgroups that compute have read it
 
     @classmethod
     def scratch(cls, stages: int, *tiles: tuple[tuple[int, ...], Any]) -> tuple[Any, ...]:
-        """What a ring of tiles of these shapes and types is made of."""
+        """The scratch that a ring of tiles of these shapes and types takes."""
         return (
             *(plgpu.SMEM((stages, *shape), dtype) for shape, dtype in tiles),
             plgpu.Barrier(num_arrivals=len(tiles), num_barriers=stages),
@@ -89,28 +100,30 @@ class Ring:
 
     @classmethod
     def of(cls, refs: Sequence[Any]) -> Ring:
+        """The ring of these refs, in the order of `scratch`."""
         return cls(refs[:-2], refs[-2], refs[-1])
 
     def take(self, step: Array) -> tuple[list[Any], Any]:
-        """The tiles of a step once they are there, and the barrier on which to give them back."""
+        """Waits for the tiles of a step. Returns them, and the barrier to arrive on after use."""
         slot = lax.rem(step, jnp.int32(self.tiles[0].shape[0]))
         plgpu.barrier_wait(self.ready.at[slot])
         return [tile.at[slot] for tile in self.tiles], self.free.at[slot]
 
 
 Sources = Callable[[Array], Sequence[Any]]
+"""step -> the parts of global memory that the tiles of a ring are copied from."""
 
 
 def fill(count: Array, *rings: tuple[Ring, Sources]) -> None:
-    """Brings the tiles of steps 0 to count, for the warpgroup that does nothing else.
+    """Loads the tiles of all `count` steps, in the warpgroup that does nothing else.
 
     Args:
-        rings: with what their tiles are copied from, by step. What is given back at different times
-            has a ring of its own.
+        rings: each with its sources. Tiles that are released at different times have rings of
+            their own.
     """
     stages = rings[0][0].tiles[0].shape[0]
 
-    @pl.loop(0, count + stages)  # until the last of them has been given back
+    @pl.loop(0, count + stages)  # until the last tiles are released
     def _step(step: Array) -> None:
         slot = lax.rem(step, jnp.int32(stages))
         for ring, sources in rings:
@@ -122,27 +135,32 @@ def fill(count: Array, *rings: tuple[Ring, Sources]) -> None:
                     plgpu.copy_gmem_to_smem(source, tile.at[slot], ring.ready.at[slot])
 
 
-def bend(s: Array, scale: float, soft_cap: float) -> Array:
-    """Products as they are, or the hyperbolic tangent where there is a cap: times `unit`, what the
-    softmax takes."""
+def capped(s: Array, scale: float, soft_cap: float) -> Array:
+    """Products of q and k; if there is a cap, tanh(s * scale / soft_cap) of them.
+
+    `logit_scale` takes either to logits in base 2.
+    """
     if not soft_cap:
         return s
-    # from an exponential: the hardware's tanh is off by 5e-4, .02 of a logit where the cap is 50
+    # From an exponential: the hardware's tanh is off by 5e-4, .02 of a logit with a cap of 50.
     return 1.0 - 2.0 / (1.0 + jnp.exp2(s * (2 * LOG2E * scale / soft_cap)))
 
 
-def unit(scale: float, soft_cap: float) -> float:
-    """What makes logits in powers of 2 of `bend`: with a subtraction it is one instruction."""
+def logit_scale(scale: float, soft_cap: float) -> float:
+    """The factor from what `capped` returns to logits in base 2.
+
+    It is applied where the maximum is subtracted: both are one instruction.
+    """
     return (soft_cap or scale) * LOG2E
 
 
 class Walk(NamedTuple):
     """The tiles of keys that a block of queries sees, or of queries that see any of a block of
-    keys. Those at both ends need a mask and come first; then those between, which need none.
+    keys. Those at both ends need a mask and are visited first; those between need none.
 
     Attributes:
-        begin, end: of the tiles, one behind the last.
-        whole, part: likewise, of those between.
+        begin, end: the first of all tiles, and one past the last.
+        whole, part: the first of those between, and one past the last of them.
     """
 
     begin: Array
@@ -152,7 +170,12 @@ class Walk(NamedTuple):
 
     @staticmethod
     def over_keys(first: Array, size: int) -> Array:
-        """Of each block of queries [B, T / 128, 4], from `first_seen`."""
+        """The walk of each block of queries [B, T / 128, 4].
+
+        Args:
+            first: `first_seen` [B, T].
+            size: tokens in a tile.
+        """
         part = jnp.arange(first.shape[1] // BLOCK, dtype=jnp.int32) * BLOCK // size
         begin = jnp.minimum(first[:, ::BLOCK] // size, part)
         whole = jnp.clip((first[:, BLOCK - 1 :: BLOCK] + size - 1) // size, begin, part)
@@ -161,7 +184,7 @@ class Walk(NamedTuple):
 
     @staticmethod
     def over_queries(first: Array, size: int) -> Array:
-        """Of each block of keys [B, T / 128, 4], from `first_seen`."""
+        """The walk of each block of keys [B, T / 128, 4]; arguments as in `over_keys`."""
         end = last_queries(first, size, BLOCK) + 1
         block = jnp.arange(first.shape[1] // BLOCK, dtype=jnp.int32) * BLOCK
         begin = jnp.broadcast_to(block // size, end.shape)
@@ -171,10 +194,12 @@ class Walk(NamedTuple):
 
     @classmethod
     def of(cls, table: Any, row: Array, block: Array) -> Walk:
+        """The walk of one block, from a table that `over_keys` or `over_queries` made."""
         return cls(*(table[row, block, i] for i in range(4)))
 
     @property
     def steps(self) -> Array:
+        """All tiles."""
         return self.end - self.begin
 
     @property
@@ -183,6 +208,7 @@ class Walk(NamedTuple):
         return self.steps - (self.part - self.whole)
 
     def tile(self, step: Array) -> Array:
+        """The tile that a step visits."""
         end = jnp.where(step < self.masked, self.whole, self.end)
         tile = self.begin + step
         return tile + jnp.where(tile < self.whole, 0, self.part - end)
@@ -200,12 +226,12 @@ class Walk(NamedTuple):
 
 
 def seen(query: Array, key: Array, first: Array, shape: tuple[int, int], queries: int) -> Array:
-    """Which of a tile's queries see which of its keys.
+    """Which of a tile's queries see which of its keys: bool of the given shape.
 
     Args:
         query, key: the first of each.
         first: `first_seen` of the queries.
-        queries: the axis on which they lie.
+        queries: the axis of the queries; the other one is that of the keys.
     """
     query += lax.broadcasted_iota(jnp.int32, shape, queries)
     key += lax.broadcasted_iota(jnp.int32, shape, 1 - queries)
@@ -214,10 +240,18 @@ def seen(query: Array, key: Array, first: Array, shape: tuple[int, int], queries
 
 def run(kernel: Any, operands: Sequence[Any], out: Any, grid: dict[str, int], scratch: Any, *,
         interpret: Any, name: str) -> Any:  # fmt: skip
-    """Starts a kernel of two warpgroups that compute and one that brings."""
+    """Runs a kernel of two warpgroups that compute and one that loads.
+
+    Args:
+        kernel: takes the refs of operands, outputs and scratch.
+        out: types and shapes of the results.
+        grid: the size of each axis.
+
+    Raises:
+        UnsupportedError: scratch is larger than shared memory.
+    """
     tiles = [x for x in scratch if not isinstance(x, plgpu.Barrier)]
-    taken = [math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in tiles]
-    fit(taken, "tiles")
+    fit([math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in tiles], "tiles")
     return plgpu.kernel(
         kernel,
         out_type=out,
@@ -228,7 +262,7 @@ def run(kernel: Any, operands: Sequence[Any], out: Any, grid: dict[str, int], sc
         scratch_types=scratch,
         compiler_params=plgpu.CompilerParams(
             approx_math=True,
-            reduction_scratch_bytes=0,  # sums of rows are a warp's own
+            reduction_scratch_bytes=0,  # a row is summed within one warp
             lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
         ),
         interpret=interpret,

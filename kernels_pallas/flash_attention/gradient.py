@@ -1,4 +1,4 @@
-"""How the backward passes of all bodies are joined to an op, and what no kernel computes."""
+"""How backward kernels become the gradient of an op, and what is computed outside of them."""
 
 from __future__ import annotations
 
@@ -14,8 +14,12 @@ from jax import Array
 def with_gradient(
     forward: Callable[..., tuple[Array, Array]], backward: Callable[..., Any]
 ) -> Callable[..., tuple[Array, Array]]:
-    """`forward`, a form of `reference.attend`, whose slopes come from `backward`, a form of
-    `reference.gradient`, rather than from a second forward pass."""
+    """`forward`, whose gradient is `backward` of what it returned: nothing is computed twice.
+
+    Args:
+        forward: takes and returns what `reference.attend` does.
+        backward: likewise `reference.gradient`.
+    """
 
     def attend(
         q: Array, k: Array, v: Array, segments: Array, *,
@@ -29,12 +33,12 @@ def with_gradient(
             o, lse = op(*operands)
             return (o, lse), (operands, o, lse)
 
-        def pull(saved, slopes):
+        def pull(saved, cotangents):
             (q, k, v, sinks, segments, window), o, lse = saved
-            slopes = backward(
-                q, k, v, segments, o, lse, *slopes, window=window, sinks=sinks, **fixed
+            gradients = backward(
+                q, k, v, segments, o, lse, *cotangents, window=window, sinks=sinks, **fixed
             )
-            return *slopes, *(np.zeros(x.shape, jax.dtypes.float0) for x in (segments, window))
+            return *gradients, *(np.zeros(x.shape, jax.dtypes.float0) for x in (segments, window))
 
         op.defvjp(save, pull)
         return op(q, k, v, sinks, segments, jnp.asarray(window, jnp.int32))
@@ -42,20 +46,25 @@ def with_gradient(
     return attend
 
 
-def delta(o: Array, do: Array, dlse: Array) -> Array:
-    """What is taken from every slope of a probability, float32 [B, N, T]: the mean slope under the
-    softmax, less that of its denominator."""
-    return jnp.sum(o.astype(jnp.float32) * do.astype(jnp.float32), -1) - dlse
+def softmax_delta(o: Array, lse: Array, do: Array, dlse: Array) -> Array:
+    """D of FlashAttention-2: rowsum(o * do) - dlse, float32 [B, N, T]; ds = p * (dp - D).
+
+    It is 0 for tokens that see nothing: their dlse may be NaN, which p = 0 would not silence.
+    """
+    delta = jnp.sum(o.astype(jnp.float32) * do.astype(jnp.float32), -1) - dlse
+    return jnp.where(jnp.isfinite(lse), delta, 0.0)
 
 
 def finite(lse: Array) -> Array:
-    """lse with a number for tokens that see nothing, whose probabilities are masked."""
+    """lse, but 0 for tokens that see nothing: their probabilities are masked, and must not be NaN
+    before."""
     return jnp.where(jnp.isfinite(lse), lse, 0.0)
 
 
 def sinks_gradient(sinks: Array | None, lse: Array, delta: Array) -> Array | None:
-    """Slopes [N] of the sinks: logits without a value, so that delta is all there is to them."""
+    """Gradient [N] of the sinks. A sink has no value, so its dp is 0 and its ds is -p * delta."""
     if sinks is None:
         return None
-    share = jnp.exp(sinks.astype(jnp.float32)[None, :, None] - lse)
+    share = jnp.exp(sinks.astype(jnp.float32)[None, :, None] - finite(lse))
+    share = jnp.where(jnp.isfinite(lse), share, 0.0)
     return -jnp.sum(share * delta, (0, 2)).astype(sinks.dtype)

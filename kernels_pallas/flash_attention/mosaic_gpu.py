@@ -1,14 +1,15 @@
-"""The forward pass on Hopper: a softmax in progress for 64 queries of a head in each warpgroup.
+"""The forward pass on Hopper: each warpgroup keeps an online softmax of 64 queries of a head.
 
-While one warpgroup is at its exponentials, the other one has the matrix unit: they meet twice in
-each tile, as FlashAttention-3 (section 3.1) has them do.
+While one warpgroup computes exponentials, the other one has the tensor cores. They synchronize
+twice per tile of keys: the ping-pong schedule of FlashAttention-3 (section 3.1).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,29 +20,50 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from kernels_pallas.flash_attention.gpu_blocks import (
     BLOCK,
     GROUPS,
-    LOG2E,
     GpuTile,
     Ring,
     Shape,
     Walk,
-    bend,
+    capped,
     fill,
+    logit_scale,
     run,
     seen,
-    unit,
 )
 from kernels_pallas.flash_attention.reference import first_seen
+from kernels_pallas.hopper import ROWS, add_products, down, product
 from kernels_pallas.op import tried
-from kernels_pallas.wgmma import ROWS, add_products, down, product
-
-_NOTHING = -1e30  # a maximum before any logit: finite, so that hidden logits of -inf weigh 0
+from kernels_pallas.softmax import LOG2E, begin
 
 
 @dataclass(frozen=True)
 class ForwardTile(GpuTile):
-    """apart: whether warpgroups take turns at the matrix unit, 1 or 0."""
+    """ping_pong: 1 if the warpgroups alternate at the tensor cores, 0 if each runs freely."""
 
-    apart: int = tried(1, 0)
+    ping_pong: int = tried(1, 0)
+
+
+@dataclass(frozen=True)
+class _Options:
+    """What the kernel is compiled for; `size` is the number of keys in a tile."""
+
+    shape: Shape
+    size: int
+    scale: float
+    soft_cap: float
+    ping_pong: bool
+    has_sinks: bool
+    simulated: bool
+
+    @property
+    def tile(self) -> tuple[int, int]:
+        """Queries and keys of a tile of scores."""
+        return ROWS, self.size
+
+    @property
+    def logit_scale(self) -> float:
+        """`gpu_blocks.logit_scale` of these options."""
+        return logit_scale(self.scale, self.soft_cap)
 
 
 def forward(
@@ -49,7 +71,11 @@ def forward(
     scale: float, window: Array | int = 0, sinks: Array | None = None, soft_cap: float = 0.0,
     tile: ForwardTile | None = None, interpret: Any = False,
 ) -> tuple[Array, Array]:  # fmt: skip
-    """`reference.attend`, without its slopes."""
+    """`reference.attend` as a Hopper kernel, without a gradient.
+
+    Raises:
+        UnsupportedError: see `Shape.of`; or the tile needs more shared memory than there is.
+    """
     tile = tile or ForwardTile()
     shape = Shape.of(q, k, v, scale, tile)
     B, N, T, H, Hv, dtype = shape.B, shape.N, shape.T, shape.H, shape.Hv, shape.dtype
@@ -66,10 +92,11 @@ def forward(
         *Ring.scratch(tile.stages, ((size, H), dtype)),
         *Ring.scratch(tile.stages, ((size, Hv), dtype)),
     ]
-    known = {"shape": shape, "size": size, "scale": scale, "soft_cap": soft_cap}
-    known |= {"apart": bool(tile.apart)}
+    options = _Options(
+        shape, size, scale, soft_cap, bool(tile.ping_pong), sinks is not None, bool(interpret)
+    )
     return run(
-        partial(_kernel, **known, sunk=sinks is not None, simulated=bool(interpret)),
+        partial(_kernel, options=options),
         operands,
         [jax.ShapeDtypeStruct((B, N, T, Hv), dtype), jax.ShapeDtypeStruct((B, N, T), jnp.float32)],
         {"head": N, "block": T // BLOCK, "row": B},
@@ -79,77 +106,162 @@ def forward(
     )
 
 
-def _kernel(
-    q_ref, k_ref, v_ref, first_ref, walk_ref, *refs,
-    shape: Shape, size: int, scale: float, soft_cap: float, apart: bool, sunk: bool,
-    simulated: bool,
-):  # fmt: skip
-    sinks_ref, refs = (refs[0], refs[1:]) if sunk else (None, refs)
-    o_ref, lse_ref, *rows, first_smem, lse_smem, arrived, met = refs[:-6]
-    k_ring, v_ring = Ring.of(refs[-6:-3]), Ring.of(refs[-3:])  # keys are given back first
-    to_logits = unit(scale, soft_cap)
-    tile = ROWS, size
-    q_smem, o_smem = rows[0], rows[-1]  # the same, where both are as wide
+class _Refs(NamedTuple):
+    """What the kernel is given: arrays in global memory, then those in shared memory."""
+
+    q: Any  # [B, N, T, H]
+    k: Any  # [B, K, T, H]
+    v: Any  # [B, K, T, Hv]
+    first: Any  # [B, T], of `first_seen`
+    walk: Any  # [B, T / 128, 4], of `Walk.over_keys`
+    sinks: Any  # [N], or None
+    o: Any  # [B, N, T, Hv]
+    lse: Any  # [B, N, T]
+    q_smem: Any  # [2, 64, H]
+    o_smem: Any  # [2, 64, Hv]; q_smem itself if H == Hv, since queries are read before
+    first_smem: Any  # [2, 64]
+    lse_smem: Any  # [2, 64]
+    loaded: Any  # a barrier per warpgroup, for its queries and `first`
+    met: Any  # the barrier of the ping-pong
+    k_ring: Ring  # of its own, since keys are released before values
+    v_ring: Ring
+
+    @classmethod
+    def of(cls, refs: Sequence[Any], has_sinks: bool) -> _Refs:
+        q, k, v, first, walk, *sinks = refs[: 5 + has_sinks]
+        o, lse, *heads, first_smem, lse_smem, loaded, met = refs[5 + has_sinks : -6]
+        return cls(
+            q, k, v, first, walk, sinks[0] if sinks else None, o, lse,
+            heads[0], heads[-1], first_smem, lse_smem, loaded, met,
+            Ring.of(refs[-6:-3]), Ring.of(refs[-3:]),
+        )  # fmt: skip
+
+
+class _Share(NamedTuple):
+    """What one warpgroup computes: 64 queries, from `begin` on, of a head of a row of the batch."""
+
+    wg: Any
+    row: Array
+    head: Array
+    walk: Walk
+    begin: Array
+
+    @property
+    def queries(self) -> tuple[Array, Array, Any]:
+        """Where they lie in [B, N, T]."""
+        return self.row, self.head, pl.ds(self.begin, ROWS)
+
+
+def _kernel(*args, options: _Options):
+    refs = _Refs.of(args, options.has_sinks)
     wg, row, head = lax.axis_index("wg"), lax.axis_index("row"), lax.axis_index("head")
-    block = shape.T // BLOCK - 1 - lax.axis_index("block")  # those with the most work begin first
-    walk = Walk.of(walk_ref, row, block)
-    at = block * BLOCK + wg * ROWS
+    last = options.shape.T // BLOCK - 1
+    block = last - lax.axis_index("block")  # blocks with the most work come first
+    walk = Walk.of(refs.walk, row, block)
+    share = _Share(wg, row, head, walk, block * BLOCK + wg * ROWS)
 
     @pl.when(wg == GROUPS)
-    def _bring():
+    def _():
         plgpu.set_max_registers(24, action="decrease")
-
-        def source(ref: Any, step: Array) -> list[Any]:
-            return [ref.at[row, lax.div(head, shape.G), pl.ds(walk.tile(step) * size, size)]]
-
-        fill(walk.steps, (k_ring, partial(source, k_ref)), (v_ring, partial(source, v_ref)))
+        _load_keys(refs, options, share)
 
     @pl.when(wg < GROUPS)
-    def _compute():
+    def _():
         plgpu.set_max_registers(240, action="increase")
-        queries = pl.ds(at, ROWS)
-        plgpu.copy_gmem_to_smem(q_ref.at[row, head, queries], q_smem.at[wg], arrived.at[wg])
-        plgpu.copy_gmem_to_smem(first_ref.at[row, queries], first_smem.at[wg], arrived.at[wg])
-        plgpu.barrier_wait(arrived.at[wg])
+        _load_queries(refs, share)
+        _store(refs, options, share, *_attend(refs, options, share))
 
-        def meet() -> None:
-            plgpu.barrier_arrive(met)
-            plgpu.barrier_wait(met)
 
-        def attend(step: Array, i: Array, state: Any, masked: bool) -> Any:
-            value, top, total = state
-            (k_smem,), free = k_ring.take(step)
-            s = product(q_smem.at[wg], k_smem.T, meet if apart else None)
-            plgpu.barrier_arrive(free)
-            s = bend(s, scale, soft_cap)
-            if masked:
-                s = jnp.where(seen(at, i * size, first_smem[wg], tile, 0), s, -jnp.inf)
-            before, top = top, jnp.maximum(top, jnp.max(s, 1))
-            p = jnp.exp2(s * to_logits - down(top * to_logits, tile))
-            shrink = jnp.exp2((before - top) * to_logits)
-            total = total * shrink + jnp.sum(p, 1)
-            value = value * down(shrink, value.shape)
-            p = p.astype(shape.dtype)
-            (v_smem,), free = v_ring.take(step)
-            meet() if apart else None
-            (value,) = add_products([value], [(p, v_smem)], simulated=simulated)
-            plgpu.barrier_arrive(free)
-            return value, top, total
+def _load_keys(refs: _Refs, options: _Options, share: _Share) -> None:
+    """Fills the rings with the tiles of keys and values that the block walks."""
+    size = options.size
 
-        sink = jnp.float32(_NOTHING) if sinks_ref is None else sinks_ref[head] * (LOG2E / to_logits)
-        pl.when(wg == 1)(meet) if apart else None  # and so it is half a tile behind
-        value, top, total = walk(attend, (
-            jnp.zeros((ROWS, shape.Hv), jnp.float32),
-            jnp.full((ROWS,), sink, jnp.float32),
-            jnp.full((ROWS,), 1.0 if sunk else 0.0, jnp.float32),
-        ))  # fmt: skip
-        pl.when(wg == 0)(meet) if apart else None
-        some = jnp.where(total > 0, total, 1.0)
-        o_smem[wg] = (value / down(some, value.shape)).astype(shape.dtype)
-        lse_smem[wg] = jnp.where(
-            total > 0, (top * to_logits + jnp.log2(some)) * (1 / LOG2E), -jnp.inf
-        )
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(o_smem.at[wg], o_ref.at[row, head, queries])
-        plgpu.copy_smem_to_gmem(lse_smem.at[wg], lse_ref.at[row, head, queries])
-        plgpu.wait_smem_to_gmem(0)
+    def source(ref: Any, step: Array) -> list[Any]:
+        head = lax.div(share.head, options.shape.G)
+        return [ref.at[share.row, head, pl.ds(share.walk.tile(step) * size, size)]]
+
+    rings = (refs.k_ring, partial(source, refs.k)), (refs.v_ring, partial(source, refs.v))
+    fill(share.walk.steps, *rings)
+
+
+def _load_queries(refs: _Refs, share: _Share) -> None:
+    """Loads a warpgroup's queries, and the first key that each of them sees."""
+    wg, row, _, queries = share.wg, *share.queries
+    loaded = refs.loaded.at[wg]
+    plgpu.copy_gmem_to_smem(refs.q.at[share.queries], refs.q_smem.at[wg], loaded)
+    plgpu.copy_gmem_to_smem(refs.first.at[row, queries], refs.first_smem.at[wg], loaded)
+    plgpu.barrier_wait(loaded)
+
+
+def _meet(barrier: Any) -> None:
+    """Waits for the other warpgroup."""
+    plgpu.barrier_arrive(barrier)
+    plgpu.barrier_wait(barrier)
+
+
+def _attend(refs: _Refs, options: _Options, share: _Share) -> tuple[Array, Array, Array]:
+    """The online softmax of all tiles: sums of values [64, Hv], row maxima and row sums [64]."""
+    sink = refs.sinks[share.head] if options.has_sinks else None
+    row_max, row_sum = begin(sink, LOG2E / options.logit_scale)
+    if options.ping_pong:  # warpgroup 1 waits here, and stays half a tile behind
+
+        @pl.when(share.wg == 1)
+        def _():
+            _meet(refs.met)
+
+    state = share.walk(partial(_add_tile, refs, options, share), (
+        jnp.zeros((ROWS, options.shape.Hv), jnp.float32),
+        jnp.full((ROWS,), row_max, jnp.float32),
+        jnp.full((ROWS,), row_sum, jnp.float32),
+    ))  # fmt: skip
+    if options.ping_pong:
+
+        @pl.when(share.wg == 0)
+        def _():
+            _meet(refs.met)
+
+    return state
+
+
+def _add_tile(
+    refs: _Refs, options: _Options, share: _Share, step: Array, tile: Array,
+    state: tuple[Array, Array, Array], masked: bool,
+) -> tuple[Array, Array, Array]:  # fmt: skip
+    """Adds one tile of keys to the state of `_attend`."""
+    values, row_max, row_sum = state
+    (k_smem,), free = refs.k_ring.take(step)
+    meanwhile = partial(_meet, refs.met) if options.ping_pong else None
+    s = product(refs.q_smem.at[share.wg], k_smem.T, meanwhile)
+    plgpu.barrier_arrive(free)
+    s = capped(s, options.scale, options.soft_cap)
+    if masked:
+        first_key, first = tile * options.size, refs.first_smem[share.wg]
+        s = jnp.where(seen(share.begin, first_key, first, options.tile, 0), s, -jnp.inf)
+    old_max, row_max = row_max, jnp.maximum(row_max, jnp.max(s, 1))
+    p = jnp.exp2(s * options.logit_scale - down(row_max * options.logit_scale, options.tile))
+    rescale = jnp.exp2((old_max - row_max) * options.logit_scale)
+    row_sum = row_sum * rescale + jnp.sum(p, 1)
+    values = values * down(rescale, values.shape)
+    p = p.astype(options.shape.dtype)
+    (v_smem,), free = refs.v_ring.take(step)
+    if options.ping_pong:
+        _meet(refs.met)
+    (values,) = add_products([values], [(p, v_smem)], simulated=options.simulated)
+    plgpu.barrier_arrive(free)
+    return values, row_max, row_sum
+
+
+def _store(
+    refs: _Refs, options: _Options, share: _Share, values: Array, row_max: Array, row_sum: Array
+) -> None:
+    """Stores o and lse of a warpgroup's queries."""
+    wg = share.wg
+    some = jnp.where(row_sum > 0, row_sum, 1.0)
+    refs.o_smem[wg] = (values / down(some, values.shape)).astype(options.shape.dtype)
+    refs.lse_smem[wg] = jnp.where(
+        row_sum > 0, (row_max * options.logit_scale + jnp.log2(some)) * (1 / LOG2E), -jnp.inf
+    )
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(refs.o_smem.at[wg], refs.o.at[share.queries])
+    plgpu.copy_smem_to_gmem(refs.lse_smem.at[wg], refs.lse.at[share.queries])
+    plgpu.wait_smem_to_gmem(0)

@@ -1,12 +1,13 @@
-"""The backward pass on Hopper: one kernel per block of queries, one per block of keys.
+"""The backward pass on Hopper: one kernel for dq, by blocks of queries, one for dk and dv, by keys.
 
-Both make the probabilities again from lse, so neither adds to what the other writes.
+Both recompute the probabilities from lse, so that neither needs atomic additions.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,21 +18,41 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from kernels_pallas.flash_attention.gpu_blocks import (
     BLOCK,
     GROUPS,
-    LOG2E,
     GpuTile,
     Ring,
     Shape,
     Walk,
-    bend,
+    capped,
     fill,
+    logit_scale,
     run,
     seen,
-    unit,
 )
-from kernels_pallas.flash_attention.gradient import delta, finite, sinks_gradient
+from kernels_pallas.flash_attention.gradient import finite, sinks_gradient, softmax_delta
 from kernels_pallas.flash_attention.reference import first_seen
-from kernels_pallas.tiling import late
-from kernels_pallas.wgmma import ROWS, across, add_products, down, product
+from kernels_pallas.hopper import ROWS, across, add_products, down, late, product
+from kernels_pallas.softmax import LOG2E
+
+
+@dataclass(frozen=True)
+class _Options:
+    """What the kernels are compiled for; `size` is the number of tokens in a tile."""
+
+    shape: Shape
+    size: int
+    scale: float
+    soft_cap: float
+    simulated: bool
+
+    @property
+    def tile(self) -> tuple[int, int]:
+        """Rows and columns of a tile of scores: of a warpgroup's own tokens and of loaded ones."""
+        return ROWS, self.size
+
+    @property
+    def logit_scale(self) -> float:
+        """`gpu_blocks.logit_scale` of these options."""
+        return logit_scale(self.scale, self.soft_cap)
 
 
 def backward(
@@ -39,24 +60,27 @@ def backward(
     scale: float, window: Array | int = 0, sinks: Array | None = None, soft_cap: float = 0.0,
     tile: GpuTile | None = None, interpret: Any = False,
 ) -> tuple[Array, Array, Array, Array | None]:  # fmt: skip
-    """`reference.gradient`."""
+    """`reference.gradient` as two Hopper kernels.
+
+    Raises:
+        UnsupportedError: see `Shape.of`; or the tile needs more shared memory than there is.
+    """
     tile = tile or GpuTile(tokens=64)  # registers hold no more
     shape = Shape.of(q, k, v, scale, tile)
     dtype, size, H, Hv = shape.dtype, tile.tokens, shape.H, shape.Hv
-    first, taken = first_seen(segments, window), delta(o, do, dlse)
-    operands = [q, k, v, do.astype(dtype), finite(lse) * LOG2E, taken, first]
-    options = {"shape": shape, "size": size, "scale": scale, "soft_cap": soft_cap}
-    options |= {"simulated": bool(interpret)}
+    first, delta = first_seen(segments, window), softmax_delta(o, lse, do, dlse)
+    operands = [q, k, v, do.astype(dtype), finite(lse) * LOG2E, delta, first]
+    options = _Options(shape, size, scale, soft_cap, bool(interpret))
     tiles = [((size, H), dtype), ((size, Hv), dtype)]
-    mine = [plgpu.SMEM((GROUPS, ROWS, H), dtype), plgpu.SMEM((GROUPS, ROWS, Hv), dtype)]
+    block = [plgpu.SMEM((GROUPS, ROWS, H), dtype), plgpu.SMEM((GROUPS, ROWS, Hv), dtype)]
     numbers = [jnp.float32, jnp.float32, jnp.int32]  # lse, delta and `first` of a query
     dq = run(
-        partial(_queries_kernel, **options),
+        partial(_queries_kernel, options=options),
         [*operands, Walk.over_keys(first, size)],
         jax.ShapeDtypeStruct(q.shape, dtype),
         {"head": shape.N, "block": shape.T // BLOCK, "row": shape.B},
         [
-            *mine,
+            *block,
             *(plgpu.SMEM((GROUPS, ROWS), t) for t in numbers),
             plgpu.Barrier(num_arrivals=5, num_barriers=GROUPS),
             *Ring.scratch(tile.stages, *tiles),
@@ -65,138 +89,184 @@ def backward(
         interpret=interpret,
     )
     dk, dv = run(
-        partial(_keys_kernel, **options),
+        partial(_keys_kernel, options=options),
         [*operands, Walk.over_queries(first, size)],
         [jax.ShapeDtypeStruct(k.shape, dtype), jax.ShapeDtypeStruct(v.shape, dtype)],
         {"head": shape.K, "block": shape.T // BLOCK, "row": shape.B},
         [
-            *mine,
+            *block,
             plgpu.Barrier(num_arrivals=2, num_barriers=GROUPS),
             *Ring.scratch(tile.stages, *tiles, *(((size,), t) for t in numbers)),
         ],
         name="flash_attention_dkv",
         interpret=interpret,
     )
-    return dq, dk, dv, sinks_gradient(sinks, lse, taken)
+    return dq, dk, dv, sinks_gradient(sinks, lse, delta)
 
 
-def _slope(s: Array, p: Array, dp: Array, taken: Array, soft_cap: float) -> Array:
-    """Slopes of the products of q and k, but for the scale."""
-    ds = p * (dp - taken)
+class _Inputs(NamedTuple):
+    """Arrays in global memory; lse is in base 2."""
+
+    q: Any  # [B, N, T, H]
+    k: Any  # [B, K, T, H]
+    v: Any  # [B, K, T, Hv]
+    do: Any  # [B, N, T, Hv]
+    lse: Any  # [B, N, T]
+    delta: Any  # [B, N, T]
+    first: Any  # [B, T], of `first_seen`
+    walk: Any  # [B, T / 128, 4], of `Walk`
+
+    def of_queries(self, row: Array, head: Array, queries: Any) -> list[Any]:
+        """What there is for some queries: q, do, lse, delta and first."""
+        where = row, head, queries
+        by_head = [x.at[where] for x in (self.q, self.do, self.lse, self.delta)]
+        return [*by_head, self.first.at[row, queries]]
+
+
+def _gradient_of_scores(s: Array, p: Array, dp: Array, delta: Array, soft_cap: float) -> Array:
+    """ds: the gradient of the products of q and k, not yet scaled. s is what `capped` returned."""
+    ds = p * (dp - delta)
     if soft_cap:
-        ds = ds * (1.0 - s * s)  # of the hyperbolic tangent
+        ds = ds * (1.0 - s * s)  # the derivative of tanh, of which s is the value
     return ds
 
 
-def _queries_kernel(
-    q_ref, k_ref, v_ref, do_ref, lse_ref, taken_ref, first_ref, walk_ref, dq_ref,
-    q_smem, do_smem, lse_smem, taken_smem, first_smem, arrived, *ring,
-    shape: Shape, size: int, scale: float, soft_cap: float, simulated: bool,
-):  # fmt: skip
-    ring, tile = Ring.of(ring), (ROWS, size)
+class _QueryScratch(NamedTuple):
+    """Shared memory of the kernel of dq: what belongs to the queries of each warpgroup."""
+
+    q: Any  # [2, 64, H]; dq in the end
+    do: Any  # [2, 64, Hv]
+    lse: Any  # [2, 64]
+    delta: Any  # [2, 64]
+    first: Any  # [2, 64]
+    loaded: Any  # a barrier per warpgroup, for these five
+
+
+def _queries_kernel(*refs, options: _Options):
+    """dq of 64 queries of a head in each warpgroup."""
+    shape, size = options.shape, options.size
+    inputs, dq_ref, smem, ring = _Inputs(*refs[:8]), refs[8], refs[9:15], Ring.of(refs[15:])
+    smem = _QueryScratch(*smem)
     wg, row, head = lax.axis_index("wg"), lax.axis_index("row"), lax.axis_index("head")
-    block = shape.T // BLOCK - 1 - lax.axis_index("block")  # those with the most work begin first
-    walk = Walk.of(walk_ref, row, block)
-    at = block * BLOCK + wg * ROWS
+    block = shape.T // BLOCK - 1 - lax.axis_index("block")  # blocks with the most work come first
+    walk = Walk.of(inputs.walk, row, block)
+    begin = block * BLOCK + wg * ROWS
 
     @pl.when(wg == GROUPS)
-    def _bring():
+    def _load():
         plgpu.set_max_registers(24, action="decrease")
 
         def sources(step: Array) -> tuple[Any, Any]:
             where = row, lax.div(head, shape.G), pl.ds(walk.tile(step) * size, size)
-            return k_ref.at[where], v_ref.at[where]
+            return inputs.k.at[where], inputs.v.at[where]
 
         fill(walk.steps, (ring, sources))
 
     @pl.when(wg < GROUPS)
     def _compute():
         plgpu.set_max_registers(240, action="increase")
-        where = row, head, pl.ds(at, ROWS)
-        sources = [x.at[where] for x in (q_ref, do_ref, lse_ref, taken_ref)]
-        sources.append(first_ref.at[row, where[2]])
-        places = q_smem, do_smem, lse_smem, taken_smem, first_smem
-        for source, place in zip(sources, places, strict=True):
-            plgpu.copy_gmem_to_smem(source, place.at[wg], arrived.at[wg])
-        plgpu.barrier_wait(arrived.at[wg])
-
-        def add(step: Array, i: Array, total: Array, masked: bool) -> Array:
-            (k_smem, v_smem), free = ring.take(step)
-            s = bend(product(q_smem.at[wg], k_smem.T), scale, soft_cap)
-            p = jnp.exp2(s * unit(scale, soft_cap) - down(lse_smem[wg], tile))
-            if masked:
-                p = jnp.where(seen(at, i * size, first_smem[wg], tile, 0), p, 0.0)
-            dp = product(do_smem.at[wg], v_smem.T)
-            ds = _slope(s, p, dp, down(taken_smem[wg], tile), soft_cap)
-            sloped = ds.astype(shape.dtype), k_smem
-            (total,) = add_products([total], [sloped], simulated=simulated)
-            plgpu.barrier_arrive(free)
-            return total
-
-        total = walk(add, jnp.zeros((ROWS, shape.H), jnp.float32))
-        q_smem[wg] = (total * scale).astype(shape.dtype)
+        queries = pl.ds(begin, ROWS)
+        sources = inputs.of_queries(row, head, queries)
+        for source, place in zip(sources, smem[:5], strict=True):
+            plgpu.copy_gmem_to_smem(source, place.at[wg], smem.loaded.at[wg])
+        plgpu.barrier_wait(smem.loaded.at[wg])
+        zeros = jnp.zeros((ROWS, shape.H), jnp.float32)
+        dq = walk(partial(_add_to_queries, smem, ring, options, wg, begin), zeros)
+        smem.q[wg] = (dq * options.scale).astype(shape.dtype)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(q_smem.at[wg], dq_ref.at[where])
+        plgpu.copy_smem_to_gmem(smem.q.at[wg], dq_ref.at[row, head, queries])
         plgpu.wait_smem_to_gmem(0)
 
 
-def _keys_kernel(
-    q_ref, k_ref, v_ref, do_ref, lse_ref, taken_ref, first_ref, walk_ref, dk_ref, dv_ref,
-    k_smem, v_smem, arrived, *ring,
-    shape: Shape, size: int, scale: float, soft_cap: float, simulated: bool,
-):  # fmt: skip
-    """Keys lie in rows and queries in columns, so that both sums need no transposition."""
-    ring, tile = Ring.of(ring), (ROWS, size)
+def _add_to_queries(
+    smem: _QueryScratch, ring: Ring, options: _Options, wg: Array, begin: Array,
+    step: Array, tile: Array, dq: Array, masked: bool,
+) -> Array:  # fmt: skip
+    """Adds one tile of keys to dq of the 64 queries from `begin` on."""
+    (k_smem, v_smem), free = ring.take(step)
+    s = capped(product(smem.q.at[wg], k_smem.T), options.scale, options.soft_cap)
+    p = jnp.exp2(s * options.logit_scale - down(smem.lse[wg], options.tile))
+    if masked:
+        first_key, first = tile * options.size, smem.first[wg]
+        p = jnp.where(seen(begin, first_key, first, options.tile, 0), p, 0.0)
+    dp = product(smem.do.at[wg], v_smem.T)
+    ds = _gradient_of_scores(s, p, dp, down(smem.delta[wg], options.tile), options.soft_cap)
+    pair = ds.astype(options.shape.dtype), k_smem
+    (dq,) = add_products([dq], [pair], simulated=options.simulated)
+    plgpu.barrier_arrive(free)
+    return dq
+
+
+class _KeyScratch(NamedTuple):
+    """Shared memory of the kernel of dk and dv: what belongs to the keys of each warpgroup."""
+
+    k: Any  # [2, 64, H]; dk in the end
+    v: Any  # [2, 64, Hv]; dv in the end
+    loaded: Any  # a barrier per warpgroup, for both
+
+
+def _keys_kernel(*refs, options: _Options):
+    """dk and dv of 64 keys of a KV head in each warpgroup.
+
+    Scores have keys in rows and queries in columns, so that both sums need no transposition.
+    """
+    shape, size = options.shape, options.size
+    inputs, dk_ref, dv_ref, ring = _Inputs(*refs[:8]), refs[8], refs[9], Ring.of(refs[13:])
+    smem = _KeyScratch(*refs[10:13])
     wg, row, head = lax.axis_index("wg"), lax.axis_index("row"), lax.axis_index("head")
-    block = lax.axis_index("block")  # the first ones have the most work
-    at = block * BLOCK + wg * ROWS
-    walk = Walk.of(walk_ref, row, block)  # for each head that shares the keys
+    block = lax.axis_index("block")  # which have the most work first
+    begin = block * BLOCK + wg * ROWS
+    walk = Walk.of(inputs.walk, row, block)  # the same for each head that shares the keys
 
     @pl.when(wg == GROUPS)
-    def _bring():
+    def _load():
         plgpu.set_max_registers(24, action="decrease")
 
         def sources(step: Array) -> list[Any]:
             queries = pl.ds(walk.tile(lax.rem(step, walk.steps)) * size, size)
-            where = row, head * shape.G + lax.div(step, walk.steps), queries
-            by_head = [x.at[where] for x in (q_ref, do_ref, lse_ref, taken_ref)]
-            return [*by_head, first_ref.at[row, queries]]
+            return inputs.of_queries(row, head * shape.G + lax.div(step, walk.steps), queries)
 
         fill(walk.steps * shape.G, (ring, sources))
 
     @pl.when(wg < GROUPS)
     def _compute():
         plgpu.set_max_registers(240, action="increase")
-        where = row, head, pl.ds(at, ROWS)
-        plgpu.copy_gmem_to_smem(k_ref.at[where], k_smem.at[wg], arrived.at[wg])
-        plgpu.copy_gmem_to_smem(v_ref.at[where], v_smem.at[wg], arrived.at[wg])
-        plgpu.barrier_wait(arrived.at[wg])
+        where = row, head, pl.ds(begin, ROWS)
+        plgpu.copy_gmem_to_smem(inputs.k.at[where], smem.k.at[wg], smem.loaded.at[wg])
+        plgpu.copy_gmem_to_smem(inputs.v.at[where], smem.v.at[wg], smem.loaded.at[wg])
+        plgpu.barrier_wait(smem.loaded.at[wg])
 
-        def add(_: Array, i: Array, state: tuple[Array, ...], masked: bool) -> tuple[Array, ...]:
-            step, k_total, v_total = state
-            (q_smem, do_smem, lse_smem, taken_smem, first_smem), free = ring.take(step)
-            s = bend(product(k_smem.at[wg], q_smem.T), scale, soft_cap)
-            p = jnp.exp2(s * unit(scale, soft_cap) - across(lse_smem[...], tile))
-            if masked:
-                here = late(at, step)
-                p = jnp.where(seen(i * size, here, first_smem[...], tile, 1), p, 0.0)
-            dp = product(v_smem.at[wg], do_smem.T)
-            ds = _slope(s, p, dp, across(taken_smem[...], tile), soft_cap)
-            pairs = (ds.astype(shape.dtype), q_smem), (p.astype(shape.dtype), do_smem)
-            k_total, v_total = add_products([k_total, v_total], pairs, simulated=simulated)
-            plgpu.barrier_arrive(free)
-            return step + 1, k_total, v_total
+        def add_head(_: Array, state: tuple[Array, ...]) -> tuple[Array, ...]:
+            walk = Walk.of(inputs.walk, late(row, state[0]), late(block, state[0]))
+            return walk(partial(_add_to_keys, smem, ring, options, wg, begin), state)
 
-        def of_head(_: Array, state: tuple[Array, ...]) -> tuple[Array, ...]:
-            again = Walk.of(walk_ref, late(row, state[0]), late(block, state[0]))
-            return again(add, state)
-
-        nothing = (jnp.zeros((ROWS, n), jnp.float32) for n in (shape.H, shape.Hv))
-        steps, k_total, v_total = lax.fori_loop(0, shape.G, of_head, (jnp.int32(0), *nothing))
+        zeros = (jnp.zeros((ROWS, n), jnp.float32) for n in (shape.H, shape.Hv))
+        steps, dk, dv = lax.fori_loop(0, shape.G, add_head, (jnp.int32(0), *zeros))
         mine = late(wg, steps)
-        k_smem[mine] = (k_total * scale).astype(shape.dtype)
-        v_smem[mine] = v_total.astype(shape.dtype)
+        smem.k[mine] = (dk * options.scale).astype(shape.dtype)
+        smem.v[mine] = dv.astype(shape.dtype)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(k_smem.at[wg], dk_ref.at[where])
-        plgpu.copy_smem_to_gmem(v_smem.at[wg], dv_ref.at[where])
+        plgpu.copy_smem_to_gmem(smem.k.at[wg], dk_ref.at[where])
+        plgpu.copy_smem_to_gmem(smem.v.at[wg], dv_ref.at[where])
         plgpu.wait_smem_to_gmem(0)
+
+
+def _add_to_keys(
+    smem: _KeyScratch, ring: Ring, options: _Options, wg: Array, begin: Array,
+    _: Array, tile: Array, state: tuple[Array, ...], masked: bool,
+) -> tuple[Array, ...]:  # fmt: skip
+    """Adds one tile of queries to the steps done, dk and dv of the 64 keys from `begin` on."""
+    step, dk, dv = state
+    (q_smem, do_smem, lse_smem, delta_smem, first_smem), free = ring.take(step)
+    s = capped(product(smem.k.at[wg], q_smem.T), options.scale, options.soft_cap)
+    p = jnp.exp2(s * options.logit_scale - across(lse_smem[...], options.tile))
+    if masked:
+        first_key, first_query = late(begin, step), tile * options.size
+        p = jnp.where(seen(first_query, first_key, first_smem[...], options.tile, 1), p, 0.0)
+    dp = product(smem.v.at[wg], do_smem.T)
+    ds = _gradient_of_scores(s, p, dp, across(delta_smem[...], options.tile), options.soft_cap)
+    dtype = options.shape.dtype
+    pairs = (ds.astype(dtype), q_smem), (p.astype(dtype), do_smem)
+    dk, dv = add_products([dk, dv], pairs, simulated=options.simulated)
+    plgpu.barrier_arrive(free)
+    return step + 1, dk, dv

@@ -1,4 +1,4 @@
-"""The forward pass on a TPU: a softmax in progress for each block of queries."""
+"""The forward pass on a TPU: an online softmax for each block of queries."""
 
 from __future__ import annotations
 
@@ -19,21 +19,19 @@ from kernels_pallas.flash_attention.reference import (
     query_major,
 )
 from kernels_pallas.flash_attention.tpu_blocks import (
-    LOG2E,
     Blocks,
     Shape,
     TpuTile,
     columns,
-    in_turn,
-    is_turned,
+    is_transposed,
     logits,
     part_of,
+    parts_ahead,
     rows,
     width_axis,
 )
-from kernels_pallas.tiling import product
-
-_NOTHING = -1e30  # a maximum before any logit: finite, so that hidden logits of -inf weigh 0
+from kernels_pallas.softmax import LOG2E, begin
+from kernels_pallas.tpu import dot
 
 
 def forward(
@@ -41,7 +39,11 @@ def forward(
     scale: float, window: Array | int = 0, sinks: Array | None = None, soft_cap: float = 0.0,
     tile: TpuTile | None = None, interpret: Any = False,
 ) -> tuple[Array, Array]:  # fmt: skip
-    """`reference.attend`, without its slopes."""
+    """`reference.attend` as a TPU kernel, without a gradient.
+
+    Raises:
+        UnsupportedError: see `Shape.of` and `Blocks.run`.
+    """
     shape = Shape.of(q, k, v, tile or TpuTile())
     B, N, K, T, G, bq, Hv = shape.B, shape.N, shape.K, shape.T, shape.G, shape.bq, shape.Hv
     first = first_seen(segments, window)
@@ -72,36 +74,43 @@ def _kernel(
     outer_ref, inner_ref, flags_ref, q_ref, k_ref, v_ref, first_ref, *refs,
     blocks: Blocks, scale: float, soft_cap: float,
 ):  # fmt: skip
-    *sinks, o_ref, lse_ref, value_ref, top_ref, total_ref = refs
+    """One pair of blocks of queries and keys.
+
+    Args:
+        refs: the sinks if there are any, o, lse, and the state of the softmax in base 2: sums of
+            values, row maxima and row sums.
+    """
+    *sinks, o_ref, lse_ref, values_ref, row_max_ref, row_sum_ref = refs
     shape = blocks.shape
     head, step = pl.program_id(0), pl.program_id(1)
     flags = flags_ref[step]
 
     @pl.when(flags & FIRST != 0)
     def _start():
-        value_ref[...] = jnp.zeros_like(value_ref)
-        total_ref[...] = jnp.full_like(total_ref, 1.0 if sinks else 0.0)
+        values_ref[...] = jnp.zeros_like(values_ref)
         for g in range(shape.G):
-            sink = sinks[0][head * shape.G + g] * LOG2E if sinks else _NOTHING
-            top_ref[g] = jnp.full((1, shape.bq), sink, jnp.float32)
+            sink = sinks[0][head * shape.G + g] if sinks else None
+            row_max, row_sum = begin(sink, LOG2E)
+            row_max_ref[g] = jnp.full((1, shape.bq), row_max, jnp.float32)
+            row_sum_ref[g] = jnp.full((1, shape.bq), row_sum, jnp.float32)
 
     def attend(masked: bool) -> None:
         seen = blocks.seen(outer_ref[step], inner_ref[step], first_ref[0]) if masked else None
         k, v = rows(k_ref[0, 0], shape.H), columns(v_ref[0, 0], shape.Hv)
 
         def scores(g: int, at: slice) -> Array:  # [bk, part of bq]
-            return product(k, part_of(q_ref, shape.H, g, at), (1, width_axis(shape.H)))
+            return dot(k, part_of(q_ref, shape.H, g, at), (1, width_axis(shape.H)))
 
-        for g, at, s in in_turn(shape, scores, ahead=3):
+        for g, at, s in parts_ahead(shape, scores, ahead=3):
             s = logits(s, scale, soft_cap)
             s = s if seen is None else jnp.where(seen[:, at], s, -jnp.inf)
-            before = top_ref[g, :, at]
-            top = jnp.maximum(before, jnp.max(s, 0, keepdims=True))
-            p, shrink = jnp.exp2(s - top), jnp.exp2(before - top)
-            top_ref[g, :, at] = top
-            total_ref[g, :, at] = total_ref[g, :, at] * shrink + jnp.sum(p, 0, keepdims=True)
-            value = product(v, p.astype(v.dtype), (1, 0))
-            value_ref[g, :, at] = value_ref[g, :, at] * shrink + value
+            old_max = row_max_ref[g, :, at]
+            row_max = jnp.maximum(old_max, jnp.max(s, 0, keepdims=True))
+            p, rescale = jnp.exp2(s - row_max), jnp.exp2(old_max - row_max)
+            row_max_ref[g, :, at] = row_max
+            row_sum_ref[g, :, at] = row_sum_ref[g, :, at] * rescale + jnp.sum(p, 0, keepdims=True)
+            values = dot(v, p.astype(v.dtype), (1, 0))
+            values_ref[g, :, at] = values_ref[g, :, at] * rescale + values
 
     pl.when(flags & MASKED != 0)(partial(attend, True))
     pl.when(flags & MASKED == 0)(partial(attend, False))
@@ -109,9 +118,9 @@ def _kernel(
     @pl.when(flags & LAST != 0)
     def _finish():
         for g in range(shape.G):
-            total = total_ref[g]
-            some = jnp.where(total > 0, total, 1.0)
-            lse = jnp.where(total > 0, top_ref[g] * (1 / LOG2E) + jnp.log(some), -jnp.inf)
-            o = value_ref[g] * (1 / some)
-            o_ref[0, g] = (o if is_turned(shape.Hv) else o.T).astype(o_ref.dtype)
+            row_sum = row_sum_ref[g]
+            some = jnp.where(row_sum > 0, row_sum, 1.0)
+            lse = jnp.where(row_sum > 0, row_max_ref[g] * (1 / LOG2E) + jnp.log(some), -jnp.inf)
+            o = values_ref[g] * (1 / some)
+            o_ref[0, g] = (o if is_transposed(shape.Hv) else o.T).astype(o_ref.dtype)
             lse_ref[0, 0, g : g + 1] = lse

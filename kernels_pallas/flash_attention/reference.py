@@ -1,4 +1,4 @@
-"""What attention over packed rows means, forward and backward, and which blocks of it are work."""
+"""Causal attention over packed rows in plain JAX, and which blocks of its scores have work."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ def attend(
 ) -> tuple[Array, Array]:
     """Causal attention inside each document of a row; head n reads keys of head n // (N // K).
 
-    Heads come before tokens, because both a TPU's and a GPU's matrix units want a head's tokens
-    in rows; whoever makes q, k and v writes them so at no cost.
+    Heads come before tokens, because the matrix units of both TPUs and GPUs take a head's tokens
+    in rows; the products that compute q, k and v write them in this order at no cost.
 
     Args:
-        segments: which document a token is of. A document is one run of equal numbers; 0 is
+        segments: which document a token belongs to. A document is one run of equal numbers; 0 is
             padding, which sees nothing.
         window: keys at least this far back are hidden; 0 hides none.
-        sinks: a logit per head that joins the softmax and carries no value.
-        soft_cap: logits become cap * tanh(logits / cap); 0 leaves them.
+        sinks: a logit per head that joins the softmax and has no value.
+        soft_cap: logits become cap * tanh(logits / cap); 0 leaves them as they are.
 
     Returns:
         o [B, N, T, Hv] of q's type and lse float32 [B, N, T], the logarithm of the softmax's
@@ -42,18 +42,18 @@ def attend(
     at, first = jnp.arange(T), first_seen(segments, window)
     seen = (first[:, :, None] <= at) & (at <= at[:, None])  # [B, T, T]
 
-    @jax.checkpoint  # the scores of one head at a time, also while differentiating
+    @jax.checkpoint  # so that a gradient, too, keeps the scores of one head at a time
     def head(operands: tuple[Array, Array, Array, Array]) -> tuple[Array, Array]:
         q, k, v, sink = (x.astype(jnp.float32) for x in operands)
         s = jnp.einsum("bgth,bsh->bgts", q, k) * scale
         s = soft_cap * jnp.tanh(s / soft_cap) if soft_cap else s
         s = jnp.where(seen[:, None], s, -jnp.inf)
-        top = lax.stop_gradient(jnp.maximum(s.max(-1), sink[:, None]))
-        top = jnp.where(jnp.isfinite(top), top, 0.0)
-        p = jnp.where(seen[:, None], jnp.exp(s - top[..., None]), 0.0)
-        total = p.sum(-1) + jnp.exp(sink[:, None] - top)
-        some = jnp.where(total > 0, total, 1.0)
-        lse = jnp.where(total > 0, top + jnp.log(some), -jnp.inf)
+        row_max = lax.stop_gradient(jnp.maximum(s.max(-1), sink[:, None]))
+        row_max = jnp.where(jnp.isfinite(row_max), row_max, 0.0)
+        p = jnp.where(seen[:, None], jnp.exp(s - row_max[..., None]), 0.0)
+        row_sum = p.sum(-1) + jnp.exp(sink[:, None] - row_max)
+        some = jnp.where(row_sum > 0, row_sum, 1.0)
+        lse = jnp.where(row_sum > 0, row_max + jnp.log(some), -jnp.inf)
         return jnp.einsum("bgts,bsh->bgth", p, v) / some[..., None], lse
 
     by_head = (
@@ -81,7 +81,11 @@ def gradient(
     sinks: Array | None = None,
     soft_cap: float = 0.0,
 ) -> tuple[Array, Array, Array, Array | None]:
-    """dq, dk, dv and dsinks of `attend`, whose results were o and lse, for slopes do and dlse."""
+    """Gradients of `attend`, which returned o and lse, for the cotangents do and dlse.
+
+    Returns:
+        dq, dk and dv, of the shapes and types of q, k and v, and dsinks [N], None without sinks.
+    """
 
     def forward(q: Array, k: Array, v: Array, sinks: Array | None) -> tuple[Array, Array]:
         return attend(q, k, v, segments, scale=scale, window=window, sinks=sinks, soft_cap=soft_cap)
@@ -91,8 +95,11 @@ def gradient(
 
 
 def first_seen(segments: Array, window: Array | int) -> Array:
-    """The first key that each token [B, T] sees; the last is itself. Padding's is the next token,
-    so that it sees none. It never falls along a row, which the choice of blocks relies on."""
+    """The first key that each token sees, int32 [B, T]; the last one is the token itself.
+
+    Padding gets the next token, so that it sees none. Numbers never fall along a row, which the
+    choice of blocks relies on.
+    """
     at = jnp.arange(segments.shape[1], dtype=jnp.int32)
     starts = jnp.diff(segments, axis=1, prepend=segments[:, :1]) != 0
     first = lax.cummax(jnp.where(starts, at, 0), axis=1)
@@ -102,19 +109,24 @@ def first_seen(segments: Array, window: Array | int) -> Array:
 
 
 class Steps(NamedTuple):
-    """Pairs of blocks that have work, those of one outer block in a row. All int32."""
+    """Pairs of blocks that have work; those of one outer block are consecutive. All int32."""
 
-    outer: Array  # [S], block of the outer axis, counted through the batch
+    outer: Array  # [S], block of the outer axis, counted over all rows of the batch
     inner: Array  # [S], block of the inner axis
-    flags: Array  # [S], of FIRST, LAST (of an outer block) and MASKED (not all is seen)
-    total: Array  # [], pairs that are real; S is the most that there can be
+    flags: Array  # [S], FIRST and LAST (of an outer block) and MASKED (not all is seen)
+    total: Array  # [], pairs that there are; S is an upper bound
 
 
 FIRST, LAST, MASKED = 1, 2, 4
 
 
 def query_major(first: Array, bq: int, bk: int) -> Steps:
-    """For each block of queries the blocks of keys that any of them sees, from `first_seen`."""
+    """For each block of queries, the blocks of keys that any of them sees.
+
+    Args:
+        first: `first_seen` [B, T].
+        bq, bk: queries and keys in a block.
+    """
     T = first.shape[1]
     highest = (jnp.arange(1, T // bq + 1, dtype=jnp.int32) * bq - 1) // bk
     lowest = jnp.minimum(first[:, ::bq] // bk, highest)  # at least one, which writes the result
@@ -122,7 +134,7 @@ def query_major(first: Array, bq: int, bk: int) -> Steps:
 
 
 def key_major(first: Array, bq: int, bk: int) -> Steps:
-    """For each block of keys the blocks of queries that see any of them, from `first_seen`."""
+    """For each block of keys, the blocks of queries that see any of them; as `query_major`."""
     lowest = jnp.arange(first.shape[1] // bk, dtype=jnp.int32) * bk // bq
     highest = last_queries(first, bq, bk)
     lowest = jnp.broadcast_to(lowest, highest.shape)
@@ -130,8 +142,10 @@ def key_major(first: Array, bq: int, bk: int) -> Steps:
 
 
 def last_queries(first: Array, bq: int, bk: int) -> Array:
-    """The last block of queries that sees any of each block of keys [B, T / bk]; at least the one
-    on the diagonal, which writes the result."""
+    """The last block of queries that sees any key of each block [B, T / bk].
+
+    It is at least the block on the diagonal, which writes the result.
+    """
     ends = jnp.arange(1, first.shape[1] // bk + 1, dtype=jnp.int32) * bk
     last = jnp.sum(first[:, ::bq, None] < ends, axis=1, dtype=jnp.int32) - 1  # `first` rises
     return jnp.maximum(last, (ends - bk) // bq)
@@ -140,7 +154,7 @@ def last_queries(first: Array, bq: int, bk: int) -> Array:
 def _steps(
     first: Array, lowest: Array, highest: Array, bq: int, bk: int, *, keys_inside: bool
 ) -> Steps:
-    """Steps from the inner blocks [B, O] that each outer block begins and ends with."""
+    """Steps of outer blocks whose first and last inner blocks are `lowest` and `highest` [B, O]."""
     B, T = first.shape
     low, counts = lowest.reshape(-1), (highest - lowest + 1).reshape(-1)
     ends = jnp.cumsum(counts)

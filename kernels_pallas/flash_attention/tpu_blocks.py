@@ -1,13 +1,12 @@
 """What the three TPU kernels share: sizes, blocks of arrays, and a grid of the blocks with work.
 
-A grid step is a pair of blocks, of queries and of keys, that see each other at all. Which pairs
-those are depends on the documents, so the grid's length is read as the kernel starts and a list of
-pairs lies in scalar memory. Nothing is spent on pairs that a mask would erase.
+A step of the grid is a pair of blocks, of queries and of keys, in which any query sees any key.
+Which pairs those are depends on the documents, so the length of the grid is dynamic and a list of
+the pairs lies in scalar memory. No time is spent on pairs that are masked as a whole.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,17 +20,16 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.flash_attention.reference import Steps
 from kernels_pallas.op import UnsupportedError, tried
-from kernels_pallas.tiling import divisor
+from kernels_pallas.softmax import LOG2E
+from kernels_pallas.tpu import LANES, divisor
 
-LOG2E = math.log2(math.e)
-LANES = 128
-_PART = 256
-_MOST_STEPS = 64 * 1024  # three words each, in a scalar memory of 1 MiB
+_PART = 256  # queries of a part: see `parts_ahead`
+_MAX_STEPS = 64 * 1024  # of three words each, in a scalar memory of 1 MiB
 
 
 @dataclass(frozen=True)
 class TpuTile:
-    """q, k: tokens in a block of queries and of keys. Both are lowered to what divides T."""
+    """q, k: tokens in a block of queries and of keys, at most: a block's size divides T."""
 
     q: int = tried(512, 256, 1024)
     k: int = tried(512, 256, 1024)
@@ -39,7 +37,11 @@ class TpuTile:
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of one call."""
+    """Sizes of one call: q is [B, N, T, H], k [B, K, T, H], v [B, K, T, Hv].
+
+    Attributes:
+        bq, bk: tokens in a block of queries and of keys.
+    """
 
     B: int
     N: int
@@ -57,6 +59,12 @@ class Shape:
 
     @classmethod
     def of(cls, q: Array, k: Array, v: Array, tile: TpuTile) -> Shape:
+        """The sizes of these arrays, in blocks that divide T.
+
+        Raises:
+            UnsupportedError: arrays are not all bfloat16 or all float32, N is no multiple of K or
+                T of 128.
+        """
         (B, N, T, H), K, Hv = q.shape, k.shape[1], v.shape[3]
         if not q.dtype == k.dtype == v.dtype or q.dtype not in (jnp.bfloat16, jnp.float32):
             types = f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}"
@@ -65,19 +73,19 @@ class Shape:
             raise UnsupportedError(f"{N=} heads cannot share {K=} KV heads evenly")
         if T % LANES:
             raise UnsupportedError(f"{T=} must be a multiple of {LANES}: pad with segment 0")
-        bq = min(tile.q, max(LANES, 4 * tile.q * K // N))  # blocks of many heads fill VMEM sooner
+        bq = min(tile.q, max(LANES, 4 * tile.q * K // N))  # many heads fill VMEM sooner
         return cls(B, N, K, T, H, Hv, divisor(T, bq, LANES), divisor(T, tile.k, LANES))
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """How blocks of arrays follow the list of steps.
+    """Which blocks of the arrays each step is given.
 
-    Scores lie with keys in rows and queries in lanes: the softmax then adds whole registers rather
-    than lanes of one, and a number per query is a row of it, as it is in memory.
+    Scores have keys in rows and queries in lanes: the softmax then adds whole registers rather than
+    lanes of one, and a number per query is a row of a block, as it is in memory.
 
     Attributes:
-        keys_inside: the outer axis of the steps is that of queries.
+        keys_inside: the outer axis of the steps is that of queries, the inner one that of keys.
     """
 
     shape: Shape
@@ -91,13 +99,16 @@ class Blocks:
         """A kernel's results over all KV heads and steps.
 
         Args:
-            operands: what each array is (see `_spec`), and the array.
-            out: the same, with types and shapes of the results.
+            operands: the kind of each array (see `_spec`), and the array.
+            out: the kind of each result, and its shape and type.
+
+        Raises:
+            UnsupportedError: there are more steps than scalar memory holds.
         """
-        if steps.outer.size > _MOST_STEPS:
+        if steps.outer.size > _MAX_STEPS:
             raise UnsupportedError(
                 f"T={self.shape.T} has {steps.outer.size} pairs of blocks, of which scalar memory "
-                f"holds {_MOST_STEPS}: use larger tiles"
+                f"holds {_MAX_STEPS}: use larger tiles"
             )
         grid = pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
@@ -119,8 +130,9 @@ class Blocks:
     def _spec(self, kind: str, x: Array | jax.ShapeDtypeStruct) -> pl.BlockSpec:
         """The block of an array that a step is given.
 
-        queries [B, N, T, H or Hv], keys [B, K, T, H or Hv], rows [B, K, G, T] of a number per
-        query, first [B, 1, T] from `first_seen`, scalars of any shape.
+        Args:
+            kind: "queries" [B, N, T, H or Hv], "keys" [B, K, T, H or Hv], "rows" [B, K, G, T] of a
+                number per query, "first" [B, 1, T] of `first_seen`, or "scalars" of any shape.
         """
         s, width = self.shape, x.shape[-1]
         if kind == "scalars":
@@ -131,13 +143,13 @@ class Blocks:
             "rows": ((1, 1, s.G, s.bq), lambda b, h, i, j: (b, h, 0, i)),
             "first": ((1, 1, s.bq), lambda b, h, i, j: (b, 0, i)),
         }[kind]
-        turned = kind in ("queries", "keys") and is_turned(width)
+        transposed = kind in ("queries", "keys") and is_transposed(width)
 
         def at(h: Array, step: Array, outer: Any, inner: Any, flags: Any) -> tuple[Any, ...]:
             where = index(*self._place(outer[step], h, inner[step]))
-            return _swapped(where) if turned else where
+            return _swapped(where) if transposed else where
 
-        return pl.BlockSpec(_swapped(block) if turned else block, at)
+        return pl.BlockSpec(_swapped(block) if transposed else block, at)
 
     def _place(self, outer: Array, h: Array | int, inner: Array) -> tuple[Any, ...]:
         """(row of the batch, KV head, block of queries, block of keys)."""
@@ -146,7 +158,11 @@ class Blocks:
         return (row, h, mine, inner) if self.keys_inside else (row, h, inner, mine)
 
     def seen(self, outer: Array, inner: Array, first: Array) -> Array:
-        """Which keys of a step its queries see [bk, bq], from `first_seen` of those [1, bq]."""
+        """Which keys of a step its queries see: bool [bk, bq].
+
+        Args:
+            first: `first_seen` of the queries [1, bq].
+        """
         _, _, i, j = self._place(outer, 0, inner)
         at = (self.shape.bk, self.shape.bq)
         key = j * self.shape.bk + lax.broadcasted_iota(jnp.int32, at, 0)
@@ -154,17 +170,17 @@ class Blocks:
         return (first <= key) & (key <= query)
 
 
-def is_turned(width: int) -> bool:
-    """Whether heads of this width come with tokens in lanes.
+def is_transposed(width: int) -> bool:
+    """Whether heads of this width are stored transposed, with tokens in lanes.
 
-    Lanes are 128, and narrow heads would fill half of each row in memory.
+    There are 128 lanes, of which narrower heads would leave a part of every row in memory unused.
     """
     return width % LANES != 0
 
 
 def width_axis(width: int) -> int:
-    """Which axis of a block of one head is its width; the other is that of tokens."""
-    return 0 if is_turned(width) else 1
+    """The axis of a head's width in a block of one head; the other one is that of tokens."""
+    return 0 if is_transposed(width) else 1
 
 
 def _swapped(x: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -172,33 +188,34 @@ def _swapped(x: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _laid(kind: str, width: int, x: Array) -> Array:
-    """An operand as the kernel takes it, or a result as the op gives it."""
-    return jnp.swapaxes(x, -1, -2) if kind in ("queries", "keys") and is_turned(width) else x
+    """An operand as the kernel takes it, or a result of the kernel as the op returns it."""
+    return jnp.swapaxes(x, -1, -2) if kind in ("queries", "keys") and is_transposed(width) else x
 
 
 def rows(block: Array, width: int) -> Array:
     """A block of one head as [tokens, width]."""
-    return block.T if is_turned(width) else block
+    return block.T if is_transposed(width) else block
 
 
 def columns(block: Array, width: int) -> Array:
     """A block of one head as [width, tokens]."""
-    return block if is_turned(width) else block.T
+    return block if is_transposed(width) else block.T
 
 
 def part_of(ref: Any, width: int, g: int, at: slice) -> Array:
-    """Some queries of a head, from a block of "queries"."""
-    return ref[0, g, :, at] if is_turned(width) else ref[0, g, at]
+    """Some queries of head g, as they lie in a block of "queries"."""
+    return ref[0, g, :, at] if is_transposed(width) else ref[0, g, at]
 
 
-def in_turn(
+def parts_ahead(
     shape: Shape, begin: Callable[[int, slice], Any], ahead: int
 ) -> Iterator[tuple[int, slice, Any]]:
-    """Heads of a block and parts of their queries, with what `begin` has made of each.
+    """Heads of a block and parts of their queries, each with what `begin` returned for it.
 
     A part is some 256 queries: its scores are twice what registers hold, and a matrix unit is as
-    wide. So many parts `ahead` have begun when one is given out: the matrix unit has their scores
-    to compute while the softmax is at work. More of them hide more, and spill more.
+    wide. When a part is returned, `begin` was already called for so many parts `ahead`, so that the
+    matrix unit computes their scores during the softmax of this one. More parts ahead hide more
+    time, and spill more registers.
     """
     size = divisor(shape.bq, _PART, LANES)
     parts = [(g, slice(i, i + size)) for g in range(shape.G) for i in range(0, shape.bq, size)]
@@ -209,7 +226,7 @@ def in_turn(
 
 
 def logits(s: Array, scale: float, soft_cap: float) -> Array:
-    """Scores as the softmax takes them, in powers of 2, which saves a multiplication each."""
+    """Logits in base 2 of products of q and k: exp2 then needs no multiplication."""
     if not soft_cap:
         return s * (scale * LOG2E)
     return jnp.tanh(s * (scale / soft_cap)) * (soft_cap * LOG2E)

@@ -6,6 +6,7 @@ from kernels_pallas.grouped_matmul import mosaic_gpu, mosaic_tpu
 from kernels_pallas.grouped_matmul.cases import CASES
 from kernels_pallas.grouped_matmul.reference import grouped_matmul as reference
 from kernels_pallas.op import Body, Op
+from kernels_pallas.target import not_hopper
 
 __all__ = ["grouped_matmul"]
 
@@ -14,7 +15,7 @@ grouped_matmul = Op(
     reference,
     {
         "mosaic_tpu": Body("tpu", mosaic_tpu.tpu, mosaic_tpu.Tile, mosaic_tpu.Tile.wanted),
-        "mosaic_gpu": Body("gpu", mosaic_gpu.gpu, mosaic_gpu.Tile),
+        "mosaic_gpu": Body("gpu", mosaic_gpu.gpu, mosaic_gpu.Tile, declines=not_hopper),
     },
     CASES,
 )

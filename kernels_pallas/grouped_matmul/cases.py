@@ -15,7 +15,12 @@ def case(
     M: int, E: int, N: int, K: int, *, layers: int = 0, padding: int = 0, present: float = 1.0,
     dtype: Any = jnp.bfloat16, out_dtype: Any = jnp.bfloat16, shipped: bool = False,
 ) -> Case:  # fmt: skip
-    """`padding` rows belong to nobody; a share `present` of the experts has rows at all."""
+    """M rows, of which the last `padding` belong to no expert.
+
+    Args:
+        layers: in the stack of weights, of which the last one is used; 0 for no stack.
+        present: the share of the experts that may have rows.
+    """
 
     def make(key: Array) -> tuple[tuple[Array, ...], dict[str, Array]]:
         a, b, c, d, e, f = jax.random.split(key, 6)
@@ -36,9 +41,9 @@ def case(
         return (x, w, sizes), arrays
 
     size, width = jnp.dtype(dtype).itemsize, jnp.dtype(out_dtype).itemsize
-    met = E * (1 - (1 - 1 / E) ** M)  # experts that M random rows choose
+    read = E * (1 - (1 - 1 / E) ** M)  # experts that M random rows choose
     cost = Cost(
-        size * (M * K + met * N * K) + width * M * N, 2.0 * M * N * K, jnp.dtype(dtype).name
+        size * (M * K + read * N * K) + width * M * N, 2.0 * M * N * K, jnp.dtype(dtype).name
     )
     words = (
         f"{M}x{E}x{N}x{K}", f"L{layers}" * (layers > 0), f"pad{padding}" * (padding > 0),

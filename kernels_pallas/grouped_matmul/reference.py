@@ -9,7 +9,7 @@ from jax import Array, lax
 
 from kernels_pallas.grouped_matmul.visits import blocks
 
-_BLOCK = 16  # rows of one product; `lax.ragged_dot` would be dense off TPU: E times the work
+_BLOCK = 16  # rows per product; `lax.ragged_dot` is dense except on TPUs: E times the work
 
 
 def grouped_matmul(
@@ -24,14 +24,17 @@ def grouped_matmul(
 ) -> Array:  # [M, N]
     """Rows sorted by expert, each times its own expert's weight: x[i] @ w[expert of i].T.
 
-    The first group_sizes[0] rows belong to expert 0, and so on; any may be 0. Rows past the sum of
-    all sizes come out 0.
+    The first group_sizes[0] rows belong to expert 0, and so on; any size may be 0. Rows past the
+    sum of all sizes are padding, whose result is 0.
 
     Args:
-        layer: which of the stacked weights; None where w is one layer's own.
-        x_scale, w_scale: given where x and w are int8, which `quantize_rows` makes. Their products
-            are summed in int32, others in float32.
+        layer: which of the stacked weights to use; None if w belongs to one layer.
+        x_scale, w_scale: given if x and w are int8, as `quantize_rows` makes them. Products of
+            int8 are summed in int32, others in float32.
         out_dtype: bfloat16 or float32.
+
+    Raises:
+        ValueError: shapes and types do not go together.
     """
     check(x, w, group_sizes, layer, x_scale, w_scale)
     (M, N), E = (x.shape[0], w.shape[-2]), group_sizes.shape[0]
@@ -45,7 +48,7 @@ def grouped_matmul(
         if x_scale is not None and w_scale is not None:
             row_scale = x_scale.at[at].get(mode="fill", fill_value=0)[:, None]
             sums = sums.astype(jnp.float32) * row_scale * _of(w_scale, layer, group)
-        sums = jnp.where(group < E, sums, 0)  # padding has met some expert, in vain
+        sums = jnp.where(group < E, sums, 0)  # padding was multiplied by some expert
         return y.at[at].set(sums.astype(out_dtype), mode="drop"), None
 
     parts = blocks(group_sizes, M, _BLOCK)
@@ -53,7 +56,7 @@ def grouped_matmul(
 
 
 def _of(stack: Array, layer: Array | int | None, expert: Array) -> Array:
-    """One expert's array, read straight from the stack."""
+    """One expert's array, sliced from the stack in one step, so that no layer is copied."""
     lead = (expert,) if layer is None else (layer, expert)
     size = (*[1] * len(lead), *stack.shape[len(lead) :])
     start = (*lead, *[0] * (stack.ndim - len(lead)))
@@ -61,7 +64,11 @@ def _of(stack: Array, layer: Array | int | None, expert: Array) -> Array:
 
 
 def check(x, w, group_sizes, layer, x_scale, w_scale) -> None:
-    """Raises ValueError where shapes and types do not go together."""
+    """Checks the arguments of `grouped_matmul`.
+
+    Raises:
+        ValueError: shapes and types do not go together.
+    """
     stacked = layer is not None
     if w.ndim != 3 + stacked or w.shape[-1] != x.shape[-1] or w.dtype != x.dtype:
         expected = "[L, E, N, K]" if stacked else "[E, N, K]"

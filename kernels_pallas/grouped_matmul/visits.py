@@ -1,7 +1,7 @@
-"""Which rows meet which expert: rows sorted by expert, cut into blocks of a fixed size.
+"""Which rows are multiplied by which expert: rows sorted by expert, cut into blocks of one size.
 
-Rows past the last expert's are padding. They form a group E of their own, which has no weights.
-Everything here is a few comparisons of small arrays, so that compilers make one kernel of it.
+Rows past those of the last expert are padding. They form a group E of their own, without weights.
+Everything here is a few comparisons of small arrays, which compilers fuse into one kernel.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class Blocks(NamedTuple):
     Attributes:
         group: of each block; E for padding.
         start: its first row.
-        size: its rows; 0 for blocks that are not used.
+        size: how many rows it has; 0 for blocks that are not used.
     """
 
     group: Array  # [V]
@@ -32,9 +32,10 @@ class Visits(NamedTuple):
     Attributes:
         block: of rows.
         group: of rows; E for padding.
-        weight: the expert whose weights lie ready: the group, or for padding the one before it.
-        used: pairs that there are. Those behind repeat the last.
-        starts: of groups; the last is the number of rows.
+        weight: the expert whose weights are loaded: the group, or for padding the last expert that
+            has rows, whose weights are loaded already.
+        used: how many pairs there are. Entries past them repeat the last pair.
+        starts: the first row of each group, then the number of rows.
     """
 
     block: Array  # [V]
@@ -45,18 +46,19 @@ class Visits(NamedTuple):
 
 
 def _starts(group_sizes: Array, rows: int) -> Array:
+    """The first row of each group and of padding, then the number of rows [E + 2]."""
     ends = jnp.minimum(jnp.cumsum(group_sizes, dtype=jnp.int32), rows)
     zero = jnp.zeros(1, jnp.int32)
     return jnp.concatenate([zero, ends, zero + rows])
 
 
 def _owner(i: Array, counts: Array) -> tuple[Array, Array]:
-    """Which of consecutive runs of `counts` things holds thing i, and the things before that run.
+    """Which of consecutive runs, of `counts` entries each, holds entry i, and where it begins.
 
     The last run holds whatever is past the end.
     """
     ends = jnp.cumsum(counts[:-1], dtype=jnp.int32)
-    past = i[:, None] >= ends  # not a binary search: that is a loop of small kernels on GPU
+    past = i[:, None] >= ends  # a binary search would be a loop of small kernels on a GPU
     return past.sum(1, dtype=jnp.int32), jnp.where(past, counts[:-1], 0).sum(1, dtype=jnp.int32)
 
 
@@ -64,7 +66,8 @@ def blocks(group_sizes: Array, rows: int, size: int, align: int = 1) -> Blocks:
     """Blocks of up to `size` of the `rows` rows.
 
     Args:
-        align: a divisor of `size`: a block's rows lie within `size` rows that begin at a multiple.
+        align: a divisor of `size`. A block's rows lie within `size` rows of which the first is a
+            multiple of `align`.
     """
     starts = _starts(group_sizes, rows)
     first = starts[:-1] // align * align
@@ -80,7 +83,7 @@ def blocks(group_sizes: Array, rows: int, size: int, align: int = 1) -> Blocks:
 
 
 def visits(group_sizes: Array, rows: int, size: int) -> Visits:
-    """Visits to the ceil(rows / size) blocks of `size` rows."""
+    """The pairs of ceil(rows / size) aligned blocks and the groups that have rows there."""
     starts = _starts(group_sizes, rows)
     first, last = starts[:-1] // size, (starts[1:] - 1) // size
     counts = jnp.where(jnp.diff(starts) > 0, last - first + 1, 0)  # [E + 1]

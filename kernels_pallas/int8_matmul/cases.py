@@ -15,7 +15,7 @@ def case(
     T: int, N: int, K: int, *, layers: int = 0, biased: bool = False, shipped: bool = False,
     activation: str | None = None, out_dtype: Any = jnp.bfloat16,
 ) -> Case:  # fmt: skip
-    """`layers` > 0: a stack, of which the last layer is taken."""
+    """x [T, K] times w [N, K]; if `layers` > 0, w is the last of so many in a stack."""
 
     def weight(key: Array) -> tuple[Array, Array]:
         a, b = jax.random.split(key)

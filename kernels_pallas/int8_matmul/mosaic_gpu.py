@@ -1,15 +1,16 @@
-"""The W8A8 product on Hopper: int8 wgmma on tiles that TMA brings, scales and gate in registers.
+"""The W8A8 product on Hopper: int8 wgmma on tiles that TMA loads, scales and gate in registers.
 
-Weights are the side of 64 rows that wgmma fixes, tokens the side that may be as narrow as 8, so one
-kernel serves a decoding step and a prompt. Results lie transposed in registers and are turned
-while they are stored.
+wgmma fixes one side of a product at 64 rows, and takes from 8 to 256 on the other. Rows of w are
+the fixed side and rows of x (tokens) the other, so one kernel serves a decoding step and a prompt.
+The result is therefore transposed in registers, and is transposed back while it is stored.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,125 +18,169 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels_pallas.hopper import CORES, LINE_BYTES, PLANNED_BYTES, ROWS, fit, pipelined
 from kernels_pallas.int8_matmul.reference import check
 from kernels_pallas.linear import GATES
 from kernels_pallas.op import UnsupportedError, tried
-from kernels_pallas.tiling import ALIGNED_FLOATS, fit
 
-_LINE = 128  # bytes of K that a swizzled row of shared memory holds
-_SHARED = 224 * 1024  # bytes of shared memory of a core that default tiles take
-_CORES = 132
-_STORED = 64  # tokens that are turned and stored at a time
+_STORE_M = 64  # rows of the result that are transposed and stored at a time
 
 
 @dataclass(frozen=True)
 class Tile:
-    """A block's share: tokens, groups of 64 weight rows, and how K is walked.
+    """What one block of the grid computes, and how it walks K.
 
     Attributes:
-        tokens: of x: 8, 16, 32, or a multiple of 64 up to 256.
-        warpgroups: that multiply, 64 rows of w each. Where there are several, one more loads.
-        depth: of K in a step.
-        stages: steps whose operands are in shared memory or on their way.
+        block_m: rows of x: 8, 16, 32, or a multiple of 64 up to 256.
+        warpgroups: that multiply, 64 rows of w each. If there are several, one more loads.
+        block_k: elements of K per step.
+        stages: steps whose operands are in shared memory or being loaded.
     """
 
-    tokens: int = tried(256, 8, 64, 128)
+    block_m: int = tried(256, 8, 64, 128)
     warpgroups: int = tried(2, 1)
-    depth: int = tried(128, 256)
+    block_k: int = tried(128, 256)
     stages: int = tried(4, 3, 6)
 
+    @property
+    def block_n(self) -> int:
+        """Rows of w."""
+        return ROWS * self.warpgroups
+
     @classmethod
-    def default(cls, T: int, N: int, K: int, gated: bool) -> Tile:
-        tokens = min(128 if gated else 256, max(8, 1 << (T - 1).bit_length()))
-        warpgroups = 2 if tokens > 64 and N % 128 == 0 else 1
-        depth = 256 if tokens <= 64 and K % 256 == 0 else 128
-        crowded = warpgroups == 1 and N // 64 * -(-T // tokens) > _CORES  # then two share a core
-        stage = depth * (64 * warpgroups * (1 + gated) + tokens)
-        kept = warpgroups * 64 * (4 * min(tokens, _STORED) + 16) + 4 * tokens
-        stages = (_SHARED // (1 + crowded) - kept) // stage
-        return cls(tokens, warpgroups, depth, max(2, min(8, stages)))
+    def for_shape(cls, T: int, N: int, K: int, gated: bool) -> Tile:
+        """The tile for x [T, K] and w [N, K] where none was tuned."""
+        block_m = min(128 if gated else 256, max(8, 1 << (T - 1).bit_length()))
+        warpgroups = 2 if block_m > 64 and N % 128 == 0 else 1
+        block_k = 256 if block_m <= 64 and K % 256 == 0 else 128
+        two_per_sm = warpgroups == 1 and N // 64 * -(-T // block_m) > CORES
+        stage = block_k * (64 * warpgroups * (1 + gated) + block_m)
+        kept = warpgroups * 64 * (4 * min(block_m, _STORE_M) + 16) + 4 * block_m
+        stages = (PLANNED_BYTES // (1 + two_per_sm) - kept) // stage
+        return cls(block_m, warpgroups, block_k, max(2, min(8, stages)))
 
     def shared(self, K: int, out_bytes: int, gated: bool, per_row: int) -> tuple[int, ...]:
-        """Bytes of arrays in shared memory, with so many numbers for each row of w."""
-        stage = self.depth * (64 * self.warpgroups * (1 + gated) + self.tokens)
-        turned, scales = min(self.tokens, _STORED) * out_bytes, 4 * max(self.tokens, ALIGNED_FLOATS)
-        of_each = 64 * turned, scales, 4 * 64 * per_row
-        return stage * min(self.stages, K // self.depth), *(self.warpgroups * n for n in of_each)
+        """Bytes of the arrays in shared memory; `per_row` floats are kept for each row of w."""
+        stage = self.block_k * (self.block_n * (1 + gated) + self.block_m)
+        out = ROWS * min(self.block_m, _STORE_M) * out_bytes
+        scales = max(4 * self.block_m, LINE_BYTES)
+        per_warpgroup = out, scales, 4 * ROWS * per_row
+        stages = min(self.stages, K // self.block_k)
+        return stage * stages, *(self.warpgroups * size for size in per_warpgroup)
 
 
-def _kernel(
-    layer_ref, x_ref, x_scale_ref, *refs, tile: Tile, gated: bool, biased: bool, activation
-):
-    count = 1 + gated
-    weights, scales, rest = refs[:count], refs[count : 2 * count], refs[2 * count :]
-    bias_ref, out_ref, out_smem, x_scale_smem, row_smem, arrived = rest if biased else (None, *rest)
-    per_row = [*scales, *([bias_ref] if biased else [])]
-    layer = layer_ref[0]
+class _Refs(NamedTuple):
+    """What the kernel is given: arrays in global memory, then those in shared memory."""
+
+    layer: Any  # [1]
+    x: Any  # [T, K]
+    x_scale: Any  # [T]
+    weights: Sequence[Any]  # [L, N, K]: w, and `up` if there is a gate
+    per_row: Sequence[Any]  # [L, N]: a scale for each weight, and the bias if there is one
+    out: Any  # [T, N]
+    out_smem: Any  # [warpgroups, rows stored at a time, 64]
+    x_scale_smem: Any  # [warpgroups, block_m, or more for alignment]
+    per_row_smem: Any  # [warpgroups, len(per_row), 64]
+    arrived: Any  # a barrier per warpgroup, for its scales and bias
+
+    @classmethod
+    def of(cls, refs: Sequence[Any], gated: bool, biased: bool) -> _Refs:
+        (layer, x, x_scale), refs = refs[:3], refs[3:]
+        count = 1 + gated
+        weights, per_row = refs[:count], refs[count : 2 * count + biased]
+        return cls(layer, x, x_scale, weights, per_row, *refs[2 * count + biased :])
+
+
+class _Share(NamedTuple):
+    """What one warpgroup computes: products of these rows of x and of a layer's w."""
+
+    wg: Any
+    layer: Array
+    x_rows: Any
+    w_rows: Any
+
+
+def _kernel(*args, tile: Tile, gated: bool, biased: bool, activation: str | None):
+    refs = _Refs.of(args, gated, biased)
+    layer = refs.layer[0]
     wg = lax.axis_index("wg") if tile.warpgroups > 1 else 0
-    tokens = pl.ds(lax.axis_index("t") * tile.tokens, tile.tokens)
-    x_scale_mine = x_scale_smem.at[wg, pl.ds(0, tile.tokens)]
-    first = lax.axis_index("n") * (64 * tile.warpgroups)
-    rows, chunk = pl.ds(first + wg * 64, 64), out_smem.shape[1]
+    x_rows = pl.ds(lax.axis_index("t") * tile.block_m, tile.block_m)
+    first = lax.axis_index("n") * tile.block_n
+    share = _Share(wg, layer, x_rows, pl.ds(first + wg * ROWS, ROWS))
 
-    def step(_, x_smem, *w_smems, sums):
-        for w_smem, total in zip(w_smems, sums, strict=True):
-            plgpu.wgmma(total, w_smem.at[pl.ds(wg * 64, 64)], x_smem.T)
-        plgpu.wgmma_wait(len(sums))  # of this step: the tiles of the last one may be overwritten
-        return sums
-
-    def compute(pipeline):
-        plgpu.copy_gmem_to_smem(x_scale_ref.at[tokens], x_scale_mine, arrived.at[wg])
-        for i, ref in enumerate(per_row):
-            plgpu.copy_gmem_to_smem(ref.at[layer, rows], row_smem.at[wg, i], arrived.at[wg])
+    def compute(multiply_all):
+        _load_scales(refs, share)
 
         def scope(*sums):
-            pipeline(sums)
-            plgpu.barrier_wait(arrived.at[wg])
-            shape = (64, tile.tokens)
-            x_scale = lax.broadcast_in_dim(x_scale_mine[...], shape, (1,))
-            y = [
-                total[...].astype(jnp.float32)
-                * x_scale
-                * lax.broadcast_in_dim(row_smem[wg, i], shape, (0,))
-                for i, total in enumerate(sums)
-            ]
-            out = GATES[activation](*y) if activation else y[0]
-            if biased:
-                out += lax.broadcast_in_dim(row_smem[wg, count], shape, (0,))
-            out = out.astype(out_ref.dtype)
-            for begin in range(0, tile.tokens, chunk):
-                part = out[:, begin : begin + chunk]
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                out_smem.at[wg].T[...] = plgpu.layout_cast(part, plgpu.Layout.WGMMA_TRANSPOSED)
-                plgpu.commit_smem()
-                at = pl.ds(tokens.start + begin, chunk)
-                plgpu.copy_smem_to_gmem(out_smem.at[wg], out_ref.at[at, rows])
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            multiply_all(sums)
+            _store(refs, share, _scaled(refs, share, sums, activation))
 
-        pl.run_scoped(
-            scope, *[plgpu.WGMMAAccumulatorRef((64, tile.tokens), jnp.int32) for _ in weights]
-        )
+        sums = [plgpu.WGMMAAccumulatorRef((ROWS, tile.block_m), jnp.int32) for _ in refs.weights]
+        pl.run_scoped(scope, *sums)
 
-    height = 64 * tile.warpgroups
-    weight = plgpu.BlockSpec((height, tile.depth), lambda k: (0, k), delay_release=1)
-    x_spec = plgpu.BlockSpec((tile.tokens, tile.depth), lambda k: (0, k), delay_release=1)
-    pipeline = {
-        "grid": (x_ref.shape[1] // tile.depth,),
-        "in_specs": [x_spec, *[weight for _ in weights]],
-        "max_concurrent_steps": tile.stages,
-    }
-    operands = (
-        x_ref.at[tokens],
-        *[w.at[layer].at[pl.ds(first, height)] for w in weights],
+    x_spec = plgpu.BlockSpec((tile.block_m, tile.block_k), lambda k: (0, k), delay_release=1)
+    w_spec = plgpu.BlockSpec((tile.block_n, tile.block_k), lambda k: (0, k), delay_release=1)
+    pipelined(
+        partial(_multiply, wg),
+        compute,
+        [refs.x.at[x_rows], *[w.at[layer].at[pl.ds(first, tile.block_n)] for w in refs.weights]],
+        warpgroups=tile.warpgroups,
+        grid=(refs.x.shape[1] // tile.block_k,),
+        in_specs=[x_spec, *[w_spec for _ in refs.weights]],
+        max_concurrent_steps=tile.stages,
     )
-    if tile.warpgroups == 1:  # several such blocks share a core, and hide each other's waiting
-        compute(lambda sums: plgpu.emit_pipeline(partial(step, sums=sums), **pipeline)(*operands))
-    else:
-        plgpu.emit_pipeline_warp_specialized(
-            lambda i, *args: step(i, *args[:-1], sums=args[-1]),
-            wg_axis="wg", num_compute_wgs=tile.warpgroups, memory_registers=40,
-            compute_context=compute, **pipeline,
-        )(*operands)  # fmt: skip
+
+
+def _load_scales(refs: _Refs, share: _Share) -> None:
+    """Starts to load the scales of both sides, and the bias, into a warpgroup's own memory."""
+    wg, arrived = share.wg, refs.arrived.at[share.wg]
+    x_scale_smem = refs.x_scale_smem.at[wg, pl.ds(0, share.x_rows.size)]
+    plgpu.copy_gmem_to_smem(refs.x_scale.at[share.x_rows], x_scale_smem, arrived)
+    for i, ref in enumerate(refs.per_row):
+        source = ref.at[share.layer, share.w_rows]
+        plgpu.copy_gmem_to_smem(source, refs.per_row_smem.at[wg, i], arrived)
+
+
+def _multiply(wg: Any, _: Any, x_smem: Any, *weights_and_sums: Any) -> Any:
+    """Adds one step's products of a warpgroup's rows of w to the sums [64, block_m]."""
+    *weights, sums = weights_and_sums
+    for w_smem, total in zip(weights, sums, strict=True):
+        plgpu.wgmma(total, w_smem.at[pl.ds(wg * ROWS, ROWS)], x_smem.T)
+    plgpu.wgmma_wait(len(sums))  # all but this step's: the tiles of the step before are free
+    return sums
+
+
+def _scaled(refs: _Refs, share: _Share, sums: Sequence[Any], activation: str | None) -> Array:
+    """The result [64, block_m] of the sums: scaled, gated, the bias added."""
+    wg, shape = share.wg, (ROWS, share.x_rows.size)
+    plgpu.barrier_wait(refs.arrived.at[wg])
+    x_scale_smem = refs.x_scale_smem.at[wg, pl.ds(0, share.x_rows.size)]
+    x_scale = lax.broadcast_in_dim(x_scale_smem[...], shape, (1,))
+    y = [
+        total[...].astype(jnp.float32)
+        * x_scale
+        * lax.broadcast_in_dim(refs.per_row_smem[wg, i], shape, (0,))
+        for i, total in enumerate(sums)
+    ]
+    out = GATES[activation](*y) if activation else y[0]
+    if len(refs.per_row) > len(sums):
+        out += lax.broadcast_in_dim(refs.per_row_smem[wg, len(sums)], shape, (0,))
+    return out.astype(refs.out.dtype)
+
+
+def _store(refs: _Refs, share: _Share, y: Array) -> None:
+    """Transposes the result [64, block_m], as much at a time as there is memory for, and stores
+    it."""
+    out_smem = refs.out_smem.at[share.wg]
+    size = refs.out_smem.shape[1]
+    for begin in range(0, y.shape[1], size):
+        part = y[:, begin : begin + size]
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        out_smem.T[...] = plgpu.layout_cast(part, plgpu.Layout.WGMMA_TRANSPOSED)
+        plgpu.commit_smem()
+        x_rows = pl.ds(share.x_rows.start + begin, size)
+        plgpu.copy_smem_to_gmem(out_smem, refs.out.at[x_rows, share.w_rows])
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
 def gpu(
@@ -144,16 +189,22 @@ def gpu(
     up: Array | None = None, up_scale: Array | None = None, activation: str | None = None,
     out_dtype: Any = jnp.bfloat16, tile: Tile | None = None, interpret: Any = False,
 ) -> Array:  # fmt: skip
-    """`reference.int8_matmul` as a Hopper kernel."""
+    """`reference.int8_matmul` as a Hopper kernel.
+
+    Raises:
+        UnsupportedError: K is no multiple of 128 or N of 64, the tile does not divide them, or it
+            needs more shared memory than there is.
+    """
     gated = check(x, x_scale, w, w_scale, layer, bias, up, up_scale, activation)
     (T, K), N = x.shape, w.shape[-2]
-    if K % _LINE or N % 64:
-        raise UnsupportedError(f"{K=} must be a multiple of {_LINE}, and {N=} of 64")
-    tile = tile or Tile.default(T, N, K, gated)
-    rows = 64 * tile.warpgroups
-    if K % tile.depth or N % rows:
-        raise UnsupportedError(f"{tile}: {K=} is no multiple of {tile.depth}, or {N=} of {rows}")
-    padding = -T % tile.tokens
+    if K % LINE_BYTES or N % ROWS:
+        raise UnsupportedError(f"{K=} must be a multiple of {LINE_BYTES}, and {N=} of {ROWS}")
+    tile = tile or Tile.for_shape(T, N, K, gated)
+    if K % tile.block_k or N % tile.block_n:
+        raise UnsupportedError(
+            f"{tile}: {K=} is no multiple of {tile.block_k}, or {N=} of {tile.block_n}"
+        )
+    padding = -T % tile.block_m
     x, x_scale = jnp.pad(x, ((0, padding), (0, 0))), jnp.pad(x_scale, (0, padding))
     weights: list[Any] = [w, up][: 1 + gated]
     scales: list[Any] = [w_scale, up_scale][: 1 + gated]
@@ -165,13 +216,13 @@ def gpu(
     y = plgpu.kernel(
         partial(_kernel, tile=tile, gated=gated, biased=bias is not None, activation=activation),
         out_type=jax.ShapeDtypeStruct((T + padding, N), out_dtype),
-        grid=(N // rows, (T + padding) // tile.tokens),
+        grid=(N // tile.block_n, (T + padding) // tile.block_m),
         grid_names=("n", "t"),
         **(threads if tile.warpgroups > 1 else {}),
         scratch_types=[
-            plgpu.SMEM((tile.warpgroups, min(tile.tokens, _STORED), 64), out_dtype),
-            plgpu.SMEM((tile.warpgroups, max(tile.tokens, ALIGNED_FLOATS)), jnp.float32),
-            plgpu.SMEM((tile.warpgroups, len(per_row), 64), jnp.float32),
+            plgpu.SMEM((tile.warpgroups, min(tile.block_m, _STORE_M), ROWS), out_dtype),
+            plgpu.SMEM((tile.warpgroups, max(tile.block_m, LINE_BYTES // 4)), jnp.float32),
+            plgpu.SMEM((tile.warpgroups, len(per_row), ROWS), jnp.float32),
             plgpu.Barrier(num_arrivals=1 + len(per_row), num_barriers=tile.warpgroups),
         ],
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),

@@ -1,4 +1,4 @@
-"""The W8A8 product on TPU: blocks of K are summed up in VMEM, the scales are applied at the end."""
+"""The W8A8 product on TPU: products of blocks of K are summed in VMEM, then scaled."""
 
 from __future__ import annotations
 
@@ -17,56 +17,70 @@ from kernels_pallas.int8_matmul.reference import check
 from kernels_pallas.linear import GATES
 from kernels_pallas.op import UnsupportedError, tried
 from kernels_pallas.target import matrix_unit
-from kernels_pallas.tiling import divisor, in_parts
+from kernels_pallas.tpu import LANES, SUBLANES, VMEM_BYTES, divisor, in_parts
 
-_SCALE_ROWS = 8  # layers whose scales are read together: rows of a tile in VMEM
-_FEW = 128  # rows, which one step takes
-_VMEM = 40 * 2**20  # of 64 MiB on the smallest part
-_FINISHED = (64, 256)  # of it, which registers hold as floats
+_SCALE_ROWS = SUBLANES  # layers whose scales are read together
+_FEW = 128  # rows of x, up to which one block holds them all
+_FINISHED = (64, 256)  # rows and columns that are scaled at a time: registers hold their floats
 
 
 @dataclass(frozen=True)
 class Tile:
-    """rows of x, cols (rows of w) and depth (of K) in a step of the grid, 0 for as many as suit the
-    rows there are; unit: `matrix_unit` of the device, which decides what is multiplied at a time.
+    """What one step of the grid multiplies. A size of 0 is chosen by `for_shape`.
+
+    Attributes:
+        block_m: rows of x.
+        block_n: rows of w.
+        block_k: elements of K.
+        unit: `matrix_unit` of the device, which decides what is multiplied at a time.
     """
 
-    rows: int = tried(0, 128, 512, 1024)
-    cols: int = tried(0, 256, 512, 1024)
-    depth: int = tried(0, 1024, 2048, 4096)
+    block_m: int = tried(0, 128, 512, 1024)
+    block_n: int = tried(0, 256, 512, 1024)
+    block_k: int = tried(0, 1024, 2048, 4096)
     unit: int = 256
 
     @classmethod
     def wanted(cls, device: str) -> Tile:
+        """The tile for a device where none was tuned."""
         return cls(unit=matrix_unit(device))
 
-    def suited(self, T: int, gated: bool) -> Tile:
-        """With sizes for T rows instead of 0."""
-        if T <= _FEW:  # weights are read once and decide the time: few, long reads
-            rows, cols, depth = _FEW, 256 if gated else 512, 2048
-        else:  # sums stay in the unit over all of a deep block
-            rows, cols, depth = 1024, 512, 4096
-        return Tile(self.rows or rows, self.cols or cols, self.depth or depth, self.unit)
+    def for_shape(self, T: int, gated: bool) -> Tile:
+        """The tile for T rows of x, without zeros."""
+        if T <= _FEW:  # reading the weights takes most of the time: few, long reads
+            block_m, block_n, block_k = _FEW, 256 if gated else 512, 2048
+        else:  # sums stay in the matrix unit over all of a large block_k
+            block_m, block_n, block_k = 1024, 512, 4096
+        return Tile(
+            self.block_m or block_m, self.block_n or block_n, self.block_k or block_k, self.unit
+        )  # fmt: skip
 
-    def parts(self, rows: int, gated: bool) -> tuple[tuple[int, int], tuple[int, int]]:
-        """`part` and `stretch` of `in_parts`, for a block of so many rows. The unit says nothing
-        for some 200 cycles after each stretch, which is four products, or two of those that take
-        twice as long. A part leaves registers for what is read ahead of it, but for a v6e, whose
-        unit it has to fill.
+    def parts(self, block_m: int, gated: bool) -> tuple[tuple[int, int], tuple[int, int]]:
+        """`part` and `stretch` of `in_parts` for a block of `block_m` rows.
+
+        The matrix unit is idle for some 200 cycles after each stretch, in which it would compute
+        the products of four parts, or of two where a part takes twice as long. A part leaves
+        registers for what is read ahead of it, except on a v6e, whose unit it has to fill.
         """
         narrow = self.unit == 128
-        if rows <= _FEW:
+        if block_m <= _FEW:
             return (32, 512) if narrow else (128, 128), (_FEW, 512)
-        most = 512 if narrow or gated else 1024  # rows of 256 columns
-        tall = min(rows, most)
-        return (256, 256), (tall, 256 * most // tall)
+        limit = 512 if narrow or gated else 1024  # rows of a stretch with 256 columns
+        rows = min(block_m, limit)
+        return (256, 256), (rows, 256 * limit // rows)
 
 
 def _kernel(
     layer_ref, x_ref, x_scale_ref, *refs, gated: bool, biased: bool, activation: str | None,
     parts: tuple[tuple[int, int], tuple[int, int]],
 ):  # fmt: skip
-    """refs: weights, their scales, bias, output, sums; two of weights, scales and sums if gated."""
+    """One step of the grid (t, n, k).
+
+    Args:
+        refs: weights, their scales, the bias if there is one, the output, and the sums. There are
+            two weights, scales and sums if there is a gate.
+        parts: of `Tile.parts`.
+    """
     count = 1 + gated
     weights, scales, rest = refs[:count], refs[count : 2 * count], refs[2 * count :]
     bias_ref, out_ref, *sums = rest if biased else (None, *rest)
@@ -108,48 +122,48 @@ def tpu(
     up: Array | None = None, up_scale: Array | None = None, activation: str | None = None,
     out_dtype: Any = jnp.bfloat16, tile: Tile | None = None, interpret: Any = False,
 ) -> Array:  # fmt: skip
-    """`reference.int8_matmul` as a TPU kernel: each weight is read once for each block of rows."""
+    """`reference.int8_matmul` as a TPU kernel: weights are read once for each block of rows.
+
+    Raises:
+        UnsupportedError: K or N is no multiple of 128.
+    """
     gated = check(x, x_scale, w, w_scale, layer, bias, up, up_scale, activation)
     (T, K), N = x.shape, w.shape[-2]
-    if K % 128 or N % 128:
-        raise UnsupportedError(f"{K=} and {N=} must be whole lanes of 128")
-    tile = (tile or Tile()).suited(T, gated)
-    rows = T if tile.rows >= T else tile.rows // 32 * 32
-    cols, depth = min(tile.cols, N), divisor(K, tile.depth, 128)
+    if K % LANES or N % LANES:
+        raise UnsupportedError(f"{K=} and {N=} must be whole lanes of {LANES}")
+    tile = (tile or Tile()).for_shape(T, gated)
+    block_m = T if tile.block_m >= T else tile.block_m // 32 * 32
+    block_n, block_k = min(tile.block_n, N), divisor(K, tile.block_k, LANES)
 
     weights: list[Any] = [w, up][: 1 + gated]
     scales: list[Any] = [w_scale, up_scale][: 1 + gated]
-    per_column = [*scales, *([] if bias is None else [bias.astype(jnp.float32)])]
+    per_row = [*scales, *([] if bias is None else [bias.astype(jnp.float32)])]  # of w
     if layer is None:
-        layer, weights = 0, [w[None] for w in weights]
-        per_column = [s[None] for s in per_column]
+        layer, weights, per_row = 0, [w[None] for w in weights], [s[None] for s in per_row]
     layer = jnp.asarray(layer, jnp.int32).reshape(1)
     scale_rows = min(_SCALE_ROWS, w_scale.shape[0] if w_scale.ndim > 1 else 1)
-    weight = pl.BlockSpec((None, cols, depth), lambda t, n, k, i: (i[0], n, k))
-    column = pl.BlockSpec((scale_rows, cols), lambda t, n, k, i: (lax.div(i[0], _SCALE_ROWS), n))
+    w_spec = pl.BlockSpec((None, block_n, block_k), lambda t, n, k, i: (i[0], n, k))
+    row_spec = pl.BlockSpec(
+        (scale_rows, block_n), lambda t, n, k, i: (lax.div(i[0], _SCALE_ROWS), n)
+    )
+    kernel = partial(_kernel, gated=gated, biased=bias is not None, activation=activation)
     return pl.pallas_call(
-        partial(
-            _kernel,
-            gated=gated,
-            biased=bias is not None,
-            activation=activation,
-            parts=tile.parts(rows, gated),
-        ),
+        partial(kernel, parts=tile.parts(block_m, gated)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
-            grid=(pl.cdiv(T, rows), pl.cdiv(N, cols), K // depth),
+            grid=(pl.cdiv(T, block_m), pl.cdiv(N, block_n), K // block_k),
             in_specs=[
-                pl.BlockSpec((rows, depth), lambda t, n, k, i: (t, k)),
-                pl.BlockSpec((rows, 1), lambda t, n, k, i: (t, 0)),
-                *[weight for _ in weights],
-                *[column for _ in per_column],
+                pl.BlockSpec((block_m, block_k), lambda t, n, k, i: (t, k)),
+                pl.BlockSpec((block_m, 1), lambda t, n, k, i: (t, 0)),
+                *[w_spec for _ in weights],
+                *[row_spec for _ in per_row],
             ],
-            out_specs=pl.BlockSpec((rows, cols), lambda t, n, k, i: (t, n)),
-            scratch_shapes=[pltpu.VMEM((rows, cols), jnp.int32) for _ in weights],
+            out_specs=pl.BlockSpec((block_m, block_n), lambda t, n, k, i: (t, n)),
+            scratch_shapes=[pltpu.VMEM((block_m, block_n), jnp.int32) for _ in weights],
         ),
         out_shape=jax.ShapeDtypeStruct((T, N), out_dtype),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=_VMEM
+            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
         ),
         cost_estimate=pl.CostEstimate(
             flops=2 * T * N * K * (1 + gated),
@@ -158,4 +172,4 @@ def tpu(
         ),
         interpret=interpret,
         name="int8_matmul",
-    )(layer, x, x_scale[:, None], *weights, *per_column)
+    )(layer, x, x_scale[:, None], *weights, *per_row)

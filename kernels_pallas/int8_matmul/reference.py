@@ -23,34 +23,38 @@ def int8_matmul(
     activation: str | None = None,
     out_dtype: Any = jnp.bfloat16,
 ) -> Array:  # [T, N]
-    """x @ w.T of eight-bit integers, with the scales put back.
+    """x @ w.T of eight-bit integers, times the scales of both.
 
-    Sums are int32 and therefore exact, in whatever order: implementations differ by the rounding of
-    the last few operations, which are float32. `quantize_rows` makes x and its scales.
+    Sums are int32 and therefore exact in any order. Implementations differ by the rounding of the
+    last few operations, which are in float32. `quantize_rows` makes x and its scales.
 
     Args:
-        layer: which of the stacked weights; None where w is one layer's own.
+        layer: which of the stacked weights to use; None if w belongs to one layer.
         bias: added at the end, in float32.
-        up: the second weight of a gated MLP. The result is then GATES[activation](y, y_up), and a
-            bias is not taken.
+        up: the second weight of a gated MLP. The result is then GATES[activation](y, y_up), and
+            there must be no bias.
         out_dtype: bfloat16 or float32.
+
+    Raises:
+        ValueError: shapes, types or options do not go together.
     """
     check(x, x_scale, w, w_scale, layer, bias, up, up_scale, activation)
     y = _scaled(x, x_scale, w, w_scale, layer)
     if activation and up is not None and up_scale is not None:
         y = GATES[activation](y, _scaled(x, x_scale, up, up_scale, layer))
     if bias is not None:
-        y = y + of_layer(bias, layer).astype(jnp.float32)
+        y = y + _of_layer(bias, layer).astype(jnp.float32)
     return y.astype(out_dtype)
 
 
 def _scaled(x: Array, x_scale: Array, w: Array, w_scale: Array, layer: Array | int | None) -> Array:
     contract_last = (((1,), (1,)), ((), ()))
-    sums = lax.dot_general(x, of_layer(w, layer), contract_last, preferred_element_type=jnp.int32)
-    return sums.astype(jnp.float32) * x_scale[:, None] * of_layer(w_scale, layer)
+    sums = lax.dot_general(x, _of_layer(w, layer), contract_last, preferred_element_type=jnp.int32)
+    return sums.astype(jnp.float32) * x_scale[:, None] * _of_layer(w_scale, layer)
 
 
-def of_layer(stack: Array, layer: Array | int | None) -> Array:
+def _of_layer(stack: Array, layer: Array | int | None) -> Array:
+    """One layer of a stack [L, ...], or the whole array if it belongs to one layer."""
     return stack if layer is None else lax.dynamic_index_in_dim(stack, layer, keepdims=False)
 
 

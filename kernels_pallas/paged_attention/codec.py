@@ -1,13 +1,14 @@
-"""Pages that keep keys and values in eight or four bits, and how their rows are read again.
+"""Quantized pages, which keep keys and values in eight or four bits, and how they are read.
 
-A row is one head's key (or value) of one token. Its lanes fall into *parts* with a scale each,
-since a latent row is a normed latent with a few rotated lanes of quite another size behind it.
-Scales lie beside the values, `[L, P, K * parts, Z]`: those of a page come in one copy, keys along
-its lanes, as logits lie. More rows than that are padding (`whole_scales`).
+A row is one head's key (or value) of one token. Its lanes fall into *parts* with a scale each: a
+latent row, say, is a normalized latent followed by a few lanes with position (RoPE), whose
+magnitude is quite different. Scales are an array beside the values, `[L, P, K * parts, Z]`: those
+of a page come in one copy, with keys along the lanes, as in logits. Further rows of it are padding
+(`whole_scales`).
 
-Four bits are taken after a fixed rotation: a Hadamard matrix on each block of lanes spreads what a
-few large lanes hold over all of them. Queries turn alike, which leaves scores as they are, and what
-attention says is turned back, once per row of the output.
+Rows are rotated before they are rounded to four bits: a Hadamard matrix on each block of lanes
+spreads what a few large lanes hold over all of them. Queries are rotated alike, which leaves scores
+as they are, and outputs are rotated back, once per row.
 """
 
 from __future__ import annotations
@@ -22,23 +23,29 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from kernels_pallas.op import UnsupportedError
 from kernels_pallas.quantize import quantize_rows
 
 ROTATED = 128
-"""Most lanes of a part in four bits: a whole TPU register, a small product for a matrix unit.
+"""The most lanes of a part in four bits: a whole TPU register, and a small product for a matrix
+unit.
 
-With one scale for 128 rotated lanes (4.25 bits a lane) Gaussian rows keep 1.06 % of error in the
-mean square; with 32 lanes (5 bits) 0.74 %. Without the range's odd end, -8, it is 1.38 and 0.94 %.
+With one scale for 128 rotated lanes (4.25 bits a lane) Gaussian rows have a mean square error of
+1.06 %; with one for 32 lanes (5 bits), 0.74 %. Without -8, the end of the range that has no
+positive counterpart, these are 1.38 and 0.94 %.
 """
 
 
 class _Quantized:
+    """What all quantized pages share. Each kind also has methods `put` and `take`, which do what
+    the functions below say."""
+
     values: Any
     scale: Any
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """[L, P, K, Z, W], whatever is packed how."""
+        """[L, P, K, Z, W], however values are packed."""
         return self.values.shape
 
     @property
@@ -51,6 +58,7 @@ class _Quantized:
         return [self.values, self.scale]
 
     def with_written(self, arrays: list[Any]) -> Any:
+        """The same pages with `arrays` in place of `written`."""
         pages: Any = self  # a dataclass
         return replace(pages, **dict(zip(("values", "scale"), arrays, strict=False)))
 
@@ -61,7 +69,7 @@ _register = partial(jax.tree_util.register_dataclass, meta_fields=["parts"])
 @partial(_register, data_fields=["values", "scale"])
 @dataclass(frozen=True)
 class Int8Pages(_Quantized):
-    """values * scale; a scale for each token, head and part, found as the row is written.
+    """values * scale, with a scale for each token, head and part, computed when a row is written.
 
     Attributes:
         values: int8 [L, P, K, Z, W].
@@ -87,12 +95,12 @@ class Int8Pages(_Quantized):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class StaticInt8Pages(_Quantized):
-    """values * scale with scales from a calibration: writing is one product and needs no maximum.
+    """values * scale, with scales from a calibration: writing is one product and needs no maximum.
 
-    A kernel may `fold` those of keys into queries, and those of values into what attention says.
+    A kernel may `fold` the scales of keys into queries, and those of values into outputs.
 
     Attributes:
-        values: int8 [L, P, K, Z, W]; what is beyond 127 scales is cut.
+        values: int8 [L, P, K, Z, W]; magnitudes above 127 scales are clipped.
         scale: float32 [L, K, W]. See `calibrate`.
     """
 
@@ -112,12 +120,12 @@ class StaticInt8Pages(_Quantized):
         return self.values[layer, index].astype(jnp.float32) * self.scale[layer][:, None]
 
     def steps(self, layer: Array | int) -> Array:
-        """What rows are multiplied with before they are rounded [K, W]; 0 where the scale is."""
+        """What rows are multiplied by before they are rounded [K, W]; 0 where the scale is 0."""
         scale = lax.dynamic_index_in_dim(self.scale, layer, keepdims=False)
         return jnp.where(scale > 0, 1 / jnp.where(scale > 0, scale, 1.0), 0.0)
 
     def fold(self, x: Array, layer: Array | int) -> Array:
-        """x [T, N, H] times the scales of its lanes: rows of the cache then count as integers."""
+        """x [T, N, H] times the scales of its lanes, with which int8 rows need no scale."""
         scale = lax.dynamic_index_in_dim(self.scale, layer, keepdims=False)  # [K, W]
         (T, N, H), (K, W) = x.shape, scale.shape
         scale = jnp.pad(scale, ((0, 0), (0, max(0, H - W))))[:, None, :H]
@@ -127,9 +135,9 @@ class StaticInt8Pages(_Quantized):
 @partial(_register, data_fields=["values", "scale"])
 @dataclass(frozen=True)
 class Int4Pages(_Quantized):
-    """nibble * scale of rotated rows; a scale for each token, head and part.
+    """nibble * scale of rotated rows, with a scale for each token, head and part.
 
-    Two slots share a byte and lanes stay whole. Nibbles are two's complement; a part's largest
+    A byte holds the same lane of two slots. Nibbles are two's complement; a part's largest
     magnitude becomes -8, so its scale may be negative.
 
     Attributes:
@@ -149,7 +157,7 @@ class Int4Pages(_Quantized):
         return (*lead, 2 * pairs, lanes)
 
     def put(self, x: Array, layer: Array | int, page: Array, slot: Array) -> Int4Pages:
-        rows = [_quantize_nibbles(part) for part in _split(_turned(x, self.parts), self.parts)]
+        rows = [_quantize_nibbles(part) for part in _split(_rotated(x, self.parts), self.parts)]
         nibbles, values = jnp.concatenate([v for v, _ in rows], -1), self.values
         for half in (0, 1):  # one after the other: neighbours share a byte
             target = jnp.where(slot % 2 == half, page, values.shape[1])
@@ -171,8 +179,22 @@ QuantizedPages = Int8Pages | StaticInt8Pages | Int4Pages
 Pages = Array | QuantizedPages
 
 
+def check_alike(*stacks: Pages) -> None:
+    """Refuses keys and values whose pages are of different kinds: kernels take one kind.
+
+    Raises:
+        UnsupportedError: they are.
+    """
+    kinds = [
+        type(x).__name__ if isinstance(x, QuantizedPages) else f"pages of {x.dtype}" for x in stacks
+    ]
+    if len({*kinds}) > 1:
+        raise UnsupportedError(f"keys and values in {' and '.join(kinds)}: keep both in one kind")
+
+
 def put(pages: Pages, x: Array, layer: Array | int, page: Array, slot: Array) -> Any:
-    """The pages with rows x [T, K, H <= W] in their slots; a page past the last goes nowhere."""
+    """The pages with rows x [T, K, H <= W] in slots [T] of pages [T]. Rows for a page past the last
+    are dropped; lanes that x lacks become 0."""
     if isinstance(pages, QuantizedPages):
         x = _widened(x, pages.shape[-1]).astype(jnp.float32)
         return pages.put(x, layer, page, slot)
@@ -180,25 +202,34 @@ def put(pages: Pages, x: Array, layer: Array | int, page: Array, slot: Array) ->
 
 
 def take(pages: Pages, layer: Array | int, index: Array) -> Array:
-    """Rows [..., K, Z, W] of pages [...], float32, rotated where rows are."""
+    """Rows [..., K, Z, W] of the pages numbered `index` [...], float32; those of four bits are
+    rotated."""
     if isinstance(pages, QuantizedPages):
         return pages.take(layer, index)
     return _from_stored(pages[layer, index])
 
 
-def turned(pages: Pages, x: Array) -> Array:
-    """x [..., H] as rows are turned: queries [..., W] for their keys. What attention says of
-    values comes back by the same turn; what lies in the first parts does without the others."""
+def rotated(pages: Pages, x: Array) -> Array:
+    """Applies the pages' rotation, which is its own inverse, to x [..., H]: to queries before
+    attention, to outputs after.
+
+    Returns:
+        [..., W], or x itself if the pages do not rotate. If x covers only the first parts, only
+        those are rotated and returned.
+    """
     if not isinstance(pages, Int4Pages):
         return x
     ends = zip(pages.parts, accumulate(pages.parts), strict=True)
     parts = tuple(n for n, end in ends if end - n < x.shape[-1])
-    return _turned(_widened(x, sum(parts)), parts)
+    return _rotated(_widened(x, sum(parts)), parts)
 
 
-def turned_by_product(pages: Pages, x: Array) -> Array:
-    """Queries x [..., H] as `turned` has them, in x's type and each part times the root of its
-    `block_of`. XLA makes temporaries of butterflies; signs are exact in bfloat16, a root is not."""
+def rotated_by_product(pages: Pages, x: Array) -> Array:
+    """Queries x [..., H], `rotated` by products with matrices, in x's type.
+
+    Each part is larger by the square root of its `block_of`: the signs of a Hadamard matrix are
+    exact in bfloat16, and the root is not. XLA would make temporaries of butterflies.
+    """
     if not isinstance(pages, Int4Pages):
         return x
     ends = zip(pages.parts, accumulate(pages.parts), strict=True)
@@ -210,8 +241,8 @@ def turned_by_product(pages: Pages, x: Array) -> Array:
         how = {"precision": lax.Precision.HIGHEST, "preferred_element_type": x.dtype}
         return jnp.dot(part, by[: part.shape[1]], **how)
 
-    # Each writes its lanes of the result. One product of all blocks would make them an axis of
-    # their own, which a TPU pads to eights and copies.
+    # Each product writes its lanes of the result. One product of all blocks would make an axis of
+    # them, which a TPU pads to a multiple of eight and copies.
     each = [
         product(rows[:, end - n : end], jnp.asarray(signs(n), x.dtype))
         for n, end in zip(blocks, accumulate(blocks), strict=True)
@@ -220,24 +251,29 @@ def turned_by_product(pages: Pages, x: Array) -> Array:
 
 
 def block_of(lanes: int) -> int:
-    """The lanes of a part in four bits that turn together."""
+    """Lanes of a part in four bits that are rotated together: the largest power of two that divides
+    the part's."""
     return lanes & -lanes
 
 
 def signs(block: int) -> np.ndarray:
-    """Sylvester's matrix."""
+    """Sylvester's Hadamard matrix [block, block], whose entries are 1 and -1.
+
+    Args:
+        block: a power of two.
+    """
     return reduce(np.kron, [[[1, 1], [1, -1]]] * (block.bit_length() - 1), np.ones((1, 1)))
 
 
 def whole_parts(pages: Pages, lanes: int) -> int:
-    """The fewest lanes, at least so many, that can be turned back."""
+    """The fewest lanes, at least `lanes`, that are whole parts: only those can be rotated back."""
     if not isinstance(pages, Int4Pages):
         return lanes
     return next(end for end in accumulate(pages.parts) if end >= lanes)
 
 
 def as_read(pages: Pages, x: Array, layer: Array | int) -> Array:
-    """Rows x [T, K, H] as they would be read again, in x's type: rounded as pages round them."""
+    """Rows x [T, K, H] as the pages would return them, rounded, in x's type."""
     if isinstance(pages, QuantizedPages):
         return round_trip(pages, x.astype(jnp.float32), layer)[..., : x.shape[-1]].astype(x.dtype)
     kept = jnp.bfloat16 if pages.dtype == jnp.uint16 else pages.dtype
@@ -245,7 +281,7 @@ def as_read(pages: Pages, x: Array, layer: Array | int) -> Array:
 
 
 def round_trip(pages: QuantizedPages, x: Array, layer: Array | int) -> Array:
-    """Rows x [T, K, H] as they would be read again [T, K, W], turned back, with x's gradient."""
+    """Rows x [T, K, H] as pages would return them [T, K, W], rotated back, with x's gradient."""
     K, W = pages.shape[2], pages.shape[-1]
     x = _widened(x, W)
     parts = None if isinstance(pages, StaticInt8Pages) else pages.parts
@@ -255,13 +291,13 @@ def round_trip(pages: QuantizedPages, x: Array, layer: Array | int) -> Array:
         blank = StaticInt8Pages(blank.values, pages.scale[layer][None])
     every = jnp.arange(x.shape[0])
     stored = put(blank, lax.stop_gradient(x), 0, every, jnp.zeros_like(every))
-    read = turned(pages, take(stored, 0, every)[:, :, 0])
+    read = rotated(pages, take(stored, 0, every)[:, :, 0])
     return x + lax.stop_gradient(read - x)
 
 
 def whole_scales(rows: int) -> int:
-    """As many rows of scales as a TPU's page wants: 1, 2, 4 or eights. XLA lays arrays with others
-    out by another axis, and a kernel would pay a copy of all scales."""
+    """Rows of scales of a page, padded for a TPU to 1, 2, 4 or a multiple of 8. XLA lays arrays
+    with other numbers out by another axis, and a kernel would first copy all scales."""
     return rows if rows in (1, 2, 4) else -(-rows // 8) * 8
 
 
@@ -269,10 +305,16 @@ def empty(
     dtype: Any, shape: tuple[int, ...], *, parts: tuple[int, ...] | None = None,
     whole: bool = False, device: Any = None,
 ) -> Any:  # fmt: skip
-    """Blank pages [L, P, K, Z, W]: int8 and int4 with scales of their own, others as they are.
+    """Blank pages: `Int8Pages` for int8, `Int4Pages` for int4, and arrays for other types.
 
     Args:
+        shape: [L, P, K, Z, W].
+        parts: lanes of each part of quantized rows; by default a row is one part. Those of four
+            bits are cut into parts of at most `ROTATED` lanes.
         whole: rows of scales are padded to `whole_scales`.
+
+    Raises:
+        ValueError: Z is odd for int4, where two slots share a byte.
     """
     zeros = partial(jnp.zeros, device=device)
     L, P, K, Z, W = shape
@@ -293,18 +335,20 @@ def empty(
 
 
 def calibrate(rows: Array, margin: float = 1.0) -> Array:
-    """Scales [L, K, W] for `StaticInt8Pages` from rows [L, T, K, W] that a model has made.
+    """Scales [L, K, W] for `StaticInt8Pages` from rows [L, T, K, W] that a model computed.
 
     Args:
-        margin: how much larger than what was seen a lane may become before it is cut.
+        margin: of the largest magnitude that a lane may reach before it is clipped, to the largest
+            one in `rows`.
     """
     return jnp.max(jnp.abs(rows.astype(jnp.float32)), 1) * (margin / 127.0)
 
 
 def hadamard(x: Array, block: int) -> Array:
-    """x with each block of lanes (a power of two) turned by Sylvester's matrix over sqrt(block).
+    """x [..., H] with each block of lanes (a power of two) multiplied by the normalized Hadamard
+    matrix, `signs(block)` over sqrt(block), which is its own inverse.
 
-    Its own inverse. Sums are butterflies, so a row's bits do not depend on how many there are.
+    Sums are butterflies, so the bits of a row do not depend on the number of rows.
     """
     shape, step = x.shape, 1
     while step < block:
@@ -315,16 +359,17 @@ def hadamard(x: Array, block: int) -> Array:
 
 
 def _quantize_nibbles(x: Array) -> tuple[Array, Array]:
-    """Rows [..., W] as nibbles in uint8 and scales [...]; one that is not finite has no scale."""
+    """Rows [..., W] as nibbles in uint8 and scales [...]. The scale of a row that is not finite is
+    not finite either."""
     high, low = x.max(-1, keepdims=True), x.min(-1, keepdims=True)
     top = jnp.where(high >= -low, high, low)
-    top = jnp.where(jnp.isnan(high), high, top)
+    top = jnp.where(jnp.all(jnp.isfinite(x), -1, keepdims=True), top, jnp.nan)
     steps = jnp.where(top != 0, -8.0 / top, 0.0)
     values = jnp.clip(_round(x * steps), -8, 7).astype(jnp.int8)
     return lax.bitcast_convert_type(values, jnp.uint8) & 15, top[..., 0] * (-1 / 8)
 
 
-def _turned(x: Array, parts: tuple[int, ...]) -> Array:
+def _rotated(x: Array, parts: tuple[int, ...]) -> Array:
     return jnp.concatenate([hadamard(part, block_of(part.shape[-1]))
                             for part in _split(x, parts)], -1)  # fmt: skip
 
@@ -334,7 +379,7 @@ def _round(x: Array) -> Array:
 
 
 def _scaled(values: Array, scale: Array, parts: tuple[int, ...]) -> Array:
-    """values [..., K, Z, W] times scale [..., K * parts, Z], or with padding behind."""
+    """values [..., K, Z, W] times scale [..., K * parts, Z], which may have rows of padding."""
     *lead, K, Z, _ = values.shape
     scale = scale[..., : K * len(parts), :]
     each = jnp.split(scale.reshape(*lead, K, len(parts), Z), len(parts), -2)
@@ -362,7 +407,8 @@ def _widened(x: Array, lanes: int) -> Array:
 
 
 def to_stored(x: Array, pages: Array) -> Array:
-    """x as floats are kept: uint16 is bfloat16, which jax 0.10 scatters slowly on CPU."""
+    """x [..., H] as pages [..., W] of floats store it. Pages of uint16 hold the bits of bfloat16,
+    which jax 0.10 scatters slowly on CPU."""
     x = _widened(x, pages.shape[-1])
     if pages.dtype == jnp.uint16:
         return lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint16)

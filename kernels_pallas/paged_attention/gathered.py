@@ -1,4 +1,4 @@
-"""The plainest form: every token gathers all pages of its sequence. It is what gradients follow."""
+"""The simplest form: every token gathers all pages of its sequence. Gradients go through it."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ from jax import Array, lax
 from kernels_pallas.paged_attention.codec import (
     Pages,
     QuantizedPages,
+    rotated,
     round_trip,
     take,
-    turned,
 )
 from kernels_pallas.paged_attention.ragged import Ragged, locate, write
+from kernels_pallas.softmax import MASK_VALUE
 from kernels_pallas.weight import Weight, as_array
-
-_HIDDEN = -1e30  # finite: a row that sees nothing must not become NaN
 
 
 def paged_attention(
@@ -35,20 +34,21 @@ def paged_attention(
     soft_cap: float = 0.0,
     value_dim: int | None = None,
 ) -> tuple[Array, Array, Pages, Pages | None]:
-    """As `reference.paged_attention`; needs memory for tokens x longest context x heads.
+    """As `reference.paged_attention`, with memory for tokens x longest context x heads.
 
-    Pages of bits carry no gradient; this step's own keys and values do, rounded as they are stored.
+    Quantized pages carry no gradient. This step's own keys and values do, rounded as they are
+    stored.
     """
     T, N, H = q.shape
-    row, position = locate(batch, T)
-    stored = write(k_pages, v_pages, k, v, layer, batch, row, position)
+    seq, position = locate(batch, T)
+    stored = write(k_pages, v_pages, k, v, layer, batch, seq, position)
     at = jnp.arange(batch.tables.shape[1] * k_pages.shape[3])
-    exists = at < batch.kv_lens[row][:, None]  # [T, S]
+    exists = at < batch.kv_lens[seq][:, None]  # [T, S]
 
     def context(pages: Pages, new: Array) -> Array:  # [T, S, K, W]
         floats, new = _differentiable(pages, new, layer)
-        floats: Any = write(floats, None, new, None, 0, batch, row, position)[0]
-        x = jnp.moveaxis(floats[0][batch.tables[row]].astype(jnp.float32), 2, 3)
+        floats: Any = write(floats, None, new, None, 0, batch, seq, position)[0]
+        x = jnp.moveaxis(floats[0][batch.tables[seq]].astype(jnp.float32), 2, 3)
         return jnp.where(exists[..., None, None], x.reshape(T, -1, *x.shape[3:]), 0.0)
 
     keys = context(k_pages, k)
@@ -59,8 +59,8 @@ def paged_attention(
     s = soft_cap * jnp.tanh(s / soft_cap) if soft_cap else s
     back = position[:, None] - at
     seen = (back >= 0) & ((window == 0) | (back < window))
-    s = jnp.where(seen[:, None, None], s, _HIDDEN)
-    sink = jnp.full(N, _HIDDEN) if sinks is None else as_array(sinks).astype(jnp.float32)
+    s = jnp.where(seen[:, None, None], s, MASK_VALUE)
+    sink = jnp.full(N, MASK_VALUE) if sinks is None else as_array(sinks).astype(jnp.float32)
     sink = jnp.broadcast_to(sink.reshape(1, *s.shape[1:3], 1), (*s.shape[:3], 1))
     lse = _logsumexp(jnp.concatenate([s, sink], -1))
     o = jnp.einsum("tkgs,tskh->tkgh", jnp.exp(s - lse[..., None]), values)
@@ -68,9 +68,9 @@ def paged_attention(
 
 
 def _differentiable(pages: Pages, x: Array, layer: Array | int) -> tuple[Array, Array]:
-    """The layer's pages [1, P, K, Z, W] as floats, and new rows as they are read from there."""
+    """The layer's pages [1, P, K, Z, W] as floats, and new rows as they would return them."""
     if isinstance(pages, QuantizedPages):
-        floats = turned(pages, take(pages, layer, jnp.arange(pages.shape[1])))
+        floats = rotated(pages, take(pages, layer, jnp.arange(pages.shape[1])))
         return lax.stop_gradient(floats)[None], round_trip(pages, x, layer)
     pages = pages[jnp.asarray(layer)][None]
     bits = pages.dtype == jnp.uint16
@@ -78,5 +78,5 @@ def _differentiable(pages: Pages, x: Array, layer: Array | int) -> tuple[Array, 
 
 
 def _logsumexp(s: Array) -> Array:
-    top = s.max(-1)
-    return top + jnp.log(jnp.exp(s - top[..., None]).sum(-1))
+    row_max = s.max(-1)
+    return row_max + jnp.log(jnp.exp(s - row_max[..., None]).sum(-1))

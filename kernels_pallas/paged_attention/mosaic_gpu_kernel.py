@@ -1,11 +1,9 @@
-"""The Hopper kernel of attention over pages: what one block of threads does."""
+"""The Hopper kernel of attention over pages: what the warpgroups of a block of threads do."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import partial
-from itertools import accumulate, groupby
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -14,379 +12,357 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas import versions
-from kernels_pallas.paged_attention.codec import block_of
-from kernels_pallas.paged_attention.mosaic_gpu_blocks import Item, Ring, Shape, Work, reach
-from kernels_pallas.paged_attention.mosaic_gpu_bringing import bring
-from kernels_pallas.tiling import late
-from kernels_pallas.wgmma import ROWS, across, add_products, down, product, within
+from kernels_pallas.hopper import ROWS, add_products, down, late
+from kernels_pallas.paged_attention.mosaic_gpu_producer import produce
+from kernels_pallas.paged_attention.mosaic_gpu_ring import Ring
+from kernels_pallas.paged_attention.mosaic_gpu_shape import Shape
+from kernels_pallas.paged_attention.mosaic_gpu_softmax import (
+    mask,
+    output_columns,
+    row_sums,
+    scores,
+    softmax,
+    store_masses,
+    weights,
+    zero_unseen,
+)
+from kernels_pallas.paged_attention.mosaic_gpu_work import Program, Work, visible_keys
+from kernels_pallas.softmax import LOG2E, MASK_VALUE
 
-TINY = 1e-37
-HIDDEN = -1e30  # finite: a row that has seen nothing yet must not become NaN
-LOG2E = math.log2(math.e)
-WIDEST = 128  # lanes of a product: more fill the registers
-
-
-def scores(
-    q: Any, keys: Any, scales: Any, shape: Shape, meanwhile: Callable[[], None] | None = None
-) -> Array:
-    """Products of queries with a block of keys [ROWS, keys], times scales where keys have some."""
-    if scales is None:
-        return product(q, keys.T, meanwhile)
-
-    def add(b: Any, s: Array, first: Any, n: int) -> Array:
-        lanes = pl.ds(first, n)
-        part = product(q.at[:, lanes], keys.at[:, lanes].T)
-        by = scales[b]
-        by = by * block_of(n) ** -0.5 if shape.nibbles else by
-        return s + part * lax.broadcast_in_dim(by, part.shape, (1,))
-
-    s, b, lane = jnp.zeros((ROWS, shape.keys), jnp.float32), 0, 0
-    for n, alike in groupby(shape.key_parts):
-        count = len(list(alike))
-        if count > 1:  # unrolled, addresses of all operands would be kept in registers
-            s = lax.fori_loop(
-                0, count, lambda i, s, b=b, lane=lane, n=n: add(b + i, s, lane + i * n, n), s
-            )
-        else:
-            for i in range(count):
-                s = add(b + i, s, lane + i * n, n)
-        b, lane = b + count, lane + count * n
-    return s
-
-
-def pieces(x: Array, part: int, width: int, shape: Shape) -> list[Array]:
-    """Columns of x [ROWS, n], which are of that part of values, as they are stored: so many at a
-    time, or eight of what is turned back as far as registers go. Steps within eight columns, which
-    several threads hold, are left (`mosaic_gpu.page_attention`)."""
-    if not shape.nibbles:
-        return [x[:, i : i + width] for i in range(0, x.shape[1], width)]
-    columns, block = [x[:, i : i + 8] for i in range(0, x.shape[1], 8)], shape.block(part)
-    step = 1
-    while step < min(block // 8, len(columns)):
-        for i in (i for i in range(len(columns)) if not i & step):
-            a, b = columns[i], columns[i + step]
-            columns[i], columns[i + step] = a + b, a - b
-        step *= 2
-    return [column * block**-0.5 for column in columns]
-
-
-def weigh(p: Array, scales: Any, past: Array | None, shape: Shape) -> list[Array]:
-    """What values are multiplied with, for each part of them that has scales of its own. Scales
-    from `past` on nobody may see: they might be NaN."""
-    if scales is None:
-        return [p.astype(jnp.bfloat16)]
-
-    def by(part: int) -> Array:
-        scale = scales[part]
-        if past is not None:
-            key = shape.key_of(lax.broadcasted_iota(jnp.int32, scale.shape, 0))
-            scale = jnp.where(key < past, scale, 0.0)
-        return across(scale, p.shape)
-
-    return [(p * by(part)).astype(jnp.bfloat16) for part in range(shape.weights)]
-
-
-def softmax(
-    s: Array, top: Array, hidden: Callable[[Array], Array] | None, shape: Shape
-) -> tuple[Array, Array, Array]:
-    """Of products with a block of keys: exponentials, the highest so far, and what it shrinks.
-
-    Args:
-        top: the highest before, in the units of products (`Shape.unit`), as the one that is given.
-        hidden: hides what rows do not see; none where they see all.
-    """
-    s = jnp.tanh(s * shape.factor) if shape.cap else s
-    s = s if hidden is None else hidden(s)
-    now = jnp.maximum(top, jnp.max(s, 1))
-    if hidden is None:  # one instruction, and rows that have seen something
-        p = jnp.exp2(s * shape.unit - down(now * shape.unit, s.shape))
-    else:
-        p = jnp.exp2((s - down(now, s.shape)) * shape.unit)
-    return p, now, jnp.exp2((top - now) * shape.unit)
-
-
-def mask(position: Array, key: Array, seen: Array, shape: Shape) -> Callable[[Array], Array]:
-    """Hides products of rows with keys that they do not see.
-
-    Args:
-        position: of the first row.
-        key: the first of the block.
-        seen: keys that a row sees, back from its own.
-    """
-
-    def hidden(s: Array) -> Array:
-        row = lax.broadcasted_iota(jnp.int32, s.shape, 0)
-        back = position + lax.div(row, jnp.full_like(row, shape.group))
-        back = back - key - shape.key_of(lax.broadcasted_iota(jnp.int32, s.shape, 1))
-        return jnp.where(within(back, seen), s, HIDDEN)
-
-    return hidden
-
-
-def part_sums(p: Array, shape: Shape) -> list[Array]:
-    """Of exponentials, for each part of a block of keys."""
-    columns = (shape.columns(part) for part in range(shape.count))
-    return [sum((jnp.sum(p[:, a:b], 1) for a, b in each[1:]), jnp.sum(p[:, slice(*each[0])], 1))
-            for each in columns]  # fmt: skip
-
-
-def keep_masses(masses: Any, sums: list[Array], top: Array, first: Array) -> None:
-    """Logarithms to base 2 of sums relative to `top`, since what all of them add up to comes last.
-
-    Args:
-        masses: [parts, rows].
-        first: the part that begins the block. Behind a sequence's last part there is room.
-    """
-    for i, total in enumerate(sums):
-        masses[first + i] = top + jnp.log2(jnp.maximum(total, TINY))
+_WIDEST = 128  # lanes of a product: more fill the registers
 
 
 class Scratch(NamedTuple):
     """Shared memory of a block of threads, and barriers.
 
     Attributes:
-        q: [groups, rows, lanes], brought once; `arrived`, a barrier each, says so.
-        o: [groups, rows, stored], on their way out or to another warpgroup; lse: [groups, rows].
-        told: the highest product and the sum [readers, 2, rows] of those that take turns.
-        met: where warpgroups that compute wait for each other.
+        q: [tiles, rows, lanes], copied once; q_ready: a barrier for each tile.
+        o: [tiles, rows, store_lanes], on their way to global memory or to another warpgroup.
+        lse: [tiles, rows].
+        partials: the maximum and the sum [consumers, 2, rows] of warpgroups that take turns.
+        consumer_barrier: where consumers wait for each other.
+        ring: blocks of keys and values.
     """
 
     q: Any
     o: Any
     lse: Any
-    told: Any
-    arrived: Any
-    met: Any
+    partials: Any
+    q_ready: Any
+    consumer_barrier: Any
     ring: Any
 
     @classmethod
     def of(cls, shape: Shape) -> Scratch:
+        """What the kernel asks for."""
         return cls(
-            plgpu.SMEM((shape.groups, ROWS, shape.lanes), jnp.bfloat16),
-            plgpu.SMEM((shape.groups, ROWS, shape.stored), shape.said),
-            plgpu.SMEM((shape.groups, ROWS), jnp.float32),
-            plgpu.SMEM((shape.readers, 2, ROWS), jnp.float32),
-            plgpu.Barrier(num_barriers=shape.groups),
-            plgpu.Barrier(num_arrivals=shape.readers),
-            Ring.scratch(shape, readers=shape.groups),
+            plgpu.SMEM((shape.tiles, ROWS, shape.key_lanes), jnp.bfloat16),
+            plgpu.SMEM((shape.tiles, ROWS, shape.store_lanes), shape.out_dtype),
+            plgpu.SMEM((shape.tiles, ROWS), jnp.float32),
+            plgpu.SMEM((shape.consumers, 2, ROWS), jnp.float32),
+            plgpu.Barrier(num_barriers=shape.tiles),
+            plgpu.Barrier(num_arrivals=shape.consumers),
+            Ring.scratch(shape, consumers=shape.tiles),
         )
 
-    def meet(self) -> None:
-        plgpu.barrier_arrive(self.met)
-        plgpu.barrier_wait(self.met)
+    def sync_consumers(self) -> None:
+        """Waits until all consumers are here."""
+        plgpu.barrier_arrive(self.consumer_barrier)
+        plgpu.barrier_wait(self.consumer_barrier)
 
 
-def kernel(
-    layer: Any, window: Any, tables: Any, items: Any, q_ref: Any, *refs: Any,
-    shape: Shape, simulated: bool,
-) -> None:  # fmt: skip
-    stacks, scales, (o_ref, lse_ref, *mass_refs), (scratch,) = by_kind(refs, shape)
-    head, split, number = (lax.axis_index(name) for name in ("head", "split", "item"))
-    item, (few, many) = Item(items), shape.registers
+class _State(NamedTuple):
+    """What the online softmax keeps: unnormalised outputs [ROWS, n] for each slice of the lanes of
+    values, the maximum and the sum of each row [ROWS]."""
 
-    def bring_pages(caches: slice) -> None:
-        if few:
-            plgpu.set_max_registers(few, action="decrease")
-        work = Work.of(shape, window, item)
-        ring = scratch.ring
-        bring(work, shape, layer, tables, stacks, scales, ring, caches, simulated=simulated)
+    o: tuple[Array, ...]
+    row_max: Array
+    row_sum: Array
 
-    def compute() -> None:
-        if few:
-            plgpu.set_max_registers(many, action="increase")
-        wg, turn, tile = place(shape)
-        queries = q_ref.at[head, pl.ds(item.row(shape) + tile * ROWS, ROWS)]
+    @classmethod
+    def empty(cls, shape: Shape) -> _State:
+        """Before any key."""
+        o = (jnp.zeros((ROWS, n), jnp.float32) for _, n, _ in _slices(shape))
+        return cls(
+            tuple(o), jnp.full((ROWS,), MASK_VALUE, jnp.float32), jnp.zeros((ROWS,), jnp.float32)
+        )
 
-        @pl.when(turn == 0)
-        def _() -> None:
-            plgpu.copy_gmem_to_smem(queries, scratch.q.at[tile], scratch.arrived.at[tile])
 
-        plgpu.barrier_wait(scratch.arrived.at[tile])
-        masses = [x.at[number, head, :, pl.ds(tile * ROWS, ROWS)] for x in mass_refs]
+class _Consumer(NamedTuple):
+    """A warpgroup that attends for a tile of rows.
 
-        def walk(state: Any, masked: bool) -> Any:
-            work = Work.of(shape, window, item)
-            attend = partial(
-                attended, item, window, work, tile, scratch, shape,
-                masked=masked, masses=masses, simulated=simulated,
-            )  # fmt: skip
-            return work.walk(attend, state, masked=masked, turn=turn, turns=shape.turns)
+    Attributes:
+        tile: the tile of the block of threads.
+        masses: [copies, ROWS] of the tile's rows in global memory, or no array at all.
+    """
 
-        state = walk(nothing(shape), masked=True)
-        pl.when(wg == 1)(scratch.meet) if shape.apart else None  # and is half a block behind
-        value, top, total = walk(state, masked=False)
-        pl.when(wg == 0)(scratch.meet) if shape.apart else None
-        wg, _, tile = place(shape)  # anew: no register is left in which to keep it
-        scale, lse = normal(top, total, wg, scratch, shape)
-        value = [x * down(scale, x.shape) for x in value]
-        outs = lse_ref.at[split, number, head, pl.ds(tile * ROWS, ROWS)], o_ref.at[split, head]
-        hand_out(value, lse, item, wg, scratch, outs, shape, simulated=simulated)
+    program: Program
+    tile: Any
+    masses: list[Any]
 
-    @pl.when(item.seqs >= 0)
+
+def kernel(*refs: Any, shape: Shape, simulated: bool) -> None:
+    """Attends for one item, one tile of heads and one split of the keys.
+
+    Args:
+        refs: see `Program`.
+    """
+    program = Program.of(*refs, shape=shape, simulated=simulated)
+
+    @pl.when(program.item.seqs >= 0)
     def _() -> None:
-        shares = [slice(i, i + 1) for i in range(2)] if shape.bringers > 1 else [slice(None)]
-        roles = [compute, *(partial(bring_pages, caches) for caches in shares)]
-        lax.switch(jnp.maximum(lax.axis_index("wg") - shape.readers + 1, 0), roles)
+        caches = [slice(i, i + 1) for i in range(2)] if shape.producers > 1 else [slice(None)]
+        roles = [partial(_consume, program), *(partial(_produce, program, x) for x in caches)]
+        lax.switch(jnp.maximum(lax.axis_index("wg") - shape.consumers + 1, 0), roles)
 
 
-def place(shape: Shape) -> tuple[Array, Any, Any]:
-    """Of a warpgroup that computes: its number, when it takes blocks, and its tile of rows."""
+def _produce(program: Program, caches: slice) -> None:
+    """A producer warpgroup, which copies some of the caches."""
+    few, _ = program.shape.registers
+    if few:
+        plgpu.set_max_registers(few, action="decrease")
+    produce(program, program.scratch.ring, program.work(), caches)
+
+
+def _consume(program: Program) -> None:
+    """A consumer warpgroup: it attends for its tile of rows, masked blocks first."""
+    shape, scratch = program.shape, program.scratch
+    _, many = shape.registers
+    if many:
+        plgpu.set_max_registers(many, action="increase")
+    wg, turn, tile = _place(shape)
+    _copy_queries(program, turn, tile)
+    masses = [
+        x.at[program.number, program.head, :, pl.ds(tile * ROWS, ROWS)] for x in program.masses
+    ]
+    consumer = _Consumer(program, tile, masses)
+
+    def attend(state: _State, masked: bool) -> _State:
+        work = program.work()  # computed anew for each loop, to keep registers free
+        body = partial(_attend_block, consumer, work, masked=masked)
+        return work.loop(body, state, masked=masked, turn=turn, turns=shape.turns)
+
+    state = attend(_State.empty(shape), masked=True)
+    if shape.ping_pong:  # the second warpgroup stays half a block behind
+        pl.when(wg == 1)(scratch.sync_consumers)
+    o, row_max, row_sum = attend(state, masked=False)
+    if shape.ping_pong:
+        pl.when(wg == 0)(scratch.sync_consumers)
+    wg, _, tile = _place(shape)  # computed anew: no register is left in which to keep it
+    scale, lse = _normalizer(row_max, row_sum, wg, scratch, shape)
+    o = [x * down(scale, x.shape) for x in o]
+    rows = pl.ds(tile * ROWS, ROWS)
+    lse_rows = program.lse.at[program.split, program.number, program.head, rows]
+    _store_results(program, o, lse, lse_rows, wg)
+
+
+def _copy_queries(program: Program, turn: Any, tile: Any) -> None:
+    """Copies a tile's queries to shared memory, once for all that take turns, and waits for
+    them."""
+    scratch, item = program.scratch, program.item
+    rows = pl.ds(item.first_row(program.shape) + tile * ROWS, ROWS)
+    queries = program.q.at[program.head, rows]
+
+    @pl.when(turn == 0)
+    def _() -> None:
+        plgpu.copy_gmem_to_smem(queries, scratch.q.at[tile], scratch.q_ready.at[tile])
+
+    plgpu.barrier_wait(scratch.q_ready.at[tile])
+
+
+def _place(shape: Shape) -> tuple[Array, Any, Any]:
+    """Of a consumer warpgroup: its number, its turn, and its tile of rows."""
     wg = lax.axis_index("wg")
     return (wg, wg, 0) if shape.turns > 1 else (wg, 0, wg)
 
 
-def nothing(shape: Shape) -> tuple[Any, ...]:
-    """Before any key: sums of values, the highest product, the sum of exponentials."""
-    sums = (jnp.zeros((ROWS, n), jnp.float32) for _, n, _ in shape.shares(0, shape.values, WIDEST))
-    return tuple(sums), jnp.full((ROWS,), HIDDEN, jnp.float32), jnp.zeros((ROWS,), jnp.float32)
+def _slices(shape: Shape) -> list[tuple[int, int, int]]:
+    return shape.value_slices(0, shape.value_lanes, _WIDEST)
 
 
-def attended(
-    item: Item, window: Any, work: Work, tile: Any, scratch: Scratch, shape: Shape,
-    step: Array, state: tuple[Any, ...], *, masked: bool, masses: list[Any], simulated: bool,
-) -> tuple[Any, ...]:  # fmt: skip
-    """`nothing` and what follows, with a block of keys."""
-    value, top, total = state
-    ring, slot = scratch.ring, lax.rem(step, jnp.int32(shape.stages))
-    part = work.at(step, shape)
-    key = part * shape.part
-    plgpu.barrier_wait(ring.ready[0].at[slot])
-    scales = ring.steps(0, step, shape) if shape.scales else None
-    apart = shape.apart and not masked
-    meet = scratch.meet if apart else None
-    s = scores(scratch.q.at[late(tile, step)], ring.blocks[0].at[slot], scales, shape, meet)
-    late_keys = shape.in_keys or shape.nibbles  # are values, or have their scales beside them
-    if not late_keys:
+def _attend_block(
+    consumer: _Consumer, work: Work, step: Array, state: _State, *, masked: bool
+) -> _State:
+    """The state with the block of keys of one more step."""
+    program, tile, masses = consumer
+    shape, item, ring = program.shape, program.item, program.scratch.ring
+    slot = lax.rem(step, jnp.int32(shape.stages))
+    copy = work.copy_of_step(step, shape)
+    first_key = copy * shape.keys_per_copy
+    sync = program.scratch.sync_consumers if shape.ping_pong and not masked else None
+
+    s, scales = _scores(consumer, step, slot, sync)
+    # a slot of keys is also that of values, or scales of int4 values lie beside those of its keys
+    read_to_the_end = shape.values_in_keys or shape.int4
+    if not read_to_the_end:
         plgpu.barrier_arrive(ring.free[0].at[slot])
-    position = item.position() + tile * shape.tokens
-    hidden = mask(position, key, reach(window), shape) if masked else None
-    p, now, shrink = softmax(s, top, hidden, shape)
-    sums = part_sums(p, shape) if shape.mass else [jnp.sum(p, 1)]
-    for each in masses:
-        keep_masses(each, sums, now * shape.unit, part)
-    total = total * shrink + sum(sums)
-    if not shape.in_keys:
+
+    hide, position = None, item.first_position() + tile * shape.tokens_per_tile
+    if masked:
+        hide = mask(position, first_key, visible_keys(program.window), shape)
+    p, row_max, rescale = softmax(s, state.row_max, hide, shape)
+    sums = row_sums(p, shape)
+    for rows in masses:
+        store_masses(rows, sums, row_max * shape.exp2_scale, copy)
+    row_sum = state.row_sum * rescale + sum(sums)
+
+    if not shape.values_in_keys:
         plgpu.barrier_wait(ring.ready[1].at[slot])
-        scales = ring.steps(1, step, shape) if shape.scales else None
-    values = ring.blocks[-1].at[slot, :, pl.ds(0, shape.values)]
-    past = item.behind() - key if masked else None  # nobody sees keys from there on
-
-    def quiet(past: Array) -> None:
-        scratch.meet() if shape.groups > 1 else None  # where values are keys, others may read them
-        pl.when(tile == 0)(lambda: silence(values, past))
-        scratch.meet() if shape.groups > 1 else None
-
-    if past is not None and not shape.ahead:  # integers are finite
-        pl.when(past < shape.keys)(partial(quiet, past))
-    weights = weigh(p, scales, past, shape)
-    value = [x * down(shrink, x.shape) for x in value]
-    shares = shape.shares(0, shape.values, WIDEST)
-    pairs = [(weights[i], values.at[:, pl.ds(at, n)]) for at, n, i in shares]
-    scratch.meet() if apart else None
-    value = add_products(value, pairs, simulated=simulated)
-    for free in ring.free if late_keys else ring.free[1:]:
+        scales = ring.scales_of(1, step, shape) if shape.scales_per_row else None
+    values = ring.blocks[-1].at[slot, :, pl.ds(0, shape.value_lanes)]
+    end = item.end_position() - first_key if masked else None  # no row sees keys from there on
+    if end is not None and not shape.quantized:  # integers are never NaN
+        pl.when(end < shape.keys_per_block)(partial(_zero_unseen, consumer, values, end))
+    o = _add_values(program, state.o, rescale, weights(p, scales, end, shape), values, sync)
+    for free in ring.free if read_to_the_end else ring.free[1:]:
         plgpu.barrier_arrive(free.at[slot])
-    return value, now, total
+    return _State(o, row_max, row_sum)
 
 
-def normal(
-    top: Array, total: Array, wg: Array, scratch: Scratch, shape: Shape
-) -> tuple[Array, Array]:
-    """What makes of sums of values a share of the mean, and lse. Those who took turns agree."""
-    mine = None
-    if shape.turns > 1:
-        for i, x in enumerate((top, total)):
-            scratch.told[wg, i] = x
-        plgpu.commit_smem()
-        scratch.meet()
-        other, others = (scratch.told[1 - wg, i] for i in range(2))
-        now = jnp.maximum(top, other)
-        mine = jnp.exp2((top - now) * shape.unit)
-        total = total * mine + others * jnp.exp2((other - now) * shape.unit)
-        top = now
-    total = jnp.maximum(total, 1e-30)
-    scale = 1 / total if mine is None else mine / total
-    return scale, (top * shape.unit + jnp.log2(total)) * (1 / LOG2E)
-
-
-def hand_out(
-    value: list[Array], lse: Array, item: Item, wg: Array, scratch: Scratch,
-    outs: tuple[Any, Any], shape: Shape, *, simulated: bool,
-) -> None:  # fmt: skip
-    """Results to global memory; if two took turns, the second one's through the first one's hands.
+def _scores(
+    consumer: _Consumer, step: Array, slot: Array, sync: Callable[[], None] | None
+) -> tuple[Array, Any]:
+    """Scores [ROWS, keys] of a step's block, once it is there, and the scales of its keys.
 
     Args:
-        outs: lse [rows], and values [pieces of rows, lanes].
+        sync: is called while the products are under way, where warpgroups alternate.
     """
-    lse_ref, o_ref = outs
-    at = 0 if shape.turns > 1 else wg
-    first = at * shape.tokens  # of the item's tokens, the first in these rows
+    shape, scratch = consumer.program.shape, consumer.program.scratch
+    plgpu.barrier_wait(scratch.ring.ready[0].at[slot])
+    scales = scratch.ring.scales_of(0, step, shape) if shape.scales_per_row else None
+    q, keys = scratch.q.at[late(consumer.tile, step)], scratch.ring.blocks[0].at[slot]
+    return scores(q, keys, scales, shape, sync), scales
 
-    def put_lse() -> None:
-        scratch.lse[at] = lse
+
+def _zero_unseen(consumer: _Consumer, values: Any, end: Array) -> None:
+    """`zero_unseen`, once for all tiles. Their warpgroups wait for each other before and after:
+    values may be keys, which the other one may still read."""
+    scratch, several = consumer.program.scratch, consumer.program.shape.tiles > 1
+    if several:
+        scratch.sync_consumers()
+    pl.when(consumer.tile == 0)(lambda: zero_unseen(values, end))
+    if several:
+        scratch.sync_consumers()
+
+
+def _add_values(
+    program: Program, o: tuple[Array, ...], rescale: Array, by_part: list[Array], values: Any,
+    sync: Callable[[], None] | None,
+) -> tuple[Array, ...]:  # fmt: skip
+    """Outputs, rescaled, plus products of weights, for each part of values, with a block."""
+    scaled = [x * down(rescale, x.shape) for x in o]
+    pairs = [
+        (by_part[part], values.at[:, pl.ds(lane, n)]) for lane, n, part in _slices(program.shape)
+    ]
+    if sync is not None:
+        sync()
+    return add_products(scaled, pairs, simulated=program.simulated)
+
+
+def _normalizer(
+    row_max: Array, row_sum: Array, wg: Array, scratch: Scratch, shape: Shape
+) -> tuple[Array, Array]:
+    """What outputs are multiplied by to be means, and lse [ROWS]. Both include the keys of the
+    other warpgroup, where two take turns."""
+    own = None
+    if shape.turns > 1:
+        for i, x in enumerate((row_max, row_sum)):
+            scratch.partials[wg, i] = x
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(scratch.lse.at[at], lse_ref)
+        scratch.sync_consumers()
+        other_max, other_sum = (scratch.partials[1 - wg, i] for i in range(2))
+        joint_max = jnp.maximum(row_max, other_max)
+        own = jnp.exp2((row_max - joint_max) * shape.exp2_scale)
+        row_sum = row_sum * own
+        row_sum = row_sum + other_sum * jnp.exp2((other_max - joint_max) * shape.exp2_scale)
+        row_max = joint_max
+    row_sum = jnp.maximum(row_sum, 1e-30)
+    scale = 1 / row_sum if own is None else own / row_sum
+    return scale, (row_max * shape.exp2_scale + jnp.log2(row_sum)) * (1 / LOG2E)
 
-    pl.when(wg == 0)(put_lse) if shape.turns > 1 else put_lse()
 
-    def put(columns: list[Array], *, adds: bool) -> None:
-        width = shape.stored // len(columns)
+def _store_results(program: Program, o: list[Array], lse: Array, lse_rows: Any, wg: Array) -> None:
+    """Writes a tile's outputs and lse to global memory. Where two warpgroups take turns, the first
+    adds to its outputs those of the second, which come through shared memory.
+
+    Args:
+        lse_rows: the rows of the tile in global memory.
+    """
+    shape, scratch = program.shape, program.scratch
+    tile = 0 if shape.turns > 1 else wg
+    out = _Output(
+        program, tile, tile * shape.tokens_per_tile, program.o.at[program.split, program.head]
+    )
+
+    def store_lse() -> None:
+        scratch.lse[tile] = lse
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(scratch.lse.at[tile], lse_rows)
+
+    if shape.turns > 1:
+        pl.when(wg == 0)(store_lse)
+    else:
+        store_lse()
+    for x, (first, n, part) in zip(o, _slices(shape), strict=True):
+        columns = output_columns(x, part, shape.store_lanes, shape)
+        count = len(columns) * shape.store_lanes // n
+        for i in range(0, len(columns), count):
+            some = columns[i : i + count]
+            lanes = pl.ds(first + i * n // len(columns), shape.store_lanes)
+            if shape.turns == 1:
+                out.put(some, adds=False)
+                out.copy(lanes)
+                continue
+            pl.when(wg == 1)(partial(out.put, some, adds=False))
+            scratch.sync_consumers()
+            pl.when(wg == 0)(partial(out.add_and_copy, some, lanes))
+            scratch.sync_consumers()
+
+
+class _Output(NamedTuple):
+    """The way of a tile's outputs through shared memory to global memory.
+
+    Attributes:
+        tile: the tile of the block of threads.
+        first_token: of the item's tokens, the first in the tile.
+        o: [rows, lanes] in global memory.
+    """
+
+    program: Program
+    tile: Any
+    first_token: Any
+    o: Any
+
+    def put(self, columns: list[Array], *, adds: bool) -> None:
+        """Puts neighbouring columns into shared memory, or adds those that are there first."""
+        shape, scratch = self.program.shape, self.program.scratch
+        width = shape.store_lanes // len(columns)
         for i, x in enumerate(columns):
-            some = scratch.o.at[at, :, pl.ds(i * width, width)]
+            some = scratch.o.at[self.tile, :, pl.ds(i * width, width)]
             if adds:
-                other = versions.load_narrow(some, plgpu.Layout.WGMMA, simulated)
+                other = versions.load_narrow(some, plgpu.Layout.WGMMA, self.program.simulated)
                 x = x + other.astype(x.dtype)
             versions.store_narrow(some, x.astype(some.dtype))
         plgpu.commit_smem()
 
-    def out(lanes: Any) -> None:
-        for row in range(0, ROWS, 8):  # none without a token
+    def copy(self, lanes: Any) -> None:
+        """Copies to lanes of the results what is in shared memory: the rows that hold a token."""
+        shape, scratch, item = self.program.shape, self.program.scratch, self.program.item
+        for row in range(0, ROWS, 8):
 
-            @pl.when(item.position() + first + row // shape.group < item.behind())
+            @pl.when(
+                item.first_position() + self.first_token + row // shape.heads_per_tile
+                < item.end_position()
+            )
             def _(row: int = row) -> None:
-                there = pl.ds(item.row(shape) + at * ROWS + row, 8)
-                plgpu.copy_smem_to_gmem(scratch.o.at[at, pl.ds(row, 8)], o_ref.at[there, lanes])
+                target = pl.ds(item.first_row(shape) + self.tile * ROWS + row, 8)
+                source = scratch.o.at[self.tile, pl.ds(row, 8)]
+                plgpu.copy_smem_to_gmem(source, self.o.at[target, lanes])
 
-        last = lanes.start + shape.stored == shape.values
+        last = lanes.start + shape.store_lanes == shape.value_lanes
         plgpu.wait_smem_to_gmem(0, wait_read_only=not last)
 
-    shares = shape.shares(0, shape.values, WIDEST)
-    for x, (start, n, part) in zip(value, shares, strict=True):
-        columns = pieces(x, part, shape.stored, shape)
-        count = len(columns) * shape.stored // n
-        for i in range(0, len(columns), count):
-            some, lanes = columns[i : i + count], pl.ds(start + i * n // len(columns), shape.stored)
-            if shape.turns == 1:
-                put(some, adds=False)
-                out(lanes)
-                continue
-            pl.when(wg == 1)(partial(put, some, adds=False))
-            scratch.meet()
-
-            @pl.when(wg == 0)
-            def _(some: Any = some, lanes: Any = lanes) -> None:
-                put(some, adds=True)
-                out(lanes)
-
-            scratch.meet()
-
-
-def by_kind(refs: tuple[Any, ...], shape: Shape) -> tuple[Any, ...]:
-    """References to the caches, their scales, the results and what is left."""
-    ends = accumulate((len(shape.widths), len(shape.scales), 3 if shape.mass else 2))
-    a, b, c = ends
-    return refs[:a], refs[a:b], refs[b:c], refs[c:]
-
-
-def silence(values: Any, past: Array) -> None:
-    """Zeros behind the last value that is seen: a weight of 0 would not silence a NaN there, in a
-    slot that nobody has written since its page changed hands."""
-
-    @pl.loop(0, values.shape[1] // 64)  # more at a time would take too many registers
-    def _(i: Array) -> None:
-        some = values.at[:, pl.ds(i * 64, 64)]
-        x = some[...]
-        key = lax.broadcasted_iota(jnp.int32, x.shape, 0)
-        some[...] = jnp.where(key < past, x, jnp.zeros_like(x))
-
-    plgpu.commit_smem()
+    def add_and_copy(self, columns: list[Array], lanes: Any) -> None:
+        """Copies the sum of columns and of what is in shared memory."""
+        self.put(columns, adds=True)
+        self.copy(lanes)

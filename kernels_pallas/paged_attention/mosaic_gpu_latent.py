@@ -1,16 +1,16 @@
-"""The Hopper kernel where values are wide lanes of the keys, as latent attention has them.
+"""The Hopper kernel where values are many lanes of the keys, as latent attention has them.
 
-Sums of 64 rows and 512 lanes are more than a warpgroup's registers hold, so two of them share the
-lanes. The first one also multiplies queries with keys and turns products into weights, which it
-hands to the other one through shared memory, with what shrinks the sums so far. It has the fewer
-lanes, or it would spill. While it works on the next weights, the other one still adds values up.
-A third one brings pages.
+Outputs of 64 rows and 512 lanes are more than a warpgroup's registers hold, so two consumers share
+the lanes. The first one also computes scores and softmax, and hands weights and the factors that
+rescale outputs to the other one through shared memory. It has fewer lanes of values than the
+other, or it would spill. While it works on the next weights, the other one still adds values up. A
+third warpgroup is the producer.
 """
 
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -18,157 +18,210 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas import versions
-from kernels_pallas.paged_attention.mosaic_gpu_blocks import Item, Ring, Shape, Work, reach
-from kernels_pallas.paged_attention.mosaic_gpu_bringing import bring
-from kernels_pallas.paged_attention.mosaic_gpu_kernel import (
-    HIDDEN,
-    LOG2E,
-    by_kind,
-    keep_masses,
+from kernels_pallas.hopper import ROWS, add_products, down, late
+from kernels_pallas.paged_attention.mosaic_gpu_producer import produce
+from kernels_pallas.paged_attention.mosaic_gpu_ring import Ring
+from kernels_pallas.paged_attention.mosaic_gpu_shape import Shape
+from kernels_pallas.paged_attention.mosaic_gpu_softmax import (
     mask,
-    part_sums,
-    pieces,
+    output_columns,
+    row_sums,
     scores,
-    silence,
     softmax,
-    weigh,
+    store_masses,
+    weights,
+    zero_unseen,
 )
-from kernels_pallas.tiling import late
-from kernels_pallas.wgmma import ROWS, add_products, down
+from kernels_pallas.paged_attention.mosaic_gpu_work import Program, Work, visible_keys
+from kernels_pallas.softmax import LOG2E, MASK_VALUE
 
 _WIDEST = 256  # lanes that wgmma takes
-_Shares = list[tuple[int, int, int]]
+_Slices = list[tuple[int, int, int]]
 
 
-def _shares(shape: Shape) -> tuple[_Shares, _Shares]:
-    """The sums that either warpgroup keeps, as `Shape.shares` has them."""
-    first = shape.value_parts[0] if shape.nibbles else shape.values // 4 // 64 * 64
-    return shape.shares(0, first, _WIDEST), shape.shares(first, shape.values, _WIDEST)
+class Scratch(NamedTuple):
+    """Shared memory of a block of threads, and barriers.
+
+    Attributes:
+        q: [1, rows, lanes], copied once; q_ready says so.
+        p: weights [weights of a key, rows, keys].
+        rescale: what outputs so far are multiplied by, and at last the reciprocal sum [rows].
+        weights_ready: `p` and `rescale` are filled.
+        weights_free: the second consumer has read them.
+        ring: blocks of keys.
+    """
+
+    q: Any
+    p: Any
+    rescale: Any
+    q_ready: Any
+    weights_ready: Any
+    weights_free: Any
+    ring: Any
+
+    @classmethod
+    def of(cls, shape: Shape) -> Scratch:
+        """What the kernel asks for."""
+        return cls(
+            plgpu.SMEM((1, ROWS, shape.key_lanes), jnp.bfloat16),
+            plgpu.SMEM((shape.weights_per_key, ROWS, shape.keys_per_block), jnp.bfloat16),
+            plgpu.SMEM((ROWS,), jnp.float32),
+            plgpu.Barrier(),
+            plgpu.Barrier(),
+            plgpu.Barrier(),
+            Ring.scratch(shape, consumers=2),
+        )
+
+
+class _State(NamedTuple):
+    """What the first consumer keeps: its slices of unnormalised outputs [ROWS, n], the maximum and
+    the sum of each row [ROWS]."""
+
+    o: tuple[Array, ...]
+    row_max: Array
+    row_sum: Array
+
+
+def kernel(*refs: Any, shape: Shape, simulated: bool) -> None:
+    """Attends for one item, one tile of heads and one split of the keys.
+
+    Args:
+        refs: see `Program`.
+    """
+    program = Program.of(*refs, shape=shape, simulated=simulated)
+    wg = lax.axis_index("wg")
+
+    @pl.when(program.item.seqs >= 0)
+    def _() -> None:
+        work, roles = program.work(), (_attend, _add_values, _produce)
+        lax.switch(wg, [partial(role, program, work) for role in roles])
+
+
+def _slices(shape: Shape) -> tuple[_Slices, _Slices]:
+    """The lanes of values that either consumer keeps, as `Shape.value_slices` has them."""
+    first = shape.value_parts[0] if shape.int4 else shape.value_lanes // 4 // 64 * 64
+    rest = shape.value_slices(first, shape.value_lanes, _WIDEST)
+    return shape.value_slices(0, first, _WIDEST), rest
 
 
 def _registers(shape: Shape) -> tuple[int, int, int]:
-    """Of a thread that keeps scores, that adds values, and that brings pages: all that three
-    warpgroups have (`wgmma.registers`)."""
-    return (240, 224, 40) if shape.ahead else (240, 240, 24)
+    """Of a thread of either consumer and of the producer: all that three warpgroups have
+    (`wgmma.registers`)."""
+    return (240, 224, 40) if shape.quantized else (240, 240, 24)
 
 
-def scratch(shape: Shape) -> list[Any]:
-    """What `kernel` asks for."""
-    return [
-        plgpu.SMEM((1, ROWS, shape.lanes), jnp.bfloat16),
-        plgpu.SMEM((shape.weights, ROWS, shape.keys), jnp.bfloat16),
-        plgpu.SMEM((ROWS,), jnp.float32),
-        plgpu.Barrier(),
-        plgpu.Barrier(),
-        plgpu.Barrier(),
-        Ring.scratch(shape, readers=2),
-    ]
+def _produce(program: Program, work: Work) -> None:
+    """The third warpgroup."""
+    plgpu.set_max_registers(_registers(program.shape)[2], action="decrease")
+    produce(program, program.scratch.ring, work)
 
 
-def kernel(
-    layer: Any, window: Any, tables: Any, items: Any, q_ref: Any, *refs: Any,
-    shape: Shape, simulated: bool,
-) -> None:  # fmt: skip
-    stacks, scales, (o_ref, lse_ref, *mass_refs), refs = by_kind(refs, shape)
-    q_smem, p_smem, shrink_smem, arrived, weighed, added, ring = refs
-    (blocks,), (ready,), (free,) = ring.blocks, ring.ready, ring.free
-    head, split, number = (lax.axis_index(name) for name in ("head", "split", "item"))
-    item, wg, (few, many) = Item(items), lax.axis_index("wg"), _shares(shape)
-    for_scores, for_values, to_bring = _registers(shape)
+def _attend(program: Program, work: Work) -> None:
+    """The first consumer: scores, softmax and a few lanes of values."""
+    shape, scratch, (own, _) = program.shape, program.scratch, _slices(program.shape)
+    plgpu.set_max_registers(_registers(shape)[0], action="increase")
+    queries = program.q.at[program.head, pl.ds(program.item.first_row(shape), ROWS)]
+    plgpu.copy_gmem_to_smem(queries, scratch.q.at[0], scratch.q_ready)
+    plgpu.barrier_wait(scratch.q_ready)
+    state = _State(_zeros(own), *(jnp.full((ROWS,), x, jnp.float32) for x in (MASK_VALUE, 0.0)))
+    for masked in (True, False):
+        body = partial(_attend_block, program, work, masked=masked)
+        state = work.loop(body, state, masked=masked, turn=0, turns=1)
+    o, row_max, row_sum = state
+    row_sum = jnp.maximum(row_sum, 1e-30)
+    pl.when(work.blocks > 0)(lambda: plgpu.barrier_wait(scratch.weights_free))
+    scratch.rescale[...] = 1 / row_sum
+    plgpu.commit_smem()
+    plgpu.barrier_arrive(scratch.weights_ready)
+    lse = (row_max * shape.exp2_scale + jnp.log2(row_sum)) * (1 / LOG2E)
+    program.lse[program.split, program.number, program.head] = lse
+    _store(program, o, 1 / row_sum, own)
 
-    def take(step: Array) -> tuple[Any, Any]:
-        """A block of keys, once it is there, and the barrier on which it is given back."""
-        slot = lax.rem(step, jnp.int32(shape.stages))
-        slot = late(slot, step) if shape.stages == 1 else slot
-        plgpu.barrier_wait(ready.at[slot])
-        return blocks.at[slot], free.at[slot]
 
-    def store(sums: Any, scale: Array, share: Any) -> None:
-        rows = pl.ds(item.row(shape), ROWS)
-        for x, (first, n, part) in zip(sums, share, strict=True):
-            columns = pieces(x * down(scale, x.shape), part, n, shape)
-            width = n // len(columns)
-            for i, some in enumerate(columns):
-                lanes = pl.ds(first + i * width, width)
-                there = o_ref.at[split, head, rows, lanes]
-                versions.store_narrow(there, some.astype(o_ref.dtype))
+def _attend_block(
+    program: Program, work: Work, step: Array, state: _State, *, masked: bool
+) -> _State:
+    """The state with the block of keys of one more step, whose weights the other consumer gets."""
+    shape, scratch, item = program.shape, program.scratch, program.item
+    keys, free = _take_block(program, step)
+    copy = work.copy_of_step(step, shape)
+    first_key = copy * shape.keys_per_copy
+    scales = scratch.ring.scales_of(0, step, shape) if program.sources.scales else None
+    s = scores(scratch.q.at[late(0, step)], keys, scales, shape)
+    hide = None
+    if masked:
+        hide = mask(item.first_position(), first_key, visible_keys(program.window), shape)
+    p, row_max, rescale = softmax(s, state.row_max, hide, shape)
+    sums = row_sums(p, shape)
+    for masses in program.masses:
+        rows = masses.at[program.number, program.head]
+        store_masses(rows, sums, row_max * shape.exp2_scale, copy)
+    row_sum = state.row_sum * rescale + sum(sums)
+    end = item.end_position() - first_key if masked else None  # no row sees keys from there on
+    if end is not None and not shape.quantized:  # integers are never NaN
+        values = keys.at[:, pl.ds(0, shape.value_lanes)]
+        pl.when(end < shape.keys_per_block)(lambda: zero_unseen(values, end))
+    pl.when(step > 0)(lambda: plgpu.barrier_wait(scratch.weights_free))
+    for part, of_part in enumerate(weights(p, scales, end, shape)):
+        scratch.p[part] = of_part
+    scratch.rescale[...] = rescale
+    plgpu.commit_smem()
+    plgpu.barrier_arrive(scratch.weights_ready)
+    o = _add_products(program, step, state.o, rescale, keys, _slices(shape)[0])
+    plgpu.barrier_arrive(free)
+    return _State(o, row_max, row_sum)
 
-    def add(step: Array, sums: Any, shrink: Array, keys: Any, share: _Shares) -> tuple[Array, ...]:
-        sums = [x * down(shrink, x.shape) for x in sums]
-        pairs = [(p_smem.at[late(part, step)], keys.at[:, pl.ds(at, n)]) for at, n, part in share]
-        return add_products(sums, pairs, simulated=simulated)
 
-    def nothing(share: Any) -> tuple[Array, ...]:
-        return tuple(jnp.zeros((ROWS, n), jnp.float32) for _, n, _ in share)
+def _add_values(program: Program, work: Work) -> None:
+    """The second consumer: the other lanes of values."""
+    shape, scratch, (_, own) = program.shape, program.scratch, _slices(program.shape)
+    plgpu.set_max_registers(_registers(shape)[1], action="increase")
 
-    @pl.when(item.seqs >= 0)
-    def _() -> None:
-        work = Work.of(shape, window, item)
+    def add_block(step: Array, o: tuple[Array, ...]) -> tuple[Array, ...]:
+        keys, free = _take_block(program, step)
+        plgpu.barrier_wait(scratch.weights_ready)
+        o = _add_products(program, step, o, scratch.rescale[...], keys, own)
+        plgpu.barrier_arrive(scratch.weights_free)
+        plgpu.barrier_arrive(free)
+        return o
 
-        def bring_pages() -> None:
-            plgpu.set_max_registers(to_bring, action="decrease")
-            bring(work, shape, layer, tables, stacks, scales, ring, simulated=simulated)
+    o = lax.fori_loop(0, work.blocks, add_block, _zeros(own))
+    plgpu.barrier_wait(scratch.weights_ready)
+    _store(program, o, scratch.rescale[...], own)
 
-        def keep_scores() -> None:
-            plgpu.set_max_registers(for_scores, action="increase")
-            queries = q_ref.at[head, pl.ds(item.row(shape), ROWS)]
-            plgpu.copy_gmem_to_smem(queries, q_smem.at[0], arrived)
-            plgpu.barrier_wait(arrived)
 
-            def attend(step: Array, state: tuple[Any, ...], masked: bool) -> tuple[Any, ...]:
-                sums, top, total = state
-                keys, done = take(step)
-                at = work.at(step, shape)
-                key = at * shape.part
-                steps = ring.steps(0, step, shape) if scales else None
-                s = scores(q_smem.at[late(0, step)], keys, steps, shape)
-                hidden = mask(item.position(), key, reach(window), shape) if masked else None
-                p, now, shrink = softmax(s, top, hidden, shape)
-                parts = part_sums(p, shape) if shape.mass else [jnp.sum(p, 1)]
-                for masses in mass_refs:
-                    keep_masses(masses.at[number, head], parts, now * shape.unit, at)
-                total = total * shrink + sum(parts)
-                past = item.behind() - key if masked else None  # nobody sees these keys
-                if past is not None and not shape.ahead:  # integers are finite
-                    values = keys.at[:, pl.ds(0, shape.values)]
-                    pl.when(past < shape.keys)(lambda: silence(values, past))
-                pl.when(step > 0)(lambda: plgpu.barrier_wait(added))  # the weights before these
-                for part, weights in enumerate(weigh(p, steps, past, shape)):
-                    p_smem[part] = weights
-                shrink_smem[...] = shrink
-                plgpu.commit_smem()
-                plgpu.barrier_arrive(weighed)
-                sums = add(step, sums, shrink, keys, few)
-                plgpu.barrier_arrive(done)
-                return sums, now, total
+def _zeros(slices: _Slices) -> tuple[Array, ...]:
+    return tuple(jnp.zeros((ROWS, n), jnp.float32) for _, n, _ in slices)
 
-            state = nothing(few), *(jnp.full((ROWS,), x, jnp.float32) for x in (HIDDEN, 0.0))
-            for masked in (True, False):
-                state = work.walk(
-                    partial(attend, masked=masked), state, masked=masked, turn=0, turns=1
-                )
-            sums, top, total = state
-            total = jnp.maximum(total, 1e-30)
-            pl.when(work.steps > 0)(lambda: plgpu.barrier_wait(added))
-            shrink_smem[...] = 1 / total
-            plgpu.commit_smem()
-            plgpu.barrier_arrive(weighed)
-            lse_ref[split, number, head] = (top * shape.unit + jnp.log2(total)) * (1 / LOG2E)
-            store(sums, 1 / total, few)
 
-        def add_values() -> None:
-            plgpu.set_max_registers(for_values, action="increase")
+def _take_block(program: Program, step: Array) -> tuple[Any, Any]:
+    """A step's block of keys, once it is there, and the barrier on which it is given back."""
+    (blocks,), (ready,), (free,) = (
+        getattr(program.scratch.ring, name) for name in ("blocks", "ready", "free")
+    )
+    slot = lax.rem(step, jnp.int32(program.shape.stages))
+    slot = late(slot, step) if program.shape.stages == 1 else slot
+    plgpu.barrier_wait(ready.at[slot])
+    return blocks.at[slot], free.at[slot]
 
-            def attend(step: Array, sums: tuple[Array, ...]) -> tuple[Array, ...]:
-                keys, done = take(step)
-                plgpu.barrier_wait(weighed)
-                sums = add(step, sums, shrink_smem[...], keys, many)
-                plgpu.barrier_arrive(added)
-                plgpu.barrier_arrive(done)
-                return sums
 
-            sums = lax.fori_loop(0, work.steps, attend, nothing(many))
-            plgpu.barrier_wait(weighed)
-            store(sums, shrink_smem[...], many)
+def _add_products(
+    program: Program, step: Array, o: tuple[Array, ...], rescale: Array, keys: Any, slices: _Slices
+) -> tuple[Array, ...]:
+    """Outputs, rescaled, plus products of weights with slices of a step's block."""
+    p, scaled = program.scratch.p, [x * down(rescale, x.shape) for x in o]
+    pairs = [(p.at[late(part, step)], keys.at[:, pl.ds(at, n)]) for at, n, part in slices]
+    return add_products(scaled, pairs, simulated=program.simulated)
 
-        lax.switch(wg, (keep_scores, add_values, bring_pages))
+
+def _store(program: Program, o: tuple[Array, ...], scale: Array, slices: _Slices) -> None:
+    """Writes slices of outputs, times scale [ROWS], to global memory."""
+    shape = program.shape
+    rows = pl.ds(program.item.first_row(shape), ROWS)
+    for x, (first, n, part) in zip(o, slices, strict=True):
+        columns = output_columns(x * down(scale, x.shape), part, n, shape)
+        width = n // len(columns)
+        for i, some in enumerate(columns):
+            lanes = pl.ds(first + i * width, width)
+            target = program.o.at[program.split, program.head, rows, lanes]
+            versions.store_narrow(target, some.astype(program.o.dtype))

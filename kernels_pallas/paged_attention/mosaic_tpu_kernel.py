@@ -1,23 +1,22 @@
 """The TPU kernel of attention over pages: what one program does.
 
-A program is given some consecutive tokens of the step (and some heads of keys). Each sequence that
-has tokens among them is an *item*: its pages pass by, a block of keys at a time, and while a block
-is attended the next one is on its way, be it of the next item or of the next program. The softmax
-of all tokens of a program is kept in VMEM; an item changes the rows of its own tokens only.
+A program is given consecutive tokens of the step (and some KV heads). Each sequence that has tokens
+among them is an *item*: the program attends its pages, a block of keys at a time, and while it
+attends one block the next one is copied, be it the next item's or the next program's. The softmax
+of all tokens of a program stays in VMEM; an item changes the rows of its own tokens only.
 
-Pages that a group of sequences has in common are one more item, before those of its members, whose
-tokens are all of theirs. Its members go on from the softmax that it leaves, so nothing is merged.
+Pages that a group of sequences shares are one more item, before those of the group's members, and
+its tokens are those of all members. The members continue the softmax that it leaves, so nothing is
+merged.
 
-Few tokens (decode rows) are attended as one aligned tile of rows, more by larger ones. Logits
-stay as the product gives them, in units of `Shape.unit`, so that exp costs one multiplication.
+Few tokens (decode rows) are attended as one small aligned tile of rows, more by larger ones.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
-from itertools import accumulate
 from typing import Any, NamedTuple
 
 import jax
@@ -27,405 +26,437 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas.tiling import divisor, product
+from kernels_pallas.paged_attention.mosaic_tpu_blocks import (
+    NUM_SCALARS,
+    Item,
+    Rows,
+    Scalars,
+    Shape,
+    div,
+)
+from kernels_pallas.softmax import LOG2E, MASK_VALUE
+from kernels_pallas.tpu import LANES, dot
 
-HIDDEN = -1e30  # finite: a row that has seen nothing yet must not become NaN
-LANES = 128
-_SIDE = 8  # heads of keys side by side, at most
-_AT_ONCE = 2**18  # logits, at most: four times what registers hold
 
+class Program(NamedTuple):
+    """A program's sizes, its place in the grid, and its refs.
 
-@dataclass(frozen=True)
-class Shape:
-    """What a program knows while it is traced.
+    A row is a query head of a token, and rows of a KV head lie token by token.
 
     Attributes:
-        heads: of keys.
-        group: heads of queries for each of them.
-        tokens: of the step.
-        few: tokens whose rows fill tiles; a decode row is attended in such a group.
-        some: tokens whose rows are attended at a time otherwise.
-        page: keys in a page.
-        pages: in a block of keys.
-        row: entries in a row of the block table.
-        value_dim: of the outputs.
-        squash: what logits are multiplied with before tanh; 0 for no tanh.
-        unit: of the logits as the softmax keeps them.
-        key_parts, value_parts: lanes of the parts of rows in eight or four bits that have scales of
-            their own, keys along the lanes of an array; none where rows have none.
-        mass: whether the sum of every page is kept. Then blocks of pages and tiles of rows are
-            whole tiles of that array, pages along its sublanes.
-        nibbles: whether rows have four bits, whose outputs are turned back.
+        first_head: the first of its KV heads.
+        number: of the program among those of the same heads.
+        num_items: of all programs of the same heads.
+        scalars: in SMEM.
+        q: queries [heads, rows, W].
+        sinks: the logits with which the softmax starts [heads, rows, LANES], or None.
+        signs: Sylvester's matrix, which rotates outputs back [LANES, LANES], or None.
+        stacks: caches [L, P, K, Z, W], then their scales [L, P, K * parts, Z], in HBM.
+        o, lse: outputs [heads, rows, value_dim], which hold weighted sums of values until the end,
+            and [heads, 1, rows].
+        mass: sums of pages [heads, pages, rows], or None.
+        buffers: for two blocks of each stack, [2, heads, block_keys, W] and
+            [2, K * parts, block_keys].
+        row_max, row_sum: of the softmax, the largest logit yet and the sum of exponentials relative
+            to it [heads, rows, LANES], the same in every lane.
+        arrived: semaphores of copies [2, stacks].
+        slot: the buffer of the next block [1], in SMEM: it goes from program to program.
     """
 
-    heads: int
-    group: int
-    tokens: int
-    few: int
-    some: int
-    page: int
-    pages: int
-    row: int
-    value_dim: int
-    squash: float
-    unit: float
-    mass: bool
-    key_parts: tuple[int, ...] = ()
-    value_parts: tuple[int, ...] = ()
-    nibbles: bool = False
+    shape: Shape
+    first_head: Array
+    number: Array
+    num_items: Array
+    scalars: Scalars
+    q: Any
+    sinks: Any
+    signs: Any
+    stacks: list[Any]
+    o: Any
+    lse: Any
+    mass: Any
+    buffers: list[Any]
+    row_max: Any
+    row_sum: Any
+    arrived: Any
+    slot: Any
 
-    def side(self, rows: int) -> int:
-        """Heads that are computed side by side: one waits a few hundred cycles for its products
-        and for sums across lanes, which are nothing to do with another's."""
-        most = _AT_ONCE // (rows * self.page * self.pages)
-        return divisor(self.heads, min(most, _SIDE), 1)
+    @classmethod
+    def of(cls, refs: tuple[Any, ...], shape: Shape) -> Program:
+        """From the kernel's refs: scalars, operands, results and scratch."""
+        scalars, rest = Scalars.of(refs[:NUM_SCALARS]), iter(refs[NUM_SCALARS:])
+        count = shape.num_caches + shape.num_scales
+        q, sinks = next(rest), next(rest) if shape.has_sinks else None
+        signs = next(rest) if shape.int4 else None
+        stacks = [next(rest) for _ in range(count)]
+        o, lse, mass = next(rest), next(rest), next(rest) if shape.mass else None
+        buffers = [next(rest) for _ in range(count)]
+        first_head = pl.program_id(0) * shape.heads
+        number = pl.program_id(1)
+        num_items = scalars.item_starts[pl.num_programs(1)]
+        return cls(
+            shape, first_head, number, num_items, scalars, q, sinks, signs, stacks, o, lse, mass,
+            buffers, *rest,
+        )  # fmt: skip
+
+    @property
+    def first_token(self) -> Array:
+        """The program's first token, as the step numbers them."""
+        return self.number * self.shape.tokens
 
 
-class Spans(NamedTuple):
-    """What passes by which tokens of the step: pages of a sequence, or those of a group [V]."""
+class Block(NamedTuple):
+    """A block of keys that an item attends.
 
-    firsts: Any  # the tokens
-    ends: Any
-    shifts: Any  # token t has position t + shift
-    pages: Any  # entries of a row of the block table
-    end_pages: Any  # at most: others end with the last token
-    rows: Any
-
-
-class Rows(NamedTuple):
-    """A block of keys or values [heads, S, W]; the scales of their parts [heads * parts, S].
-
-    Of four bits it is [heads, S / 2, W] in uint8. A register's words hold consecutive rows, the
-    first one lowest, be they four of bytes or eight of nibbles: read as nibbles, its bits stay.
+    Attributes:
+        item: whose it is.
+        page: its first page, as an entry of the item's row of the block table.
+        window: keys at least this far back are hidden; 0 hides none.
+        first_token: of the program.
     """
 
-    values: Any
-    parts: tuple[int, ...]
-    scales: Any
-
-    def split(self, h: Array, lanes: int, dtype: Any) -> list[tuple[slice, Array, Array | None]]:
-        """Which lanes of a head's rows, those rows, and their scales [1, S]."""
-        x = self.values[h]
-        x = pltpu.bitcast(x, jnp.int4) if x.dtype == jnp.uint8 else x
-        x = x if x.dtype == dtype else x.astype(jnp.float32).astype(dtype)
-        if not self.parts:
-            return [(slice(0, lanes), x[:, :lanes], None)]
-        ends = list(accumulate(self.parts))
-        each = [slice(end - n, min(end, lanes)) for n, end in zip(self.parts, ends, strict=True)]
-        n = len(self.parts)
-        return [
-            (at, x[:, at], self.scales[pl.ds(h * n + b, 1)])
-            for b, at in enumerate(each) if at.start < lanes
-        ]  # fmt: skip
+    item: Item
+    page: Array
+    keys: Rows
+    values: Rows
+    window: Array
+    first_token: Array
 
 
-class Item(NamedTuple):
-    """The part of a span in one program."""
+class Tile(NamedTuple):
+    """Rows of a program that are attended together.
 
-    row: Array
-    first: Array
-    end: Array
-    shift: Array
-    page: Array  # the first one that a token sees
-    end_page: Array
+    Attributes:
+        rows: a slice of the program's rows.
+        first_token: theirs, as the step numbers them.
+        first_key: position of the block's first key.
+        reach: keys that a token sees, back from its own.
+    """
 
-    def owns(self, token: Array) -> Array:
-        return (token >= self.first) & (token < self.end)
-
-
-class Scalars(NamedTuple):
-    layer: Any
-    window: Any
-    tables: Any
-    spans: Any
-    blocks: Any
-    first: Any
-    firsts: Any
-    ends: Any
-    shifts: Any
-    pages: Any
-    end_pages: Any
     rows: Any
-
-    def item(self, i: Array, shape: Shape) -> Item:
-        s, block = self.spans[i], self.blocks[i]
-        first = jnp.maximum(self.firsts[s], block * shape.tokens)
-        end = jnp.minimum(self.ends[s], (block + 1) * shape.tokens)
-        shift, window = self.shifts[s], self.window[0]
-        page = jnp.where(window > 0, jnp.maximum(first + shift - window + 1, 0), 0)
-        page = _div(page, shape.page)
-        page = _div(page, shape.pages) * shape.pages if shape.mass else page
-        end_page = jnp.minimum(_div(end - 1 + shift, shape.page) + 1, self.end_pages[s])
-        page = jnp.maximum(page, self.pages[s])
-        return Item(self.rows[s], first, end, shift, page, end_page)
+    first_token: Array
+    first_key: Array
+    reach: Array
 
 
-def kernel(*refs: Any, shape: Shape, has_sinks: bool, caches: int, scales: int) -> None:
-    scalars, rest = Scalars(*refs[: len(Scalars._fields)]), iter(refs[len(Scalars._fields) :])
-    q, sinks = next(rest), next(rest) if has_sinks else None
-    turn = next(rest) if shape.nibbles else None
-    stacks = [next(rest) for _ in range(caches + scales)]
-    o, lse, mass = next(rest), next(rest), next(rest) if shape.mass else None
-    buffers = [next(rest) for _ in range(caches + scales)]
-    top, total, arrived, turns = rest
-    head = pl.program_id(0) * shape.heads
-    program = pl.program_id(1)
-    num_items = scalars.first[pl.num_programs(1)]
+class Weights(NamedTuple):
+    """What a block of keys adds to the softmax of a head's rows.
 
-    def copies(row: Array, page: Array, p: Array, slot: Array) -> list[Any]:
-        """The copy of the p-th page of a block that begins at `page`, from each cache."""
-        at = scalars.layer[0], scalars.tables[row * shape.row + page + p]
-        heads = [pl.ds(head, shape.heads)] * caches + [slice(None)] * scales
+    Attributes:
+        p: exponentials [rows, S].
+        row_max: the largest logits by now [rows, LANES], in every lane the same.
+        rescale: what sums so far are multiplied by to be relative to it, likewise.
+    """
 
-        def to(n: int) -> tuple[Any, ...]:  # rows of a page: keys, or pairs of them in four bits
-            return slot, slice(None), pl.ds(pl.multiple_of(p * n, n), n)
+    p: Array
+    row_max: Array
+    rescale: Array
 
-        return [
-            pltpu.make_async_copy(
-                stack.at[*at, part], buffer.at[to(stack.shape[3])], arrived.at[slot, c]
-            )
-            for c, (stack, buffer, part) in enumerate(zip(stacks, buffers, heads, strict=True))
-        ]
 
-    def each(item: Item, page: Array, slot: Array, act: str) -> None:
-        @pl.loop(0, jnp.minimum(shape.pages, item.end_page - page))
-        def _(p: Array) -> None:
-            for copy in copies(item.row, page, p, slot):
-                getattr(copy, act)()
+def kernel(*refs: Any, shape: Shape) -> None:
+    """One program: resets its softmax, attends its items block by block, writes o and lse.
 
-    @pl.when((program == 0) & (num_items > 0))
+    Args:
+        refs: as `Program.of` takes them.
+    """
+    prog = Program.of(refs, shape)
+    _start_first_copies(prog)
+    starts, number = prog.scalars.item_starts, prog.number
+    begin, end = starts[number], starts[number + 1]
+
+    @pl.when(begin < end)
     def _() -> None:
-        turns[0] = 0
-        item = scalars.item(jnp.int32(0), shape)
-        each(item, item.page, jnp.int32(0), "start")
-
-    def attend_item(i: Array, slot: Array) -> Array:
-        item = scalars.item(i, shape)
-        following = scalars.item(jnp.minimum(i + 1, num_items - 1), shape)
-
-        def attend_block(j: Array, slot: Array) -> Array:
-            page = item.page + j * shape.pages
-            more = page + shape.pages < item.end_page
-            ahead = jax.tree.map(partial(jnp.where, more), item, following)
-
-            @pl.when(more | (i + 1 < num_items))
-            def _() -> None:
-                each(ahead, jnp.where(more, page + shape.pages, ahead.page), 1 - slot, "start")
-
-            each(item, page, slot, "wait")
-            blocks = [buffer.at[slot] for buffer in buffers]
-            if blocks[-1].dtype != jnp.int8:  # which cannot be NaN
-                quiet = _silence_scales if scales else _silence
-                pl.when(~more)(partial(quiet, blocks[-1], item, page, shape))
-            keys = Rows(blocks[0], shape.key_parts, blocks[caches] if scales else None)
-            values = Rows(blocks[caches - 1], shape.value_parts, blocks[-1] if scales else None)
-            attend = partial(
-                _attend, q, keys, values, top, total, o, mass, shape, item, page,
-                scalars.window[0], program * shape.tokens,
-            )  # fmt: skip
-            first, last = (t - program * shape.tokens for t in (item.first, item.end - 1))
-            few = (_div(first, shape.few) == _div(last, shape.few)) & (shape.few < shape.some)
-            pl.when(few)(lambda: attend(_div(first, shape.few), shape.few))
-
-            @pl.when(~few)
-            def _() -> None:
-                tiles = pl.loop(_div(first, shape.some), _div(last, shape.some) + 1)
-                tiles(partial(attend, tokens=shape.some))
-
-            return 1 - slot
-
-        blocks = _div(item.end_page - item.page + shape.pages - 1, shape.pages)
-        return lax.fori_loop(0, blocks, attend_block, slot)
-
-    first, end = scalars.first[program], scalars.first[program + 1]
-
-    @pl.when(first < end)
-    def _() -> None:
-        count = shape.some * shape.group
-        tiles = pl.loop(0, shape.heads), pl.loop(0, shape.tokens // shape.some)
-
-        @tiles[0]
-        def _(h: Array) -> None:
-            @tiles[1]
-            def _(i: Array) -> None:
-                at = h, pl.ds(pl.multiple_of(i * count, count), count)
-                none = jnp.full((count, LANES), HIDDEN, jnp.float32)
-                top[at] = none if sinks is None else sinks[at]
-                total[at] = jnp.full_like(none, 0.0 if sinks is None else 1.0)
-                o[at] = jnp.zeros((count, o.shape[-1]), jnp.float32)
-                if mass is not None:
-                    mass[h, :, at[1]] = jnp.full((mass.shape[1], count), HIDDEN, jnp.float32)
-
-        turns[0] = lax.fori_loop(first, end, attend_item, turns[0])
-
-        @tiles[0]
-        def _(h: Array) -> None:
-            @tiles[1]
-            def _(i: Array) -> None:
-                rows = pl.ds(pl.multiple_of(i * count, count), count)
-                sum_ = jnp.maximum(total[h, rows], 1e-30)
-                o[h, rows] = o[h, rows] / _lanes(sum_, o.shape[-1])
-                if turn is not None:
-                    _turn_back(o, h, i * count, count, turn)
-                found = top[h, rows] * shape.unit + jnp.log(sum_)
-                lse[h, :, rows] = jnp.transpose(found)[:1]
+        _for_each_tile(shape, partial(_reset, prog))
+        prog.slot[0] = lax.fori_loop(begin, end, partial(_attend_item, prog), prog.slot[0])
+        _for_each_tile(shape, partial(_finish, prog))
 
 
-def _turn_back(o: Any, h: Array, first: Array, count: int, turn: Any) -> None:
-    """Rows of sums, each part of them times a matrix. Around the kernel that would be copies of all
-    outputs."""
+def _for_each_tile(shape: Shape, act: Callable[[Array, Array], None]) -> None:
+    """Acts on the i-th tile of each head h of a program, as act(h, i)."""
+
+    @pl.loop(0, shape.heads)
+    def _(h: Array) -> None:
+        pl.loop(0, shape.tokens // shape.tile)(partial(act, h))
+
+
+def _reset(prog: Program, h: Array, i: Array) -> None:
+    """Empties the softmax of a tile: it holds the sinks, if there are any."""
+    count = prog.shape.tile * prog.shape.group
+    at = h, pl.ds(pl.multiple_of(i * count, count), count)
+    none = jnp.full((count, LANES), MASK_VALUE, jnp.float32)
+    prog.row_max[at] = none if prog.sinks is None else prog.sinks[at]
+    prog.row_sum[at] = jnp.full_like(none, 0.0 if prog.sinks is None else 1.0)
+    prog.o[at] = jnp.zeros((count, prog.o.shape[-1]), jnp.float32)
+    if prog.mass is not None:
+        pages = prog.mass.shape[1]
+        prog.mass[h, :, at[1]] = jnp.full((pages, count), MASK_VALUE, jnp.float32)
+
+
+def _finish(prog: Program, h: Array, i: Array) -> None:
+    """Divides the outputs of a tile by the sums of its softmax, and writes lse."""
+    count, o = prog.shape.tile * prog.shape.group, prog.o
+    rows = pl.ds(pl.multiple_of(i * count, count), count)
+    row_sum = jnp.maximum(prog.row_sum[h, rows], 1e-30)
+    o[h, rows] = o[h, rows] / _lanes(row_sum, o.shape[-1])
+    if prog.signs is not None:
+        _rotate_back(o, h, i * count, count, prog.signs)
+    lse = prog.row_max[h, rows] * prog.shape.unit + jnp.log(row_sum)
+    prog.lse[h, :, rows] = jnp.transpose(lse)[:1]
+
+
+def _rotate_back(o: Any, h: Array, first: Array, count: int, signs: Any) -> None:
+    """Multiplies each part of rows of sums by the Hadamard matrix. Outside the kernel that would
+    copy all outputs."""
     n = math.gcd(count, 32)  # few registers are left
-    tiles = pl.loop(0, count // n), pl.loop(0, o.shape[-1] // LANES)  # a part has so many lanes
 
-    @tiles[0]
+    @pl.loop(0, count // n)
     def _(r: Array) -> None:
-        @tiles[1]
+        @pl.loop(0, o.shape[-1] // LANES)  # a part has so many lanes
         def _(i: Array) -> None:
             rows = pl.ds(pl.multiple_of(first + r * n, n), n)
             at = h, rows, pl.ds(pl.multiple_of(i * LANES, LANES), LANES)
-            x, turned = o[at], jnp.zeros((n, LANES), jnp.float32)
-            for _ in range(3):  # signs are exact in bfloat16, and so are three parts of a float
+            x, rotated = o[at], jnp.zeros((n, LANES), jnp.float32)
+            for _ in range(3):  # signs are exact in bfloat16, and three parts of it hold a float
                 part = x.astype(jnp.bfloat16)
                 x = x - part.astype(jnp.float32)
-                turned += lax.dot(part, turn[...], preferred_element_type=jnp.float32)
-            o[at] = turned * np.float32(LANES**-0.5)
+                rotated += lax.dot(part, signs[...], preferred_element_type=jnp.float32)
+            o[at] = rotated * np.float32(LANES**-0.5)
+
+
+def _start_first_copies(prog: Program) -> None:
+    """Starts the copies of the first block: every other one is started while another is attended,
+    be it by the program before."""
+
+    @pl.when((prog.number == 0) & (prog.num_items > 0))
+    def _() -> None:
+        prog.slot[0] = 0
+        item = prog.scalars.item(jnp.int32(0), prog.shape)
+        _copy_block(prog, item, item.page_begin, jnp.int32(0), "start")
+
+
+def _copy_block(prog: Program, item: Item, page: Array, slot: Array, act: str) -> None:
+    """Starts or awaits the copies of an item's block that begins at `page` of its row."""
+
+    @pl.loop(0, jnp.minimum(prog.shape.block_pages, item.page_end - page))
+    def _(p: Array) -> None:
+        for copy in _page_copies(prog, item, page, p, slot):
+            getattr(copy, act)()
+
+
+def _page_copies(prog: Program, item: Item, page: Array, p: Array, slot: Array) -> list[Any]:
+    """The copy of the p-th page of a block that begins at `page`, from each stack."""
+    shape = prog.shape
+    at = prog.scalars.layer[0], prog.scalars.tables[item.seq * shape.table_width + page + p]
+    heads = pl.ds(prog.first_head, shape.heads)
+    parts = [heads] * shape.num_caches + [slice(None)] * shape.num_scales  # scales of all heads
+
+    def to(n: int) -> tuple[Any, ...]:  # rows of a page: keys, or pairs of them in four bits
+        return slot, slice(None), pl.ds(pl.multiple_of(p * n, n), n)
+
+    return [
+        pltpu.make_async_copy(
+            stack.at[*at, part], buffer.at[to(stack.shape[3])], prog.arrived.at[slot, i]
+        )
+        for i, (stack, buffer, part) in enumerate(
+            zip(prog.stacks, prog.buffers, parts, strict=True)
+        )
+    ]
+
+
+def _attend_item(prog: Program, i: Array, slot: Array) -> Array:
+    """Attends the blocks of the i-th item, from the buffer `slot` on, and returns the next slot."""
+    item = prog.scalars.item(i, prog.shape)
+    following = prog.scalars.item(jnp.minimum(i + 1, prog.num_items - 1), prog.shape)
+    pages = prog.shape.block_pages
+    blocks = div(item.page_end - item.page_begin + pages - 1, pages)
+    attend = partial(_attend_block, prog, i, item, following)
+    return lax.fori_loop(0, blocks, attend, slot)
+
+
+def _attend_block(
+    prog: Program, i: Array, item: Item, following: Item, j: Array, slot: Array
+) -> Array:
+    """Attends the j-th block of the i-th item, and returns the slot of the next block, whose copy
+    it starts first."""
+    shape = prog.shape
+    page = item.page_begin + j * shape.block_pages
+    more = page + shape.block_pages < item.page_end
+    ahead = jax.tree.map(partial(jnp.where, more), item, following)
+
+    @pl.when(more | (i + 1 < prog.num_items))
+    def _() -> None:
+        next_page = jnp.where(more, page + shape.block_pages, ahead.page_begin)
+        _copy_block(prog, ahead, next_page, 1 - slot, "start")
+
+    _copy_block(prog, item, page, slot, "wait")
+    buffers = [buffer.at[slot] for buffer in prog.buffers]
+    if buffers[-1].dtype != jnp.int8:  # which cannot be NaN
+        silence = _silence_scales if shape.num_scales else _silence_values
+        pl.when(~more)(partial(silence, buffers[-1], item, page, shape))
+    n, scales = shape.num_caches, shape.num_scales > 0
+    block = Block(
+        item, page,
+        Rows(buffers[0], shape.key_parts, buffers[n] if scales else None),
+        Rows(buffers[n - 1], shape.value_parts, buffers[-1] if scales else None),
+        prog.scalars.window[0], prog.first_token,
+    )  # fmt: skip
+    _attend_tiles(prog, block)
+    return 1 - slot
+
+
+def _silence_values(values: Any, item: Item, page: Array, shape: Shape) -> None:
+    """Zeros values past the last one that an item sees. A slot that nobody has written since its
+    page changed hands may hold a NaN, which a weight of 0 does not silence."""
+    end = item.token_end + item.shift - page * shape.page_size
+
+    @pl.loop(div(end, shape.page_size), shape.block_pages)
+    def _(p: Array) -> None:
+        n = shape.page_size
+        at = slice(None), pl.ds(pl.multiple_of(p * n, n), n)
+        x = values[at]
+        slot = p * n + lax.broadcasted_iota(jnp.int32, x.shape, 1)
+        values[at] = jnp.where(slot < end, x, jnp.zeros_like(x))
 
 
 def _silence_scales(scales: Any, item: Item, page: Array, shape: Shape) -> None:
-    """The same for rows in eight or four bits: it is their scales that might be NaN."""
-    end = item.end + item.shift - page * shape.page
+    """As `_silence_values` for quantized rows, where scales may be NaN, and values may not."""
+    end = item.token_end + item.shift - page * shape.page_size
     x = scales[...]
     scales[...] = jnp.where(lax.broadcasted_iota(jnp.int32, x.shape, 1) < end, x, 0.0)
 
 
-def _silence(values: Any, item: Item, page: Array, shape: Shape) -> None:
-    """Zeros behind the last value that an item sees: a weight of 0 would not silence a NaN there,
-    in a slot that nobody has written since its page changed hands."""
-    end = item.end + item.shift - page * shape.page
+def _attend_tiles(prog: Program, block: Block) -> None:
+    """Adds a block of keys to the softmax of its item's tokens: in one small tile if they lie in
+    one, otherwise by larger tiles."""
+    shape, item = prog.shape, block.item
+    first, last = (t - prog.first_token for t in (item.token_begin, item.token_end - 1))
+    small, large = shape.small_tile, shape.tile
+    one = (div(first, small) == div(last, small)) & (small < large)
+    pl.when(one)(lambda: _attend_tile(prog, block, small, div(first, small)))
 
-    @pl.loop(_div(end, shape.page), shape.pages)
-    def _(p: Array) -> None:
-        at = slice(None), pl.ds(pl.multiple_of(p * shape.page, shape.page), shape.page)
-        x = values[at]
-        slot = p * shape.page + lax.broadcasted_iota(jnp.int32, x.shape, 1)
-        values[at] = jnp.where(slot < end, x, jnp.zeros_like(x))
+    @pl.when(~one)
+    def _() -> None:
+        tiles = pl.loop(div(first, large), div(last, large) + 1)
+        tiles(partial(_attend_tile, prog, block, large))
 
 
-def _attend(
-    q: Any, keys: Rows, values: Rows, top: Any, total: Any, o: Any, mass: Any, shape: Shape,
-    item: Item, page: Array, window: Array, base: Array, i: Array, tokens: int,
-) -> None:  # fmt: skip
-    """Adds a block of keys to the softmax of the i-th `tokens` of a program, whose first one is
-    the step's `base`, as far as they are the item's."""
-    count, S = tokens * shape.group, shape.page * shape.pages
+def _attend_tile(prog: Program, block: Block, tokens: int, i: Array) -> None:
+    """Adds a block of keys to the softmax of the i-th `tokens` tokens of a program, as far as they
+    are the item's. Keys are masked only where some row does not see all of them."""
+    shape, item, count = prog.shape, block.item, tokens * prog.shape.group
     rows = pl.ds(pl.multiple_of(i * count, count) if tokens < shape.tokens else 0, count)
-    first, key = base + i * tokens, page * shape.page
-    at = first + item.shift, first + tokens - 1 + item.shift  # positions of the outermost tokens
-    reach = jnp.where(window > 0, window, 2**30)
-    all_own = (first >= item.first) & (first + tokens <= item.end)
-    all_seen = all_own & (key + S - 1 <= at[0]) & (key > at[1] - reach)
-
-    def token(shape_: tuple[int, ...], axis: int) -> Array:  # the step's, of each row
-        return first + _div(lax.broadcasted_iota(jnp.int32, shape_, axis), shape.group)
-
-    def mask() -> tuple[Array, Array]:
-        own = item.owns(token((count, 1), 0))
-        last = jnp.where(own, token((count, 1), 0) + item.shift, -1) - key  # of the block's keys
-        z = lax.broadcasted_iota(jnp.int32, (count, S), 1)
-        return own, (z <= last) & (z > last - reach)
-
-    def attend(n: Array, masked: bool) -> None:
-        own, seen = mask() if masked else (None, None)
-        side = shape.side(count)
-        heads = [n * side + k for k in range(side)]
-        # The matrix unit keeps to this order, and nothing is read behind what is written: so all
-        # wait for their results at once.
-        scores = [_scores(q[h, rows], keys, h, shape) for h in heads]
-        found = [_weigh(s, seen, top[h, rows], shape) for h, s in zip(heads, scores, strict=True)]
-        sums = [
-            total[h, rows] * w.shrink + jnp.sum(w.p, 1, keepdims=True)
-            for h, w in zip(heads, found, strict=True)
-        ]
-        added = [
-            _outputs(w.p, values, h, q.dtype, shape)
-            + o[h, rows] * _lanes(w.shrink, shape.value_dim)
-            for h, w in zip(heads, found, strict=True)
-        ]
-        if own is not None:  # others' rows have no business with these values, which might be NaN
-            added = [jnp.where(own, x, o[h, rows]) for h, x in zip(heads, added, strict=True)]
-        for h, w, sum_, x in zip(heads, found, sums, added, strict=True):
-            top[h, rows], total[h, rows], o[h, rows] = w.top, sum_, x
-            if mass is not None:
-                at = h, pl.ds(pl.multiple_of(page, shape.pages), shape.pages), rows
-                each = _page_sums(w.p, w.top, shape)
-                mass[at] = jnp.where(item.owns(token(each.shape, 1)), each, mass[at])
-
-    loop = pl.loop(0, shape.heads // shape.side(count))
-    pl.when(all_seen)(lambda: loop(partial(attend, masked=False)))
-    some_seen = ~all_seen & (key <= jnp.minimum(at[1], item.end - 1 + item.shift))
-    pl.when(some_seen)(lambda: loop(partial(attend, masked=True)))
+    first, key = block.first_token + i * tokens, block.page * shape.page_size
+    low, high = first + item.shift, first + tokens - 1 + item.shift  # positions of its tokens
+    tile = Tile(rows, first, key, jnp.where(block.window > 0, block.window, 2**30))
+    all_own = (first >= item.token_begin) & (first + tokens <= item.token_end)
+    all_seen = all_own & (key + shape.block_keys - 1 <= low) & (key > high - tile.reach)
+    heads = pl.loop(0, shape.heads // shape.heads_at_once(count))
+    attend = partial(_attend_heads, prog, block, tile, count)
+    pl.when(all_seen)(lambda: heads(partial(attend, False)))
+    some_seen = ~all_seen & (key <= jnp.minimum(high, item.token_end - 1 + item.shift))
+    pl.when(some_seen)(lambda: heads(partial(attend, True)))
 
 
-class Weights(NamedTuple):
-    """What a block of keys brings a head's rows.
+def _attend_heads(
+    prog: Program, block: Block, tile: Tile, count: int, masked: bool, n: Array
+) -> None:
+    """Adds a block of keys to the softmax of `count` rows, for the n-th of the sets of heads that
+    are computed side by side.
 
-    Attributes:
-        p: exponentials [rows, S].
-        top: the largest logits by now, and `shrink` what all before becomes for them, both
-            [rows, LANES] and in every lane the same.
+    The matrix unit keeps to this order, and no ref is read after another is written: so the heads
+    wait for their results at the same time.
     """
+    shape, rows, o = prog.shape, tile.rows, prog.o
+    own, seen = _mask(block.item, tile, count, shape) if masked else (None, None)
+    at_once = shape.heads_at_once(count)
+    heads = [n * at_once + k for k in range(at_once)]
+    scores = [_scores(prog.q[h, rows], block.keys, h) for h in heads]
+    found = [
+        _weights(s, seen, prog.row_max[h, rows], shape) for h, s in zip(heads, scores, strict=True)
+    ]
+    row_sums = [
+        prog.row_sum[h, rows] * w.rescale + jnp.sum(w.p, 1, keepdims=True)
+        for h, w in zip(heads, found, strict=True)
+    ]
+    outputs = [
+        _weighted_values(w.p, block.values, h, prog.q.dtype, shape)
+        + o[h, rows] * _lanes(w.rescale, shape.value_dim)
+        for h, w in zip(heads, found, strict=True)
+    ]
+    if own is not None:  # rows of others must not take these values, which might be NaN
+        outputs = [jnp.where(own, x, o[h, rows]) for h, x in zip(heads, outputs, strict=True)]
+    for h, w, row_sum, x in zip(heads, found, row_sums, outputs, strict=True):
+        prog.row_max[h, rows], prog.row_sum[h, rows], o[h, rows] = w.row_max, row_sum, x
+        if prog.mass is not None:
+            _keep_mass(prog, block, tile, h, w)
 
-    p: Array
-    top: Array
-    shrink: Array
+
+def _tokens(shape: tuple[int, ...], axis: int, tile: Tile, group: int) -> Array:
+    """The token of the step of each row along an axis."""
+    return tile.first_token + div(lax.broadcasted_iota(jnp.int32, shape, axis), group)
 
 
-def _scores(asked: Array, keys: Rows, h: Array, shape: Shape) -> Array:
-    """Logits of a head's rows [rows, S], before tanh."""
+def _mask(item: Item, tile: Tile, count: int, shape: Shape) -> tuple[Array, Array]:
+    """Which rows are the item's [count, 1], and which keys of the block they see [count, S]."""
+    token = partial(_tokens, (count, 1), 0, tile, shape.group)
+    own = item.owns(token())
+    last = jnp.where(own, token() + item.shift, -1) - tile.first_key  # of the block's keys
+    z = lax.broadcasted_iota(jnp.int32, (count, shape.block_keys), 1)
+    return own, (z <= last) & (z > last - tile.reach)
+
+
+def _keep_mass(prog: Program, block: Block, tile: Tile, h: Array, weights: Weights) -> None:
+    """Stores the sums of a block's pages for the rows of a head."""
+    pages = prog.shape.block_pages
+    at = h, pl.ds(pl.multiple_of(block.page, pages), pages), tile.rows
+    sums = _page_sums(weights.p, weights.row_max, prog.shape)
+    own = block.item.owns(_tokens(sums.shape, 1, tile, prog.shape.group))
+    prog.mass[at] = jnp.where(own, sums, prog.mass[at])
+
+
+def _scores(q: Array, keys: Rows, h: Array) -> Array:
+    """Products of a head's rows with keys [rows, S]: logits over `Shape.logit_scale`."""
     parts = list[Array]()
-    for lanes, k, by in keys.split(h, asked.shape[1], asked.dtype):
-        part = product(asked[:, lanes], k, (1, 1))
-        parts.append(part if by is None else part * by)
+    for lanes, k, scales in keys.split(h, q.shape[1], q.dtype):
+        part = dot(q[:, lanes], k, (1, 1))
+        parts.append(part if scales is None else part * scales)
     return sum(parts[1:], parts[0])
 
 
-def _weigh(s: Array, seen: Array | None, before: Array, shape: Shape) -> Weights:
-    s = jnp.tanh(s * shape.squash) if shape.squash else s
-    s = s if seen is None else jnp.where(seen, s, HIDDEN)
-    now = jnp.maximum(before, jnp.max(s, 1, keepdims=True))
+def _weights(s: Array, seen: Array | None, row_max: Array, shape: Shape) -> Weights:
+    """The softmax's step for scores [rows, S], from its maximum before."""
+    s = jnp.tanh(s * (shape.logit_scale / shape.soft_cap)) if shape.soft_cap else s
+    s = s if seen is None else jnp.where(seen, s, MASK_VALUE)
+    now = jnp.maximum(row_max, jnp.max(s, 1, keepdims=True))
     p = _exp(s - _lanes(now, s.shape[1]), shape.unit)
-    return Weights(p, now, _exp(before - now, shape.unit))
+    return Weights(p, now, _exp(row_max - now, shape.unit))
 
 
-def _outputs(p: Array, values: Rows, h: Array, dtype: Any, shape: Shape) -> Array:
+def _weighted_values(p: Array, values: Rows, h: Array, dtype: Any, shape: Shape) -> Array:
     """Sums of a head's weighted values [rows, value_dim]."""
     sums = list[Array]()
-    for _, v, by in values.split(h, shape.value_dim, dtype):
-        sums.append(product((p if by is None else p * by).astype(v.dtype), v, (1, 0)))
+    for _, v, scales in values.split(h, shape.value_dim, dtype):
+        sums.append(dot((p if scales is None else p * scales).astype(v.dtype), v, (1, 0)))
     return sums[0] if len(sums) == 1 else jnp.concatenate(sums, 1)
 
 
-def _page_sums(p: Array, top: Array, shape: Shape) -> Array:
+def _page_sums(p: Array, row_max: Array, shape: Shape) -> Array:
     """Logarithms of the sums of the exponentials of each page [pages, rows]."""
-    page = lax.broadcasted_iota(jnp.int32, (shape.pages, p.shape[1]), 0) * shape.page
-    back = lax.broadcasted_iota(jnp.int32, page.shape, 1) - page
-    pick = jnp.where((back >= 0) & (back < shape.page), 1.0, 0.0)
+    begin = lax.broadcasted_iota(jnp.int32, (shape.block_pages, p.shape[1]), 0) * shape.page_size
+    key = lax.broadcasted_iota(jnp.int32, begin.shape, 1) - begin
+    pick = jnp.where((key >= 0) & (key < shape.page_size), 1.0, 0.0)
     sums = lax.dot_general(
         pick, p, (((1,), (1,)), ((), ())), precision=lax.Precision.HIGHEST,
         preferred_element_type=jnp.float32,
     )  # fmt: skip
-    return jnp.log(jnp.maximum(sums, 1e-30)) + jnp.transpose(top)[:1] * shape.unit
-
-
-def _div(x: Array, by: int) -> Array:
-    """Of what is not negative: `//` would ask for signs, whose lowering asks for a device."""
-    return lax.div(x, jnp.full_like(x, by))
+    return jnp.log(jnp.maximum(sums, 1e-30)) + jnp.transpose(row_max)[:1] * shape.unit
 
 
 def _exp(x: Array, unit: float) -> Array:
-    return jnp.exp2(x * (unit * math.log2(math.e)))
+    """exp of logits in units of `unit`."""
+    return jnp.exp2(x * (unit * LOG2E))
 
 
 def _lanes(x: Array, width: int) -> Array:
-    """x [rows, 128], in every lane the same, with another width."""
+    """x [rows, LANES], the same in every lane, with another width."""
     return jnp.concatenate([x] * pl.cdiv(width, LANES), 1)[:, :width]

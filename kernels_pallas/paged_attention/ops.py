@@ -1,10 +1,30 @@
-"""The two halves of attention over pages, as ops with kernels. Importing them imports Pallas."""
+"""The two ops of attention over pages: `page_write` and `page_attention`. Importing them imports
+Pallas."""
 
 from kernels_pallas.op import Body, Op
-from kernels_pallas.paged_attention import mosaic_gpu, mosaic_tpu, reference
-from kernels_pallas.paged_attention.cases import CASES
-from kernels_pallas.paged_attention.coded_cases import ATTENTION
-from kernels_pallas.paged_attention.writing import page_write
+from kernels_pallas.paged_attention import (
+    attention_cases,
+    mosaic_gpu,
+    mosaic_gpu_writing,
+    mosaic_tpu,
+    mosaic_tpu_writing,
+    reference,
+    writing_cases,
+)
+from kernels_pallas.target import not_hopper
+
+page_write = Op(
+    "page_write",
+    reference.page_write,
+    {
+        "mosaic_tpu": Body("tpu", mosaic_tpu_writing.page_write, mosaic_tpu_writing.TpuTile),
+        "mosaic_gpu": Body(
+            "gpu", mosaic_gpu_writing.page_write, mosaic_gpu_writing.GpuTile, declines=not_hopper
+        ),
+    },
+    writing_cases.CASES,
+    in_place=((0, 0), (1, 1)),
+)
 
 page_attention = Op(
     "page_attention",
@@ -13,9 +33,9 @@ page_attention = Op(
         "mosaic_tpu": Body(
             "tpu", mosaic_tpu.page_attention, mosaic_tpu.TpuTile, mosaic_tpu.TpuTile.wanted
         ),
-        "mosaic_gpu": Body("gpu", mosaic_gpu.page_attention, mosaic_gpu.GpuTile),
+        "mosaic_gpu": Body(
+            "gpu", mosaic_gpu.page_attention, mosaic_gpu.GpuTile, declines=not_hopper
+        ),
     },
-    (*CASES, *ATTENTION),
+    attention_cases.CASES,
 )
-
-__all__ = ["page_attention", "page_write"]

@@ -1,7 +1,7 @@
-"""The reference: plain JAX, exact, and with work that follows the real lengths.
+"""The reference: plain JAX, exact, and with work proportional to the real lengths.
 
-Rows that decode are attended together, a block of pages at a time. Rows with a chunk of prompt are
-attended one after the other, so that no array is ever tokens x keys.
+Sequences that decode are attended together, a block of pages at a time. Those with a chunk of a
+prompt are attended one after another, so that no array is ever tokens x keys.
 """
 
 from __future__ import annotations
@@ -12,31 +12,33 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import Array, lax
 
-from kernels_pallas.paged_attention.codec import Pages, take, turned, whole_parts
+from kernels_pallas.paged_attention.codec import Pages, rotated, take, whole_parts
 from kernels_pallas.paged_attention.ragged import Ragged, locate, write
+from kernels_pallas.softmax import MASK_VALUE
 from kernels_pallas.weight import Weight, as_array
 
 _KEYS = 128  # keys attended at a time
 _QUERIES = 128  # prompt tokens attended at a time
-_HIDDEN = -1e30  # finite: a row that sees nothing must not become NaN
 
 
 class _Softmax(NamedTuple):
     """A softmax in progress over blocks of keys."""
 
-    top: Array  # [..., ] largest logit yet
-    total: Array  # [..., ] sum of exponentials relative to it
-    value: Array  # [..., Hv] their weighted values
+    row_max: Array  # [...], the largest logit yet
+    row_sum: Array  # [...], the sum of exponentials relative to it
+    value: Array  # [..., Hv], the sum of values weighted by them
 
     def add(self, logits: Array, values: Array, spec: str) -> _Softmax:
-        top = jnp.maximum(self.top, logits.max(-1))
-        shrink, p = jnp.exp(self.top - top), jnp.exp(logits - top[..., None])
-        value = self.value * shrink[..., None] + jnp.einsum(spec, p, values)
-        return _Softmax(top, self.total * shrink + p.sum(-1), value)
+        """With a block of keys, whose weights [..., S] and values `spec` multiplies."""
+        row_max = jnp.maximum(self.row_max, logits.max(-1))
+        rescale, p = jnp.exp(self.row_max - row_max), jnp.exp(logits - row_max[..., None])
+        value = self.value * rescale[..., None] + jnp.einsum(spec, p, values)
+        return _Softmax(row_max, self.row_sum * rescale + p.sum(-1), value)
 
     def finish(self) -> tuple[Array, Array]:
-        total = jnp.maximum(self.total, 1e-30)
-        return self.value / total[..., None], self.top + jnp.log(total)
+        """o [..., Hv] and lse [...]."""
+        row_sum = jnp.maximum(self.row_sum, 1e-30)
+        return self.value / row_sum[..., None], self.row_max + jnp.log(row_sum)
 
 
 def paged_attention(
@@ -49,10 +51,13 @@ def paged_attention(
     batch: Ragged,
     **options: Any,
 ) -> tuple[Array, Array, Pages, Pages | None]:
-    """Writes k and v to their pages, then attends causally: `page_write` and `page_attention`.
+    """Writes k and v to their pages, then attends causally: `page_write`, then `page_attention`.
+
+    Args:
+        options: of `page_attention`.
 
     Returns:
-        o, lse, k_pages and v_pages.
+        o [T, N, Hv] and lse [T, N], both float32, k_pages and v_pages.
     """
     k_pages, v_pages = page_write(k_pages, v_pages, k, v, layer, batch)
     o, lse = page_attention(q, k_pages, v_pages, layer, batch, **options)
@@ -68,13 +73,13 @@ def page_write(
     batch: Ragged,
 ) -> tuple[Pages, Pages | None]:
     """The caches with the step's keys and values in the slots of their positions; lanes that a key
-    lacks become 0. May be donated the caches, and then nothing else of them moves.
+    lacks become 0. The caches may be donated: then nothing else of them is copied.
 
-    Pages of eight and four bits (codec.py) round a row by itself: by its own scale, or by one that
-    was calibrated. A row that is not finite is lost, and no other.
+    Quantized pages (codec.py) round each row on its own, by its own scale or by a calibrated one,
+    so a row that is not finite spoils no other.
     """
-    row, position = locate(batch, k.shape[0])
-    return write(k_pages, v_pages, k, v, layer, batch, row, position)
+    seq, position = locate(batch, k.shape[0])
+    return write(k_pages, v_pages, k, v, layer, batch, seq, position)
 
 
 def page_attention(
@@ -93,43 +98,44 @@ def page_attention(
 ) -> tuple[Array, ...]:
     """Causal attention over pages that hold this step's keys and values already.
 
-    Pages of eight and four bits (codec.py) count as what they decode to. Rows in four bits are
-    rotated; queries and outputs are not.
+    Quantized pages (codec.py) stand for the rows that they dequantize to. Queries and outputs are
+    never rotated, though rows in four bits are.
 
     Args:
+        scale: what products of queries and keys are multiplied by to be logits.
         window: keys at least this far back are hidden; 0 hides none.
         sinks: a logit per head that joins the softmax and carries no value.
         soft_cap: logits become cap * tanh(logits / cap); 0 leaves them.
-        value_dim: lanes of a value that count, where pages have more. Those of a key are q's.
-        mass: whether to say how much attention each page gets.
+        value_dim: lanes of a value that are used, where pages have more. Keys use q's lanes.
+        mass: whether to return how much attention each page gets.
 
     Returns:
-        o [T, N, value_dim] and lse [T, N], both float32. `(o, lse)` of disjoint sets of keys merge
-        exactly. With `mass` also [T, N, M]: of each page in a token's row of the table, the sum of
-        its exponentials relative to lse. Rows of padding are unspecified.
+        o [T, N, value_dim] and lse [T, N], both float32. `(o, lse)` of disjoint sets of keys can be
+        merged (merging.py). With `mass` also [T, N, M]: for each page in a token's row of the
+        block table, the sum of its exponentials relative to lse. Rows of padding are unspecified.
     """
     T, N, H = q.shape
     K, Z = k_pages.shape[2:4]
-    row, position = locate(batch, T)
-    heads = turned(k_pages, q.astype(jnp.float32)).reshape(T, K, N // K, -1) * scale
+    seq, position = locate(batch, T)
+    heads = rotated(k_pages, q.astype(jnp.float32)).reshape(T, K, N // K, -1) * scale
     values = value_dim or (H if v_pages is None else v_pages.shape[-1])
     owner = k_pages if v_pages is None else v_pages
     lanes = whole_parts(owner, values)
     keys = partial(_keys, k_pages, v_pages, layer, heads.shape[-1], lanes)
     logits = partial(_mask, window=window, soft_cap=soft_cap)
     if sinks is None:
-        sink = jnp.full((K, N // K), _HIDDEN)
+        sink = jnp.full((K, N // K), MASK_VALUE)
     else:
         sink = as_array(sinks).astype(jnp.float32).reshape(K, N // K)
     start = partial(_start, sink, 0.0 if sinks is None else 1.0, lanes)
     o, lse = _decode_rows(heads, batch, Z, keys, logits, start)
-    o, lse = jnp.take(o, row, axis=0), jnp.take(lse, row, axis=0)  # per sequence -> per token
+    o, lse = jnp.take(o, seq, axis=0), jnp.take(lse, seq, axis=0)  # per sequence -> per token
     o, lse = _prompt_rows(heads, batch, Z, keys, logits, start, o, lse)
-    out = turned(owner, o.reshape(T, N, -1))[..., :values], lse.reshape(T, N)
+    out = rotated(owner, o.reshape(T, N, -1))[..., :values], lse.reshape(T, N)
     if not mass:
         return out
-    found = _page_mass(heads, batch.tables[row], position, Z, keys, logits, lse)
-    return *out, found.reshape(T, N, -1)
+    sums = _page_mass(heads, batch.tables[seq], position, Z, keys, logits, lse)
+    return *out, sums.reshape(T, N, -1)
 
 
 def _keys(k_pages, v_pages, layer, key_dim, value_dim, pages: Array) -> tuple[Array, Array]:
@@ -140,34 +146,36 @@ def _keys(k_pages, v_pages, layer, key_dim, value_dim, pages: Array) -> tuple[Ar
 
 
 def _written(v: Array, at: Array, length: Array) -> Array:
-    """Values [..., n, K, Z, H] at positions [n, Z], but 0 from `length` on: what lies there is of
-    a page's former owner, and might be NaN, which a weight of 0 does not silence."""
+    """Values [..., n, K, Z, H] at positions [n, Z], but 0 from `length` on: slots there hold rows
+    of the page's former owner, which might be NaN, and a weight of 0 does not silence a NaN."""
     return jnp.where(at[:, None, :, None] < length, v, 0.0)
 
 
 def _mask(
     logits: Array, query: Array, key: Array, *, window: Array | int, soft_cap: float
 ) -> Array:
+    """Logits after the cap, masked where a key's position is hidden from the query's."""
     if soft_cap:
         logits = soft_cap * jnp.tanh(logits / soft_cap)
     seen = (key <= query) & ((window == 0) | (query - key < window))
-    return jnp.where(seen, logits, _HIDDEN)
+    return jnp.where(seen, logits, MASK_VALUE)
 
 
-def _start(sink: Array, total: float, value_dim: int, *lead: int) -> _Softmax:
+def _start(sink: Array, row_sum: float, value_dim: int, *lead: int) -> _Softmax:
+    """A softmax [*lead, K, G] whose maximum is the sinks [K, G], and whose sum is `row_sum`."""
     shape = (*lead, *sink.shape)
     return _Softmax(
-        jnp.broadcast_to(sink, shape), jnp.full(shape, total), jnp.zeros((*shape, value_dim))
+        jnp.broadcast_to(sink, shape), jnp.full(shape, row_sum), jnp.zeros((*shape, value_dim))
     )
 
 
 def _decode_rows(heads: Array, batch: Ragged, Z: int, keys, logits, start) -> tuple[Array, Array]:
-    """Attention of each sequence's first token of the step: [R, K, G, Hv] and [R, K, G]."""
+    """Attention of the sequences that have one token in the step: [R, K, G, Hv] and [R, K, G]."""
     tables, n = _whole_blocks(batch.tables, Z)
     R, first = tables.shape[0], batch.row_starts[:-1]
     length = batch.row_starts[1:] - first
     q = jnp.take(heads, first, axis=0, mode="clip")
-    position = jnp.where(length == 1, batch.kv_lens - 1, -1)  # others see nothing here
+    position = jnp.where(length == 1, batch.kv_lens - 1, -1)  # others see no key here
     position = jnp.where(jnp.arange(R) < batch.num_seqs, position, -1)
 
     def block(j, state: _Softmax) -> _Softmax:
@@ -187,7 +195,7 @@ def _merge(v: Array) -> Array:  # [R, n, K, Z, H] -> [R, K, n * Z, H]
 
 
 def _prompt_rows(heads: Array, batch: Ragged, Z: int, keys, logits, start, o: Array, lse: Array):
-    """Puts the attention of every sequence with several tokens into o and lse."""
+    """o and lse with the attention of every sequence that has several tokens in the step."""
     T, size = heads.shape[0], min(_QUERIES, heads.shape[0])
     tables, n = _whole_blocks(batch.tables, Z)
 
@@ -225,7 +233,7 @@ def _prompt_rows(heads: Array, batch: Ragged, Z: int, keys, logits, start, o: Ar
 def _page_mass(
     heads: Array, tables: Array, position: Array, Z: int, keys, logits, lse: Array
 ) -> Array:
-    """[T, K, G, M]; one page of every token at a time."""
+    """The mass of each page [T, K, G, M], one page of every token at a time."""
 
     def page(j: Array) -> Array:
         s = jnp.einsum("tkgh,tkzh->tkgz", heads, keys(tables[:, j])[0])
@@ -236,6 +244,6 @@ def _page_mass(
 
 
 def _whole_blocks(tables: Array, Z: int) -> tuple[Array, int]:
-    """Tables padded to whole blocks of pages, and pages per block."""
+    """Tables, padded to whole blocks of pages, and pages per block."""
     n = max(1, min(_KEYS // Z, tables.shape[1]))
     return jnp.pad(tables, ((0, 0), (0, -tables.shape[1] % n))), n

@@ -13,13 +13,15 @@ from benchmarks.alternatives import alternatives
 from benchmarks.entrants import XLA, Field, candidates, check
 from benchmarks.floors import Rates, Sizes, measure
 from benchmarks.kernels import Bench, Settings, summary
-from benchmarks.programs import Program, agreement, input_sets
+from benchmarks.order import GOALS, bodies_on, chosen, goals_first, in_turns
+from benchmarks.programs import Program, agreement, compiled_over, input_sets, set_count
 from benchmarks.stopwatch import Launch, race
 from kernels_pallas import tuning
 from kernels_pallas.flash_attention import flash_attention, flash_attention_gradient
 from kernels_pallas.flash_attention.cases import _case as flash_case
 from kernels_pallas.op import Body, Case, Cost, Op, UnsupportedError, tried
-from kernels_pallas.paged_attention.cases import _case as page_case
+from kernels_pallas.paged_attention.attention_cases import case as page_case
+from kernels_pallas.paged_attention.attention_cases import quantized_case
 from kernels_pallas.paged_attention.ops import page_attention
 from kernels_pallas.registry import OPS
 from kernels_pallas.target import Target
@@ -163,7 +165,66 @@ def test_what_is_fast_but_behind_is_listed():
 def test_a_run_that_ends_early_has_met_all_ops():
     ops = {"a": 3, "b": 1, "c": 2}
     work = [(Op(o, reference, {}, ()), case()) for o, count in ops.items() for _ in range(count)]
-    assert "".join(op.name for op, _ in kernels.in_turns(work)) == "abcaca"
+    assert "".join(op.name for op, _ in in_turns(work)) == "abcaca"
+
+
+def test_what_a_card_is_asked_first_exists_and_comes_first():
+    work = in_turns(list(chosen([], [], shipped=True)))
+    first = goals_first(work)
+    assert [(op.name, case.name) for op, case in first[: len(GOALS)]] == list(GOALS)
+    assert len(first) == len(work)
+    assert all(bodies_on(op, case, "gpu") for op, case in first[: len(GOALS)])
+
+
+def test_what_has_no_body_there_is_not_run():
+    named = Case("other", case().make, cost=Cost(1), bodies=("other",))
+    for each in (op(), op(right=Body("tpu", lambda x: x, Tile))):
+        [line] = bench().case(each, case())
+        assert line["skipped"] == "no body for cpu"
+    [line] = bench().case(op(right=body(0.0)), named)
+    assert line["skipped"] == "no body for cpu"
+
+
+def test_programs_are_compiled_ahead_and_used():
+    """Bodies are traced while nothing is timed, and not again; what refuses says so in its turn."""
+    traces = list[str]()
+
+    def run(x, *, off=0.0, tile=None, interpret=False):
+        traces.append("body")
+        return 2 * x
+
+    found, done = bench(), list[int]()
+    double = op(traced=Body("cpu", run, Tile), refusing=body(0.0, refuses=True))
+    found.compile([(double, case())], lambda: done.append(len(traces)))
+    assert traces and len(done) == 5, "inputs, the truth, XLA and two bodies"
+    traces.clear()
+    lines = by_name(found.case(double, case()))
+    assert lines["traced"]["correct"] and not traces
+    assert "not today" in lines["refusing"]["failed"]
+
+
+def test_a_fatal_body_is_left_out_and_others_are_timed():
+    found = bench()
+    found.fatal = {("double", "case", "bad")}
+    lines = by_name(found.case(op(right=body(0.0), bad=body(0.0)), case()))
+    assert "fatal" in lines["bad"]["skipped"] and "ms" not in lines["bad"]
+    assert lines["right"]["ms"] > 0 and lines["xla"]["ms"] > 0
+    assert lines["right"]["best_alternative"] == "xla"
+    found.fatal = {("double", "case", "")}
+    lines = by_name(found.case(op(right=body(0.0)), case()))
+    assert "fatal" in lines["right"]["skipped"] and lines["xla"]["ms"] > 0
+
+
+def test_a_program_compiled_from_shapes_runs_on_arrays():
+    def run(inputs):
+        (total, x), _ = inputs
+        return total + x, total
+
+    sets = [((jnp.zeros(()), jnp.float32(10**i)), {}) for i in range(2)]
+    shapes = jax.eval_shape(lambda: sets)
+    compiled = compiled_over(run, shapes, True, ((0, 0),))
+    (total,), [before] = Program(run, sets, True, ((0, 0),), compiled).first()
+    assert (total, before) == (11, 0)
 
 
 def test_contestants_take_turns():
@@ -178,10 +239,12 @@ def test_contestants_take_turns():
 
 
 def test_small_inputs_come_in_several_sets_and_large_ones_in_one():
-    assert len(input_sets(case(), "cpu", memory=1e9)) == 16
-    assert len(input_sets(case(), "cpu", memory=40_000)) == 2
+    assert set_count(case(), "cpu", memory=1e9) == 16
+    assert set_count(case(), "cpu", memory=40_000) == 2
     large = Case("l", case().make, {}, True, Cost(1e9))
-    assert len(input_sets(large, "gpu", memory=1e9)) == 1
+    assert set_count(large, "gpu", memory=1e9) == 1
+    first, second = ([x for x, *_ in (args,)] for args, _ in input_sets(case(), 2))
+    assert not jnp.array_equal(first[0], second[0]), "no two sets are alike"
 
 
 @pytest.mark.parametrize("joined", [False, True])
@@ -226,7 +289,23 @@ def test_candidates_are_drawn_from_what_tiles_declare():
 
 SMALL = [(o, c) for o in OPS for c in o.cases if not c.shipped and o.name != "paged_attention"]
 FIRST = [next(one for one in SMALL if one[0] is op) for op, _ in SMALL]
-EVEN = [(page_attention, page_case("even", (1,) * 3, (64,) * 3, N=4, K=2, H=128, Z=16))]
+THREE, MIXED = ((1,) * 3, (64,) * 3), ((1, 20, 1), (64, 20, 64))
+EVEN = [
+    (page_attention, each)
+    for each in (
+        page_case("even", *THREE, N=4, K=2, H=128, Z=16),
+        page_case("even-mixed", *MIXED, N=4, K=2, H=128, Z=16),
+        page_case("even-mass", *THREE, N=4, K=2, H=128, Z=16, mass=True),
+        page_case("even-latent", *THREE, N=16, K=1, H=192, Z=16, value_dim=128),
+        quantized_case("even-int8", "int8", *MIXED, N=4, K=2, Z=32),
+        quantized_case("even-static", "static", *THREE, N=4, K=2, Z=32),
+        quantized_case("even-int4", "int4", *MIXED, N=4, K=2, Z=32),
+        quantized_case("even-int8-latent", "int8", *THREE, N=16, K=1, H=192, value_dim=128, Z=32,
+                   latent=(128, 128)),
+        quantized_case("even-int4-latent", "int4", *THREE, N=16, K=1, H=288, value_dim=256, Z=32,
+                   latent=(256, 128)),
+    )
+]  # fmt: skip
 ONE_DOCUMENT = [
     (
         o,
@@ -240,11 +319,16 @@ ONE_DOCUMENT = [
 
 
 @pytest.mark.parametrize(
-    ("each", "small"), [*sparing(SMALL, *FIRST), *EVEN, *ONE_DOCUMENT], ids=lambda x: x.name
+    ("each", "small"),
+    [*sparing(SMALL, *FIRST), *sparing(EVEN, EVEN[3], EVEN[4]), *ONE_DOCUMENT],
+    ids=lambda x: x.name,
 )
 def test_alternatives_compute_what_the_reference_does(each, small):
     """On small cases; torch's ways where torch is installed."""
     sets = [small.make(jax.random.key(0))]
+    names = [way.name for way in alternatives(each, small, sets[0], "gpu")]
+    if (each, small) in EVEN:  # of latent keys, of rounded ones and of prompts, too
+        assert "torch_sdpa" in names and len(names) >= 2
     if not list(alternatives(each, small, sets[0], "cpu")):
         assert (each, small) in SMALL
         pytest.skip("nobody else computes this")
@@ -256,7 +340,7 @@ def test_alternatives_compute_what_the_reference_does(each, small):
 
 @pytest.mark.slow
 def test_a_whole_run_on_cpu_writes_valid_json(tmp_path):
-    work = list(kernels.chosen(["linear", "rms_norm"], [], shipped=False))
+    work = list(chosen(["linear", "rms_norm"], [], shipped=False))
     out = tmp_path / "r.json"
     settings = Settings(seconds=0.01, most_floor=1.0, tiles=2, torch=False)
     kernels.run(

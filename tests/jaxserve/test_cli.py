@@ -12,10 +12,13 @@ import httpx
 import openai
 import pytest
 
+from jaxserve import plan
+from jaxserve.checkpoint import cache_scales
 from jaxserve.cli import bench, chat, doctor, generate, main, parser
 from jaxserve.cli import options as cli_options
 from jaxserve.config import EngineConfig
 from jaxserve.errors import ConfigError
+from jaxserve.quant import weights
 from jaxserve.testing import write_checkpoint
 from tests.jaxserve.server.fake_llm import FakeLLM
 
@@ -32,6 +35,7 @@ def fake(monkeypatch):
     llm = FakeLLM()
     for module in (generate, chat, bench):
         monkeypatch.setattr(module, "load", lambda args: llm)
+    monkeypatch.setattr(bench, "_context", lambda args: llm.max_model_len)
     return llm
 
 
@@ -71,14 +75,23 @@ def test_a_choice_that_may_be_left_out_can_be_made(capsys):
     args = parser().parse_args(["generate", "m", "p", "--quantization", "int8"])
     assert EngineConfig(**{k: v for k, v in cli_options.engine_settings(args).items()
                            if k != "revision"}).quantization == "int8"  # fmt: skip
-    for option, value, known in (
-        ("--quantization", "int3", "compressed-tensors"),
-        ("--kv-cache-dtype", "fp8", "bfloat16"),
-    ):
-        with pytest.raises(SystemExit):
-            parser().parse_args(["generate", "m", "p", option, value])
+
+
+@pytest.mark.parametrize(
+    ("options", "remedy"),
+    [
+        ("--quantization int3", "or what the checkpoint is stored in (compressed-tensors"),
+        ("--kv-cache-dtype fp8", "int8 is as small as float8"),
+        ("--gpu-memory-utilization 0.5", "here it is memory_utilization"),
+        ("--block-size 16", "here it is page_size"),
+        ("--enforce-eager", "leave it out"),
+    ],
+)
+def test_a_choice_that_is_none_and_names_of_vllm_are_answered_in_a_line(options, remedy, capsys):
+    for command in (["generate", "m", "p"], ["doctor", "models/recall-dense"]):
+        assert main([*command, *options.split()]) == 1
         said = capsys.readouterr().err
-        assert f"invalid choice: '{value}'" in said and known in said
+        assert said.count("\n") == 1 and remedy in said
 
 
 def test_an_error_is_one_line_and_no_traceback(capsys):
@@ -162,6 +175,13 @@ def test_bench_as_a_table(fake, capsys):
     assert "single stream" in shown and "no model at all" in shown
 
 
+def test_bench_refuses_lengths_beyond_the_context_before_it_loads(checkpoint, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "load", lambda args: pytest.fail("it has been loaded"))
+    for options in (["--output-len", "9000"], ["--prompt-len", "60", "--max-model-len", "64"]):
+        assert main(["bench", checkpoint, *options]) == 1
+        assert "ask for fewer" in capsys.readouterr().err
+
+
 def test_bench_wants_something_to_measure(fake, capsys):
     assert main(["bench", "m", "--batch", "0"]) == 1
     assert "must be at least 1" in capsys.readouterr().err
@@ -197,6 +217,63 @@ def test_doctors_advice_is_taken_by_the_plan(checkpoint):
         found = doctor.nearest(read, asked)
         assert found is not None
         assert read.plan(found).max_model_len == found.max_model_len
+
+
+def test_doctor_rounds_weights_where_nothing_else_fits(checkpoint, monkeypatch):
+    read = doctor.Checkpoint.read(checkpoint, None)
+    sizes = [
+        weights.weight_bytes(read.family, read.model, "bfloat16", kind) for kind in ("int8", None)
+    ]
+    monkeypatch.setattr(plan, "memory_limit", lambda device: sum(sizes) // 2)
+    asked = EngineConfig(page_size=8)
+    with pytest.raises(ConfigError, match="quantization='int8', a narrower dtype"):
+        read.plan(asked)
+    found = doctor.nearest(read, asked)
+    assert found is not None and found.quantization == "int8"
+    assert "--quantization int8" in doctor._options(asked, found)
+
+
+@pytest.mark.parametrize(
+    ("asked", "advice"),
+    [({"kernels": "pallas"}, "--kernels auto"), ({"quantization": "fp8"}, "no --quantization")],
+)
+def test_doctor_takes_back_what_cannot_be_had_here(checkpoint, asked, advice):
+    read, config = doctor.Checkpoint.read(checkpoint, None), EngineConfig(**asked)
+    found = doctor.nearest(read, config)
+    assert found is not None
+    assert doctor._options(config, found) == advice
+
+
+def test_doctor_plans_for_the_scales_beside_the_weights(checkpoint, monkeypatch):
+    monkeypatch.setattr(cache_scales, "load", lambda *_: {"k": None})
+    read = doctor.Checkpoint.read(checkpoint, None)
+    assert read.plan(EngineConfig(kv_cache_dtype="int8")).kv_calibrated
+    assert not read.plan(EngineConfig()).kv_calibrated
+
+
+@pytest.mark.parametrize(
+    ("error", "why"),
+    [
+        (RuntimeError("Unable to initialize backend 'x' (set JAX_PLATFORMS='')"), "Unable to"),
+        (AssertionError(), "its backend did not start"),
+    ],
+)
+def test_a_device_that_is_not_there_is_named(checkpoint, error, why, monkeypatch, capsys):
+    def devices():
+        raise error
+
+    monkeypatch.setattr("jax.devices", devices)
+    asked = rf"JAX_PLATFORMS='{os.environ['JAX_PLATFORMS']}': {why}"
+    for arguments, says in (
+        (["generate", checkpoint, "hi"], f"error: {asked}"),
+        (["generate", checkpoint, "hi", "--tp", "2"], f"error: {asked}"),
+        (["quantize", checkpoint, f"{checkpoint}-int8"], f"error: {asked}"),
+    ):
+        assert main(arguments) == 1
+        assert says in (said := capsys.readouterr().err) and "use cpu" in said
+    assert main(["doctor"]) == 0
+    said = capsys.readouterr().out
+    assert f"none: {asked}" in said and "compile cache" in said
 
 
 def test_native_kernels_say_why_not():

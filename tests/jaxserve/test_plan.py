@@ -165,6 +165,14 @@ def test_element_types(stored: str, asked: str, kernels: str, platform: str, ser
     assert resolve(config, raw, CFG, stored_as(WEIGHTS), device).dtype == jnp.dtype(served)
 
 
+def test_native_kernels_refuse_float16_before_anything_starts():
+    if plan().kernels != "native":
+        pytest.skip("no C++ compiler")
+    with pytest.raises(ConfigError, match=r"'float16'.*'bfloat16'.*'float32'"):
+        plan(dtype="float16")
+    assert plan(dtype="float16", kernels="reference").dtype == jnp.float16
+
+
 @pytest.mark.parametrize("method", STORED)
 def test_what_a_checkpoint_is_stored_in_may_be_said_and_must_be_so(method: str):
     """vLLM's users write `--quantization compressed-tensors`, and so on."""

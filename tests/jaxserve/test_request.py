@@ -17,7 +17,7 @@ WRONG: list[tuple[str, list[Any]]] = [
     ("n", [0, -1, 1025, 10**9, 1.5, "2", None, [1]]),
     ("temperature", [-0.1, math.nan, math.inf, 101, 1e30, "hot", None, [1.0]]),
     ("top_p", [0, 0.0, -1, 1.01, math.nan, "0.5", None]),
-    ("top_k", [-2, 1.5, math.nan, "40", None]),
+    ("top_k", [-2, 2**31, 1.5, math.nan, "40", None]),
     ("min_p", [-0.1, 1.1, math.nan, "0", None]),
     ("seed", [2**64, -(2**63) - 1, 1.5, "7", math.nan]),
     ("stop", ["", [""], [1], ["a", None], 5, [b"a"]]),

@@ -7,14 +7,14 @@ from typing import Any
 
 import jax
 
-from kernels_pallas import versions
+from tests.kernels_pallas import simulators
 
 
 def on_hopper(run: Callable[..., Any]) -> Any:
     """What run(interpret=...) comes to, once all of it has happened without a race."""
     try:
-        found = jax.block_until_ready(run(interpret=versions.simulated_gpu()))
-        assert not versions.gpu_races_found()
+        found = jax.block_until_ready(run(interpret=simulators.gpu()))
+        assert not simulators.gpu_races_found()
     finally:
-        versions.reset_simulated_gpu()
+        simulators.reset_gpu()
     return found

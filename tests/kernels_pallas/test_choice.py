@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import pytest
 
 from kernels_pallas import tuning
 from kernels_pallas.op import Body, Op, UnsupportedError, signature
+from kernels_pallas.registry import OPS
 from kernels_pallas.target import CPU, Target
 
 TPU = Target("tpu", "v6e")
@@ -51,6 +54,25 @@ OP = Op("op", reference, {"small": body("small", 4), "large": body("large", 10)}
 )
 def test_the_first_that_can(rows: int, target: Target, expected: str):
     assert OP(jnp.zeros((rows, 2)), target=target) == expected
+
+
+@pytest.mark.parametrize(
+    "op", [op for op in OPS if "mosaic_gpu" in op.bodies], ids=lambda o: o.name
+)
+def test_a_gpu_that_is_no_hopper_gets_the_reference(op: Op):
+    case = next(case for case in op.cases if case.shipped)
+    shapes = jax.eval_shape(case.make, jax.random.key(0))
+    for kind in ("NVIDIA A100-SXM4-80GB", "NVIDIA B200", "NVIDIA GeForce RTX 4090"):
+        run = partial(op, target=Target("gpu", kind), **case.options)
+        module = jax.jit(lambda args, arrays, run=run: run(*args, **arrays)).lower(*shapes)
+        assert "mosaic" not in module.as_text()
+        with pytest.raises(UnsupportedError, match=f"mosaic_gpu: .* H100, .* this is '{kind}'"):
+            jax.eval_shape(
+                lambda args, arrays, run=run: run(*args, implementation="mosaic_gpu", **arrays),
+                *shapes,
+            )
+    for kind in ("", "h100", "h200", "NVIDIA H100 NVL", "NVIDIA GH200 480GB", "NVIDIA H20"):
+        assert op.bodies["mosaic_gpu"].declines(kind) is None
 
 
 def test_reasons_are_listed_when_nobody_can():

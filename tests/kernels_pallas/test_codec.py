@@ -10,12 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels_pallas import cpu, versions
+from kernels_pallas import cpu
 from kernels_pallas.op import UnsupportedError
 from kernels_pallas.paged_attention import Ragged, codec, gathered, ops, paged_attention, reference
 from kernels_pallas.paged_attention.cases import batch as step_of
-from kernels_pallas.paged_attention.coded_cases import pages_of
+from kernels_pallas.paged_attention.cases import pages_of
 from kernels_pallas.paged_attention.ragged import locate
+from tests.kernels_pallas import simulators
 from tests.kernels_pallas.test_registry import agree
 from tests.sparing import sparing
 
@@ -52,7 +53,7 @@ def blank(kind, P, K, lanes, parts=None, seed=9):
 def floats(pages):
     """What pages stand for, [L, P, K, Z, W]."""
     every = jnp.arange(pages.shape[1])
-    layers = [codec.turned(pages, codec.take(pages, layer, every)) for layer in range(L)]
+    layers = [codec.rotated(pages, codec.take(pages, layer, every)) for layer in range(L)]
     return jnp.stack(layers)
 
 
@@ -69,7 +70,7 @@ def steps_of(pages, layer, at):
 def written(pages, x, at, slot):
     """Pages with rows x, those rows as they are read, and what they should be."""
     pages = codec.put(pages, x, LAYER, at, slot)
-    return pages, codec.take(pages, LAYER, at)[:, :, 0], codec.turned(pages, x)
+    return pages, codec.take(pages, LAYER, at)[:, :, 0], codec.rotated(pages, x)
 
 
 @st.composite
@@ -118,10 +119,10 @@ def test_a_row_that_is_not_finite_is_lost_and_no_other(kind, bad):
 def test_a_rotation_leaves_scores_and_undoes_itself(lanes):
     pages = blank("int4", 1, 1, lanes, (512, 64) if lanes == 576 else None)
     q, k = normal(0, 7, lanes), normal(1, 9, lanes)
-    turned = codec.turned(pages, q)
-    np.testing.assert_allclose(turned @ codec.turned(pages, k).T, q @ k.T, rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(codec.turned(pages, turned), q, rtol=1e-5, atol=1e-5)
-    assert np.abs(turned - q).max() > 0.5
+    rotated = codec.rotated(pages, q)
+    np.testing.assert_allclose(rotated @ codec.rotated(pages, k).T, q @ k.T, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(codec.rotated(pages, rotated), q, rtol=1e-5, atol=1e-5)
+    assert np.abs(rotated - q).max() > 0.5
 
 
 def test_a_rotation_spreads_outliers():
@@ -341,13 +342,11 @@ def test_it_has_no_race_on_a_simulated_tpu(op, name):
     case = op.case(name)
     args, arrays = case.make(jax.random.key(0))
     try:
-        found = op.run(
-            "mosaic_tpu", *args, interpret=versions.simulated_tpu(), **arrays, **case.options
-        )
+        found = op.run("mosaic_tpu", *args, interpret=simulators.tpu(), **arrays, **case.options)
         agree(found, op.reference(*args, **arrays, **case.options), case.tolerance)
-        assert not versions.tpu_races_found()
+        assert not simulators.tpu_races_found()
     finally:
-        versions.reset_simulated_tpu()
+        simulators.reset_tpu()
 
 
 @pytest.mark.parametrize(

@@ -472,11 +472,13 @@ def test_helpers_keep_off_the_core_of_their_caller(tmp_path):
 def test_unavailable_is_an_answer_not_an_error(tmp_path):
     off = run_script(tmp_path, JAXSERVE_NATIVE="0")
     broken = tmp_path / "broken-compiler"
-    broken.write_text("#!/bin/sh\necho no such luck >&2\nexit 1\n")
+    broken.write_text("#!/bin/sh\necho error: no such luck >&2\nexit 1\n")
     broken.chmod(0o755)
     environment = {"CXX": str(broken), "JAXSERVE_CACHE_DIR": str(tmp_path / "cache")}
     failed = run_script(tmp_path, **environment)
-    broken.write_text("#!/bin/sh\necho asked again >&2\nexit 1\n")
+    times = broken.stat().st_atime_ns, broken.stat().st_mtime_ns
+    broken.write_text("#!/bin/sh\necho error: asked again! >&2\nexit 1\n")  # as long as before
+    os.utime(broken, ns=times)
     remembered = run_script(tmp_path, **environment)
     for run in (off, failed, remembered):
         assert run.returncode == 1

@@ -105,3 +105,76 @@ def test_no_memory_to_work_in_is_an_error_and_the_next_call_is_served():
         text=True, check=False,
     )  # fmt: skip
     assert (run.returncode, run.stdout.split()) == (0, ["rows", "chunks"]), run.stderr
+
+
+REFUSED = """
+import resource, time, jax, jax.numpy as jnp
+from pathlib import Path
+from kernels_pallas import cpu
+assert cpu.available()
+x, w = jnp.ones((4, 64)), jnp.ones((256, 64))
+run = jax.jit(lambda x: cpu.linear(x, (w,))[0]).lower(x).compile()
+used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (256 << 20), resource.RLIM_INFINITY))
+y = run(x)
+time.sleep(1)
+resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+print(y.sum())
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits memory, and reads /proc")
+@pytest.mark.skipif(SANITIZED, reason="a sanitizer has terabytes of addresses")
+@pytest.mark.timeout(200)
+def test_helpers_that_the_system_refuses_are_done_without():
+    environment = {
+        "JAX_PLATFORMS": "cpu", "JAXSERVE_NUM_THREADS": "200",
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+    }  # fmt: skip
+    run = subprocess.run(
+        [sys.executable, "-c", REFUSED], env=os.environ | environment, capture_output=True,
+        text=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert (run.returncode, run.stdout.strip()) == (0, str(4 * 256 * 64.0)), run.stderr
+    assert "the system refused another" in run.stderr
+
+
+GROWTH = """
+import resource, jax, jax.numpy as jnp
+from pathlib import Path
+from kernels_pallas import cpu
+
+assert cpu.available()
+T, A, D, F = 1024, 8, 1024, 128
+ids = jnp.tile(jnp.arange(A, dtype=jnp.int32), (T, 1))
+w = [jnp.zeros(s, jnp.bfloat16) for s in ((A, F, D), (A, F, D), (A, D, F))]
+share = jnp.full((T, A), 1 / A)
+
+def layers(x):
+    for _ in range(3):
+        x = x + cpu.experts(x, ids, share, *w)
+    return x
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+x = jnp.ones((T, D))
+run = jax.jit(layers).lower(x).compile()
+for i in range(40):
+    x = run(x).block_until_ready()
+    if i == 0:
+        before = resident()
+print((resident() - before) / (T * A * D * 6))  # a sum and a row of bfloat16 for each expert asked
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.skipif(SANITIZED, reason="a sanitizer keeps what is freed")
+def test_calls_of_many_threads_take_turns_with_one_working_memory():
+    environment = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(Path(__file__).parents[2])}
+    run = subprocess.run(
+        [sys.executable, "-c", GROWTH], env=os.environ | environment, capture_output=True,
+        text=True, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert float(run.stdout) < 1.5, "XLA's threads call in turn: the first call's memory is enough"

@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 
 from kernels_pallas import cpu
 from kernels_pallas.cpu import bodies
-from kernels_pallas.paged_attention.cases import batch
-from kernels_pallas.paged_attention.coded_cases import pages_of
+from kernels_pallas.paged_attention.cases import batch, pages_of
 from kernels_pallas.paged_attention.ragged import Groups
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason="no C++ compiler")

@@ -112,6 +112,19 @@ def test_residuals_that_do_not_fit_are_refused():
     x, w = normal(0, 2, 8), normal(1, 8, 8)
     with pytest.raises(ValueError, match=r"residual \(3, 8\) does not fit a product \(2, 8\)"):
         bodies.linear(x, w, residual=normal(2, 3, 8))
+
+
+def test_a_residual_of_several_axes_is_added_to():
+    x, w = (jax.random.normal(jax.random.key(i), s) for i, s in enumerate([(5, 32), (4, 8, 32)]))
+    residual = jax.random.normal(jax.random.key(2), (5, 4, 8))
+    got = bodies.linear(x, w, residual=residual)
+    want = linear_reference(x, w, residual=residual)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_residual_goes_with_one_weight_whatever_its_dtype(dtype):
+    x, w = jnp.ones((2, 8), dtype), jnp.ones((8, 8))
     for linear in (linear_reference, bodies.linear):
         with pytest.raises(ValueError, match="one weight, not with 2"):
             linear(x, w, w, residual=x)

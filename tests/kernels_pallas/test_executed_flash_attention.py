@@ -112,8 +112,8 @@ def test_heads_of_any_width_that_share_keys(N, K, H, Hv):
     check_both(ROWS["padding behind"], NARROW, N=N, K=K, H=H, Hv=Hv)
 
 
-FORWARD = [ForwardTile(tokens, stages, apart)
-           for tokens in (128, 64) for stages in (2, 3, 4) for apart in (1, 0)]  # fmt: skip
+FORWARD = [ForwardTile(tokens, stages, ping_pong)
+           for tokens in (128, 64) for stages in (2, 3, 4) for ping_pong in (1, 0)]  # fmt: skip
 
 
 @pytest.mark.slow

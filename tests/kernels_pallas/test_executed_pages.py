@@ -7,7 +7,7 @@ import pytest
 
 from kernels_pallas.paged_attention import mosaic_gpu, mosaic_gpu_writing, reference
 from kernels_pallas.paged_attention.cases import batch as step_of
-from kernels_pallas.paged_attention.coded_cases import pages_of
+from kernels_pallas.paged_attention.cases import pages_of
 from kernels_pallas.paged_attention.ops import page_attention, page_write
 from tests.kernels_pallas import test_turns_on_hopper as turns
 from tests.kernels_pallas.executing import case_of, executing

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxserve.models.attention import packed
-from kernels_pallas import tuning, versions
+from kernels_pallas import tuning
 from kernels_pallas.flash_attention import (
     flash_attention,
     flash_attention_gradient,
@@ -29,6 +29,8 @@ from kernels_pallas.flash_attention.mosaic_gpu import ForwardTile
 from kernels_pallas.flash_attention.tpu_blocks import TpuTile
 from kernels_pallas.op import UnsupportedError
 from kernels_pallas.target import CPU, Target
+from tests.kernels_pallas import simulators
+from tests.kernels_pallas.simulating import on_hopper
 from tests.sparing import sparing
 
 TPU, GPU = Target("tpu", "v6e"), Target("gpu", "h200")
@@ -104,6 +106,41 @@ def test_values_and_slopes_whatever_is_skipped(words, heads, widths, tile, windo
     assert not disagreements(TpuTile(*tile), (q, k, v, sinks), segments, options)
 
 
+def test_a_sink_of_minus_infinity_is_none():
+    """Where all of a first block of keys is hidden, the maximum is the sink's."""
+    q, k, v = operands(1, 2, 1, 256)
+    options = {"scale": 0.2, "window": 0, "soft_cap": 0.0}
+    arguments = q, k, v, jnp.array([0.3, -jnp.inf])
+    assert not disagreements(TpuTile(128, 128), arguments, documents("aaab"), options)
+
+
+@pytest.mark.slow
+def test_a_sink_of_minus_infinity_is_none_on_hopper():
+    q, k, v = operands(1, 2, 1, 256, dtype=jnp.bfloat16)
+    options = {"scale": 0.2, "sinks": jnp.array([0.3, -jnp.inf])}
+    run = partial(flash_attention.run, "mosaic_gpu", q, k, v, documents("aaab"), **options)
+    expected = reference.attend(q, k, v, documents("aaab"), **options)
+    for x, y in zip(on_hopper(run), expected, strict=True):
+        x, y = np.asarray(x, np.float32), np.asarray(y, np.float32)
+        np.testing.assert_allclose(x, y, rtol=0, atol=0.02)
+
+
+def test_what_tokens_that_see_nothing_are_asked_reaches_no_key():
+    """Merging two results gives their lse a slope of NaN."""
+    q, k, v = operands(1, 2, 1, 128)
+    segments, sees = documents("a."), documents("a.")[:, None] > 0
+
+    def score(form, q, k, v):
+        _, lse = form(q, k, v, segments, scale=0.1)
+        both = jnp.logaddexp(lse, lse + 1)
+        return jnp.sum(jnp.where(sees, both - 2 * jnp.where(sees, 0.0, lse) ** 2, 0.0))
+
+    slopes = [jax.grad(partial(score, form), (0, 1, 2))(q, k, v)
+              for form in (reference.attend, simulated())]  # fmt: skip
+    for x, y in zip(*slopes, strict=True):
+        np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-5)
+
+
 @pytest.mark.parametrize(
     ("T", "H"), sparing(itertools.product((384, 512), (64, 128)), (384, 128), (512, 64))
 )
@@ -146,14 +183,14 @@ def test_blocks_one_after_another_have_no_race():
     segments = documents("aabbbb")
     o, lse = reference.attend(q, k, v, segments, **options)
     slopes = segments, o, lse, jnp.cos(o), jnp.zeros_like(lse)
-    kernel = {"tile": TpuTile(128, 128), "interpret": versions.simulated_tpu()}
+    kernel = {"tile": TpuTile(128, 128), "interpret": simulators.tpu()}
     try:
         found = mosaic_tpu.forward(q, k, v, segments, **options, **kernel)
-        assert not versions.tpu_races_found()
+        assert not simulators.tpu_races_found()
         found += mosaic_tpu_backward.backward(q, k, v, *slopes, **options, **kernel)[:3]
-        assert not versions.tpu_races_found()
+        assert not simulators.tpu_races_found()
     finally:
-        versions.reset_simulated_tpu()
+        simulators.reset_tpu()
     expected = o, lse, *reference.gradient(q, k, v, *slopes, **options)[:3]
     for x, y in zip(found, expected, strict=True):
         np.testing.assert_allclose(x, y, atol=2e-4)

@@ -7,13 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels_pallas import versions
 from kernels_pallas.grouped_matmul import grouped_matmul
 from kernels_pallas.grouped_matmul.mosaic_gpu import Tile as GpuTile
 from kernels_pallas.grouped_matmul.mosaic_tpu import Tile as TpuTile
 from kernels_pallas.grouped_matmul.visits import blocks, visits
 from kernels_pallas.op import UnsupportedError
 from kernels_pallas.rms_norm_quantize import quantize_rows
+from tests.kernels_pallas import simulators
 from tests.sparing import sparing
 
 SIZES = st.lists(st.one_of(st.just(0), st.integers(0, 40)), min_size=1, max_size=7)
@@ -91,8 +91,8 @@ def test_more_rows_than_there_are():
 def test_rows_by_hand(body, sizes):
     rows = 72
     x, w, groups = operands(sizes, rows)
-    tile = {"mosaic_tpu": TpuTile(rows=32), "mosaic_gpu": GpuTile(16, 1, 64, 128, 2)}.get(body)
-    interpret = versions.simulated_gpu() if body == "mosaic_gpu" else True
+    tile = {"mosaic_tpu": TpuTile(block_m=32), "mosaic_gpu": GpuTile(16, 1, 64, 64, 2)}.get(body)
+    interpret = simulators.gpu() if body == "mosaic_gpu" else True
     options = {} if tile is None else {"tile": tile, "interpret": interpret}
     y = grouped_matmul.run(body, x, w, groups, out_dtype=jnp.float32, **options)
     np.testing.assert_allclose(y, by_hand(x, w, sizes), atol=1e-5)
@@ -105,7 +105,7 @@ def test_any_groups_on_tpu(sizes, padding):
     rows = max(1, sum(sizes) + padding)
     x, w, groups = operands(sizes, rows, K=256, layers=2)
     options = {"layer": jnp.int32(1), "out_dtype": jnp.float32}
-    tile = TpuTile(rows=32, bytes=256)
+    tile = TpuTile(block_m=32, block_k=128)
     found = grouped_matmul.run("mosaic_tpu", x, w, groups, tile=tile, interpret=True, **options)
     np.testing.assert_allclose(found, by_hand(x, w[1], sizes), atol=1e-5)
 
@@ -116,8 +116,8 @@ def test_several_warpgroups_on_hopper(rows):
     sizes = [3, 0, 150, 20]
     x, w, groups = operands(sizes, 179, N=2 * rows, K=128)
     found = grouped_matmul.run(
-        "mosaic_gpu", x, w, groups, tile=GpuTile(128, 2, rows, 128, 2),
-        interpret=versions.simulated_gpu(), out_dtype=jnp.float32,
+        "mosaic_gpu", x, w, groups, tile=GpuTile(128, 2, rows, 64, 2),
+        interpret=simulators.gpu(), out_dtype=jnp.float32,
     )  # fmt: skip
     np.testing.assert_allclose(found, by_hand(x, w, sizes), atol=1e-5)
 
@@ -127,7 +127,7 @@ def test_absent_experts_are_not_read():
     sizes = [5, 0, 40, 0]
     x, w, groups = operands(sizes, 50)
     w = w.at[jnp.asarray([1, 3])].set(jnp.nan)
-    for body, interpret in (("mosaic_tpu", True), ("mosaic_gpu", versions.simulated_gpu())):
+    for body, interpret in (("mosaic_tpu", True), ("mosaic_gpu", simulators.gpu())):
         y = grouped_matmul.run(body, x, w, groups, interpret=interpret, out_dtype=jnp.float32)
         np.testing.assert_allclose(y, by_hand(x, jnp.nan_to_num(w), sizes), atol=1e-5)
 
@@ -135,7 +135,7 @@ def test_absent_experts_are_not_read():
 @pytest.mark.parametrize("body", ["reference", "mosaic_tpu", "mosaic_gpu"])
 def test_padding_is_zero_whatever_its_rows_hold(body):
     sizes = [5, 0, 30]
-    interpret = versions.simulated_gpu() if body == "mosaic_gpu" else True
+    interpret = simulators.gpu() if body == "mosaic_gpu" else True
     x, w, groups = operands(sizes, 48)
     (x8, x_scale), (w8, w_scale) = quantize_rows(x), quantize_rows(w)
     for rows, weight, scales in (
@@ -145,6 +145,11 @@ def test_padding_is_zero_whatever_its_rows_hold(body):
         y = grouped_matmul.run(body, rows, weight, groups, interpret=interpret, **scales)
         assert np.all(np.asarray(y[35:]) == 0)
         assert np.all(np.isfinite(np.asarray(y[:35], np.float32)))
+    for sizes in ([0, 0, 0], [0, 5, 0]):  # and whatever an expert holds that nobody asked
+        scales = {"x_scale": x_scale, "w_scale": w_scale.at[0].set(jnp.nan)}
+        y = grouped_matmul.run(body, x8, w8, jnp.asarray(sizes), interpret=interpret, **scales)
+        assert np.all(np.asarray(y[sum(sizes) :]) == 0)
+        assert np.all(np.isfinite(np.asarray(y, np.float32)))
 
 
 def test_products_of_quantized_rows_are_close_to_those_of_the_rows():

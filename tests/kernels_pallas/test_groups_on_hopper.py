@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kernels_pallas.hopper import ROWS
 from kernels_pallas.paged_attention import Groups, Ragged, mosaic_gpu, reference
-from kernels_pallas.wgmma import ROWS
 from tests.kernels_pallas.simulating import on_hopper
 from tests.sparing import sparing
 
@@ -53,22 +53,22 @@ def steps(draw):
 def attended(operands, caches, shape, interpret):
     """What the kernel makes of its items, and NaN where no token is."""
     layer, window, tables, items, queries = operands
-    row, key = jnp.arange(shape.groups * ROWS), jnp.arange(M * Z)
-    at = row // ROWS * shape.tokens + row % ROWS // shape.group
+    row, key = jnp.arange(shape.tiles * ROWS), jnp.arange(M * Z)
+    at = row // ROWS * shape.tokens_per_tile + row % ROWS // shape.heads_per_tile
     table = tables.reshape(-1, M)[items.seqs]
     k, v = (jnp.moveaxis(x[layer[0], table], 1, 2).astype(jnp.float32) for x in caches)
     k, v = (x.reshape(*x.shape[:2], M * Z, -1) for x in (k, v))  # [items, heads, keys, lanes]
-    rows = items.places[:, None] * shape.piece + row
-    s = jnp.einsum("hirw,ihkw->ihrk", queries[:, rows].astype(jnp.float32), k) * shape.factor
-    back = (items.firsts[:, None] + at + items.shifts[:, None])[..., None] - key
+    rows = items.row_begins[:, None] * shape.row_align + row
+    s = jnp.einsum("hirw,ihkw->ihrk", queries[:, rows].astype(jnp.float32), k) * shape.logit_scale
+    back = (items.token_begins[:, None] + at + items.shifts[:, None])[..., None] - key
     reach = jnp.where(window[0] > 0, window[0], 2**30)
-    part = key // shape.part
-    told = (part >= items.begins[:, None]) & (part < items.stops[:, None])
+    copy = key // shape.keys_per_copy
+    told = (copy >= items.copy_begins[:, None]) & (copy < items.copy_ends[:, None])
     p = jnp.where((told[:, None] & (back >= 0) & (back < reach))[:, None], jnp.exp2(s), 0)
     total = p.sum(-1, keepdims=True)
     o, lse = jnp.einsum("ihrk,ihkw->hirw", p / total, v), jnp.log(total[..., 0])
-    real = (at < (items.ends - items.firsts)[:, None]) & (items.seqs >= 0)[:, None]
-    real &= row % ROWS < shape.tokens * shape.group
+    real = (at < (items.token_ends - items.token_begins)[:, None]) & (items.seqs >= 0)[:, None]
+    real &= row % ROWS < shape.tokens_per_tile * shape.heads_per_tile
     kept = jnp.full((*queries.shape[:2], v.shape[-1]), jnp.nan)
     kept = kept.at[:, jnp.where(real, rows, len(kept[0]))].set(o, mode="drop")
     return kept[None], jnp.where(real[:, None], lse, jnp.nan)[None]

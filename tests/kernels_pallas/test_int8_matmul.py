@@ -7,13 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels_pallas import versions
 from kernels_pallas.int8_matmul import int8_matmul
 from kernels_pallas.int8_matmul.cases import case
 from kernels_pallas.int8_matmul.mosaic_gpu import Tile as GpuTile
 from kernels_pallas.int8_matmul.mosaic_tpu import Tile as TpuTile
 from kernels_pallas.op import UnsupportedError
 from kernels_pallas.rms_norm_quantize import quantize_rows
+from tests.kernels_pallas import simulators
 from tests.sparing import sparing
 
 
@@ -67,12 +67,14 @@ def test_products_of_quantized_rows_are_close_to_those_of_the_rows():
 @pytest.mark.slow
 @given(
     T=st.integers(1, 100), N=st.integers(1, 3), K=st.integers(1, 4), layers=st.integers(0, 10),
-    form=st.sampled_from(["plain", "bias", "silu", "gelu_tanh"]), depth=st.sampled_from([128, 256]),
+    form=st.sampled_from(["plain", "bias", "silu", "gelu_tanh"]),
+    block_k=st.sampled_from([128, 256]),
 )  # fmt: skip
 @settings(max_examples=6, deadline=None)
-def test_any_shape_on_tpu(T, N, K, layers, form, depth):
+def test_any_shape_on_tpu(T, N, K, layers, form, block_k):
     gate = form if form in ("silu", "gelu_tanh") else None
-    tile = TpuTile(rows=64, cols=256, depth=depth)  # the last blocks of rows and columns are cut
+    # the last blocks of rows and columns are cut
+    tile = TpuTile(block_m=64, block_n=256, block_k=block_k)
     same("mosaic_tpu", T, N * 128, K * 128, tile, layers=layers, biased=form == "bias",
          activation=gate)  # fmt: skip
 
@@ -85,10 +87,12 @@ def test_blocks_of_several_parts_on_tpu(T, device):
 
 
 @pytest.mark.parametrize("T", [1, 20, 64])
-@pytest.mark.parametrize(("warpgroups", "depth"), sparing([(1, 128), (1, 256), (2, 128)], (1, 256)))
-def test_any_tile_on_hopper(T, warpgroups, depth):
-    tile = GpuTile(tokens=16, warpgroups=warpgroups, depth=depth, stages=2)
-    same("mosaic_gpu", T, 128, 256, tile, versions.simulated_gpu(), layers=2)
+@pytest.mark.parametrize(
+    ("warpgroups", "block_k"), sparing([(1, 128), (1, 256), (2, 128)], (1, 256))
+)
+def test_any_tile_on_hopper(T, warpgroups, block_k):
+    tile = GpuTile(block_m=16, warpgroups=warpgroups, block_k=block_k, stages=2)
+    same("mosaic_gpu", T, 128, 256, tile, simulators.gpu(), layers=2)
 
 
 def test_what_is_refused():
@@ -98,7 +102,7 @@ def test_what_is_refused():
         same("mosaic_gpu", 8, 100, 128)
     for N, K in ((192, 256), (128, 384)):  # a block more would be needed than the grid has
         with pytest.raises(UnsupportedError, match=f"{K=} is no multiple of 256, or {N=} of 128"):
-            same("mosaic_gpu", 8, N, K, GpuTile(tokens=8, warpgroups=2, depth=256))
+            same("mosaic_gpu", 8, N, K, GpuTile(block_m=8, warpgroups=2, block_k=256))
     x, one, w = jnp.zeros((4, 128), jnp.int8), jnp.ones(4), jnp.zeros((4, 128), jnp.int8)
     run = int8_matmul.reference
     with pytest.raises(ValueError, match=r"w is \(4, 128\).*\[L, N, K\]"):

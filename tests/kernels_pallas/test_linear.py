@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels_pallas.linear import GATES, gated_linear, linear
-from kernels_pallas.weight import StackedWeight, as_array, expert_of
+from kernels_pallas.quantize import quantize_rows
+from kernels_pallas.weight import Int8Weight, StackedWeight, as_array, expert_of
 
 
 def draw(shape, seed=0, dtype=np.float32):
@@ -102,3 +103,15 @@ def test_gradients_are_finite_differences(activation):
         return jnp.sum(jnp.sin(gated_linear(x, gate, up, activation=activation)))
 
     jax.test_util.check_grads(loss, (x, gate, up), order=1, modes=["rev"], atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_long_row_that_is_not_finite_stays_so_among_any_number(bad: float):
+    """XLA's maximum forgets NaN on CPU where rows are long or many."""
+    w = Int8Weight(*quantize_rows(jnp.ones((4, 128))))
+    for T in (1, 8, 33):
+        x = np.random.default_rng(0).normal(size=(T, 128)).astype(np.float32)
+        x[T // 2, 77] = bad
+        y = np.asarray(jax.jit(linear)(x, w))
+        assert not np.isfinite(y[T // 2]).any()
+        assert np.isfinite(np.delete(y, T // 2, 0)).all()

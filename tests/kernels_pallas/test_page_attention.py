@@ -11,15 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
-from kernels_pallas import versions
 from kernels_pallas.op import UnsupportedError
 from kernels_pallas.paged_attention import (
     Groups,
     Ragged,
     mosaic_gpu,
+    mosaic_gpu_tiling,
     mosaic_gpu_writing,
     mosaic_tpu,
-    mosaic_tpu_kernel,
+    mosaic_tpu_blocks,
     mosaic_tpu_writing,
     reference,
 )
@@ -27,6 +27,7 @@ from kernels_pallas.paged_attention.cases import batch as step_of
 from kernels_pallas.paged_attention.ops import page_attention, page_write
 from kernels_pallas.target import Target
 from sharding import compile_only
+from tests.kernels_pallas import simulators
 from tests.kernels_pallas.simulating import on_hopper
 from tests.sparing import sparing
 
@@ -252,7 +253,7 @@ def test_heads_may_be_split_over_programs():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [{"splits": 3}, {"groups": 2, "stages": 2}])
+@pytest.mark.parametrize("options", [{"splits": 3}, {"tiles": 2, "stages": 2}])
 def test_tiles_on_hopper(options):
     """Shares of keys that merge, of which some are empty; two tiles of rows that share a ring."""
     rng = np.random.default_rng(0)
@@ -268,7 +269,7 @@ def test_tiles_on_hopper(options):
     q = jnp.asarray(rng.standard_normal((36, 4, 64)), jnp.bfloat16)
     sinks = jnp.asarray(rng.standard_normal(4), jnp.float32)
     args = (q, *stored, 0, jax.tree.map(jnp.asarray, step))
-    tile, interpret = mosaic_gpu.GpuTile(**options), versions.simulated_gpu()
+    tile, interpret = mosaic_gpu.GpuTile(**options), simulators.gpu()
     found = mosaic_gpu.page_attention(*args, scale=0.3, sinks=sinks, tile=tile, interpret=interpret)
     expected = reference.page_attention(*args, scale=0.3, sinks=sinks)
     for x, y in zip(found, expected, strict=True):
@@ -287,7 +288,7 @@ def test_tiles_on_hopper(options):
     ],
 )
 def test_shares_of_keys_fill_the_cores(blocks, steps, prompts, splits):
-    assert mosaic_gpu._splits(blocks, steps, prompts) == splits
+    assert mosaic_gpu_tiling._splits(blocks, steps, prompts) == splits
 
 
 @pytest.mark.slow
@@ -307,9 +308,7 @@ def test_wide_latents_on_hopper(splits):
     options = {"scale": 0.05, "window": jnp.int32(70), "value_dim": 384, "soft_cap": 4.0}
     options["mass"] = splits > 1
     tile = mosaic_gpu.GpuTile(splits=splits)
-    found = mosaic_gpu.page_attention(
-        *args, **options, tile=tile, interpret=versions.simulated_gpu()
-    )
+    found = mosaic_gpu.page_attention(*args, **options, tile=tile, interpret=simulators.gpu())
     for x, y in zip(found, reference.page_attention(*args, **options), strict=True):
         np.testing.assert_allclose(x, y, rtol=0.02, atol=0.02)
 
@@ -320,8 +319,8 @@ REFUSED_ON_HOPPER = {
     "wide latents": ({"W": 640, "latent": True}, {"value_dim": 576}, "576 lanes .* up to 512"),
     "groups": (
         {"W": 640, "latent": True},
-        {"value_dim": 512, "tile": mosaic_gpu.GpuTile(groups=2)},
-        "groups=2 of rows, .*: one, whose values",
+        {"value_dim": 512, "tile": mosaic_gpu.GpuTile(tiles=2)},
+        "tiles=2 of rows, .*: one, whose values",
     ),
     "no room": (
         {"W": 640, "latent": True},
@@ -450,15 +449,15 @@ def test_heads_side_by_side_get_the_bits_that_each_gets_alone(name: str, monkeyp
         return [np.asarray(x) for x in jax.tree.leaves(found)]
 
     together = run()
-    monkeypatch.setattr(mosaic_tpu_kernel, "_AT_ONCE", 0)
+    monkeypatch.setattr(mosaic_tpu_blocks, "_MOST_LOGITS", 0)
     for x, y in zip(together, run(), strict=True):
         np.testing.assert_array_equal(x, y)
 
 
 @pytest.mark.parametrize(
-    ("heads", "rows", "side"),
+    ("heads", "rows", "at_once"),
     [(8, 16, 8), (8, 128, 4), (32, 16, 8), (6, 16, 6), (6, 128, 3), (1, 128, 1)],
 )
-def test_as_many_heads_side_by_side_as_divide_them(heads: int, rows: int, side: int):
-    shape = mosaic_tpu_kernel.Shape(heads, 4, 64, 4, 32, 64, 8, 16, 128, 0.0, 1.0, False)
-    assert shape.side(rows) == side
+def test_as_many_heads_side_by_side_as_divide_them(heads: int, rows: int, at_once: int):
+    shape = mosaic_tpu_blocks.Shape(heads, 4, 64, 4, 32, 64, 8, 16, 128, 1.0, 0.0, False)
+    assert shape.heads_at_once(rows) == at_once

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from kernels_pallas import versions
 from kernels_pallas.op import UnsupportedError
 from kernels_pallas.push import Tile, push
 from sharding import compile_only
+from tests.kernels_pallas import simulators
 from tests.sparing import sparing
 
 AXES = ("data", "expert", "tensor")
@@ -42,7 +42,7 @@ def program(groups, num_out, num_blocks):
     mesh = Mesh(np.array(jax.devices()[: groups * N]).reshape(groups, 2, 2), AXES)
 
     def run(rows, counts):
-        options = {"tile": Tile(4, num_blocks), "interpret": versions.simulated_tpu()}
+        options = {"tile": Tile(4, num_blocks), "interpret": simulators.tpu()}
         found, theirs = push(rows[0], counts[0], num_out, axes=AXES[1:], **options)
         return found[None], theirs[None]
 
@@ -67,7 +67,7 @@ def test_rows_arrive_in_order_and_without_races(groups, dtype):
     for kind in ("few", "one", "lopsided", "streams", "none"):
         counts = counts_of(kind, groups)
         rows, found, theirs = pushed(counts, dtype=dtype)
-        assert not versions.tpu_races_found(), kind
+        assert not simulators.tpu_races_found(), kind
         np.testing.assert_array_equal(theirs, counts.swapaxes(1, 2))
         sizes = counts.sum(-1)
         first = np.cumsum(sizes, 2) - sizes
@@ -81,7 +81,7 @@ def test_rows_arrive_in_order_and_without_races(groups, dtype):
 @pytest.mark.mesh
 def test_one_landing_block_is_a_race():
     pushed(counts_of("streams", 1), num_blocks=1)
-    assert versions.tpu_races_found()
+    assert simulators.tpu_races_found()
 
 
 def test_odd_widths_are_refused():

@@ -9,10 +9,9 @@ import jax
 import numpy as np
 import pytest
 
-from kernels_pallas import versions
 from kernels_pallas.op import Case, Op
 from kernels_pallas.registry import OPS
-from tests.kernels_pallas import bounds, compiling
+from tests.kernels_pallas import bounds, compiling, simulators
 
 PLATFORMS = {"mosaic_tpu": "tpu", "mosaic_gpu": "cuda"}
 TARGETS = {
@@ -64,7 +63,7 @@ def compilations(*slow: str):
 
 
 def simulated(body: str):
-    return {"mosaic_tpu": True, "mosaic_gpu": versions.simulated_gpu()}.get(body, False)
+    return {"mosaic_tpu": True, "mosaic_gpu": simulators.gpu()}.get(body, False)
 
 
 def agree(found, expected, tolerance: float) -> None:
@@ -98,10 +97,10 @@ def test_matches_its_reference(op: Op, body: str, case: Case):
 
     try:
         found = jax.block_until_ready(jax.jit(run)(args, arrays))
-        assert body != "mosaic_gpu" or not versions.gpu_races_found()
+        assert body != "mosaic_gpu" or not simulators.gpu_races_found()
     finally:  # a simulation that failed would fail the next one
         if body == "mosaic_gpu":
-            versions.reset_simulated_gpu()
+            simulators.reset_gpu()
     agree(found, expected, case.tolerance)
 
 
@@ -114,14 +113,14 @@ def test_has_no_race_on_a_simulated_tpu(op: Op):
     args, arrays, expected = made(op.name, case.name)
 
     def run(args, arrays):
-        simulated = versions.simulated_tpu()
+        simulated = simulators.tpu()
         return op.run("mosaic_tpu", *args, interpret=simulated, **arrays, **case.options)
 
     try:
         agree(jax.jit(run)(args, arrays), expected, case.tolerance)
-        assert not versions.tpu_races_found()
+        assert not simulators.tpu_races_found()
     finally:
-        versions.reset_simulated_tpu()
+        simulators.reset_tpu()
 
 
 def abstract(case: Case):

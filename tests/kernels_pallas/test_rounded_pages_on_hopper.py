@@ -13,8 +13,8 @@ from kernels_pallas.op import UnsupportedError
 from kernels_pallas.paged_attention import Ragged, mosaic_gpu, reference
 from kernels_pallas.paged_attention import mosaic_gpu_int8_writing as int8_writing
 from kernels_pallas.paged_attention.cases import batch as step_of
+from kernels_pallas.paged_attention.cases import pages_of
 from kernels_pallas.paged_attention.codec import empty
-from kernels_pallas.paged_attention.coded_cases import pages_of
 from kernels_pallas.paged_attention.ops import page_attention, page_write
 from tests.kernels_pallas.simulating import on_hopper
 
@@ -89,7 +89,7 @@ def test_registers_hold_lanes_of_one_line(parts):
     """Copies mix up the words of a line of 128 bytes by where it lies, which stores to a part of a
     wider row would not know of. Simulators do not either."""
     begins = itertools.accumulate((0, *parts[:-1]))
-    pieces = [int8_writing._pieces(*x) for x in zip(begins, parts, strict=True)]
+    pieces = [int8_writing._slices(*x) for x in zip(begins, parts, strict=True)]
     pieces = list(itertools.chain(*pieces))
     held = [lane for x in pieces for lane in range(x.start, x.start + x.size)]
     assert held == list(range(sum(parts)))

@@ -79,6 +79,33 @@ def test_numbers_at_both_ends_stay_inside_what_is_kept(form: str):
     assert tokens.tolist() == [17, 650]
 
 
+@pytest.mark.parametrize("top_k", [50, 0])
+def test_numbers_at_the_borders_of_blocks_draw_nothing_that_was_removed(top_k: int):
+    """Where running sums of blocks and of tokens, rounded differently, disagree by a bit."""
+    rng = np.random.default_rng(0)
+    scores = rng.normal(size=32768).astype(np.float32) * 3
+    if not top_k:
+        scores[rng.random(scores.size) < 0.9] = -1e30  # a mask
+    kept = scores >= np.sort(scores)[-top_k] if top_k else scores > -1e30
+    p = np.where(kept, np.exp(scores.astype(np.float64) - scores.max()), 0)
+    borders = np.unique((np.cumsum(p) / p.sum())[127::128])[:-1]
+    u = np.unique(np.round(borders * 2**23)[:, None] + np.arange(-3, 4)) / 2**23
+    u = u[(u >= 0) & (u < 1)][:1024]
+    tokens = FORMS["reference"](
+        *rows(np.broadcast_to(scores, (len(u), scores.size)), u, top_k=top_k)
+    )
+    assert kept[np.asarray(tokens)].all()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_share_too_small_for_a_float_keeps_the_most_likely(form: str):
+    scores = np.random.default_rng(0).normal(size=(3, 300))
+    tokens = FORMS[form](
+        *rows(scores, np.array([0.1, 0.5, 0.9]), top_p=np.float32([1e-37, 1e-45, 0]))
+    )
+    assert tokens.tolist() == scores.argmax(-1).tolist()
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_ties_with_the_last_that_is_kept_stay(form: str):
     scores = np.zeros((64, 300))

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 
+from kernels_pallas.hopper import registers
 from kernels_pallas.op import UnsupportedError
-from kernels_pallas.paged_attention import mosaic_gpu, reference
+from kernels_pallas.paged_attention import mosaic_gpu, mosaic_gpu_tiling, reference
 from kernels_pallas.paged_attention.cases import batch as step_of
-from kernels_pallas.paged_attention.coded_cases import pages_of
+from kernels_pallas.paged_attention.cases import pages_of
 from kernels_pallas.paged_attention.ops import page_attention
-from kernels_pallas.wgmma import registers
 from tests.kernels_pallas.simulating import on_hopper
 from tests.sparing import sparing
 
@@ -44,8 +44,8 @@ TILES = {  # of blocks of keys, or at the matrix unit
     "turns": {"turns": 2},
     "turns of 128": {"turns": 2, "keys": 128},
     "one of 192": {"turns": 1, "keys": 192},
-    "rows": {"groups": 2},
-    "rows of 128": {"groups": 2, "keys": 128},
+    "rows": {"tiles": 2},
+    "rows of 128": {"tiles": 2, "keys": 128},
 }
 SIMULATED = [
     *itertools.product(["turns"], ["bfloat16", "int8", "static", "int4"], [0, 150]),
@@ -76,8 +76,8 @@ def test_decode_steps_are_attended_in_turns(prompts, M, turns):
     step, _ = step_of((40 if prompts else 1, 1), (M * Z, 1), Z)
     q = jax.ShapeDtypeStruct((int(step.row_starts[-1]), 4, H), jnp.bfloat16)
     pages = jax.ShapeDtypeStruct((1, 2 * M + 1, 1, Z, H), jnp.bfloat16)
-    shape = mosaic_gpu._shape(mosaic_gpu.GpuTile(), q, pages, pages, step, H, False, 0.1, 0.0)
-    assert (shape.turns, shape.apart) == (turns, prompts)
+    shape = _shape(mosaic_gpu.GpuTile(), q, pages, pages, step, H)
+    assert (shape.turns, shape.ping_pong) == (turns, prompts)
     assert shape.stages % turns == 0  # or a warpgroup would miss what becomes of its slots
 
 
@@ -95,7 +95,9 @@ def test_turns_share_no_slot(name):
     lanes, values, tile, turns = WIDE[name]
     shape = _shape_of_rounded(lanes, values, mosaic_gpu.GpuTile(**tile))
     assert shape.turns == turns
-    assert not any(n % turns for n in (shape.stages, shape.ahead, shape.stages + shape.ahead))
+    assert not any(
+        n % turns for n in (shape.stages, shape.raw_stages, shape.stages + shape.raw_stages)
+    )
 
 
 def test_turns_that_were_asked_for_must_have_room():
@@ -108,7 +110,12 @@ def _shape_of_rounded(lanes, values, tile):
     q = jax.ShapeDtypeStruct((2, 8, lanes), jnp.bfloat16)
     k, v = (jax.eval_shape(lambda n=n: pages_of("int8", jax.random.key(0), (1, pages, 2, 128, n)))
             for n in (lanes, values))  # fmt: skip
-    return mosaic_gpu._shape(tile, q, k, v, step, values, False, 0.1, 0.0)
+    return _shape(tile, q, k, v, step, values)
+
+
+def _shape(tile, q, k, v, step, value_dim):
+    rest = {"mass": False, "scale": 0.1, "soft_cap": 0.0}
+    return mosaic_gpu_tiling.shape_of(tile, q, k, v, step, value_dim=value_dim, **rest)
 
 
 SHIPPED = [case for case in page_attention.cases if case.shipped]
@@ -161,8 +168,8 @@ def test_blocks_are_as_large_as_two_have_room(kind, new, M, keys):
     pages = jax.ShapeDtypeStruct((1, 2 * M + 1, 1, 128, 128), jnp.bfloat16)
     if kind != "bfloat16":
         pages = jax.eval_shape(lambda: pages_of(kind, jax.random.key(0), pages.shape))
-    shape = mosaic_gpu._shape(mosaic_gpu.GpuTile(), q, pages, pages, step, 128, False, 0.1, 0.0)
-    assert shape.keys == keys and shape.stages > 1
+    shape = _shape(mosaic_gpu.GpuTile(), q, pages, pages, step, 128)
+    assert shape.keys_per_block == keys and shape.stages > 1
     assert shape.turns == (1 if new > 1 else 2)
 
 
@@ -170,11 +177,11 @@ def test_turns_are_of_one_tile_of_rows():
     step, _ = step_of((1, 1), (200, 1), Z)
     q = jax.ShapeDtypeStruct((2, 4, H), jnp.bfloat16)
     pages = jax.ShapeDtypeStruct((1, 15, 1, Z, H), jnp.bfloat16)
-    tile = mosaic_gpu.GpuTile(groups=2, turns=2)
+    tile = mosaic_gpu.GpuTile(tiles=2, turns=2)
     with pytest.raises(
-        UnsupportedError, match=r"groups=2 of rows, turns=2 .* two warpgroups in all"
+        UnsupportedError, match=r"tiles=2 of rows, turns=2 .* two warpgroups in all"
     ):
-        mosaic_gpu._shape(tile, q, pages, pages, step, H, False, 0.1, 0.0)
+        _shape(tile, q, pages, pages, step, H)
 
 
 FITTING = {  # kind, heads, lanes, new tokens, keys
@@ -194,7 +201,7 @@ FITTING = {  # kind, heads, lanes, new tokens, keys
 
 @pytest.mark.parametrize("name", sparing(list(FITTING), "short, in no turns", "a prompt"))
 def test_blocks_that_were_counted_fit_in_shared_memory(name):
-    """Mosaic adds barriers and room between arrays to what `_with_depths` counts, and refuses
+    """Mosaic adds barriers and room between arrays to what `_with_stages` counts, and refuses
     more."""
     kind, heads, lanes, new, keys = FITTING[name]
     step, pages = step_of((new,) * 2, (keys,) * 2, 128)

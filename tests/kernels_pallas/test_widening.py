@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas import versions
-from kernels_pallas.paged_attention.mosaic_gpu_blocks import SORTED
+from kernels_pallas.paged_attention.mosaic_gpu_shape import KEY_CLASSES
 from kernels_pallas.paged_attention.mosaic_gpu_widening import UNIT, unpack, widen
+from tests.kernels_pallas import simulators
 from tests.kernels_pallas.executing import executing
 
 LANES = 128
@@ -50,12 +50,12 @@ def fours(**how):
     halves = [half for some in np.split(BYTES, 2) for half in (some & 15, some >> 4)]
     signed = np.concatenate(halves).astype(np.int8)
     signed = np.where(signed > 7, signed - 16, signed)
-    return widened(jnp.asarray(BYTES), partial(unpack, kinds=SORTED), 128, **how), signed
+    return widened(jnp.asarray(BYTES), partial(unpack, classes=KEY_CLASSES), 128, **how), signed
 
 
 @pytest.mark.parametrize("bits", [eights, fours])
 def test_the_simulator_reckons_all_integers(bits):
-    found, expected = bits(interpret=versions.simulated_gpu())
+    found, expected = bits(interpret=simulators.gpu())
     np.testing.assert_array_equal(np.asarray(found, np.float32) / UNIT, expected)
 
 

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from kernels_pallas import versions
 from moe import wire
 from moe.dispatch import Dispatch, arrived, combine, reply, send
 from moe.placement import ExpertLayout
 from moe.transport import Transport
+from tests.kernels_pallas import simulators
 from tests.moe.routing import answers, oracle, routings
 
 AXES = ("expert", "tensor")
@@ -68,7 +68,7 @@ def check(d, ids, seed, num_rows=None):
 
 def transports():
     """Every way, and of "padded" one that needs several rounds."""
-    simulated = versions.simulated_tpu()
+    simulated = simulators.tpu()
     return {
         "padded": Transport(AXES, "padded", capacity_factor=0.5),
         "roomy": Transport(AXES, "padded", capacity_factor=9.0),
@@ -92,7 +92,7 @@ def test_tokens_are_conserved_and_answers_exact(way, devices, examples):
     @settings(max_examples=examples, deadline=None)
     def run(ids, num_rows, seed):
         check(d, ids, seed, num_rows)
-        assert way != "push" or not versions.tpu_races_found()
+        assert way != "push" or not simulators.tpu_races_found()
 
     run()
 
@@ -173,4 +173,4 @@ def test_everybody_at_the_shared_expert_of_ep10(way):
     d = Dispatch(ExpertLayout(8, 10, 1, shared_block=10), transports()[way], early_int8=False)
     all_to_shared = np.where(np.arange(A) == 0, 8, -1) * np.ones((10, T, 1), np.int32)
     check(d, all_to_shared, 0)
-    assert way != "push" or not versions.tpu_races_found()
+    assert way != "push" or not simulators.tpu_races_found()

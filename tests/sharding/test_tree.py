@@ -1,13 +1,25 @@
 """One declaration gives shape, name, type and first value."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from sharding.tree import Weight, abstract, declare, initialise, is_weight, part, pytree, weight
+from sharding.tree import (
+    Weight,
+    abstract,
+    cut,
+    declare,
+    initialise,
+    is_weight,
+    part,
+    pytree,
+    unstack,
+    weight,
+)
 
 SIZES = {"embed": 4, "mlp": 6, "experts": 3}
 
@@ -75,3 +87,26 @@ def test_trees_cross_jit_and_keep_their_class():
     assert isinstance(doubled, Outer)
     np.testing.assert_array_equal(doubled.inner.w, 2 * values.inner.w)
     assert is_weight(Weight(())) and not is_weight(values)
+
+
+def test_stacks_are_cut_into_parts():
+    @pytree
+    class Model:
+        stacks: tuple[Any, ...] = ()
+
+    cfg = Config()
+    stacks = [declare(Outer, cfg, "layers.{layer}.", layers=r) for r in (range(3), range(3, 5))]
+    tree = replace(Model(), stacks=tuple(stacks))
+
+    def layers(tree: Any) -> list[range]:
+        return [stack.norm.layers for stack in tree.stacks]
+
+    assert layers(cut(tree, [1, 2, 2])) == [range(1), range(1, 3), range(3, 5)]
+    assert {w.layers for w in jax.tree.leaves(cut(tree, [2]).stacks, is_leaf=is_weight)} == {
+        range(2)
+    }
+    assert layers(unstack(tree)) == [range(i, i + 1) for i in range(5)]
+    assert cut(tree, [3, 2]) == tree and cut(tree, []).stacks == ()
+    for sizes in ([4, 1], [3, 3], [0, 3]):
+        with pytest.raises(ValueError, match=r"must cut stacks of \[3, 2\] layers"):
+            cut(tree, sizes)

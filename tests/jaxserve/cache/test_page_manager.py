@@ -110,6 +110,13 @@ class Pages(RuleBasedStateMachine):
         newcomer.written = [self.seen[key][1] for key in keys[1 : len(found) + 1]]
         self.owners.append(newcomer)
 
+    @precondition(lambda self: self.seen)
+    @rule(data=st.data())
+    def withdraw(self, data: st.DataObject) -> None:
+        key = data.draw(st.sampled_from(sorted(self.seen)), "key")
+        self.manager.withdraw([key])
+        assert not self.manager.match([key])
+
     @rule()
     def forget(self) -> None:
         self.manager.forget()

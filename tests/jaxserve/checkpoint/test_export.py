@@ -1,11 +1,12 @@
 """What is exported is what was loaded: every tensor, by name, shape and value."""
 
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from jaxserve.checkpoint.export import save_pretrained
+from jaxserve.checkpoint.export import begin, save_pretrained
 from jaxserve.checkpoint.hf import load_params, model_config, read_config
 from jaxserve.checkpoint.safetensors import Shards
 from jaxserve.errors import CheckpointError
@@ -61,6 +62,32 @@ def test_what_was_there_stays_until_the_new_folder_has_come(tmp_path, monkeypatc
         exported(tmp_path, "llama", tokenizer=False)
     assert (copy / "of the second").exists()
     assert {path.name for path in tmp_path.iterdir()} == {"a", "b"}
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_stays_one_and_its_folder_is_written(tmp_path, there):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if there:
+        (disk / "models").mkdir()
+    (tmp_path / "b").symlink_to(disk / "models")
+    exported(tmp_path, "llama", tokenizer=False)
+    assert (tmp_path / "b").is_symlink()
+    assert (disk / "models" / "config.json").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "b", "disk"}
+
+
+def test_a_mount_point_and_links_in_a_circle_are_refused(tmp_path, monkeypatch):
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        begin(loop)
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == tmp_path / "disk")
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    for folder in (tmp_path / "disk", tmp_path / "link"):
+        with pytest.raises(CheckpointError, match="disk is a mount point; give a folder in it"):
+            begin(folder)
+    begin(tmp_path / "disk" / "models")
 
 
 def test_a_layout_that_can_only_be_read_is_named(tmp_path):

@@ -4,7 +4,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from jaxserve.checkpoint.mxfp4 import dequantise, read
+from jaxserve.checkpoint.mxfp4 import dequantize, read
 from jaxserve.errors import CheckpointError
 
 
@@ -27,7 +27,7 @@ def draw(*shape, seed=0, low=100, high=140):
 
 def test_values_are_the_definitions():
     blocks, scales = draw(3, 4, 2)
-    values = dequantise(blocks, scales)
+    values = dequantize(blocks, scales)
     assert values.dtype == ml_dtypes.bfloat16
     np.testing.assert_array_equal(values.astype(np.float64), by_definition(blocks, scales))
 
@@ -36,7 +36,7 @@ def test_every_nibble_and_the_ends_of_the_exponent():
     blocks = np.arange(256, dtype=np.uint8).reshape(1, 16, 16)
     for scale in (1, 127, 252):
         scales = np.full((1, 16), scale, np.uint8)
-        values = dequantise(blocks, scales).astype(np.float64)
+        values = dequantize(blocks, scales).astype(np.float64)
         np.testing.assert_array_equal(values, by_definition(blocks, scales))
 
 
@@ -46,14 +46,14 @@ def test_values_are_transformers():
     theirs = pytest.importorskip("transformers.integrations.mxfp4").convert_moe_packed_tensors
     blocks, scales = draw(2, 6, 3, seed=1)
     expected = theirs(torch.from_numpy(blocks), torch.from_numpy(scales), dtype=torch.float32)
-    values = dequantise(blocks, scales).astype(np.float32)
+    values = dequantize(blocks, scales).astype(np.float32)
     np.testing.assert_array_equal(values.swapaxes(1, 2), expected.numpy())
 
 
 def test_rows_of_gate_and_up_are_read_apart():
     blocks, scales = draw(2, 6, 3)
     stored = {"w_blocks": blocks, "w_scales": scales}
-    whole = dequantise(blocks, scales)
+    whole = dequantize(blocks, scales)
     for rows in (slice(0, None, 2), slice(1, None, 2), slice(None)):
         np.testing.assert_array_equal(read(stored.__getitem__, "w", rows), whole[:, rows])
 

@@ -56,6 +56,8 @@ FP8_BLOCKS = {
     "weight_block_size": [16, 32],
 }  # fmt: skip
 
+IN_INT8 = {"in_int8": weights.is_large, "rounded": weights.round_to_int8}
+
 
 def stored(x: np.ndarray, config: dict[str, Any]) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """The tensors, by what follows the name, and the floats that they stand for."""
@@ -117,7 +119,7 @@ def test_floats_are_what_the_bits_stand_for(tmp_path, config, model_type):
 
 def test_int8_is_kept_to_the_bit(tmp_path):
     floats = write(tmp_path, W8A8)
-    params = load(tmp_path, convert=weights.quantize)
+    params = load(tmp_path, **IN_INT8)
     wq = params.stacks[0].attn.wq
     assert isinstance(wq, Int8Weight) and wq.values.dtype == np.int8
     assert np.abs(np.asarray(wq.values, np.int32)).max() == 120, "not rounded a second time"
@@ -193,6 +195,62 @@ def test_where_else_it_may_be_said(tmp_path, key):
     np.testing.assert_array_equal(np.asarray(wq)[1].reshape(64, 64), floats[NAME])
 
 
+MODELOPT = {"producer": {"name": "modelopt", "version": "0.29"}, "quantization": {}}
+ROWS = {"quant_algo": "FP8_PER_CHANNEL_PER_TOKEN", "exclude_modules": ["lm_head"]}
+BLOCKS = {"activation_scheme": "dynamic", "weight_block_size": [16, 32]}
+
+
+@pytest.mark.parametrize(
+    ("kind", "spelling"),
+    [
+        (FP8_ROWS, {"quant_method": "modelopt", "quantization": ROWS}),
+        (FP8_ROWS, {**MODELOPT, "quantization": ROWS}),
+        (FP8_ROWS, {"quant_method": "modelopt", "quant_algo": "fp8_per_channel_per_token"}),
+        (FP8_BLOCKS, {"quant_method": "fp8", "fmt": "float8_e4m3fn", **BLOCKS}),
+        (FP8_BLOCKS, {"quant_method": "FP8", **BLOCKS}),
+        (W8A8, {**W8A8, "quant_method": "compressed_tensors"}),
+    ],
+)
+def test_other_spellings_of_the_same(tmp_path, kind, spelling):
+    """Which vLLM takes, and so checkpoints have."""
+    floats = write(tmp_path, kind)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = spelling
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    wq = load(tmp_path).stacks[0].attn.wq
+    np.testing.assert_array_equal(np.asarray(wq)[1].reshape(64, 64), floats[NAME])
+
+
+@pytest.mark.parametrize("algorithm", ["FP8_PB_WO", "fp8_pb_wo"])
+def test_blocks_of_modelopt_have_axes_of_one_behind_them(tmp_path, algorithm):
+    said = {**MODELOPT, "quantization": {"quant_algo": algorithm}}
+    sizes = {**SMALL, "hidden_size": 192, "head_dim": 16}
+    write_checkpoint(tmp_path, "llama", tokenizer=False, **sizes, quantization_config=said)
+    tensors = load_file(tmp_path / "model.safetensors")
+    for name in [n for n in tensors if n.endswith("proj.weight")]:
+        tensors[name] = tensors[name].astype(ml_dtypes.float8_e4m3fn)
+        n, k = (-(-size // 128) for size in tensors[name].shape)
+        tensors[name + "_scale"] = np.arange(1, n * k + 1, dtype=np.float32).reshape(n, 1, k, 1)
+    save_file(tensors, tmp_path / "model.safetensors")
+    found = np.asarray(load(tmp_path).stacks[0].mlp.w_up[1])
+    name = "model.layers.1.mlp.up_proj.weight"
+    tiles = tensors[name + "_scale"][:, 0, :, 0]
+    whole = tiles.repeat(128, 0).repeat(128, 1)[: found.shape[0], : found.shape[1]]
+    assert len(set(whole.reshape(-1).tolist())) > 1
+    np.testing.assert_array_equal(found, tensors[name].astype(np.float32) * whole)
+
+
+@pytest.mark.parametrize("part", ["qweight", "weight_packed"])
+def test_weights_that_are_packed_in_fewer_bits_are_named(tmp_path, part):
+    """Old exporters of GPTQ and AWQ say nothing of it in config.json."""
+    write_checkpoint(tmp_path, "llama", tokenizer=False, **SMALL)
+    key = NAME.removesuffix("weight") + part
+    rewrite(tmp_path, **{NAME: None, key: np.zeros((8, 64), np.int32)})
+    message = rf"no tensor '{NAME}', but {key} int32 \[8, 64\]: .*\(GPTQ, AWQ\).* in floats"
+    with pytest.raises(CheckpointError, match=message):
+        load(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -222,9 +280,8 @@ def test_what_stays_in_floats_is_of_the_type_that_is_served(tmp_path):
     raw = hf.read_config(tmp_path)
     f = family(raw["model_type"])
     params = hf.load_params(
-        tmp_path, f, hf.model_config(f, raw), "bfloat16", convert=weights.quantize,
-        keeps_int8=weights.is_quantized, progress=False,
-    )  # fmt: skip
+        tmp_path, f, hf.model_config(f, raw), "bfloat16", progress=False, **IN_INT8
+    )
     assert params.embed.dtype == ml_dtypes.bfloat16
     np.testing.assert_array_equal(params.embed, floats.astype(ml_dtypes.bfloat16))
     assert isinstance(params.lm_head, Int8Weight)
@@ -238,7 +295,7 @@ def test_exponents_as_scales(tmp_path):
     assert np.all(np.asarray(load(tmp_path).stacks[0].attn.wq[1]) == 0.25)
 
 
-@pytest.mark.parametrize("convert", [None, weights.quantize])
+@pytest.mark.parametrize("options", [{}, IN_INT8])
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -268,11 +325,11 @@ def test_exponents_as_scales(tmp_path):
         ({GIVEN: np.full(1, np.nan, np.float32)}, rf"{GIVEN} .*NaN"),
     ],
 )
-def test_a_corrupt_checkpoint_is_refused_by_name(tmp_path, changes, message, convert):
+def test_a_corrupt_checkpoint_is_refused_by_name(tmp_path, changes, message, options):
     write(tmp_path, W8A8)
     rewrite(tmp_path, **changes)
     with pytest.raises(CheckpointError, match=message):
-        load(tmp_path, convert=convert)
+        load(tmp_path, **options)
 
 
 def test_a_float8_of_another_format_than_config_json_says(tmp_path):
@@ -378,9 +435,9 @@ def test_a_scale_for_the_tensor_where_one_for_each_row_is_there(tmp_path):
 def test_a_scale_that_makes_no_number_of_the_largest_is_refused(tmp_path):
     write(tmp_path, W8A8)
     rewrite(tmp_path, **{NAME + "_scale": np.full((64, 1), 3e38, np.float32)})
-    for convert in (None, weights.quantize):
+    for options in ({}, IN_INT8):
         with pytest.raises(CheckpointError, match=rf"{NAME} .*(infinity|exceeds float32)"):
-            load(tmp_path, convert=convert)
+            load(tmp_path, **options)
 
 
 def test_eight_bits_that_config_json_does_not_speak_of(tmp_path):
@@ -398,6 +455,9 @@ def test_eight_bits_that_config_json_does_not_speak_of(tmp_path):
         ({"format": "pack-quantized"}, "format 'pack-quantized'"),
         ({"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity_config.format 'sparse"),
         ({"transform_config": {"config_groups": {"R1": {}}}}, "transform_config"),
+        ({"sparsity_config": "dense"}, "sparsity_config 'dense': expected an object"),
+        ({"transform_config": ["R1"]}, r"transform_config \['R1'\]: expected an object"),
+        ({"quant_method": "modelopt", "quantization": "FP8"}, "quantization 'FP8': expected an ob"),
         ({"config_groups": {"a": {"weights": {**INT8}, "input_activations": "x"}}}, "s 'x': exp"),
         ({"quant_method": "fp8", "weight_block_size": ["a", 1]}, "weight_block_size .*whole"),
         ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "quant_algo 'NVFP4'"),

@@ -142,6 +142,37 @@ def test_pages_of_a_request_without_scores_hurt_nobody_on_plain_xla():
             beside(llm, undisturbed, lambda: poison(llm, SamplingParams()))
 
 
+PREFIX = [7, *range(20, 31)]
+"""A full page, and the poisonous token behind it in the same step."""
+
+
+def check_prefix_is_forgotten(llm: LLM) -> None:
+    """In its page NaN may have come to tokens before the broken one, in all layers but the first:
+    it must serve nobody who shares the prefix alone."""
+    greedy = SamplingParams(temperature=0.0, max_tokens=5, logit_bias={POISON: -100.0})
+    good = [*PREFIX, 9, 8, 7]
+    want = llm.generate([good], greedy)[0].outputs
+    for ask in (
+        lambda: llm.generate([[*PREFIX, POISON, 3]], greedy),
+        lambda: llm.generate([[*PREFIX, POISON, 3]], SamplingParams(n=2)),
+        lambda: llm.embed([[*PREFIX, POISON, 3]], "last"),
+    ):
+        llm.reset_prefix_cache()
+        with pytest.raises(EngineError, match="NaN or infinite"):
+            ask()
+        assert llm.generate([good], greedy)[0].outputs == want
+
+
+def test_a_prefix_before_a_broken_token_is_forgotten(llm: LLM):
+    check_prefix_is_forgotten(llm)
+
+
+@pytest.mark.slow
+def test_a_prefix_before_a_broken_token_is_forgotten_on_plain_xla():
+    with poisonous(kernels="reference") as llm:
+        check_prefix_is_forgotten(llm)
+
+
 def test_a_step_that_raises_ends_what_it_served(
     llm: LLM, undisturbed: list[RequestOutput], monkeypatch: pytest.MonkeyPatch
 ):

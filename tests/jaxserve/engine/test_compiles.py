@@ -16,7 +16,7 @@ from jaxserve.config import EngineConfig
 from jaxserve.engine.signature import program
 from jaxserve.models.family import family
 from jaxserve.plan import resolve
-from jaxserve.quant.weights import is_quantized
+from jaxserve.quant.weights import is_large
 from kernels_pallas.weight import Int8Weight
 from sharding import compile_only
 from sharding.tree import abstract, is_weight, unstack
@@ -60,8 +60,11 @@ class Absent:
         return {"bytes_limit": 64 << 30}
 
 
-def compiled(target: str, model: str, quantization: str | None, cache: Any):
-    """The program of a decoding step of 64 sequences, and bytes of its weights and its cache."""
+def compiled(
+    target: str, model: str, quantization: str | None, cache: Any,
+    kind: str = "step", size: int = 64,
+):  # fmt: skip
+    """A program, by default of a decoding step of 64 sequences, and the plan that it is of."""
     mesh = compile_only.mesh(target)
     module, hf = family(MODELS[model]["model_type"]), MODELS[model]
     cfg = module.config(hf)
@@ -74,14 +77,14 @@ def compiled(target: str, model: str, quantization: str | None, cache: Any):
     declared = unstack(declared) if plan.unrolled else declared
 
     def rounded(w, a):
-        if not quantization or not is_quantized(w):
+        if not quantization or not is_large(w):
             return a
         scale = jax.ShapeDtypeStruct(a.shape[:-1], jnp.float32)
         return Int8Weight(jax.ShapeDtypeStruct(a.shape, jnp.int8), scale)
 
     params = abstract(declared, cfg.sizes, plan.dtype)
     params = jax.tree.map(rounded, declared, params, is_leaf=is_weight)
-    made = program(plan, module, cfg, params, "step", 64)
+    made = program(plan, module, cfg, params, kind, size)
     here = NamedSharding(mesh, PartitionSpec())
     arguments = jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), made.arguments
@@ -147,6 +150,14 @@ def test_nor_does_one_on_hopper(model, quantization, cache, at_least):
     made, plan = compiled("h200:1x1x1", model, quantization, cache)
     assert not copied(made, plan)
     assert made.as_text().count('custom_call_target="mosaic_gpu_v2"') >= at_least
+
+
+@pytest.mark.aot
+@pytest.mark.usefixtures("no_compilation_cache")
+def test_one_row_of_many_is_sampled_on_hopper():
+    """XLA would take the slice of hidden states into its product, and fail to compile it."""
+    made, _ = compiled("h200:1x1x1", "8b", None, "auto", "sample", 1)
+    assert made.as_text().count('custom_call_target="mosaic_gpu_v2"') == 1
 
 
 def copied(made: Any, plan: Any) -> list[str]:

@@ -11,7 +11,7 @@ import pytest
 
 from jaxserve import SamplingParams
 from jaxserve.errors import ConfigError, EngineError
-from tests.jaxserve.engine.engines import dawdle, serve
+from tests.jaxserve.engine.engines import checkpoint, dawdle, serve
 
 PROMPTS = [[5, 6, 7, 8] * n for n in (1, 4, 9)]
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
@@ -120,6 +120,36 @@ def test_wrong_trees_are_refused_by_the_name_of_a_leaf(llm):
     with pytest.raises(ConfigError, match=r"embed is missing"):
         llm.load_params(dataclasses.replace(llm.params, embed=None))
     assert said(llm)[0] == before
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma3_text"])  # the second's head is its table
+def test_an_eight_bit_engine_takes_its_own_weights_and_floats(family):
+    with serve(checkpoint(family), quantization="int8") as llm, serve(checkpoint(family)) as floats:
+        first, _ = said(llm)
+        for tree in (llm.params, jax.tree.map(np.array, llm.params), floats.params):
+            llm.load_params(tree)
+            assert said(llm)[0] == first
+        shuffled = np.array(llm.params.embed)[::-1]
+        llm.load_params(dataclasses.replace(llm.params, embed=shuffled))
+        floats.load_params(dataclasses.replace(floats.params, embed=shuffled))
+        llm.load_params(floats.params)  # a tied head follows its table
+        second, _ = said(llm)
+        llm.load_params(dataclasses.replace(llm.params, embed=shuffled))
+        assert said(llm)[0] == second != first
+
+
+def test_wrong_trees_are_refused_by_the_name_of_a_leaf_in_eight_bits():
+    with serve(quantization="int8") as llm:
+        p = llm.params
+        for wrong, message in (
+            (dataclasses.replace(p, embed=None), "embed is missing; the engine serves"),
+            (dataclasses.replace(p, lm_head=None), "lm_head is missing; the engine serves"),
+            (dataclasses.replace(p, final_norm=np.ones(3, np.float32)), r"final_norm is of shape"),
+            (dataclasses.replace(p, stacks=p.stacks * 2), "cannot be stacked as"),
+            ({"embed": p.embed}, "params are a dict; expected the model's Params"),
+        ):
+            with pytest.raises(ConfigError, match=message):
+                llm.load_params(wrong)
 
 
 def test_waiting_for_ever_can_be_avoided_and_shut_down_answers(monkeypatch):

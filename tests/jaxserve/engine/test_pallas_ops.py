@@ -13,8 +13,7 @@ import pytest
 from jaxserve.cache.kv_cache import KVCache, allocate, stored_shape
 from jaxserve.engine.serving_ops import sampling_ops, serving_ops
 from jaxserve.models.family import family
-from jaxserve.quant.weights import quantize
-from kernels_pallas import versions
+from jaxserve.quant.weights import is_large, round_to_int8
 from kernels_pallas.draw import draw
 from kernels_pallas.op import Op
 from kernels_pallas.paged_attention import Ragged
@@ -23,6 +22,7 @@ from kernels_pallas.target import Target
 from kernels_pallas.weight import Int8Weight, StackedWeight
 from moe.experts import Experts
 from sharding.tree import initialise, is_weight, unstack
+from tests.kernels_pallas import simulators
 from tests.sparing import sparing
 
 PAGE = 16
@@ -60,7 +60,7 @@ def bodies(monkeypatch):
     ran, run = [], Op.run
 
     def simulate(op, name, *args, **options):
-        mode = {"mosaic_tpu": True, "mosaic_gpu": versions.simulated_gpu()}.get(name, False)
+        mode = {"mosaic_tpu": True, "mosaic_gpu": simulators.gpu()}.get(name, False)
         found = run(op, name, *args, interpret=mode, **options)
         ran.append((op.name, name))
         return found
@@ -90,7 +90,7 @@ def weights(hf, quantization):
     params = initialise(declared, cfg.sizes, "bfloat16")
     if quantization:
         rounded = jax.tree.map(
-            lambda w, a: quantize(w, np.asarray(a, np.float32)) if w.is_matrix else a,
+            lambda w, a: round_to_int8(np.asarray(a, np.float32)) if is_large(w) else a,
             declared, params, is_leaf=is_weight,
         )  # fmt: skip
         kept = jax.tree.map(lambda a: jnp.asarray(a), rounded)
@@ -196,7 +196,7 @@ def test_a_step_over_pages_of_eight_bits_on_hopper_equals_the_reference(model, b
     try:
         hidden = jax.block_until_ready(run("pallas", params, jnp.bfloat16))
     finally:
-        versions.reset_simulated_gpu()
+        simulators.reset_gpu()
     ran = set(bodies)
     assert {("page_write", "mosaic_gpu"), ("page_attention", "mosaic_gpu")} <= ran
     assert not any(body == "reference" for op, body in ran if op.startswith("page"))

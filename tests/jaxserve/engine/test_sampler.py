@@ -14,6 +14,7 @@ from jaxserve.engine.sampler import (
     Sampled,
     SampleInputs,
     _uniform,
+    argmax,
     logprobs_of,
     sample,
 )
@@ -297,6 +298,16 @@ def test_a_mask_leaves_what_it_permits(V: int):
         assert allowed[np.arange(R), tokens].all()
     greedy = np.where(allowed, logits, -np.inf).argmax(-1)
     assert draw(logits, temperature=0.0, mask=allowed).tokens.tolist() == greedy.tolist()
+
+
+@pytest.mark.parametrize("R", [1, 8])
+@pytest.mark.parametrize("V", [1000, 32000])
+def test_a_long_row_with_one_nan_has_no_finite_maximum(R: int, V: int):
+    """XLA's maximum of a long row forgets it on CPU."""
+    logits = np.random.default_rng(0).normal(size=(R, V)).astype(np.float32)
+    logits[R // 2, V // 3] = np.nan
+    _, best = jax.jit(argmax)(logits)
+    assert np.isfinite(best).tolist() == [r != R // 2 for r in range(R)]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,16 +11,25 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from huggingface_hub.utils import filter_repo_objects
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from jaxserve import LLM, SamplingParams
 from jaxserve.checkpoint import hf
+from jaxserve.checkpoint.reward_head import (
+    REWARD_HEAD,
+    ROTATED,
+    load_reward_head,
+    save_reward_head,
+)
 from jaxserve.checkpoint.schemes import scheme
 from jaxserve.cli import main
-from jaxserve.cli.quantize import own_text, read
+from jaxserve.cli.quantize import _examples, own_text, read
 from jaxserve.errors import CheckpointError, ConfigError
+from jaxserve.models import reward_head
 from jaxserve.models.family import family
+from jaxserve.models.reward_head import new_reward_head
 from jaxserve.quant import PLAIN, QuantizeConfig, check_paths, quantize_checkpoint, weights
 from jaxserve.quant.checkpoint import quantize
 from jaxserve.quant.leaves import Leaves, readers
@@ -39,8 +49,9 @@ def load(folder: Path):
     module = family(raw["model_type"])
     cfg = hf.model_config(module, raw)
     return hf.load_params(
-        folder, module, cfg, "float32", convert=weights.quantize, unrolled=True, progress=False
-    )
+        folder, module, cfg, "float32", in_int8=weights.is_large, rounded=weights.round_to_int8,
+        unrolled=True, progress=False,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("model_type", sparing(WRITABLE, "deepseek_v3"))
@@ -94,9 +105,37 @@ def test_what_the_folder_says_of_itself(tmp_path):
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         assert (out / name).read_bytes() == (source / name).read_bytes()
     card = (out / "README.md").read_text()
+    assert "transformers reads this form of dense models alone" in card
     assert (
         card.startswith("---\nlicense: mit") and "measures:\nmixed precision, per channel." in card
     )
+
+
+def test_a_hub_models_card_and_licence_go_along_and_code_that_does_not_is_not_named(
+    tmp_path, monkeypatch
+):
+    published = write_checkpoint(tmp_path / "in", "llama", tokenizer=False)
+    (published / "README.md").write_bytes(b"---\nlicense: mit\n---\n# Un mod\xe8le\n")  # Latin-1
+    (published / "LICENSE").write_text("MIT")
+    (published / "modeling_x.py").touch()
+    config = json.loads((published / "config.json").read_text())
+    config["auto_map"] = {"AutoModel": "modeling_x.X"}
+    (published / "config.json").write_text(json.dumps(config))
+
+    def download(name: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        (tmp_path / "cache").mkdir(exist_ok=True)
+        names = [file.name for file in published.iterdir()]
+        for name in filter_repo_objects(names, allow_patterns=allow_patterns):
+            shutil.copy(published / name, tmp_path / "cache" / name)
+        return str(tmp_path / "cache")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    out = quantize_checkpoint("somebody/model", tmp_path / "out", PLAIN, progress=False)
+    card = (out / "README.md").read_text(encoding="utf-8")
+    assert card.startswith("---\nlicense: mit\n---\n# Un mod\N{REPLACEMENT CHARACTER}le\n")
+    assert (out / "LICENSE").read_text() == "MIT"
+    assert not list(out.glob("*.py"))
+    assert "auto_map" not in json.loads((out / "config.json").read_text())
 
 
 def test_plain_is_what_the_engine_does_while_it_loads(tmp_path):
@@ -202,6 +241,18 @@ def test_the_command_reads_what_it_is_given_or_has_the_model_write(tmp_path, cap
 
 
 @pytest.mark.parametrize(
+    "content", ['{"examples": []}', '[{"input": "x"}]', '[{"prompt": 5}]', "[]", "{", "[1]", ""]
+)
+def test_other_examples_beside_a_model_are_passed_over(content, tmp_path, caplog):
+    path = tmp_path / "examples.json"
+    path.write_text(content)
+    assert _examples(path) == []
+    assert [f"{path} holds no examples" in r.getMessage() for r in caplog.records] == [True]
+    path.write_text('[{"prompt": "The", "answer": 1}, {"prompt": "A"}]')
+    assert _examples(path) == ["The", "A"]
+
+
+@pytest.mark.parametrize(
     ("content", "message"),
     [("", "has no lines"), ("{", "line 1: '{'; expected"), ("[1]", "line 1: '[1]'; expected"),
      ('{"text": "a"}\n\n{"prompt": "a"}', "line 3: '{\"prompt\": \"a\"}'; expected"),
@@ -214,6 +265,34 @@ def test_calibration_that_cannot_be_read_is_refused(content, message, tmp_path, 
     assert main(["quantize", str(source), str(tmp_path / "out"), *arguments]) == 1
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_scales_of_a_cache_alone_need_no_inputs_of_products(tmp_path, monkeypatch):
+    monkeypatch.setattr("jaxserve.quant.checkpoint.record", None)
+    quantize(tiny(tmp_path, "llama"), replace(PLAIN, kv_cache=True), DOCUMENTS)
+
+
+@pytest.mark.slow
+def test_it_says_what_it_does_meanwhile(tmp_path, monkeypatch, caplog):
+    """Each thing that takes long has a bar that fills, and lines in the log."""
+    source, filled = write_checkpoint(tmp_path / "in", "llama"), {}
+
+    def stopped(bar):
+        filled.update({t.description: (t.completed, t.total) for t in bar.tasks})
+
+    monkeypatch.setattr("rich.progress.Progress.stop", stopped)
+    monkeypatch.setattr("rich.progress.Progress.start", lambda bar: None)
+    monkeypatch.setattr("jaxserve.cli.quantize.LENGTH", 8)
+    monkeypatch.setattr("jaxserve.cli.quantize.NUM_DOCUMENTS", 4)
+    caplog.set_level("INFO", "jaxserve")
+    documents = own_text(source, progress=True)
+    config = replace(PLAIN, kv_cache=True)
+    quantize_checkpoint(source, tmp_path / "out", config, documents=documents)
+    for bar in ("writing text", "calibrating the cache", "rounding"):
+        assert filled[bar][0] == filled[bar][1] > 0, bar
+    assert "the model writes 4 documents of up to 8 tokens" in caplog.text
+    assert "layer 2 of 2 is rounded" in caplog.text
+    assert "for the scales of the cache" in caplog.text
 
 
 def test_plain_takes_what_is_asked_for_beside_it(tmp_path, capsys):
@@ -254,7 +333,9 @@ def test_an_interrupted_run_leaves_nothing(tmp_path, monkeypatch, step):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(f"jaxserve.checkpoint.export.{step}", interrupted)
-    monkeypatch.setattr("jaxserve.quant.checkpoint.calibrate_cache", lambda *_: {"k": np.ones(1)})
+    monkeypatch.setattr(
+        "jaxserve.quant.checkpoint.calibrate_cache", lambda *_, **__: {"k": np.ones(1)}
+    )
     config = replace(PLAIN, kv_cache=True)
     with pytest.raises(KeyboardInterrupt):
         quantize_checkpoint(
@@ -316,3 +397,27 @@ def test_float_checkpoints_of_eight_bits_are_read_as_floats(tmp_path):
     (source / "config.json").write_text(json.dumps(config))
     out = quantize_checkpoint(source, tmp_path / "out", PLAIN, progress=False)
     assert isinstance(load(out).stacks[0].attn.wq, Int8Weight)
+
+
+@pytest.mark.parametrize("rotations", [True, False])
+def test_a_reward_head_comes_along_and_another_is_refused(rotations, tmp_path):
+    """Rotated hidden states are another basis: a head of the model in floats would read noise."""
+    source = write_checkpoint(tmp_path / "in", "qwen3")
+    embed = hf.model_config(family("qwen3"), hf.read_config(source)).embed
+    head = new_reward_head(embed, 16, seed=3)
+    save_reward_head(source / REWARD_HEAD, head)
+    config = replace(PLAIN, rotations=rotations)
+    out = quantize_checkpoint(source, tmp_path / "out", config, progress=False)
+    assert hf.read_config(out).get(ROTATED, False) == rotations
+
+    def evidence(folder: Path, head) -> np.ndarray:
+        with LLM(folder, dtype="float32", max_model_len=64, progress=False) as llm:
+            states = [x.embedding for x in llm.embed(DOCUMENTS[:3])]
+        return np.asarray(reward_head.evidence(head, np.asarray(states)))
+
+    carried = load_reward_head(out / REWARD_HEAD, embed, rotated=rotations)
+    expected, found = evidence(source, head), evidence(out, carried)
+    np.testing.assert_allclose(found, expected, atol=0.1 * np.abs(expected).max())
+    if rotations:
+        with pytest.raises(CheckpointError, match="in floats, but this checkpoint's are rotated"):
+            LLM(out, reward_head=str(source / REWARD_HEAD), progress=False)

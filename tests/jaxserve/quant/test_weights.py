@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import jax
@@ -13,7 +14,7 @@ from jaxserve import LLM, SamplingParams
 from jaxserve.checkpoint import hf
 from jaxserve.errors import ConfigError
 from jaxserve.models.family import family
-from jaxserve.quant.weights import is_quantized, round_to_int8, weight_bytes
+from jaxserve.quant.weights import is_large, round_to_int8, weight_bytes
 from jaxserve.testing import FAMILIES, write_checkpoint
 from kernels_pallas.quantize import quantize_rows
 from sharding.tree import is_weight
@@ -47,7 +48,7 @@ def test_rounding_on_the_host_is_that_of_the_device():
     x[1, 2] = 0
     found, want = round_to_int8(x), quantize_rows(jnp.asarray(x))
     np.testing.assert_array_equal(found.values, want[0])
-    np.testing.assert_allclose(found.scale, want[1], rtol=1e-6)
+    np.testing.assert_array_equal(found.scale, want[1])
     for array in (found.values, found.scale):  # taken over, not copied
         assert jax.device_put(array).unsafe_buffer_pointer() == array.ctypes.data
 
@@ -57,7 +58,7 @@ def test_tables_routers_and_vectors_are_kept(model_type, tmp_path):
     raw = hf.read_config(write_checkpoint(tmp_path, model_type, tokenizer=False))
     f = family(model_type)
     declared = jax.tree.leaves(f.declare_params(hf.model_config(f, raw)), is_leaf=is_weight)
-    rounded = {w.name.rsplit("layer}.")[-1] for w in declared if is_quantized(w)}
+    rounded = {w.name.rsplit("layer}.")[-1] for w in declared if is_large(w)}
     assert "self_attn.o_proj.weight" in rounded
     assert not any(
         part in name
@@ -121,16 +122,25 @@ def test_trained_weights_are_swapped_in_and_sleep_gives_them_back(tmp_path):
 
 
 def test_a_shipped_model_says_nearly_the_same():
-    """Log-probabilities of a held-out text; accuracy proper is measured by benchmarks."""
-    scores = []
+    """Log-probabilities of what it says in float32. models/README.md measures a drift of 9.0
+    thousandths of a nat over 1100 solutions; few as they are here, it is not twice as much."""
+    folder, texts, scores = SHIPPED / "modchain-moe", [], []
+    examples = json.loads((folder / "examples.json").read_text())
     for quantization in (None, "int8"):
-        with LLM(SHIPPED / "modchain-moe", quantization=quantization, progress=False) as llm:
-            asked = SamplingParams(temperature=0, max_tokens=60, logprobs=0)
-            examples = (SHIPPED / "modchain-moe" / "examples.json").read_text()
-            prompts = [line.split('"')[3] for line in examples.splitlines() if '"prompt"' in line]
-            outs = llm.generate(prompts, asked)
-            scores.append(np.mean([o.outputs[0].cumulative_logprob for o in outs]))
-    assert scores[0] == pytest.approx(scores[1], abs=0.5)
+        with LLM(folder, quantization=quantization, progress=False) as llm:
+            if not texts:
+                asked = SamplingParams(temperature=0, max_tokens=60)
+                outs = llm.generate([e["prompt"] for e in examples], asked)
+                texts = [[*o.prompt_token_ids, *o.outputs[0].token_ids] for o in outs]
+                known = [len(o.prompt_token_ids) for o in outs]
+            asked = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
+            outs = llm.generate([{"prompt_token_ids": text} for text in texts], asked)
+            told = zip(outs, texts, known, strict=True)
+            scores.append(np.array([
+                o.prompt_logprobs[i][t[i]].logprob for o, t, n in told for i in range(n, len(t))
+            ]))  # fmt: skip
+    drift = np.sqrt(np.square(scores[1] - scores[0]).mean())
+    assert 0 < drift < 2 * 9.0e-3
 
 
 def test_other_quantizations_are_refused(tmp_path):

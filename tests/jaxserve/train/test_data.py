@@ -9,7 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxserve.cli import quantize
 from jaxserve.errors import ConfigError
+from jaxserve.testing import write_checkpoint
+from jaxserve.train import sources
 from jaxserve.train.data import Document, Packed, ahead, pack
 from jaxserve.train.sources import Lines, Pairs
 
@@ -114,3 +117,13 @@ def test_bad_files_are_named_with_their_line(tmp_path, text, says):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"cannot read .*b\.jsonl"):
         Lines((tmp_path / "b.jsonl",), 0, encode, 0).document(0)
+
+
+def test_a_line_ends_with_a_newline_and_with_nothing_else(tmp_path):
+    """JSON strings may have other ends of lines in them as they are."""
+    file, text = tmp_path / "text.jsonl", "one\u2028two\x85three\x7ffour"
+    lines = [json.dumps({"text": text}, ensure_ascii=False)] * 2
+    file.write_bytes("\r\n".join([*lines, ""]).encode())
+    assert sources._read(file) == [("", text)] * 2
+    source = write_checkpoint(tmp_path / "model", "llama")
+    assert len(quantize.read(source, file)) == 2

@@ -1,11 +1,11 @@
-"""Arithmetic of tiles."""
+"""Blocks in VMEM, cut into parts."""
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 
-from kernels_pallas.tiling import divisor, in_parts
+from kernels_pallas.tpu import divisor, in_parts
 
 
 def test_divisor():

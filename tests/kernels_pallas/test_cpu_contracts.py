@@ -1,0 +1,120 @@
+"""Native CPU kernels refuse operands that do not fit each other, and read past no end."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxserve.engine import native_ops
+from kernels_pallas import cpu
+from kernels_pallas.rope import rotate
+
+pytestmark = pytest.mark.skipif(not cpu.available(), reason="no C++ compiler")
+
+
+def refused(message, run, *operands, **options):
+    with pytest.raises(Exception, match=message) as raised:
+        jax.block_until_ready(run(*operands, **options))
+    assert "INVALID_ARGUMENT" in str(raised.value)
+
+
+@pytest.mark.parametrize("shape", [((1, 4), (1, 4)), ((6, 4), (1, 4)), ((6, 4), (6, 3))])
+def test_rope_has_a_row_of_angles_for_each_token(shape):
+    cos, sin = (jnp.ones(s) for s in shape)
+    refused(r"cos and sin must be \[T, pairs\]", cpu.rope, jnp.ones((6, 2, 8)), cos, sin)
+
+
+def test_one_table_serves_all_sequences():
+    x = jax.random.normal(jax.random.key(0), (3, 5, 2, 8))
+    angles = jax.random.normal(jax.random.key(1), (1, 5, 1, 4))
+    table = jnp.cos(angles), jnp.sin(angles)
+    got = native_ops._rotate(x, table, num_rows=jnp.int32(15))
+    np.testing.assert_allclose(got, rotate(x, table), rtol=1e-6, atol=1e-6)
+
+
+EXPERTS = {"x": (6, 32), "ids": (6, 2), "weights": (6, 2), "gate": (3, 16, 32),
+           "up": (3, 16, 32), "down": (3, 32, 16)}  # fmt: skip
+
+
+def experts(dtypes=(), **shapes):
+    x, ids, weights, *ws = (jnp.zeros(shapes.get(n, s)) for n, s in EXPERTS.items())
+    ws = [w.astype(d) for w, d in zip(ws, dtypes or ["float32"] * 3, strict=True)]
+    return cpu.experts(x, ids.astype(jnp.int32), weights, *ws)
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        {"x": (6, 40)},
+        {"gate": (3, 16, 40)},
+        {"up": (3, 8, 32)},
+        {"up": (2, 16, 32)},
+        {"down": (3, 32, 8)},
+        {"down": (3, 16, 32)},
+        {"dtypes": ("float32", "float32", "bfloat16")},
+    ],
+)
+def test_experts_have_weights_that_fit(shapes):
+    refused("w_down", experts, **shapes)
+
+
+@pytest.mark.parametrize("shapes", [{"ids": (1, 2)}, {"weights": (6, 1)}, {"weights": (1, 2)}])
+def test_experts_are_asked_by_every_token(shapes):
+    refused(r"ids and weights must be \[T, A\]", experts, **shapes)
+
+
+def attend(kind, *, q=4, k=2, v=2, pages=(2, 2), sizes=(8, 8), dtypes=("float32",) * 2, **batch):
+    T, H, R = 12, 16, 2
+    rows = {n: jnp.ones((T, heads, H)) for n, heads in {"q": q, "k": k, "v": v}.items()}
+    cache = [jnp.zeros((1, 4, n, z, H), d) for n, z, d in zip(pages, sizes, dtypes, strict=True)]
+    if kind == "latent":
+        rows["v"], cache[1] = None, None
+    starts = jnp.asarray(batch.get("starts", [0, 4, T]), jnp.int32)
+    lens = jnp.asarray(batch.get("lens", [4, 8]), jnp.int32)
+    tables = jnp.zeros(batch.get("tables", (R, 2)), jnp.int32)
+    return cpu.paged_attention(
+        *rows.values(), *cache, 0, starts, lens, tables, R, scale=1.0, value_dim=H
+    )[0]
+
+
+@pytest.mark.parametrize("kind", ["plain", "latent"])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"k": 1}, r"k and v must be \[T, K, H\]"),
+        ({"q": 3}, "a multiple of 2 heads"),
+        ({"tables": (1, 2)}, r"\[R \+ 1\], \[R\] and \[R, M\]"),
+        ({"lens": [4]}, r"\[R \+ 1\], \[R\] and \[R, M\]"),
+        ({"lens": [4, 17]}, "has 17 keys, 8 of them new, and pages for 16"),
+        ({"lens": [3, 8]}, "has 3 keys, 4 of them new"),
+        ({"starts": [0, 4, 13]}, "has rows 4 to 13"),
+        ({"starts": [0, 12, 4]}, "has rows 12 to 4|has 4 keys, 12 of them new"),
+    ],
+)
+def test_attention_has_rows_and_pages_for_all(kind, options, message):
+    refused(message, attend, kind, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"v": 1}, r"k and v must be \[T, K, H\]"),
+        ({"pages": (2, 1)}, "pages have 2 and 1 heads"),
+        ({"sizes": (8, 16)}, "8 and 16 slots"),
+        ({"dtypes": ("float32", "bfloat16")}, "must have one dtype"),
+    ],
+)
+def test_attention_keeps_keys_and_values_alike(options, message):
+    refused(message, attend, "plain", **options)
+
+
+def test_what_fits_is_attended():
+    assert attend("plain").shape == attend("latent").shape == (12, 4, 16)
+
+
+def test_products_have_the_size_of_their_weights():
+    x, w, narrow = jnp.ones((2, 8)), jnp.ones((8, 8)), jnp.ones((6, 8))
+    refused("do not fit", cpu.linear, x, (w,), shapes=[(16,)])
+    refused("do not fit", cpu.gated_linear, x, w, narrow)
+    residual = jnp.ones((2, 16))
+    refused("do not fit", lambda: cpu.linear(x, (w,), shapes=[(16,)], residual=residual)[0])
