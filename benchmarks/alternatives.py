@@ -20,7 +20,7 @@ from jax import Array, lax
 from benchmarks.torch_arrays import from_torch, to_torch
 from kernels_pallas.linear import GATES
 from kernels_pallas.op import Case, Op
-from kernels_pallas.paged_attention.codec import Pages, take, turned
+from kernels_pallas.paged_attention.codec import Pages, rotated, take
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 """Arguments of a case and its keyword arrays."""
@@ -351,7 +351,7 @@ class _Rows:
         def rows(pages: Pages, r: Any, length: int, lanes: int) -> Array:  # [R, S, K, lanes]
             found = jnp.moveaxis(take(pages, layer, batch.tables[r]), 2, 3)  # [R, M, Z, K, W]
             found = found.reshape(len(r), -1, *found.shape[3:])[:, :length]
-            found = turned(pages, found)[..., :lanes].astype(q.dtype)
+            found = rotated(pages, found)[..., :lanes].astype(q.dtype)
             return found.swapaxes(1, 2) if heads_first else found
 
         def both(r: Any, length: int) -> tuple[Array, Array]:
