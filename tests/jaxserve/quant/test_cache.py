@@ -130,7 +130,7 @@ def keys_at(leaves: Leaves, tokens: np.ndarray, first: int) -> np.ndarray:
     [
         ("qwen2", {}),
         ("llama", {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}),
-        ("deepseek_v3", {}),  # neighbours are pairs, behind the latent
+        pytest.param("deepseek_v3", {}, marks=pytest.mark.slow),  # neighbours, behind the latent
         ("gemma3_text", {}),  # layers with a window turn at another speed
     ],
 )
