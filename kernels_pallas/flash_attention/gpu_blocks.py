@@ -138,7 +138,7 @@ def fill(count: Array, *rings: tuple[Ring, Sources]) -> None:
 def capped(s: Array, scale: float, soft_cap: float) -> Array:
     """Products of q and k; if there is a cap, tanh(s * scale / soft_cap) of them.
 
-    `logit_scale` takes either to logits in base 2.
+    `Options.logit_scale` takes either to logits in base 2.
     """
     if not soft_cap:
         return s
@@ -146,12 +146,28 @@ def capped(s: Array, scale: float, soft_cap: float) -> Array:
     return 1.0 - 2.0 / (1.0 + jnp.exp2(s * (2 * LOG2E * scale / soft_cap)))
 
 
-def logit_scale(scale: float, soft_cap: float) -> float:
-    """The factor from what `capped` returns to logits in base 2.
+@dataclass(frozen=True)
+class Options:
+    """What a kernel is compiled for; `size` is the number of tokens in a loaded tile."""
 
-    It is applied where the maximum is subtracted: both are one instruction.
-    """
-    return (soft_cap or scale) * LOG2E
+    shape: Shape
+    size: int
+    scale: float
+    soft_cap: float
+    simulated: bool
+
+    @property
+    def tile(self) -> tuple[int, int]:
+        """Rows and columns of a tile of scores: of a warpgroup's own tokens and of loaded ones."""
+        return ROWS, self.size
+
+    @property
+    def logit_scale(self) -> float:
+        """The factor from what `capped` returns to logits in base 2.
+
+        It is applied where the maximum is subtracted: both are one instruction.
+        """
+        return (self.soft_cap or self.scale) * LOG2E
 
 
 class Walk(NamedTuple):

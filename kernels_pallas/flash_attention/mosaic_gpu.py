@@ -21,12 +21,12 @@ from kernels_pallas.flash_attention.gpu_blocks import (
     BLOCK,
     GROUPS,
     GpuTile,
+    Options,
     Ring,
     Shape,
     Walk,
     capped,
     fill,
-    logit_scale,
     run,
     seen,
 )
@@ -44,26 +44,9 @@ class ForwardTile(GpuTile):
 
 
 @dataclass(frozen=True)
-class _Options:
-    """What the kernel is compiled for; `size` is the number of keys in a tile."""
-
-    shape: Shape
-    size: int
-    scale: float
-    soft_cap: float
+class _Options(Options):
     ping_pong: bool
     has_sinks: bool
-    simulated: bool
-
-    @property
-    def tile(self) -> tuple[int, int]:
-        """Queries and keys of a tile of scores."""
-        return ROWS, self.size
-
-    @property
-    def logit_scale(self) -> float:
-        """`gpu_blocks.logit_scale` of these options."""
-        return logit_scale(self.scale, self.soft_cap)
 
 
 def forward(
@@ -93,7 +76,7 @@ def forward(
         *Ring.scratch(tile.stages, ((size, Hv), dtype)),
     ]
     options = _Options(
-        shape, size, scale, soft_cap, bool(tile.ping_pong), sinks is not None, bool(interpret)
+        shape, size, scale, soft_cap, bool(interpret), bool(tile.ping_pong), sinks is not None
     )
     return run(
         partial(_kernel, options=options),

@@ -5,7 +5,6 @@ Both recompute the probabilities from lse, so that neither needs atomic addition
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,12 +18,12 @@ from kernels_pallas.flash_attention.gpu_blocks import (
     BLOCK,
     GROUPS,
     GpuTile,
+    Options,
     Ring,
     Shape,
     Walk,
     capped,
     fill,
-    logit_scale,
     run,
     seen,
 )
@@ -32,27 +31,6 @@ from kernels_pallas.flash_attention.gradient import finite, sinks_gradient, soft
 from kernels_pallas.flash_attention.reference import first_seen
 from kernels_pallas.hopper import ROWS, across, add_products, down, late, product
 from kernels_pallas.softmax import LOG2E
-
-
-@dataclass(frozen=True)
-class _Options:
-    """What the kernels are compiled for; `size` is the number of tokens in a tile."""
-
-    shape: Shape
-    size: int
-    scale: float
-    soft_cap: float
-    simulated: bool
-
-    @property
-    def tile(self) -> tuple[int, int]:
-        """Rows and columns of a tile of scores: of a warpgroup's own tokens and of loaded ones."""
-        return ROWS, self.size
-
-    @property
-    def logit_scale(self) -> float:
-        """`gpu_blocks.logit_scale` of these options."""
-        return logit_scale(self.scale, self.soft_cap)
 
 
 def backward(
@@ -70,7 +48,7 @@ def backward(
     dtype, size, H, Hv = shape.dtype, tile.tokens, shape.H, shape.Hv
     first, delta = first_seen(segments, window), softmax_delta(o, lse, do, dlse)
     operands = [q, k, v, do.astype(dtype), finite(lse) * LOG2E, delta, first]
-    options = _Options(shape, size, scale, soft_cap, bool(interpret))
+    options = Options(shape, size, scale, soft_cap, bool(interpret))
     tiles = [((size, H), dtype), ((size, Hv), dtype)]
     block = [plgpu.SMEM((GROUPS, ROWS, H), dtype), plgpu.SMEM((GROUPS, ROWS, Hv), dtype)]
     numbers = [jnp.float32, jnp.float32, jnp.int32]  # lse, delta and `first` of a query
@@ -142,7 +120,7 @@ class _QueryScratch(NamedTuple):
     loaded: Any  # a barrier per warpgroup, for these five
 
 
-def _queries_kernel(*refs, options: _Options):
+def _queries_kernel(*refs, options: Options):
     """dq of 64 queries of a head in each warpgroup."""
     shape, size = options.shape, options.size
     inputs, dq_ref, smem, ring = _Inputs(*refs[:8]), refs[8], refs[9:15], Ring.of(refs[15:])
@@ -179,7 +157,7 @@ def _queries_kernel(*refs, options: _Options):
 
 
 def _add_to_queries(
-    smem: _QueryScratch, ring: Ring, options: _Options, wg: Array, begin: Array,
+    smem: _QueryScratch, ring: Ring, options: Options, wg: Array, begin: Array,
     step: Array, tile: Array, dq: Array, masked: bool,
 ) -> Array:  # fmt: skip
     """Adds one tile of keys to dq of the 64 queries from `begin` on."""
@@ -205,7 +183,7 @@ class _KeyScratch(NamedTuple):
     loaded: Any  # a barrier per warpgroup, for both
 
 
-def _keys_kernel(*refs, options: _Options):
+def _keys_kernel(*refs, options: Options):
     """dk and dv of 64 keys of a KV head in each warpgroup.
 
     Scores have keys in rows and queries in columns, so that both sums need no transposition.
@@ -252,7 +230,7 @@ def _keys_kernel(*refs, options: _Options):
 
 
 def _add_to_keys(
-    smem: _KeyScratch, ring: Ring, options: _Options, wg: Array, begin: Array,
+    smem: _KeyScratch, ring: Ring, options: Options, wg: Array, begin: Array,
     _: Array, tile: Array, state: tuple[Array, ...], masked: bool,
 ) -> tuple[Array, ...]:  # fmt: skip
     """Adds one tile of queries to the steps done, dk and dv of the 64 keys from `begin` on."""
