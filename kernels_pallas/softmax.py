@@ -11,11 +11,8 @@ LOG2E = math.log2(math.e)
 """Takes a logit to base 2: exp(x) = exp2(x * LOG2E)."""
 
 MASK_VALUE = -1e30
-"""The logit of a hidden key. It is finite, so that a row that sees no key does not become NaN."""
-
-INITIAL_MAX = -1e30
-"""The maximum before any logit. It is finite, so that hidden logits, which are -inf, weigh 0 and
-not NaN where nothing else has been seen."""
+"""The logit of a hidden key, and the maximum before any. It is finite, so that a row that has seen
+no key does not become NaN."""
 
 
 def begin(sink: Array | None, unit: float) -> tuple[Array | float, Array | float]:
@@ -26,6 +23,6 @@ def begin(sink: Array | None, unit: float) -> tuple[Array | float, Array | float
         unit: takes a logit to the units of the maximum.
     """
     if sink is None:
-        return INITIAL_MAX, 0.0
-    some = sink > INITIAL_MAX
-    return jnp.where(some, sink * unit, INITIAL_MAX), jnp.where(some, 1.0, 0.0)
+        return MASK_VALUE, 0.0
+    some = sink > MASK_VALUE
+    return jnp.where(some, sink * unit, MASK_VALUE), jnp.where(some, 1.0, 0.0)

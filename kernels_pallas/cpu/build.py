@@ -44,8 +44,7 @@ def find() -> tuple[Path, bool] | None:
         _log.warning("native CPU kernels are off: no home folder; set JAXSERVE_CACHE_DIR")
         return None
     path = root / "native" / f"{_fingerprint(compiler)}.so"
-    exists = os.path.exists(path)  # which is False, not an error, behind a closed folder
-    if exists:
+    if os.path.exists(path):  # which is False, not an error, behind a closed folder
         return path, True
     if why := _refusal(path.parent):
         _log.warning("native CPU kernels are off: %s; set JAXSERVE_CACHE_DIR to another", why)
