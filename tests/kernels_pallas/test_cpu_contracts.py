@@ -1,5 +1,7 @@
 """Native CPU kernels refuse operands that do not fit each other, and read past no end."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,16 +14,17 @@ from kernels_pallas.rope import rotate
 pytestmark = pytest.mark.skipif(not cpu.available(), reason="no C++ compiler")
 
 
-def refused(message, run, *operands, **options):
-    with pytest.raises(Exception, match=message) as raised:
+def refusal(run, *operands, **options) -> str:
+    """What is said of operands that do not fit."""
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INVALID_ARGUMENT") as raised:
         jax.block_until_ready(run(*operands, **options))
-    assert "INVALID_ARGUMENT" in str(raised.value)
+    return str(raised.value)
 
 
 @pytest.mark.parametrize("shape", [((1, 4), (1, 4)), ((6, 4), (1, 4)), ((6, 4), (6, 3))])
 def test_rope_has_a_row_of_angles_for_each_token(shape):
     cos, sin = (jnp.ones(s) for s in shape)
-    refused(r"cos and sin must be \[T, pairs\]", cpu.rope, jnp.ones((6, 2, 8)), cos, sin)
+    assert "cos and sin must be [T, pairs]" in refusal(cpu.rope, jnp.ones((6, 2, 8)), cos, sin)
 
 
 def test_one_table_serves_all_sequences():
@@ -55,12 +58,12 @@ def experts(dtypes=(), **shapes):
     ],
 )
 def test_experts_have_weights_that_fit(shapes):
-    refused("w_down", experts, **shapes)
+    assert "w_down" in refusal(experts, **shapes)
 
 
 @pytest.mark.parametrize("shapes", [{"ids": (1, 2)}, {"weights": (6, 1)}, {"weights": (1, 2)}])
 def test_experts_are_asked_by_every_token(shapes):
-    refused(r"ids and weights must be \[T, A\]", experts, **shapes)
+    assert "ids and weights must be [T, A]" in refusal(experts, **shapes)
 
 
 def attend(kind, *, q=4, k=2, v=2, pages=(2, 2), sizes=(8, 8), dtypes=("float32",) * 2, **batch):
@@ -92,7 +95,7 @@ def attend(kind, *, q=4, k=2, v=2, pages=(2, 2), sizes=(8, 8), dtypes=("float32"
     ],
 )
 def test_attention_has_rows_and_pages_for_all(kind, options, message):
-    refused(message, attend, kind, **options)
+    assert re.search(message, refusal(attend, kind, **options))
 
 
 @pytest.mark.parametrize(
@@ -105,7 +108,7 @@ def test_attention_has_rows_and_pages_for_all(kind, options, message):
     ],
 )
 def test_attention_keeps_keys_and_values_alike(options, message):
-    refused(message, attend, "plain", **options)
+    assert re.search(message, refusal(attend, "plain", **options))
 
 
 def test_what_fits_is_attended():
@@ -114,7 +117,7 @@ def test_what_fits_is_attended():
 
 def test_products_have_the_size_of_their_weights():
     x, w, narrow = jnp.ones((2, 8)), jnp.ones((8, 8)), jnp.ones((6, 8))
-    refused("do not fit", cpu.linear, x, (w,), shapes=[(16,)])
-    refused("do not fit", cpu.gated_linear, x, w, narrow)
+    assert "do not fit" in refusal(cpu.linear, x, (w,), shapes=[(16,)])
+    assert "do not fit" in refusal(cpu.gated_linear, x, w, narrow)
     residual = jnp.ones((2, 16))
-    refused("do not fit", lambda: cpu.linear(x, (w,), shapes=[(16,)], residual=residual)[0])
+    assert "do not fit" in refusal(cpu.linear, x, (w,), shapes=[(16,)], residual=residual)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -46,15 +47,16 @@ def undisturbed(llm: LLM) -> list[RequestOutput]:
     return llm.generate(BYSTANDERS, SAID)
 
 
-def beside(llm: LLM, undisturbed: list[RequestOutput], deed: Callable[[], Any]) -> None:
-    """Does something bad while others are being served; they must not notice."""
+def beside(llm: LLM, undisturbed: list[RequestOutput], deed: Callable[[], Any]) -> Any:
+    """Does something bad while others are being served, who must not notice; returns its result."""
     running = [llm.submit(ids, SAID) for ids in BYSTANDERS]
-    deed()
+    done = deed()
     after = [llm.submit(ids, SAID) for ids in BYSTANDERS]
     for generation, want in zip(running + after, undisturbed * 2, strict=True):
         assert generation.result().outputs == want.outputs
     stats = llm.stats()
     assert stats.num_free_pages == stats.num_pages
+    return done
 
 
 PROMPTS: dict[str, tuple[Any, str]] = {
@@ -117,12 +119,18 @@ def test_a_parameter_that_the_model_cannot_honour(
 # ---- what only shows while it runs ------------------------------------------------------------
 
 
-def poison(llm: LLM, params: SamplingParams) -> None:
-    for prompt in ([POISON], [9, 8, 7, 6, POISON], [9, 8, POISON, *range(5, 45)]):
-        with pytest.raises(EngineError, match=r"NaN or infinite .*check the weights"):
-            llm.generate([prompt], params)
-        with pytest.raises(EngineError, match="NaN or infinite"):
-            llm.embed([prompt], "last")
+BROKEN = [[POISON], [9, 8, 7, 6, POISON], [9, 8, POISON, *range(5, 45)]]
+
+
+def poison(llm: LLM, params: SamplingParams) -> list[str]:
+    """What is said to requests without scores."""
+    said = []
+    for prompt in BROKEN:
+        for ask in (lambda p: llm.generate([p], params), lambda p: llm.embed([p], "last")):
+            with pytest.raises(EngineError) as raised:
+                ask(prompt)
+            said.append(str(raised.value))
+    return said
 
 
 @pytest.mark.parametrize("params", [{}, {"n": 3}, {"temperature": 0.0}, {"logprobs": 2}])
@@ -131,7 +139,8 @@ def test_scores_that_are_not_finite_end_their_request_alone(
 ):
     """And the pages that it leaves behind hurt nobody: all have been poisoned in the end."""
     for _ in range(3):
-        beside(llm, undisturbed, lambda: poison(llm, SamplingParams(**params)))
+        said = beside(llm, undisturbed, lambda: poison(llm, SamplingParams(**params)))
+        assert all(re.search("NaN or infinite .*check the weights", text) for text in said)
 
 
 @pytest.mark.slow
@@ -139,7 +148,8 @@ def test_pages_of_a_request_without_scores_hurt_nobody_on_plain_xla():
     with poisonous(kernels="reference") as llm:
         undisturbed = llm.generate(BYSTANDERS, SAID)
         for _ in range(3):
-            beside(llm, undisturbed, lambda: poison(llm, SamplingParams()))
+            said = beside(llm, undisturbed, lambda: poison(llm, SamplingParams()))
+            assert all("NaN or infinite" in text for text in said)
 
 
 PREFIX = [7, *range(20, 31)]

@@ -269,7 +269,9 @@ def test_calibration_that_cannot_be_read_is_refused(content, message, tmp_path, 
 
 def test_scales_of_a_cache_alone_need_no_inputs_of_products(tmp_path, monkeypatch):
     monkeypatch.setattr("jaxserve.quant.checkpoint.record", None)
-    quantize(tiny(tmp_path, "llama"), replace(PLAIN, kv_cache=True), DOCUMENTS)
+    leaves = tiny(tmp_path, "llama")
+    quantize(leaves, replace(PLAIN, kv_cache=True), DOCUMENTS)
+    assert isinstance(leaves.layers[0]["attn.wo"], Int8Weight)
 
 
 @pytest.mark.slow
