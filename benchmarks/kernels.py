@@ -33,7 +33,7 @@ from benchmarks.ahead import Ahead
 from benchmarks.entrants import Checked, Field, check, short
 from benchmarks.floors import Floor, Rates, Sizes, measure
 from benchmarks.order import Work, bodies_on, chosen, goals_first, in_turns
-from benchmarks.programs import set_count
+from benchmarks.programs import fits_cache, set_count
 from benchmarks.records import ROOT, cpu_name, machine
 from benchmarks.reports import Report, fatal
 from benchmarks.stopwatch import Times, fastest, race
@@ -156,8 +156,9 @@ class Bench:
             checked += check([*field.tuned(expected, self.settings.tiles)])
         times = race({c.entrant.name: c.launch for c in checked if c.launch}, self.settings.seconds)
         best = fastest(times, [c.entrant.name for c in checked if c.entrant.kind != "body"])
+        cached = {"from_cache": True} if fits_cache(case, self.platform, len(field.sets)) else {}
         for c in checked:
-            line = c.entrant.about()
+            line = c.entrant.about() | cached
             if c.problem:
                 yield line | {"correct": False, "error": _digits(c.error)} | c.problem
             else:
@@ -191,6 +192,7 @@ def _figures(times: Times, floor: Floor, best: tuple[str, Times] | None) -> dict
         "ms": _digits(1e3 * times.median),
         "quartiles": [_digits(1e3 * q) for q in times.quartiles],
         "samples": len(times.samples),
+        "host_ms": _digits(1e3 * times.host),
         "floor_ms": {"bytes": _digits(1e3 * floor.bytes), "flops": _digits(1e3 * floor.flops)},
         "bound": floor.bound,
         "share_of_floor": round(floor.seconds / times.median, 3),

@@ -35,10 +35,17 @@ def shapes_of(case: Case) -> Any:
 
 def set_count(case: Case, platform: str, memory: float, most: int = _MOST_SETS) -> int:
     """How many sets of inputs exceed the cache together, of `memory` bytes at most."""
-    size = _bytes(shapes_of(case))
-    read = case.cost.bytes if case.cost else size
-    wanted = -(-_CACHE[platform] * 2**20 // max(1, int(read)))
-    return int(max(1, min(most, wanted, memory // max(1, size))))
+    wanted = -(-_CACHE[platform] * 2**20 // _read(case))
+    return int(max(1, min(most, wanted, memory // max(1, _bytes(shapes_of(case))))))
+
+
+def fits_cache(case: Case, platform: str, sets: int) -> bool:
+    """Whether so many sets are still in the cache when their turn comes again."""
+    return sets * _read(case) < _CACHE[platform] * 2**20
+
+
+def _read(case: Case) -> int:
+    return max(1, int(case.cost.bytes if case.cost else _bytes(shapes_of(case))))
 
 
 def maker(case: Case) -> Any:

@@ -29,13 +29,23 @@ class Launch:
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of a call, one sample for each batch."""
+    """Seconds of a call, one sample for each batch.
+
+    Attributes:
+        hosts: of them, until the last call had been started. Where that is nearly all, the host
+            could not start calls faster, and the samples say little about the device.
+    """
 
     samples: Sequence[float]
+    hosts: Sequence[float] = ()
 
     @property
     def median(self) -> float:
         return statistics.median(self.samples)
+
+    @property
+    def host(self) -> float:
+        return statistics.median(self.hosts)
 
     @property
     def best(self) -> float:
@@ -54,27 +64,30 @@ def race(
 ) -> dict[str, Times]:
     """Samples of each: after two calls to warm up, in turns, for about `seconds` each."""
     launches = {name: _batch(launch, batch) for name, launch in contestants.items()}
-    samples = {name: list[float]() for name in contestants}
+    samples = {name: list[tuple[float, float]]() for name in contestants}
     deadline = time.perf_counter() + seconds * len(contestants)
     while min(map(len, samples.values()), default=least) < least or time.perf_counter() < deadline:
         for name, launch in contestants.items():
             samples[name].append(_timed(launch, launches[name]))
-    return {name: Times(tuple(found)) for name, found in samples.items()}
+    return {name: Times(*zip(*found, strict=True)) for name, found in samples.items()}
 
 
 def _batch(launch: Launch, seconds: float) -> int:
     """Launches that take about `seconds`, found out after one that warms up."""
     _timed(launch, 1)
-    once = _timed(launch, 1) * launch.calls
+    once = _timed(launch, 1)[0] * launch.calls
     return int(min(_MOST, max(1, seconds / max(once, 1e-7))))
 
 
-def _timed(launch: Launch, launches: int) -> float:
+def _timed(launch: Launch, launches: int) -> tuple[float, float]:
+    """Seconds of a call until all have ended, and until all have been started."""
     began, started = time.perf_counter(), None
     for _ in range(launches):
         started = launch.start()
+    host = time.perf_counter()
     launch.wait(started)
-    return (time.perf_counter() - began) / (launches * launch.calls)
+    calls = launches * launch.calls
+    return (time.perf_counter() - began) / calls, (host - began) / calls
 
 
 def fastest(times: Mapping[str, Times], among: Sequence[str]) -> str | None:

@@ -14,7 +14,14 @@ from benchmarks.entrants import XLA, Field, candidates, check
 from benchmarks.floors import Rates, Sizes, measure
 from benchmarks.kernels import Bench, Settings, summary
 from benchmarks.order import GOALS, bodies_on, chosen, goals_first, in_turns
-from benchmarks.programs import Program, agreement, compiled_over, input_sets, set_count
+from benchmarks.programs import (
+    Program,
+    agreement,
+    compiled_over,
+    fits_cache,
+    input_sets,
+    set_count,
+)
 from benchmarks.stopwatch import Launch, race
 from kernels_pallas import tuning
 from kernels_pallas.flash_attention import flash_attention, flash_attention_gradient
@@ -108,6 +115,7 @@ def test_a_record_says_floor_share_and_ratio():
     assert line["bound"] == "memory"
     assert line["share_of_floor"] == pytest.approx(line["floor_ms"]["bytes"] / line["ms"], rel=0.05)
     assert line["quartiles"][0] <= line["ms"] <= line["quartiles"][1]
+    assert 0 < line["host_ms"] <= line["ms"] and line["from_cache"]
     assert line["ratio_to_best_alternative"] > 0
 
 
@@ -238,11 +246,20 @@ def test_contestants_take_turns():
     assert {name: len(t.samples) for name, t in times.items()} == {"a": 4, "b": 4}
 
 
+def test_a_record_tells_starting_from_waiting():
+    starts = Launch(lambda: time.sleep(0.002), lambda _: None)
+    waits = Launch(lambda: None, lambda _: time.sleep(0.002))
+    times = race({"starts": starts, "waits": waits}, seconds=0.0, least=3, batch=0.0)
+    assert 0.002 <= times["starts"].host <= times["starts"].median
+    assert times["waits"].host < 0.001 < 0.002 <= times["waits"].median
+
+
 def test_small_inputs_come_in_several_sets_and_large_ones_in_one():
     assert set_count(case(), "cpu", memory=1e9) == 16
     assert set_count(case(), "cpu", memory=40_000) == 2
     large = Case("l", case().make, {}, True, Cost(1e9))
     assert set_count(large, "gpu", memory=1e9) == 1
+    assert fits_cache(case(), "cpu", 16) and not fits_cache(large, "gpu", 1)
     first, second = ([x for x, *_ in (args,)] for args, _ in input_sets(case(), 2))
     assert not jnp.array_equal(first[0], second[0]), "no two sets are alike"
 
