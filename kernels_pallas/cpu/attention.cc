@@ -125,9 +125,8 @@ Attention<T> attention_of(Operands in) {
   job.value_dim = in.out->dimensions()[2];
   job.window = value(in.window);
   job.scores = {in.scale, in.soft_cap};
-  const bool stacked = in.sinks.dimensions().size() == 2;
-  const int64_t first = stacked ? value(in.layer) * job.num_heads : 0;
-  job.sinks = in.sinks.element_count() > 0 ? in.sinks.typed_data() + first : nullptr;
+  const int64_t first_sink = slice(in.sinks, in.layer, 1).offset;
+  job.sinks = in.sinks.element_count() > 0 ? in.sinks.typed_data() + first_sink : nullptr;
   return job;
 }
 
@@ -182,6 +181,11 @@ ffi::Error check(const Attention<T>& job, const Operands& in, Floats k, Floats v
         text(in.row_starts.dimensions()) + ", " + text(in.kv_lens.dimensions()) + " and " +
         text(tables));
   }
+  const auto sinks = in.sinks.dimensions();
+  if (in.sinks.element_count() > 0 && (sinks.size() > 2 || sinks.back() != q[1])) {
+    return ffi::Error::InvalidArgument("sinks must be [N] or [L, N] for N = " +
+                                       std::to_string(q[1]) + " heads of q, not " + text(sinks));
+  }
   return check(job.batch, q[0], job.keys.page_size);
 }
 
@@ -192,8 +196,9 @@ ffi::Error mixed_pages() {
 ffi::Error paged_attention(Floats q, Floats k, Floats v, ffi::AnyBuffer, ffi::AnyBuffer,
                            Scalar layer, Ints row_starts, Ints kv_lens, Ints tables, Ints groups,
                            Scalar num_seqs, Scalar window, Floats sinks, FloatsOut out,
-                           FloatsOut lse, ffi::Result<ffi::AnyBuffer> k_pages,
-                           ffi::Result<ffi::AnyBuffer> v_pages, float scale, float soft_cap) {
+                           FloatsOut lse, float scale, float soft_cap,
+                           ffi::Result<ffi::AnyBuffer> k_pages,
+                           ffi::Result<ffi::AnyBuffer> v_pages) {
   if (k_pages->element_type() != v_pages->element_type()) return mixed_pages();
   return visit(*k_pages, [&](auto* typed) {
     using T = std::remove_pointer_t<decltype(typed)>;
@@ -213,8 +218,8 @@ ffi::Error paged_attention(Floats q, Floats k, Floats v, ffi::AnyBuffer, ffi::An
 // Multi-head latent attention: one kv head, and a value is the first value_dim lanes of its key.
 ffi::Error latent_attention(Floats q, Floats k, ffi::AnyBuffer, Scalar layer, Ints row_starts,
                             Ints kv_lens, Ints tables, Ints groups, Scalar num_seqs, Scalar window,
-                            Floats sinks, FloatsOut out, FloatsOut lse,
-                            ffi::Result<ffi::AnyBuffer> k_pages, float scale, float soft_cap) {
+                            Floats sinks, FloatsOut out, FloatsOut lse, float scale, float soft_cap,
+                            ffi::Result<ffi::AnyBuffer> k_pages) {
   return visit(*k_pages, [&](auto* typed) {
     using T = std::remove_pointer_t<decltype(typed)>;
     const Operands in{q,        k,      layer, row_starts, kv_lens, tables, groups,
@@ -232,9 +237,10 @@ ffi::Error latent_attention(Floats q, Floats k, ffi::AnyBuffer, Scalar layer, In
 ffi::Error coded_attention(Floats q, Floats k, Floats v, ffi::AnyBuffer, Floats, ffi::AnyBuffer,
                            Floats, Scalar layer, Ints row_starts, Ints kv_lens, Ints tables,
                            Ints groups, Scalar num_seqs, Scalar window, Floats sinks, FloatsOut out,
-                           FloatsOut lse, ffi::Result<ffi::AnyBuffer> k_pages, FloatsOut k_scales,
-                           ffi::Result<ffi::AnyBuffer> v_pages, FloatsOut v_scales, float scale,
-                           float soft_cap, Parts k_parts, Parts v_parts) {
+                           FloatsOut lse, float scale, float soft_cap,
+                           ffi::Result<ffi::AnyBuffer> k_pages, FloatsOut k_scales,
+                           ffi::Result<ffi::AnyBuffer> v_pages, FloatsOut v_scales, Parts k_parts,
+                           Parts v_parts) {
   if (k_pages->element_type() != v_pages->element_type()) return mixed_pages();
   const Operands in{q,        k,      layer, row_starts, kv_lens, tables, groups,
                     num_seqs, window, sinks, out,        lse,     scale,  soft_cap};
@@ -255,8 +261,9 @@ ffi::Error coded_attention(Floats q, Floats k, Floats v, ffi::AnyBuffer, Floats,
 ffi::Error coded_latent_attention(Floats q, Floats k, ffi::AnyBuffer, Floats, Scalar layer,
                                   Ints row_starts, Ints kv_lens, Ints tables, Ints groups,
                                   Scalar num_seqs, Scalar window, Floats sinks, FloatsOut out,
-                                  FloatsOut lse, ffi::Result<ffi::AnyBuffer> k_pages,
-                                  FloatsOut k_scales, float scale, float soft_cap, Parts k_parts) {
+                                  FloatsOut lse, float scale, float soft_cap,
+                                  ffi::Result<ffi::AnyBuffer> k_pages, FloatsOut k_scales,
+                                  Parts k_parts) {
   const Operands in{q,        k,      layer, row_starts, kv_lens, tables, groups,
                     num_seqs, window, sinks, out,        lse,     scale,  soft_cap};
   auto job = attention_of<bf16>(in);
@@ -269,97 +276,69 @@ ffi::Error coded_latent_attention(Floats q, Floats k, ffi::AnyBuffer, Floats, Sc
   return ffi::Error::Success();
 }
 
+// What every form is given behind its pages, and gives before them.
+template <class Binding>
+auto of_step(Binding binding) {
+  return std::move(binding)
+      .template Arg<Scalar>()                 // layer
+      .template Arg<Ints>()                   // row_starts
+      .template Arg<Ints>()                   // kv_lens
+      .template Arg<Ints>()                   // tables
+      .template Arg<Ints>()                   // groups
+      .template Arg<Scalar>()                 // num_seqs
+      .template Arg<Scalar>()                 // window
+      .template Arg<Floats>()                 // sinks
+      .template Ret<ffi::Buffer<ffi::F32>>()  // out
+      .template Ret<ffi::Buffer<ffi::F32>>()  // lse
+      .template Attr<float>("scale")
+      .template Attr<float>("soft_cap");
+}
+
 }  // namespace
 
+// Pages and their scales are aliased: what is an argument is a result, too.
+
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxserve_paged_attention, guarded<paged_attention>,
-                              ffi::Ffi::Bind()
-                                  .Arg<Floats>()          // q
-                                  .Arg<Floats>()          // k
-                                  .Arg<Floats>()          // v
-                                  .Arg<ffi::AnyBuffer>()  // k_pages, aliased to a result
-                                  .Arg<ffi::AnyBuffer>()  // v_pages, aliased to a result
-                                  .Arg<Scalar>()          // layer
-                                  .Arg<Ints>()            // row_starts
-                                  .Arg<Ints>()            // kv_lens
-                                  .Arg<Ints>()            // tables
-                                  .Arg<Ints>()            // groups
-                                  .Arg<Scalar>()          // num_seqs
-                                  .Arg<Scalar>()          // window
-                                  .Arg<Floats>()          // sinks
-                                  .Ret<ffi::Buffer<ffi::F32>>()
-                                  .Ret<ffi::Buffer<ffi::F32>>()
+                              of_step(ffi::Ffi::Bind()
+                                          .Arg<Floats>()           // q
+                                          .Arg<Floats>()           // k
+                                          .Arg<Floats>()           // v
+                                          .Arg<ffi::AnyBuffer>()   // k_pages
+                                          .Arg<ffi::AnyBuffer>())  // v_pages
                                   .Ret<ffi::AnyBuffer>()
-                                  .Ret<ffi::AnyBuffer>()
-                                  .Attr<float>("scale")
-                                  .Attr<float>("soft_cap"));
+                                  .Ret<ffi::AnyBuffer>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxserve_latent_attention, guarded<latent_attention>,
-                              ffi::Ffi::Bind()
-                                  .Arg<Floats>()          // q
-                                  .Arg<Floats>()          // k
-                                  .Arg<ffi::AnyBuffer>()  // k_pages, aliased to a result
-                                  .Arg<Scalar>()          // layer
-                                  .Arg<Ints>()            // row_starts
-                                  .Arg<Ints>()            // kv_lens
-                                  .Arg<Ints>()            // tables
-                                  .Arg<Ints>()            // groups
-                                  .Arg<Scalar>()          // num_seqs
-                                  .Arg<Scalar>()          // window
-                                  .Arg<Floats>()          // sinks
-                                  .Ret<ffi::Buffer<ffi::F32>>()
-                                  .Ret<ffi::Buffer<ffi::F32>>()
-                                  .Ret<ffi::AnyBuffer>()
-                                  .Attr<float>("scale")
-                                  .Attr<float>("soft_cap"));
+                              of_step(ffi::Ffi::Bind()
+                                          .Arg<Floats>()           // q
+                                          .Arg<Floats>()           // k
+                                          .Arg<ffi::AnyBuffer>())  // k_pages
+                                  .Ret<ffi::AnyBuffer>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxserve_coded_attention, guarded<coded_attention>,
-                              ffi::Ffi::Bind()
-                                  .Arg<Floats>()          // q
-                                  .Arg<Floats>()          // k
-                                  .Arg<Floats>()          // v
-                                  .Arg<ffi::AnyBuffer>()  // k_pages, aliased to a result
-                                  .Arg<Floats>()          // k_scales, aliased to a result
-                                  .Arg<ffi::AnyBuffer>()  // v_pages, aliased to a result
-                                  .Arg<Floats>()          // v_scales, aliased to a result
-                                  .Arg<Scalar>()          // layer
-                                  .Arg<Ints>()            // row_starts
-                                  .Arg<Ints>()            // kv_lens
-                                  .Arg<Ints>()            // tables
-                                  .Arg<Ints>()            // groups
-                                  .Arg<Scalar>()          // num_seqs
-                                  .Arg<Scalar>()          // window
-                                  .Arg<Floats>()          // sinks
-                                  .Ret<ffi::Buffer<ffi::F32>>()
-                                  .Ret<ffi::Buffer<ffi::F32>>()
+                              of_step(ffi::Ffi::Bind()
+                                          .Arg<Floats>()          // q
+                                          .Arg<Floats>()          // k
+                                          .Arg<Floats>()          // v
+                                          .Arg<ffi::AnyBuffer>()  // k_pages
+                                          .Arg<Floats>()          // k_scales
+                                          .Arg<ffi::AnyBuffer>()  // v_pages
+                                          .Arg<Floats>())         // v_scales
                                   .Ret<ffi::AnyBuffer>()
                                   .Ret<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::AnyBuffer>()
                                   .Ret<ffi::Buffer<ffi::F32>>()
-                                  .Attr<float>("scale")
-                                  .Attr<float>("soft_cap")
                                   .Attr<Parts>("k_parts")
                                   .Attr<Parts>("v_parts"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxserve_coded_latent_attention, guarded<coded_latent_attention>,
-                              ffi::Ffi::Bind()
-                                  .Arg<Floats>()          // q
-                                  .Arg<Floats>()          // k
-                                  .Arg<ffi::AnyBuffer>()  // k_pages, aliased to a result
-                                  .Arg<Floats>()          // k_scales, aliased to a result
-                                  .Arg<Scalar>()          // layer
-                                  .Arg<Ints>()            // row_starts
-                                  .Arg<Ints>()            // kv_lens
-                                  .Arg<Ints>()            // tables
-                                  .Arg<Ints>()            // groups
-                                  .Arg<Scalar>()          // num_seqs
-                                  .Arg<Scalar>()          // window
-                                  .Arg<Floats>()          // sinks
-                                  .Ret<ffi::Buffer<ffi::F32>>()
-                                  .Ret<ffi::Buffer<ffi::F32>>()
+                              of_step(ffi::Ffi::Bind()
+                                          .Arg<Floats>()          // q
+                                          .Arg<Floats>()          // k
+                                          .Arg<ffi::AnyBuffer>()  // k_pages
+                                          .Arg<Floats>())         // k_scales
                                   .Ret<ffi::AnyBuffer>()
                                   .Ret<ffi::Buffer<ffi::F32>>()
-                                  .Attr<float>("scale")
-                                  .Attr<float>("soft_cap")
                                   .Attr<Parts>("k_parts"));
 
 }  // namespace jaxserve

@@ -1,6 +1,7 @@
 // What the handlers share at the border with XLA: dtypes, stacked weights, scalars.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <exception>
 #include <new>
@@ -70,6 +71,12 @@ ffi::Error visit_weights(ffi::AnyBuffer array, const Fn& fn) {
   return visit(array, fn);
 }
 
+// A layer of so many, as lax.dynamic_index_in_dim takes it: -1 is the last, and none lies outside.
+inline int64_t index_of(Scalar layer, int64_t num_layers) {
+  const int64_t i = value(layer);
+  return std::clamp<int64_t>(i < 0 ? i + num_layers : i, 0, std::max<int64_t>(num_layers - 1, 0));
+}
+
 // The last `rank` axes of an array that may be stacked over layers; `offset` is in elements.
 struct Slice {
   ffi::AnyBuffer::Dimensions dims;
@@ -82,7 +89,7 @@ Slice slice(const Array& array, Scalar layer, size_t rank) {
   if (dims.size() <= rank) return {dims, 0};
   const int64_t count = int64_t(array.element_count());
   const int64_t each = dims[0] > 0 ? count / dims[0] : 0;
-  return {{dims.begin() + (dims.size() - rank), rank}, value(layer) * each};
+  return {{dims.begin() + (dims.size() - rank), rank}, index_of(layer, dims[0]) * each};
 }
 
 }  // namespace jaxserve

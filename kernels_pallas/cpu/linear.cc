@@ -218,11 +218,11 @@ ffi::Error gated_linear(ffi::AnyBuffer x, Scalar num_rows, Scalar layer, ffi::Re
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxserve_linear, guarded<linear>,
                               ffi::Ffi::Bind()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<Scalar>()
-                                  .Arg<Scalar>()
-                                  .RemainingArgs()
-                                  .RemainingRets());
+                                  .Arg<ffi::AnyBuffer>()  // x
+                                  .Arg<Scalar>()          // num_rows
+                                  .Arg<Scalar>()          // layer
+                                  .RemainingArgs()        // weights, and scales of int8 ones
+                                  .RemainingRets());      // one for each weight
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxserve_add_linear, guarded<add_linear>,
                               ffi::Ffi::Bind()

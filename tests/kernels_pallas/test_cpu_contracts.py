@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 
 from jaxserve.engine import native_ops
 from kernels_pallas import cpu
@@ -66,7 +67,9 @@ def test_experts_are_asked_by_every_token(shapes):
     assert "ids and weights must be [T, A]" in refusal(experts, **shapes)
 
 
-def attend(kind, *, q=4, k=2, v=2, pages=(2, 2), sizes=(8, 8), dtypes=("float32",) * 2, **batch):
+def attend(
+    kind, *, q=4, k=2, v=2, pages=(2, 2), sizes=(8, 8), dtypes=("float32",) * 2, sinks=None, **batch
+):
     T, H, R = 12, 16, 2
     rows = {n: jnp.ones((T, heads, H)) for n, heads in {"q": q, "k": k, "v": v}.items()}
     cache = [jnp.zeros((1, 4, n, z, H), d) for n, z, d in zip(pages, sizes, dtypes, strict=True)]
@@ -76,7 +79,7 @@ def attend(kind, *, q=4, k=2, v=2, pages=(2, 2), sizes=(8, 8), dtypes=("float32"
     lens = jnp.asarray(batch.get("lens", [4, 8]), jnp.int32)
     tables = jnp.zeros(batch.get("tables", (R, 2)), jnp.int32)
     return cpu.paged_attention(
-        *rows.values(), *cache, 0, starts, lens, tables, R, scale=1.0, value_dim=H
+        *rows.values(), *cache, 0, starts, lens, tables, R, scale=1.0, value_dim=H, sinks=sinks
     )[0]
 
 
@@ -90,6 +93,7 @@ def attend(kind, *, q=4, k=2, v=2, pages=(2, 2), sizes=(8, 8), dtypes=("float32"
         ({"lens": [4]}, r"\[R \+ 1\], \[R\] and \[R, M\]"),
         ({"lens": [4, 17]}, "has 17 keys, 8 of them new, and pages for 16"),
         ({"lens": [3, 8]}, "has 3 keys, 4 of them new"),
+        ({"sinks": jnp.ones(3)}, r"\[N\] or \[L, N\] for N = 4 heads of q, not \[3\]"),
         ({"starts": [0, 4, 13]}, "has rows 4 to 13"),
         ({"starts": [0, 12, 4]}, "has rows 12 to 4|has 4 keys, 12 of them new"),
     ],
@@ -113,6 +117,15 @@ def test_attention_keeps_keys_and_values_alike(options, message):
 
 def test_what_fits_is_attended():
     assert attend("plain").shape == attend("latent").shape == (12, 4, 16)
+
+
+@pytest.mark.parametrize(("layer", "taken"), [(-1, 2), (-7, 0), (7, 2)])
+def test_no_layer_lies_outside_its_stack(layer, taken):
+    w = jax.random.normal(jax.random.key(0), (3, 8, 16))
+    x = jax.random.normal(jax.random.key(1), (4, 16))
+    assert jnp.array_equal(lax.dynamic_index_in_dim(w, layer, keepdims=False), w[taken])
+    (got,), (expected,) = cpu.linear(x, (w,), layer=layer), cpu.linear(x, (w[taken],))
+    np.testing.assert_array_equal(got, expected)
 
 
 def test_products_have_the_size_of_their_weights():
