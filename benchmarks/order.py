@@ -19,6 +19,7 @@ GOALS = (
     ("page_attention", "latent-decode-8k-16-heads"),
     ("page_attention", "decode-32k-8-to-1"),
     ("page_attention", "int8-latent-decode-8k"),
+    ("page_attention", "int8-latent-decode-8k-16-heads"),
     ("int8_matmul", "2048x14336x4096-L4-silu-bfloat16"),
     ("grouped_matmul", "4096x8x4096x7168-L2-int8-bfloat16"),
     ("page_write", "int8-decode-128"),

@@ -6,13 +6,17 @@ wgmma multiplies 64 rows per warpgroup, with sums in registers.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.extend.mlir import ir
+from jax.extend.mlir.dialects import arith
 
 from kernels_pallas.op import UnsupportedError
 
@@ -21,6 +25,9 @@ CORES = 132
 
 ROWS = 64
 """Of a product of one warpgroup, as wgmma fixes them."""
+
+WARP_ROWS = 16
+"""Of these that one of its four warps holds."""
 
 LINE_BYTES = 128
 """A row of a swizzled tile in shared memory, where copies begin at multiples of as much."""
@@ -135,6 +142,35 @@ def _simulated(a: Any, b: Any) -> Array:
     if isinstance(a, jax.Array):
         return jnp.dot(a, b[...], preferred_element_type=jnp.float32)
     return product(a, b)
+
+
+def store_rows(pairs: Sequence[tuple[Any, Array]], end: Array, *, simulated: bool) -> None:
+    """`ref[:end] = x[:end]` for pairs of global memory and columns x [ROWS, n] of sums.
+
+    A warp stores all of its `WARP_ROWS` rows, or none.
+
+    Args:
+        end: int32; rows that are wanted.
+        simulated: whether the kernel is simulated. The simulator knows no warps.
+    """
+    if simulated:
+        for first in range(0, ROWS, WARP_ROWS):
+            rows = slice(first, first + WARP_ROWS)
+            for ref, x in pairs:
+                pl.when(first < end)(partial(ref.__setitem__, rows, x[rows]))
+        return
+
+    def store(_: Any, end: Any, *pairs: tuple[Any, Any]) -> None:
+        i32 = ir.IntegerType.get_signless(32)
+        warp = arith.remui(mgpu.warp_idx(), mgpu.c(ROWS // WARP_ROWS, i32))
+        first = arith.muli(warp, mgpu.c(WARP_ROWS, i32))
+        with mgpu.when(arith.cmpi(arith.CmpIPredicate.slt, first, end.registers.item())):
+            for ref, x in pairs:
+                x.store_untiled(ref, optimized=False)
+
+    pair = plgpu.RefType(), plgpu.Layout.WGMMA
+    arguments = (plgpu.Layout.WG_SPLAT(), *[pair] * len(pairs))
+    plgpu.inline_mgpu(arg_types=arguments)(store)(end, *pairs)
 
 
 def across(row: Array, shape: tuple[int, ...]) -> Array:

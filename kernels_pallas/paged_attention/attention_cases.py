@@ -56,7 +56,7 @@ def quantized_case(
     name: str, kind: str, new: tuple[int, ...], lens: tuple[int, ...], *, N: int, K: int,
     H: int = 128, Z: int = 128, idle: int = 0, window: int = 0, value_dim: int | None = None,
     latent: tuple[int, ...] | None = None, shipped: bool = False, shared: Shared = (),
-    **options: Any,
+    bodies: tuple[str, ...] | None = None, **options: Any,
 ) -> Case:  # fmt: skip
     """A case over quantized pages, of a `kind` that `pages_of` names.
 
@@ -81,7 +81,7 @@ def quantized_case(
     cost = Cost(read, 2 * pairs * N * (H + values), "bfloat16")
     options = {"scale": H**-0.5, "value_dim": value_dim, **options}
     # A TPU shares larger units, and alike whatever the kind of pages: cases of floats show it.
-    bodies = ("mosaic_gpu",) if shared else None
+    bodies = bodies or (("mosaic_gpu",) if shared else None)
     return Case(name, make, options, shipped, cost, 0.01, bodies)
 
 
@@ -146,6 +146,8 @@ CASES = (
                shipped=True),
     quantized_case("int8-latent-decode-8k", "int8", (1,) * 32, (8192,) * 32, N=128, K=1, H=576,
                value_dim=512, latent=(512, 128), shipped=True),
+    quantized_case("int8-latent-decode-8k-16-heads", "int8", (1,) * 32, (8192,) * 32, N=16, K=1,
+               H=576, value_dim=512, latent=(512, 128), shipped=True, bodies=("mosaic_gpu",)),
     quantized_case("int4-latent-decode-8k", "int4", (1,) * 32, (8192,) * 32, N=128, K=1, H=576,
                value_dim=512, latent=(512, 128), shipped=True),
 )  # fmt: skip

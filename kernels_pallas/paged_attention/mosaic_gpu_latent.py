@@ -17,8 +17,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas import versions
-from kernels_pallas.hopper import ROWS, add_products, down, late
+from kernels_pallas.hopper import ROWS, add_products, down, late, store_rows
 from kernels_pallas.paged_attention.mosaic_gpu_producer import produce
 from kernels_pallas.paged_attention.mosaic_gpu_ring import Ring
 from kernels_pallas.paged_attention.mosaic_gpu_shape import Shape
@@ -215,13 +214,16 @@ def _add_products(
 
 
 def _store(program: Program, o: tuple[Array, ...], scale: Array, slices: _Slices) -> None:
-    """Writes slices of outputs, times scale [ROWS], to global memory."""
-    shape = program.shape
-    rows = pl.ds(program.item.first_row(shape), ROWS)
+    """Writes slices of outputs, times scale [ROWS], to global memory: those of rows with a token.
+    Behind them begin the rows of the next item."""
+    shape, item = program.shape, program.item
+    rows = pl.ds(item.first_row(shape), ROWS)
+    end = (item.token_ends - item.token_begins) * shape.heads_per_tile
     for x, (first, n, part) in zip(o, slices, strict=True):
         columns = output_columns(x * down(scale, x.shape), part, n, shape)
-        width = n // len(columns)
+        width, pairs = n // len(columns), []
         for i, some in enumerate(columns):
             lanes = pl.ds(first + i * width, width)
             target = program.o.at[program.split, program.head, rows, lanes]
-            versions.store_narrow(target, some.astype(program.o.dtype))
+            pairs.append((target, some.astype(program.o.dtype)))
+        store_rows(pairs, end, simulated=program.simulated)

@@ -16,7 +16,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax
 
-from kernels_pallas.hopper import ROWS, registers
+from kernels_pallas.hopper import WARP_ROWS, registers
 from kernels_pallas.paged_attention.codec import block_of
 
 KEY_CLASSES = 4
@@ -153,10 +153,9 @@ class Shape:
 
     @property
     def row_align(self) -> int:
-        """Rows of queries and results at whose multiples items begin: a kernel with split values
-        stores whole tiles from registers, the other one copies eight rows at a time from shared
-        memory, those that hold a token."""
-        return ROWS if self.split_values else 8
+        """Rows of queries and results at whose multiples items begin: as many as are stored or not,
+        by a warp from registers where values are split, or by a copy from shared memory."""
+        return WARP_ROWS if self.split_values else 8
 
     @property
     def cache_lanes(self) -> tuple[int, ...]:

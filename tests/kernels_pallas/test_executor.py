@@ -219,6 +219,41 @@ def test_warpgroups_that_do_not_meet_race(barrier):
         assert bool(races) == (barrier != "bar.sync 0;")
 
 
+SOME_LANES_STORE = """
+.entry stores(.param .u64 stores_param_0)
+{
+    ld.param.b64 %rd1, [stores_param_0];
+    mov.b32 %r1, %tid.x;
+    mul.wide.u32 %rd2, %r1, 4;
+    add.s64 %rd3, %rd1, %rd2;
+    setp.ge.u32 %p1, %r1, 48;
+    @%p1 bra $behind;
+    add.s32 %r1, %r1, 1;
+    st.global.b32 [%rd3], %r1;
+    BETWEEN
+$behind:
+    bar.sync 0;
+    st.global.b32 [%rd3+512], %r1;
+    ret;
+}
+"""
+
+
+@pytest.mark.parametrize("between", ["", "bar.sync 0;", "@%p1 bra $behind;", "bra $behind;"])
+def test_some_lanes_pass_over_what_others_execute(between):
+    program, stored = ptx.parse(SOME_LANES_STORE.replace("BETWEEN", between)), np.zeros(256, "u4")
+    grid, memory = machine.Grid((1, 1, 1), 128, 1024, (0,)), Global([stored])
+    findings = machine.run(program, grid, memory, [], seed=0, schedule=None)
+    if between == "bar.sync 0;":
+        assert any("lanes of a warpgroup part" in text for text in findings)
+        return
+    assert not findings
+    lanes = np.arange(128)
+    first, then = memory.array(0).reshape(2, 128)
+    np.testing.assert_array_equal(first, np.where(lanes < 48, lanes + 1, 0))
+    np.testing.assert_array_equal(then, np.where(lanes < 48, lanes + 1, lanes))
+
+
 def test_what_is_ordered():
     """By what actors tell each other, also through a third one; reads need no order."""
     at, order = np.arange(4), Order(8, 3)

@@ -33,6 +33,10 @@ Waits = str | None
 
 Step = Callable[["Warpgroup"], Waits]
 
+_TOGETHER = {"bar", "cp", "elect", "fence", "ldmatrix", "mbarrier", "ret", "setmaxnreg", "shfl"}
+_TOGETHER |= {"stmatrix", "wgmma"}
+"""What whole warps execute, whole warpgroups, or one lane for all of them."""
+
 ALL = np.ones(LANES, bool)
 U16, U32, U64 = (np.dtype(f"u{n}") for n in (2, 4, 8))
 
@@ -55,6 +59,8 @@ class Warpgroup:
     Attributes:
         at: the instruction that is next.
         mask: lanes that execute it.
+        here: lanes at this instruction.
+        ahead: the others, by theirs. Those that are behind go first, so all meet again.
         unfenced: registers that were touched since the last wgmma.fence, but by products.
         waits: what for, since it cannot go on.
     """
@@ -64,7 +70,8 @@ class Warpgroup:
         self.actor = block.shared.order.warpgroups[number]
         self._program, self._steps = program, steps
         self.at, self.done, self.waits = 0, False, ""
-        self.mask = ALL
+        self.mask = self.here = ALL
+        self.ahead = dict[int, Lanes]()
         self.registers = dict[str, Lanes]()
         self.held = block.pool.each
         self.awaited: int | None = None  # of barrier 0: how many must have arrived
@@ -91,21 +98,37 @@ class Warpgroup:
         return True
 
     def _step(self) -> Waits:
+        if self.ahead:
+            self._meet()
         here, instruction = self.at, self._program.instructions[self.at]
+        if self.ahead and instruction.parts[0] in _TOGETHER:
+            raise FaultError(f"lanes of a warpgroup part, and {instruction.text!r} takes all")
         guard = instruction.guard
-        self.mask = ALL if guard is None else self.predicate(guard)
+        self.mask = self.here if guard is None else self.here & self.predicate(guard)
         self.at += 1
         waits = self._steps[here](self)
         self.at = here if waits else self.at
         return waits
 
     def branch(self, at: int) -> None:
-        """Of all lanes or of none: divergence is not executed."""
-        if self.mask.all():
-            self.at = self._program.targets[at]
+        target = self._program.targets[at]
+        if (self.mask == self.here).all():
+            self.at = target
         elif self.mask.any():
-            text = self._program.instructions[at].text
-            raise FaultError(f"lanes of a warpgroup part at {text!r}, which is not executed")
+            self._wait_at(target, self.mask)
+            self.here = self.here & ~self.mask
+
+    def _meet(self) -> None:
+        """Lanes that are furthest behind go on, with those that have come as far."""
+        first = min(self.ahead)
+        if first < self.at:
+            self._wait_at(self.at, self.here)
+            self.at, self.here = first, self.ahead.pop(first)
+        elif first == self.at:
+            self.here = self.here | self.ahead.pop(first)
+
+    def _wait_at(self, instruction: int, lanes: Lanes) -> None:
+        self.ahead[instruction] = self.ahead.get(instruction, ~ALL) | lanes
 
     def predicate(self, operand: Operand) -> Lanes:
         return self.read(operand, TYPES["pred"])
