@@ -88,14 +88,24 @@ def gain(before: list[float], after: list[float]) -> tuple[float, float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("model", type=Path, nargs="?", default=MODELS / "modchain-moe")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument(
+        "model", type=Path, nargs="?", default=MODELS / "modchain-moe",
+        help="a folder with weights and the recipe that names their task",
+    )  # fmt: skip
+    parser.add_argument("--rounds", type=int, default=3, help="of sampling and training")
     parser.add_argument("--problems", type=int, default=2000, help="sampled in each round")
     parser.add_argument("--steps", type=int, default=150, help="updates in each round")
-    parser.add_argument("--held-out", type=int, default=400)
+    parser.add_argument("--held-out", type=int, default=400, help="problems that judge, 2 or more")
     args = parser.parse_args()
-    data = tomllib.loads((args.model / "recipe.toml").read_text())["data"]
+    if args.held_out < 2:
+        parser.error(f"--held-out {args.held_out}: an interval needs at least 2 problems")
+    if not (recipe := args.model / "recipe.toml").is_file():
+        parser.error(f"{recipe} is not there; give a folder such as models/modchain-moe")
+    data = tomllib.loads(recipe.read_text())["data"]
     task = make_task(data["task"], data["settings"])
     held_out = distinct(task, "test", 0, args.held_out)
     stream = problems(task, "train", 2)

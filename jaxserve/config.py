@@ -17,13 +17,26 @@ KV_DTYPES = ("auto", "bfloat16", "int8", "int4")
 STORED = ("compressed-tensors", "fp8", "fbgemm_fp8", "modelopt", "mxfp4")
 """Quantisations that a checkpoint brings, by `quant_method` of its config.json."""
 
+_DTYPES_OF_OTHERS = {"half": "float16", "float": "float32"}
+"""What vLLM also calls types."""
+
 OTHER_NAMES = {
     "gpu_memory_utilization": "here it is memory_utilization",
     "block_size": "here it is page_size",
     "num_gpu_blocks_override": "here it is num_pages",
+    "kv_cache_memory_bytes": "here it is num_pages, or memory_utilization",
+    "torch_dtype": "here it is dtype",
+    "device_map": "here it is tensor_parallel_size",
+    "pipeline_parallel_size": "here layers stay together; use tensor_parallel_size",
+    "enable_expert_parallel": "here it is expert_parallel_size, a number of devices",
+    "enable_eplb": "here it is eplb_step_interval, a number of steps",
+    "load_in_8bit": "here it is quantization='int8'",
+    "calculate_kv_scales": "here rounded keys and values find their own; leave it out",
     "enforce_eager": "here every step is a compiled program; leave it out",
+    "enable_chunked_prefill": "here long prompts always come in chunks; leave it out",
+    "trust_remote_code": "here code of checkpoints never runs; leave it out",
 }
-"""Settings that vLLM has, and what to write instead of them."""
+"""Settings that vLLM or transformers have, and what to write instead of them."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +83,7 @@ class EngineConfig:
         progress: show bars and the plan on the terminal.
     """
 
-    dtype: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     kv_cache_dtype: Literal["auto", "bfloat16", "int8", "int4"] = "auto"
     quantization: (
         Literal["int8", "compressed-tensors", "fp8", "fbgemm_fp8", "modelopt", "mxfp4"] | None
@@ -116,7 +129,7 @@ class EngineConfig:
             if not says:
                 says = f"known: {', '.join(sorted(known))}"
             raise ConfigError(f"unknown setting {name!r}; {says}")
-        return cls(**settings)
+        return cls(**dict(settings) | {"dtype": _named(settings.get("dtype", cls.dtype))})
 
     def __post_init__(self) -> None:
         for name, (kind, fits, expected) in _RULES.items():
@@ -125,6 +138,15 @@ class EngineConfig:
                 continue
             if not isinstance(value, kind) or not fits(value):
                 raise ConfigError(f"{name}={reprlib.repr(value)} must be {expected}")
+
+
+def _named(dtype: Any) -> Any:
+    """A type by the name that `DTYPES` has, whether it is jax's, numpy's or torch's, or vLLM's name
+    for it."""
+    if dtype is not None and not isinstance(dtype, str):
+        dtype = getattr(dtype, "name", None) or getattr(dtype, "__name__", None) or str(dtype)
+    dtype = dtype.removeprefix("torch.") if isinstance(dtype, str) else dtype
+    return _DTYPES_OF_OTHERS.get(dtype, dtype)
 
 
 _Rule = tuple[type, Callable[[Any], bool], str]  # its kind, what else it must fulfil, in words

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import reprlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -188,7 +189,17 @@ class Intake:
 
 
 def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """One prompt or several, as several; a list of integers is one."""
+    """One prompt or several, as several; a list of integers is one.
+
+    Raises:
+        RequestError: it is neither.
+    """
+    if not isinstance(prompts, Sequence | Mapping):
+        raise RequestError(
+            f"prompts are of type {type(prompts).__name__}; give text, token ids, or a list of "
+            "such prompts",
+            "prompt",
+        )
     if isinstance(prompts, (str, Mapping)) or (prompts and isinstance(prompts[0], int)):
         return [prompts]  # type: ignore[list-item]
     return list(prompts)  # type: ignore[arg-type]
@@ -200,10 +211,18 @@ def per_prompt(
     """Parameters for each of n prompts.
 
     Raises:
-        RequestError: several were given, but not n.
+        RequestError: several were given, but not n, or something else.
     """
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams()] * n
+    if not isinstance(params, list | tuple) or not all(
+        isinstance(one, SamplingParams) for one in params
+    ):
+        raise RequestError(
+            f"sampling_params are {reprlib.repr(params)}; give SamplingParams(...), or a list of "
+            "them",
+            "sampling_params",
+        )
     if len(params) != n:
         raise RequestError(
             f"{len(params)} sampling_params for {n} prompts; give one or as many",

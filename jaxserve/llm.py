@@ -301,18 +301,17 @@ class LLM:
         Raises:
             RequestError: as `generate`, or a pooling other than "last" and "mean".
         """
-        ids = [self._intake.token_ids(p)[0] for p in as_prompts(prompts)]
-        return self.embed(ids, pooling)
+        return self.embed(prompts, pooling)
 
     def embed(
-        self, prompts: Sequence[Sequence[int]], pooling: str | None = None
+        self, prompts: Prompt | Sequence[Prompt], pooling: str | None = None
     ) -> list[EmbeddingOutput]:
-        """`encode` for token ids."""
+        """`encode`, as vLLM calls it for vectors."""
         pooling = pooling or "last"
         if pooling not in ("last", "mean"):
             raise RequestError(f"pooling={pooling!r} must be 'last' or 'mean'", "pooling")
-        params = SamplingParams()
-        requests = [self._intake.sequences(list(p), params, pooling=pooling) for p in prompts]
+        params, ids = SamplingParams(), [self._intake.token_ids(p)[0] for p in as_prompts(prompts)]
+        requests = [self._intake.sequences(p, params, pooling=pooling) for p in ids]
         self._collect(requests)
         found = [sequences[0].generation.embedding for sequences in requests]
         return [embedding for embedding in found if embedding is not None]

@@ -34,8 +34,14 @@ def serving_mesh(parallelism: Parallelism, device: Any) -> Mesh | None:
     """The mesh of a split over several devices.
 
     Raises:
-        ConfigError: there are fewer or none, or a single one was asked for.
+        ConfigError: there are fewer or none, or a single one was asked for, or what was asked for
+            is no device.
     """
+    if isinstance(device, str):
+        raise ConfigError(
+            f"{device=} must be a device of JAX, such as jax.devices()[0]; JAX_PLATFORMS in the "
+            "environment chooses between cpu, cuda and tpu"
+        )
     if parallelism.num_devices == 1:
         return None
     if device is not None:

@@ -10,6 +10,8 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from jax import Array, lax
 
+from kernels_pallas import shapes
+
 COLDEST = 1e-6
 """The lowest temperature: with a lower one, scores would overflow."""
 
@@ -32,7 +34,11 @@ def draw(
     The temperature is applied first, then min-p, top-k and top-p, in the order of vLLM. Ties with
     the last token that top-k or top-p keeps are kept as well. Sums are rounded, so a u very close
     to the border between two tokens may draw either.
+
+    Raises:
+        ValueError: shapes and types do not go together.
     """
+    check(scores, u, temperature, top_k, top_p, min_p)
     # relative to the largest score: its exponent is 0 at any temperature
     behind = scores - jnp.max(scores, -1, keepdims=True)
     p = jnp.exp(behind / jnp.maximum(temperature, COLDEST)[:, None])
@@ -40,6 +46,15 @@ def draw(
     p = lax.cond(jnp.any(top_k > 0), _keep_top_k, lambda p, k: p, p, top_k)
     p = lax.cond(jnp.any(top_p < 1), _keep_top_p, lambda p, t: p, p, top_p)
     return _inverse_cdf(p, u)
+
+
+def check(scores, u, temperature, top_k, top_p, min_p) -> None:
+    """Raises ValueError where the arguments of `draw` do not go together."""
+    shapes.check(
+        "sample", scores=(scores, "float R V"), u=(u, "float R"),
+        temperature=(temperature, "float R"), top_k=(top_k, "int R"), top_p=(top_p, "float R"),
+        min_p=(min_p, "float R"),
+    )  # fmt: skip
 
 
 def _keep_top_k(p: Array, k: Array) -> Array:

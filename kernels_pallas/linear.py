@@ -26,7 +26,7 @@ def linear(x: Array, *weights: Weight, residual: Array | None = None) -> Array |
         [..., *out] for each weight, in a tuple if there are several.
 
     Raises:
-        ValueError: a residual for several weights.
+        ValueError: a weight with other inputs than x has, or a residual for several weights.
     """
     return added([_apply(x, w) for w in weights], residual)
 
@@ -53,6 +53,11 @@ def _apply(x: Array, w: Weight) -> Array:
 
 
 def _product(x: Array, w: Array | Int8Weight) -> Array:
+    if w.shape[-1] != x.shape[-1]:
+        raise ValueError(
+            f"linear: a weight is {list(w.shape)} with x {list(x.shape)}: expected "
+            f"[..., {x.shape[-1]}], outputs first and inputs last, as checkpoints store it"
+        )
     y = product(x.reshape(-1, x.shape[-1]), w)
     return y.reshape(*x.shape[:-1], *w.shape[:-1])
 
@@ -95,6 +100,11 @@ def gated_linear(x: Array, w_gate: Weight, w_up: Weight, *, activation: str) -> 
 
     Returns:
         [..., F] in x's type; the gate is computed in float32.
+
+    Raises:
+        ValueError: an activation that is not in GATES, or weights with other inputs than x has.
     """
+    if activation not in GATES:
+        raise ValueError(f"gated_linear: {activation=}: expected one of {sorted(GATES)}")
     gate, up = linear(x, w_gate, w_up)
     return GATES[activation](gate.astype(jnp.float32), up.astype(jnp.float32)).astype(x.dtype)

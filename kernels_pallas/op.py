@@ -117,6 +117,7 @@ class Op:
             an argument is copied unless the caller donates it.
         differentiate: takes a body's function and the target, and returns the function with a
             gradient; None if bodies have none. JAX differentiates the reference by itself.
+        check: takes the op's arguments, and raises ValueError if they do not go together.
     """
 
     name: str
@@ -125,6 +126,7 @@ class Op:
     cases: tuple[Case, ...]
     in_place: tuple[tuple[int, int], ...] = ()
     differentiate: Callable[[Callable[..., Any], Target], Callable[..., Any]] | None = None
+    check: Callable[..., Any] | None = None
 
     def case(self, name: str) -> Case:
         """The case of that name.
@@ -143,9 +145,18 @@ class Op:
         """The result of the best body for `target`, or of the named `implementation`.
 
         Raises:
+            TypeError: the target is none, or the reference has no such argument or option.
+            ValueError: the arguments do not go together.
             UnsupportedError: neither a body nor the reference supports these arguments, or the
                 named one does not.
         """
+        if not isinstance(target, Target):
+            raise TypeError(
+                f"{self.name}: target is {target!r}: expected a Target, such as Target('cpu') or "
+                "Target.of(jax.devices()[0])"
+            )
+        if self.check is not None:
+            self.check(*args, **options)
         won, sizes = None, dict[str, int]()
         if target.device:
             won, sizes = tuning.tuned(target.device, self.name, self.signature(*args, **options))

@@ -12,6 +12,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels_pallas import shapes
 from kernels_pallas.op import Body, Case, Cost, Op, UnsupportedError, tried
 from kernels_pallas.quantize import quantize_rows
 from kernels_pallas.target import not_hopper
@@ -27,10 +28,19 @@ def reference(x: Array, scale: Array, *, eps: float, offset: float = 0.0) -> tup
 
     Returns:
         int8 [T, D] and float32 [T].
+
+    Raises:
+        ValueError: shapes and types do not go together.
     """
+    check(x, scale)
     y = x.astype(jnp.float32)
     y = y * lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + eps)
     return quantize_rows(y * (offset + scale.astype(jnp.float32)))
+
+
+def check(x: Array, scale: Array, **options: Any) -> None:
+    """Raises ValueError where the arguments of `reference` do not go together."""
+    shapes.check("rms_norm_quantize", x=(x, "float T D"), scale=(scale, "float D"))
 
 
 _COLUMNS = 512  # at most, per step: registers hold so many of 32 rows
@@ -183,4 +193,5 @@ rms_norm_quantize = Op(
         "mosaic_gpu": Body("gpu", gpu, GpuTile, declines=not_hopper),
     },
     CASES,
+    check=check,
 )

@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas import sample_gpu
-from kernels_pallas.draw import BITS, COLDEST, draw, highest
+from kernels_pallas.draw import BITS, COLDEST, check, draw, highest
 from kernels_pallas.op import Body, Case, Cost, Op, UnsupportedError, tried
 from kernels_pallas.target import not_hopper
 from kernels_pallas.tpu import LANES, SUBLANES
@@ -217,4 +217,5 @@ sample = Op(
         "mosaic_gpu": Body("gpu", sample_gpu.gpu, sample_gpu.GpuTile, declines=not_hopper),
     },
     CASES,
+    check=check,
 )

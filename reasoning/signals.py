@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Hashable, Mapping, Sequence
-from itertools import combinations, islice, pairwise
+from itertools import combinations, islice
 from typing import Any
 
 from jaxserve.protocol import PathStats
@@ -18,13 +18,6 @@ def agreement(totals: Mapping[Hashable, float]) -> float:
     """The leading answer's share of all weight; 0 before there is an answer."""
     whole = sum(totals.values())
     return max(totals.values()) / whole if whole else 0.0
-
-
-def answer_entropy(totals: Mapping[Hashable, float]) -> float:
-    """Of the answers' shares, in nats."""
-    whole = sum(totals.values())
-    shares = [x / whole for x in totals.values() if x > 0]
-    return max(-sum(p * math.log(p) for p in shares), 0.0)
 
 
 def groups(confidences: Sequence[float], window: int) -> Sequence[float]:
@@ -60,12 +53,6 @@ def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
         return 0.0, 0.0
     mean = math.fsum(values) / len(values)
     return mean, math.sqrt(math.fsum((x - mean) ** 2 for x in values) / len(values))
-
-
-def trend(confidences: Sequence[float], window: int) -> float:
-    """Mean of the last `window` tokens less that of the ones before; 0 where these are missing."""
-    late, early = confidences[-window:], confidences[-2 * window : -window]
-    return statistics.fmean(late) - statistics.fmean(early) if early else 0.0
 
 
 def spikes(entropies: Sequence[float], gate: float) -> float:
@@ -122,17 +109,3 @@ def experts(sketch: Any) -> list[int]:
 
 def _overlap(a: int, b: int) -> float:
     return (a & b).bit_count() / (a | b).bit_count() if a | b else 1.0
-
-
-def step_ends(tokens: Sequence[int], step: Sequence[int]) -> list[int]:
-    """How many tokens there are at the end of each closed step."""
-    return [i + 1 for i, token in enumerate(tokens) if token in step]
-
-
-def weakest_step(stats: PathStats, step: Sequence[int]) -> tuple[int, float] | None:
-    """The closed or open step with the least token confidence: where it begins, and that."""
-    bounds = [0, *step_ends(stats.tokens, step)]
-    if bounds[-1] < stats.n_tokens:
-        bounds.append(stats.n_tokens)
-    found = [(a, min(stats.confidences[a:b])) for a, b in pairwise(bounds)]
-    return min(found, key=lambda x: x[1], default=None)

@@ -81,10 +81,6 @@ class PageManager:
         """
         return self._refs[page] == 1 and (known or page not in self._key_of)
 
-    def num_cached_free(self, pages: Iterable[int]) -> int:
-        """How many of the pages count as free until they are shared."""
-        return sum(self._refs[page] == 0 for page in pages)
-
     def match(self, keys: Iterable[bytes]) -> list[int]:
         """Pages of the longest known prefix. They are not owned yet: `share` them."""
         pages = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from jaxserve.errors import CheckpointError
@@ -18,6 +19,8 @@ def resolve(model: str | Path, revision: str | None = None) -> Path:
     Raises:
         CheckpointError: it is no folder and cannot be had from the hub.
     """
+    if not isinstance(model, str | os.PathLike) or not str(model).strip():
+        raise CheckpointError(f"{model=} must be a model's folder, or its id on the hub")
     folder = Path(model).expanduser()
     if folder.is_dir():
         return folder

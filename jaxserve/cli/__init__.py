@@ -74,5 +74,5 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
     """Prints the defaults that say something."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        silent = action.default is None or action.default is False or action.default == []
+        silent = action.default is False or action.default in (None, [], "")
         return action.help if silent else super()._get_help_string(action)

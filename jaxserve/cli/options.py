@@ -19,6 +19,17 @@ _SHORT = {
 }
 """Other spellings, as vLLM and SGLang have them."""
 
+_SWITCHES = {
+    "enable_expert_parallel",
+    "enable_eplb",
+    "load_in_8bit",
+    "calculate_kv_scales",
+    "enforce_eager",
+    "enable_chunked_prefill",
+    "trust_remote_code",
+}
+"""Those of `OTHER_NAMES` behind which no value stands."""
+
 
 def add_engine_options(parser: argparse.ArgumentParser) -> None:
     """`--max-model-len` for `EngineConfig.max_model_len`, and so on."""
@@ -31,8 +42,9 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         names = [f"--{field.name.replace('_', '-')}", *_SHORT.get(field.name, ())]
         group.add_argument(*names, **options)
     for name in OTHER_NAMES:  # taken so that `EngineConfig.of` can say what they are called here
+        takes: dict[str, Any] = {"action": "store_true"} if name in _SWITCHES else {"nargs": "?"}
         option = f"--{name.replace('_', '-')}"
-        group.add_argument(option, nargs="?", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+        group.add_argument(option, default=argparse.SUPPRESS, help=argparse.SUPPRESS, **takes)
 
 
 def add_process_options(parser: argparse.ArgumentParser) -> None:

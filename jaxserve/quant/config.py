@@ -9,7 +9,7 @@ from jaxserve.errors import ConfigError
 
 @dataclass(frozen=True)
 class QuantizeConfig:
-    """The five measures of CloudMatrix-Infer's scheme, each of which can be left out.
+    """The measures of CloudMatrix-Infer's scheme, each of which can be left out.
 
     Attributes:
         mixed_precision: tables, routers and absorbed matrices stay in floats.

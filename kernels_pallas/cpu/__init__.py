@@ -109,6 +109,9 @@ def linear(
 
     With bfloat16 weights x is rounded to bfloat16 once; sums are float32. A `residual`, which goes
     with one weight, is added to in place where nobody else needs it, and the result has its shape.
+
+    Raises:
+        ValueError: a residual of another size than the product.
     """
     shapes = shapes or [w.shape[-2:-1] for w in weights]
     outs = tuple(_floats(x.shape[0], *shape) for shape in shapes)

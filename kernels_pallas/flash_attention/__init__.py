@@ -46,6 +46,7 @@ flash_attention = Op(
     },
     cases(backward=False),
     differentiate=_differentiate,
+    check=reference.check,
 )
 
 __all__ = ["flash_attention", "flash_attention_gradient"]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+
+from kernels_pallas import shapes
 
 
 def attend(
@@ -35,7 +37,11 @@ def attend(
     Returns:
         o [B, N, T, Hv] of q's type and lse float32 [B, N, T], the logarithm of the softmax's
         denominator. A token that sees nothing has o = 0, and lse = -inf unless there are sinks.
+
+    Raises:
+        ValueError: shapes and types do not go together.
     """
+    check(q, k, v, segments, sinks=sinks)
     B, N, T, H = q.shape
     K = k.shape[1]
     sink = jnp.full(N, -jnp.inf) if sinks is None else sinks.astype(jnp.float32)
@@ -64,6 +70,16 @@ def attend(
     o, lse = lax.map(head, by_head)  # [K, B, G, T, ...]
     o, lse = (jnp.moveaxis(x, 0, 1).reshape(B, N, *x.shape[3:]) for x in (o, lse))
     return o.astype(q.dtype), lse
+
+
+def check(q, k, v, segments, *, sinks: Any = None, **options: Any) -> None:
+    """Raises ValueError where the arguments of `attend` do not go together."""
+    given = {"sinks": (sinks, "float N")} if sinks is not None else {}
+    sizes = shapes.check(
+        "flash_attention", q=(q, "float B N T H"), k=(k, "float B K T H"), v=(v, "float B K T Hv"),
+        segments=(segments, "int32 B T"), **given,
+    )  # fmt: skip
+    shapes.check_heads("flash_attention", sizes["N"], sizes["K"])
 
 
 def gradient(

@@ -7,6 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax
 
+from kernels_pallas import shapes
 from kernels_pallas.grouped_matmul.visits import blocks
 
 _BLOCK = 16  # rows per product; `lax.ragged_dot` is dense except on TPUs: E times the work
@@ -36,7 +37,9 @@ def grouped_matmul(
     Raises:
         ValueError: shapes and types do not go together.
     """
-    check(x, w, group_sizes, layer, x_scale, w_scale)
+    check_call(
+        x, w, group_sizes, layer=layer, x_scale=x_scale, w_scale=w_scale, out_dtype=out_dtype
+    )
     (M, N), E = (x.shape[0], w.shape[-2]), group_sizes.shape[0]
     total = jnp.int32 if x.dtype == jnp.int8 else jnp.float32
 
@@ -61,6 +64,16 @@ def _of(stack: Array, layer: Array | int | None, expert: Array) -> Array:
     size = (*[1] * len(lead), *stack.shape[len(lead) :])
     start = (*lead, *[0] * (stack.ndim - len(lead)))
     return lax.dynamic_slice(stack, start, size).reshape(stack.shape[len(lead) :])
+
+
+def check_call(
+    x, w, group_sizes, *, layer=None, x_scale=None, w_scale=None, out_dtype: Any = jnp.bfloat16,
+    **options: Any,
+) -> None:  # fmt: skip
+    """Raises ValueError where the arguments of `grouped_matmul` do not go together."""
+    shapes.check("grouped_matmul", x=(x, "any M K"))
+    shapes.check_result("grouped_matmul", out_dtype)
+    check(x, w, group_sizes, layer, x_scale, w_scale)
 
 
 def check(x, w, group_sizes, layer, x_scale, w_scale) -> None:

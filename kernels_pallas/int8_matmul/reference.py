@@ -7,6 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax
 
+from kernels_pallas import shapes
 from kernels_pallas.linear import GATES
 
 
@@ -38,7 +39,10 @@ def int8_matmul(
     Raises:
         ValueError: shapes, types or options do not go together.
     """
-    check(x, x_scale, w, w_scale, layer, bias, up, up_scale, activation)
+    check_call(
+        x, x_scale, w, w_scale, layer=layer, bias=bias, up=up, up_scale=up_scale,
+        activation=activation, out_dtype=out_dtype,
+    )  # fmt: skip
     y = _scaled(x, x_scale, w, w_scale, layer)
     if activation and up is not None and up_scale is not None:
         y = GATES[activation](y, _scaled(x, x_scale, up, up_scale, layer))
@@ -56,6 +60,16 @@ def _scaled(x: Array, x_scale: Array, w: Array, w_scale: Array, layer: Array | i
 def _of_layer(stack: Array, layer: Array | int | None) -> Array:
     """One layer of a stack [L, ...], or the whole array if it belongs to one layer."""
     return stack if layer is None else lax.dynamic_index_in_dim(stack, layer, keepdims=False)
+
+
+def check_call(
+    x, x_scale, w, w_scale, *, layer=None, bias=None, up=None, up_scale=None, activation=None,
+    out_dtype: Any = jnp.bfloat16, **options: Any,
+) -> None:  # fmt: skip
+    """Raises ValueError where the arguments of `int8_matmul` do not go together."""
+    shapes.check("int8_matmul", x=(x, "int8 T K"), x_scale=(x_scale, "float32 T"))
+    shapes.check_result("int8_matmul", out_dtype)
+    check(x, x_scale, w, w_scale, layer, bias, up, up_scale, activation)
 
 
 def check(x, x_scale, w, w_scale, layer, bias, up, up_scale, activation) -> bool:

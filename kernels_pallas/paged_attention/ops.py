@@ -4,6 +4,7 @@ Pallas."""
 from kernels_pallas.op import Body, Op
 from kernels_pallas.paged_attention import (
     attention_cases,
+    checking,
     mosaic_gpu,
     mosaic_gpu_writing,
     mosaic_tpu,
@@ -24,6 +25,7 @@ page_write = Op(
     },
     writing_cases.CASES,
     in_place=((0, 0), (1, 1)),
+    check=checking.check_write,
 )
 
 page_attention = Op(
@@ -38,4 +40,5 @@ page_attention = Op(
         ),
     },
     attention_cases.CASES,
+    check=checking.check_attention,
 )

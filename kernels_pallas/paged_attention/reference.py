@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import Array, lax
 
+from kernels_pallas.paged_attention.checking import check_attention, check_write
 from kernels_pallas.paged_attention.codec import Pages, rotated, take, whole_parts
 from kernels_pallas.paged_attention.ragged import Ragged, locate, write
 from kernels_pallas.softmax import MASK_VALUE
@@ -77,7 +78,11 @@ def page_write(
 
     Quantized pages (codec.py) round each row on its own, by its own scale or by a calibrated one,
     so a row that is not finite spoils no other.
+
+    Raises:
+        ValueError: shapes and types do not go together.
     """
+    check_write(k_pages, v_pages, k, v, layer, batch)
     seq, position = locate(batch, k.shape[0])
     return write(k_pages, v_pages, k, v, layer, batch, seq, position)
 
@@ -113,7 +118,11 @@ def page_attention(
         o [T, N, value_dim] and lse [T, N], both float32. `(o, lse)` of disjoint sets of keys can be
         merged (merging.py). With `mass` also [T, N, M]: for each page in a token's row of the
         block table, the sum of its exponentials relative to lse. Rows of padding are unspecified.
+
+    Raises:
+        ValueError: shapes and types do not go together.
     """
+    check_attention(q, k_pages, v_pages, layer, batch, sinks=sinks, value_dim=value_dim)
     T, N, H = q.shape
     K, Z = k_pages.shape[2:4]
     seq, position = locate(batch, T)

@@ -71,6 +71,13 @@ def test_every_engine_setting_is_an_option_and_described():
     assert settings["kernels"] == "reference"
 
 
+def test_an_empty_default_is_not_shown(capsys):
+    with pytest.raises(SystemExit):
+        main(["chat", "--help"])
+    shown = capsys.readouterr().out
+    assert "rules for the model\n" in shown and "(default: )" not in shown
+
+
 def test_a_choice_that_may_be_left_out_can_be_made(capsys):
     args = parser().parse_args(["generate", "m", "p", "--quantization", "int8"])
     assert EngineConfig(**{k: v for k, v in cli_options.engine_settings(args).items()
@@ -85,11 +92,12 @@ def test_a_choice_that_may_be_left_out_can_be_made(capsys):
         ("--gpu-memory-utilization 0.5", "here it is memory_utilization"),
         ("--block-size 16", "here it is page_size"),
         ("--enforce-eager", "leave it out"),
+        ("--trust-remote-code", "code of checkpoints never runs"),
     ],
 )
 def test_a_choice_that_is_none_and_names_of_vllm_are_answered_in_a_line(options, remedy, capsys):
-    for command in (["generate", "m", "p"], ["doctor", "models/recall-dense"]):
-        assert main([*command, *options.split()]) == 1
+    for command, *model in (["generate", "m", "p"], ["doctor", "models/recall-dense"]):
+        assert main([command, *options.split(), *model]) == 1
         said = capsys.readouterr().err
         assert said.count("\n") == 1 and remedy in said
 

@@ -375,6 +375,8 @@ def test_embeddings_pool_and_score(llm: LLM):
     assert -1 <= other < 0.999
     (one_token,) = llm.embed([[7]], "last")
     assert one_token.embedding == pytest.approx(llm.embed([[7]], "mean")[0].embedding)
+    assert llm.embed(PROMPT)[0].embedding == pytest.approx(last[0].embedding, abs=1e-5)
+    assert len(llm.embed([PROMPT, {"prompt_token_ids": [7]}])) == 2
     with pytest.raises(RequestError, match="pooling='max'"):
         llm.encode(PROMPT, pooling="max")
 

@@ -9,12 +9,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxserve.checkpoint import hf
-from jaxserve.config import STORED, EngineConfig
+from jaxserve.config import OTHER_NAMES, STORED, EngineConfig
 from jaxserve.errors import ConfigError
 from jaxserve.models.family import family
 from jaxserve.plan import Plan, resolve
@@ -94,6 +95,49 @@ CASES = [(name, value) for name, values in WRONG for value in values]
 def test_a_setting_that_cannot_be_is_refused_by_name(name: str, value: Any):
     with pytest.raises(ConfigError, match=f"^{name}="):
         EngineConfig(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("asked", "name"),
+    [
+        (jnp.bfloat16, "bfloat16"),
+        (jnp.dtype("bfloat16"), "bfloat16"),
+        (np.float32, "float32"),
+        ("torch.bfloat16", "bfloat16"),
+        ("half", "float16"),
+        ("float", "float32"),
+        ("auto", "auto"),
+    ],
+)
+def test_a_type_may_be_spelt_as_elsewhere(asked: Any, name: str):
+    assert EngineConfig.of({"dtype": asked}).dtype == name
+
+
+@pytest.mark.parametrize("asked", ["bf16", None, 16, jnp.int8])
+def test_what_is_no_type_of_weights_is_refused(asked: Any):
+    with pytest.raises(ConfigError, match=r"^dtype=.* must be one of auto, float32, bfloat16"):
+        EngineConfig.of({"dtype": asked})
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("torch_dtype", "here it is dtype"),
+        ("load_in_8bit", "here it is quantization='int8'"),
+        ("kv_cache_memory_bytes", "here it is num_pages"),
+        ("enable_eplb", "here it is eplb_step_interval"),
+        ("max_model_length", "did you mean max_model_len?"),
+        ("speculative_config", "known: background_compile"),
+    ],
+)
+def test_an_unknown_setting_is_answered_with_what_it_is_here(name: str, remedy: str):
+    assert name not in {f.name for f in dataclasses.fields(EngineConfig)}
+    with pytest.raises(ConfigError, match=f"^unknown setting '{name}'; {re.escape(remedy)}"):
+        EngineConfig.of({name: 1})
+
+
+def test_other_names_are_none_of_ours():
+    assert not set(OTHER_NAMES) & {f.name for f in dataclasses.fields(EngineConfig)}
 
 
 def test_every_setting_is_checked():

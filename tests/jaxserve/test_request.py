@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from jaxserve import SamplingParams
 from jaxserve.errors import RequestError
+from jaxserve.intake import as_prompts, per_prompt
 from jaxserve.request import StructuredOutputs
 
 WRONG: list[tuple[str, list[Any]]] = [
@@ -43,6 +44,18 @@ def test_what_cannot_be_honoured_is_refused_by_name(name: str, value: Any):
     with pytest.raises(RequestError, match=name) as raised:
         SamplingParams(**{name: value})
     assert raised.value.param == name
+
+
+@pytest.mark.parametrize("prompts", [5, None, object(), 1.5])
+def test_what_is_no_prompt_is_refused(prompts: Any):
+    with pytest.raises(RequestError, match=r"^prompts are of type .*; give text, token ids"):
+        as_prompts(prompts)
+
+
+@pytest.mark.parametrize("params", [{"max_tokens": 2}, "greedy", [{"max_tokens": 2}], 5])
+def test_what_is_no_sampling_params_is_refused(params: Any):
+    with pytest.raises(RequestError, match=r"^sampling_params are .*; give SamplingParams\(...\)"):
+        per_prompt(params, 1)
 
 
 def test_every_parameter_is_checked():

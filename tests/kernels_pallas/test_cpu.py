@@ -20,7 +20,6 @@ from kernels_pallas.rope import rotate
 pytestmark = pytest.mark.skipif(not cpu.available(), reason="no C++ compiler")
 
 DTYPES = ("float32", "bfloat16", "uint16")
-ROW_COUNTS = (1, 2, 3, 4, 5, 7, 8, 15, 16, 17, 33, 64, 70)
 
 
 def normal(seed, *shape, scale=1.0):

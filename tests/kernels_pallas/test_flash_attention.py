@@ -306,7 +306,7 @@ def test_the_tpu_kernel_says_what_it_refuses(sizes, dtype, message):
     q, k, v = operands(*sizes, dtype=dtype)
     segments = jnp.ones((1, sizes[3]), jnp.int32)
     with pytest.raises(UnsupportedError, match=message):
-        flash_attention(q, k, v, segments, scale=1.0, target=TPU, implementation="mosaic_tpu")
+        flash_attention.run("mosaic_tpu", q, k, v, segments, scale=1.0)
 
 
 @pytest.mark.parametrize(

@@ -211,6 +211,9 @@ def test_resolve_finds_folders_and_explains_what_is_none(tmp_path):
     for name in (tmp_path / "nope", "./nope", "a/b/c"):
         with pytest.raises(CheckpointError, match="no folder here"):
             resolve(name)
+    for nothing in (None, "", " ", 5):
+        with pytest.raises(CheckpointError, match=r"^model=.* must be a model's folder, or its id"):
+            resolve(nothing)  # pyright: ignore[reportArgumentType]
 
 
 MEASURE = """

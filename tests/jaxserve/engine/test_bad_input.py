@@ -316,3 +316,10 @@ def test_a_vocabulary_larger_than_the_tokenizers(tmp_path: Path):
             "a", SamplingParams(structured_outputs=digits, logit_bias={310: 100.0})
         )
         assert out.outputs[0].text.isdigit()
+
+
+def test_a_platforms_name_is_no_device():
+    with pytest.raises(
+        ConfigError, match=r"device='cpu' must be a device .* jax\.devices\(\)\[0\]"
+    ):
+        LLM(str(checkpoint("qwen3")), device="cpu", progress=False)
