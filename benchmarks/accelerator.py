@@ -114,6 +114,9 @@ def run(
             took = time.monotonic() - began
             spare = max(0.0, limit - took)
             ended.append({"stage": stage.name, "ended": how, "seconds": round(took, 1)})
+            last = (out / f"part-{part}.log").read_text().splitlines()[-1]
+            if how.startswith("exit") and not last.startswith("==="):
+                ended[-1]["said"] = last[:300]
             print(json.dumps(ended[-1]), flush=True)
             text = json.dumps({"part": part, "host": machine(), "stages": ended}, indent=1)
             (out / f"stages-{part}.json").write_text(text + "\n")
@@ -209,9 +212,9 @@ def _checked(shapes: Field) -> Iterator[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--part", type=int, choices=[1, 2])
+    parser.add_argument("--part", type=int, choices=[1, 2], help="both if none is given")
     parser.add_argument("--check", action="store_true", help="the correctness stage alone")
-    parser.add_argument("--device", default="auto")
+    parser.add_argument("--device", default="auto", help="auto, cpu, gpu or tpu")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes")
     parser.add_argument("--seconds", type=float, default=PART, help="of each part")
     parser.add_argument("--resume", default="", metavar="REASON", help="go on with --out (--check)")

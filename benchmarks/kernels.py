@@ -32,7 +32,7 @@ from jax.sharding import Mesh
 from benchmarks.ahead import Ahead
 from benchmarks.entrants import Checked, Field, check, short
 from benchmarks.floors import Floor, Rates, Sizes, measure
-from benchmarks.order import Work, bodies_on, chosen, goals_first, in_turns
+from benchmarks.order import Work, bodies_on, wanted
 from benchmarks.programs import fits_cache, set_count
 from benchmarks.records import ROOT, cpu_name, machine
 from benchmarks.reports import Report, fatal
@@ -255,11 +255,23 @@ def summary(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def device_named(name: str) -> Any:
-    return jax.devices()[0] if name == "auto" else jax.devices(name)[0]
+    """A device by its platform, or whichever JAX prefers for "auto".
+
+    Raises:
+        SystemExit: there is none; it says which there are.
+    """
+    try:
+        return jax.devices()[0] if name == "auto" else jax.devices(name)[0]
+    except RuntimeError:
+        there = ", ".join(sorted({x.platform for x in jax.devices()}))
+        raise SystemExit(
+            f"--device {name}: JAX finds none of that name, but {there}; its package for {name} "
+            "or JAX_PLATFORMS decides what it looks for"
+        ) from None
 
 
 def run(
-    device: Any, settings: Settings, work: Sequence[tuple[Op, Case]], out: Path, *,
+    device: Any, settings: Settings, work: Work, out: Path, *,
     sizes: Sizes | None = None, tables: Path = tuning.TUNED, resume: str = "",
     checked: Sequence[Path] = (),
 ) -> dict[str, Any]:  # fmt: skip
@@ -303,11 +315,13 @@ def main() -> None:
     parser.add_argument("--tune", action="store_true", help="try tiles, and keep what won")
     parser.add_argument("--tiles", type=int, default=12, help="of each body, with --tune")
     parser.add_argument("--seconds", type=float, default=0.3, help="of timing, per contestant")
-    parser.add_argument("--budget-seconds", type=float, default=480.0)
+    parser.add_argument(
+        "--budget-seconds", type=float, default=480.0, help="of the whole run; 480 by default"
+    )
     parser.add_argument(
         "--most-floor-ms", type=float, help="skip larger cases; 40 on a CPU, or 100"
     )
-    parser.add_argument("--no-torch", action="store_true")
+    parser.add_argument("--no-torch", action="store_true", help="leave torch's ways out")
     parser.add_argument("--tables", type=Path, default=tuning.TUNED, help="of --tune")
     parser.add_argument("--smoke", action="store_true", help="the small cases of the tests")
     parser.add_argument("--out", type=Path, help="benchmarks/results/<device>-<date>.json")
@@ -322,7 +336,10 @@ def main() -> None:
     )  # fmt: skip
     date = datetime.date.today().isoformat()
     out = args.out or ROOT / "benchmarks" / "results" / f"{name_of(device)}-{date}.json"
-    work = goals_first(in_turns(list(chosen(args.ops, args.cases, shipped=settings.shipped))))
+    try:
+        work = wanted(args.ops, args.cases, shipped=settings.shipped)
+    except ValueError as error:
+        parser.error(str(error))
     sizes = Sizes.of(platform_of(device), smoke=args.smoke)
     run(
         device, settings, work, out, sizes=sizes, tables=args.tables, resume=args.resume,

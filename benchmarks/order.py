@@ -27,6 +27,22 @@ GOALS = (
 """What a card is asked first: a case of each claim about speed."""
 
 
+def wanted(ops: Sequence[str], cases: Sequence[str], *, shipped: bool) -> Work:
+    """What is asked for by names of ops and parts of names of cases, in the order of a run.
+
+    Raises:
+        ValueError: nothing has such a name; it says what has one.
+    """
+    known = [op.name for op in OPS]
+    if unknown := [op for op in ops if op not in known]:
+        raise ValueError(f"no op is called {', '.join(unknown)}; there are {', '.join(known)}")
+    work = goals_first(in_turns(list(chosen(ops, cases, shipped))))
+    if not work:
+        there = ", ".join(case.name for _, case in chosen(ops, [], shipped))
+        raise ValueError(f"no case's name contains {' or '.join(cases)}; there are {there}")
+    return work
+
+
 def chosen(ops: Sequence[str], cases: Sequence[str], shipped: bool) -> Iterator[tuple[Op, Case]]:
     """Cases whose names contain one of the words given, of ops of those names."""
     for op in OPS:

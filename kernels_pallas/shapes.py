@@ -35,7 +35,7 @@ def check(op: str, /, **arguments: tuple[Any, str]) -> dict[str, int]:
 
 def check_heads(op: str, N: int, K: int) -> None:
     """Raises ValueError where N heads of queries are no multiple of K heads of keys."""
-    if N % K:
+    if not K or N % K:
         raise ValueError(f"{op}: {N=} heads of queries: expected a multiple of {K=} heads of keys")
 
 

@@ -17,7 +17,11 @@ def test_parts_fit_into_ten_minutes(tmp_path):
 
 
 def test_a_stage_that_fails_or_hangs_does_not_end_the_part(tmp_path, monkeypatch):
-    commands = {"slow": "import time; time.sleep(60)", "bad": "raise SystemExit(3)", "good": ""}
+    commands = {
+        "slow": "import time; time.sleep(60)",
+        "bad": "print('no card'); exit(3)",
+        "good": "",
+    }
     for name, code in commands.items():
         (tmp_path / f"stage_{name}.py").write_text(code)
     monkeypatch.setattr(accelerator, "ROOT", tmp_path)
@@ -25,6 +29,7 @@ def test_a_stage_that_fails_or_hangs_does_not_end_the_part(tmp_path, monkeypatch
     monkeypatch.setattr(accelerator, "stages", lambda *_, **__: planned)
     ended = run(1, tmp_path / "out")
     assert [stage["ended"] for stage in ended] == ["over 5 s", "exit 3", "well"]
+    assert [stage.get("said") for stage in ended] == [None, "no card", None]
     written = json.loads((tmp_path / "out" / "stages-1.json").read_text())
     assert written["stages"] == ended
 

@@ -12,8 +12,8 @@ from benchmarks import kernels
 from benchmarks.alternatives import alternatives
 from benchmarks.entrants import XLA, Field, candidates, check
 from benchmarks.floors import Rates, Sizes, measure
-from benchmarks.kernels import Bench, Settings, summary
-from benchmarks.order import GOALS, bodies_on, chosen, goals_first, in_turns
+from benchmarks.kernels import Bench, Settings, device_named, summary
+from benchmarks.order import GOALS, bodies_on, chosen, goals_first, in_turns, wanted
 from benchmarks.programs import (
     Program,
     agreement,
@@ -97,6 +97,23 @@ def test_rates_are_measured():
     rates = measure(jax.devices("cpu")[0], Sizes.of("cpu", smoke=True), seconds=0.02)
     assert set(rates.matmul) == {"bfloat16", "int8", "float32"}
     assert min(rates.copy, rates.read, *rates.matmul.values()) > 1e6
+
+
+@pytest.mark.parametrize(
+    ("ops", "cases", "message"),
+    [
+        (["linear", "foo"], [], "no op is called foo; there are .*page_attention"),
+        (["page_attention"], ["zzz"], "contains zzz; there are .*decode-32k"),
+    ],
+)
+def test_names_that_nothing_has_are_answered_with_those_there_are(ops, cases, message):
+    with pytest.raises(ValueError, match=message):
+        wanted(ops, cases, shipped=True)
+
+
+def test_a_device_that_is_not_there_is_answered_with_those_that_are():
+    with pytest.raises(SystemExit, match="--device xyz: JAX finds none of that name, but cpu"):
+        device_named("xyz")
 
 
 def test_what_is_wrong_or_refused_is_said_and_never_timed():
