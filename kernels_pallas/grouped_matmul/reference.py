@@ -38,6 +38,8 @@ def grouped_matmul(
     """
     check(x, w, group_sizes, layer, x_scale, w_scale)
     (M, N), E = (x.shape[0], w.shape[-2]), group_sizes.shape[0]
+    if M == 0:  # from which nothing can be gathered, not even for padding
+        return jnp.zeros((M, N), out_dtype)
     total = jnp.int32 if x.dtype == jnp.int8 else jnp.float32
 
     def block(y: Array, part) -> tuple[Array, None]:
