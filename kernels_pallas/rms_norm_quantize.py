@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.op import Body, Case, Cost, Op, UnsupportedError, refuse_no_rows, tried
-from kernels_pallas.quantize import quantize_rows
+from kernels_pallas.quantize import largest, quantize_rows
 from kernels_pallas.target import not_hopper
 from kernels_pallas.tpu import INT8_ROWS, LANES, divisor
 
@@ -72,7 +72,7 @@ def _tpu_kernel(x_ref, scale_ref, values_ref, scales_ref, *, eps: float, offset:
 
         zeros = jnp.zeros((INT8_ROWS, LANES), jnp.float32)
         squares, absmax = lax.fori_loop(0, D // width, measure, (zeros, zeros))
-        absmax = jnp.max(absmax, 1, keepdims=True)
+        absmax = largest(absmax)  # an infinity times a scale of 0 is NaN, and a maximum may drop it
         steps = jnp.where(absmax > 0, 127.0 / absmax, 0.0)
         squares = jnp.sum(squares, 1, keepdims=True)
         scales_ref[rows] = absmax * lax.rsqrt(squares * (1 / D) + eps) * (1 / 127)
