@@ -107,7 +107,7 @@ def _inverse_cdf(p: Array, u: Array) -> Array:
     """
     R, V = p.shape
     width = 1 << (V - 1).bit_length() // 2
-    blocks = jnp.pad(p, ((0, 0), (0, -V % width))).reshape(R, -1, width)
+    blocks = jnp.pad(p, ((0, 0), (0, -V % width))).reshape(R, -(-V // width), width)
     sums = blocks.sum(-1)
     ends = jnp.cumsum(sums, -1)
     target = u * ends[:, -1]

@@ -22,6 +22,16 @@ class UnsupportedError(NotImplementedError):
     """A body does not support these shapes, types or options. An op then tries the next one."""
 
 
+def refuse_no_rows(count: int) -> None:
+    """Refuses arrays without rows: a kernel's grid would be of no blocks, and their size 0.
+
+    Raises:
+        UnsupportedError: there are none.
+    """
+    if count == 0:
+        raise UnsupportedError("0 rows: at least one makes a block")
+
+
 def tried(default: int, *others: int) -> Any:
     """A field of a tile: its default, and the other values that tuning tries."""
     return field(default=default, metadata={"tried": (default, *others)})

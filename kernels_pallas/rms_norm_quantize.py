@@ -13,8 +13,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas import shapes
-from kernels_pallas.op import Body, Case, Cost, Op, UnsupportedError, tried
-from kernels_pallas.quantize import quantize_rows
+from kernels_pallas.op import Body, Case, Cost, Op, UnsupportedError, refuse_no_rows, tried
+from kernels_pallas.quantize import largest, quantize_rows
 from kernels_pallas.target import not_hopper
 from kernels_pallas.tpu import INT8_ROWS, LANES, divisor
 
@@ -82,7 +82,7 @@ def _tpu_kernel(x_ref, scale_ref, values_ref, scales_ref, *, eps: float, offset:
 
         zeros = jnp.zeros((INT8_ROWS, LANES), jnp.float32)
         squares, absmax = lax.fori_loop(0, D // width, measure, (zeros, zeros))
-        absmax = jnp.max(absmax, 1, keepdims=True)
+        absmax = largest(absmax)  # an infinity times a scale of 0 is NaN, and a maximum may drop it
         steps = jnp.where(absmax > 0, 127.0 / absmax, 0.0)
         squares = jnp.sum(squares, 1, keepdims=True)
         scales_ref[rows] = absmax * lax.rsqrt(squares * (1 / D) + eps) * (1 / 127)
@@ -100,9 +100,10 @@ def tpu(
     """`reference` as a TPU kernel: one pass over HBM.
 
     Raises:
-        UnsupportedError: D is no multiple of 128.
+        UnsupportedError: x has no rows, or D is no multiple of 128.
     """
     T, D = x.shape
+    refuse_no_rows(T)
     if D % LANES:
         raise UnsupportedError(f"rows of {D=} must be whole lanes of {LANES}")
     wanted = (tile or TpuTile(rows=min(256, 2**20 // D))).rows  # wide rows fill VMEM sooner
@@ -147,9 +148,10 @@ def gpu(
     """`reference` as a Hopper kernel: one pass over memory.
 
     Raises:
-        UnsupportedError: D is no multiple of 128, or above 16384.
+        UnsupportedError: x has no rows, or D is no multiple of 128, or above 16384.
     """
     T, D = x.shape
+    refuse_no_rows(T)
     if D % 128 or D > 16384:
         raise UnsupportedError(f"rows of {D=} must be multiples of 128 up to 16384")
     return plgpu.kernel(

@@ -15,7 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas import sample_gpu
 from kernels_pallas.draw import BITS, COLDEST, check, draw, highest
-from kernels_pallas.op import Body, Case, Cost, Op, UnsupportedError, tried
+from kernels_pallas.op import Body, Case, Cost, Op, UnsupportedError, refuse_no_rows, tried
 from kernels_pallas.target import not_hopper
 from kernels_pallas.tpu import LANES, SUBLANES
 
@@ -36,9 +36,10 @@ def tpu(
     """`draw` as a TPU kernel: scores are read from HBM once, and searched in VMEM.
 
     Raises:
-        UnsupportedError: scores are not float32.
+        UnsupportedError: scores have no rows, or are not float32.
     """
     R, V = scores.shape
+    refuse_no_rows(R)
     if scores.dtype != jnp.float32:
         raise UnsupportedError(f"scores are {scores.dtype}, and must be float32")
     width = min((tile or TpuTile()).vocab, -(-V // LANES) * LANES)

@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.draw import COLDEST
-from kernels_pallas.op import UnsupportedError, tried
+from kernels_pallas.op import UnsupportedError, refuse_no_rows, tried
 from kernels_pallas.softmax import LOG2E
 
 _ABOVE_ONE = 0x3F800001  # bits of the float after 1: probabilities relative to the largest are <= 1
@@ -41,9 +41,11 @@ def gpu(
     """`draw` as a Hopper kernel.
 
     Raises:
-        UnsupportedError: scores are not float32, or V is less than 128 or no multiple of 4.
+        UnsupportedError: scores have no rows or are not float32, or V is less than 128 or no
+            multiple of 4.
     """
     R, V = scores.shape
+    refuse_no_rows(R)
     if scores.dtype != jnp.float32:
         raise UnsupportedError(f"scores are {scores.dtype}, and must be float32")
     if V % _WORDS or V < _THREADS:

@@ -20,6 +20,7 @@ import numpy as np
 from jax import Array
 
 from kernels_pallas.cpu import build
+from kernels_pallas.op import UnsupportedError
 from kernels_pallas.paged_attention.codec import (
     Int4Pages,
     Int8Pages,
@@ -284,13 +285,19 @@ def _parts(pages: Pages | None) -> np.ndarray:
 def _check_lanes(
     q: Array, k: Array, v: Array | None, k_pages: Pages, v_pages: Pages | None, value_dim: int
 ) -> None:
-    """Kernels take rows to be as long as those of pages, and turn values back by whole parts."""
+    """Kernels take rows to be as long as those of pages, and turn values back by whole parts.
+
+    Raises:
+        UnsupportedError: rows are shorter, or `value_dim` cuts a part.
+    """
     owner = k_pages if v_pages is None else v_pages
     for x, pages in ((q, k_pages), (k, k_pages), (v, owner)):
         if x is not None and x.shape[-1] != pages.shape[-1]:
-            raise ValueError(f"rows of {x.shape[-1]} lanes do not fit pages of {pages.shape[-1]}")
+            raise UnsupportedError(
+                f"rows of {x.shape[-1]} lanes do not fit pages of {pages.shape[-1]}"
+            )
     if value_dim > owner.shape[-1] or value_dim != whole_parts(owner, value_dim):
-        raise ValueError(
+        raise UnsupportedError(
             f"value_dim={value_dim} must be at most {owner.shape[-1]} lanes, and end a part where "
             "pages are of four bits"
         )

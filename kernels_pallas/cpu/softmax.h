@@ -25,7 +25,7 @@ inline F lane_index() {
 // Scaled, capped scores, minus infinity outside keys [begin, end).
 inline F visible(F score, int64_t key, int64_t begin, int64_t end, const Scores& how) {
   F x = score * how.scale;
-  if (how.soft_cap > 0) x = how.soft_cap * tanh(x * (1.0f / how.soft_cap));
+  if (how.soft_cap != 0) x = how.soft_cap * tanh(x * (1.0f / how.soft_cap));
   if (key >= begin && key + kLanes <= end) return x;
   F index = lane_index() + float(key);
   x = index >= float(begin) ? x : splat(kMinusInfinity);

@@ -23,7 +23,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from kernels_pallas.grouped_matmul.reference import check
 from kernels_pallas.grouped_matmul.visits import blocks
 from kernels_pallas.hopper import LINE_BYTES, PLANNED_BYTES, fit, pipelined
-from kernels_pallas.op import UnsupportedError, tried
+from kernels_pallas.op import UnsupportedError, refuse_no_rows, tried
 
 _STORE_M = 64  # rows of the result that are transposed and stored at a time
 
@@ -248,11 +248,13 @@ def gpu(
     """`reference.grouped_matmul` as a Hopper kernel. Weights of absent experts are not read.
 
     Raises:
-        UnsupportedError: x is neither bfloat16 nor int8, the tile does not divide K and N or reads
-            rows of w that are no multiple of 128 bytes, or needs more shared memory than there is.
+        UnsupportedError: x has no rows or is neither bfloat16 nor int8, the tile does not divide K
+            and N or reads rows of w that are no multiple of 128 bytes, or needs more shared memory
+            than there is.
     """
     check(x, w, group_sizes, layer, x_scale, w_scale)
     (M, K), (E, N), itemsize = x.shape, w.shape[-3:-1], x.dtype.itemsize
+    refuse_no_rows(M)
     if x.dtype not in (jnp.bfloat16, jnp.int8):
         raise UnsupportedError(f"rows are {x.dtype}: expected bfloat16 or int8")
     out_bytes = jnp.dtype(out_dtype).itemsize

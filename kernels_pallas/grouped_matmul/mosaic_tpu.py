@@ -14,7 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.grouped_matmul.reference import check
 from kernels_pallas.grouped_matmul.visits import visits
-from kernels_pallas.op import UnsupportedError, tried
+from kernels_pallas.op import UnsupportedError, refuse_no_rows, tried
 from kernels_pallas.target import matrix_unit
 from kernels_pallas.tpu import LANES, SUBLANES, VMEM_BYTES, divisor, in_parts
 
@@ -114,10 +114,12 @@ def tpu(
     """`reference.grouped_matmul` as a TPU kernel. Weights of experts without rows are not read.
 
     Raises:
-        UnsupportedError: K or N is no multiple of 128, or x is neither bfloat16 nor int8.
+        UnsupportedError: x has no rows or is neither bfloat16 nor int8, or K or N is no multiple
+            of 128.
     """
     check(x, w, group_sizes, layer, x_scale, w_scale)
     (M, K), (E, N) = x.shape, w.shape[-3:-1]
+    refuse_no_rows(M)
     if K % LANES or N % LANES:
         raise UnsupportedError(f"{K=} and {N=} must be whole lanes of {LANES}")
     if x.dtype not in (jnp.bfloat16, jnp.int8):

@@ -41,6 +41,8 @@ def grouped_matmul(
         x, w, group_sizes, layer=layer, x_scale=x_scale, w_scale=w_scale, out_dtype=out_dtype
     )
     (M, N), E = (x.shape[0], w.shape[-2]), group_sizes.shape[0]
+    if M == 0:  # from which nothing can be gathered, not even for padding
+        return jnp.zeros((M, N), out_dtype)
     total = jnp.int32 if x.dtype == jnp.int8 else jnp.float32
 
     def block(y: Array, part) -> tuple[Array, None]:

@@ -21,7 +21,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from kernels_pallas.hopper import CORES, LINE_BYTES, PLANNED_BYTES, ROWS, fit, pipelined
 from kernels_pallas.int8_matmul.reference import check
 from kernels_pallas.linear import GATES
-from kernels_pallas.op import UnsupportedError, tried
+from kernels_pallas.op import UnsupportedError, refuse_no_rows, tried
 
 _STORE_M = 64  # rows of the result that are transposed and stored at a time
 
@@ -192,11 +192,12 @@ def gpu(
     """`reference.int8_matmul` as a Hopper kernel.
 
     Raises:
-        UnsupportedError: K is no multiple of 128 or N of 64, the tile does not divide them, or it
-            needs more shared memory than there is.
+        UnsupportedError: x has no rows, K is no multiple of 128 or N of 64, the tile does not
+            divide them, or it needs more shared memory than there is.
     """
     gated = check(x, x_scale, w, w_scale, layer, bias, up, up_scale, activation)
     (T, K), N = x.shape, w.shape[-2]
+    refuse_no_rows(T)
     if K % LINE_BYTES or N % ROWS:
         raise UnsupportedError(f"{K=} must be a multiple of {LINE_BYTES}, and {N=} of {ROWS}")
     tile = tile or Tile.for_shape(T, N, K, gated)

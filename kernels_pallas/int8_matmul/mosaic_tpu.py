@@ -15,7 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.int8_matmul.reference import check
 from kernels_pallas.linear import GATES
-from kernels_pallas.op import UnsupportedError, tried
+from kernels_pallas.op import UnsupportedError, refuse_no_rows, tried
 from kernels_pallas.target import matrix_unit
 from kernels_pallas.tpu import LANES, SUBLANES, VMEM_BYTES, divisor, in_parts
 
@@ -125,10 +125,11 @@ def tpu(
     """`reference.int8_matmul` as a TPU kernel: weights are read once for each block of rows.
 
     Raises:
-        UnsupportedError: K or N is no multiple of 128.
+        UnsupportedError: x has no rows, or K or N is no multiple of 128.
     """
     gated = check(x, x_scale, w, w_scale, layer, bias, up, up_scale, activation)
     (T, K), N = x.shape, w.shape[-2]
+    refuse_no_rows(T)
     if K % LANES or N % LANES:
         raise UnsupportedError(f"{K=} and {N=} must be whole lanes of {LANES}")
     tile = (tile or Tile()).for_shape(T, gated)

@@ -55,7 +55,7 @@ def paged_attention(
     """Writes k and v to their pages, then attends causally: `page_write`, then `page_attention`.
 
     Args:
-        options: of `page_attention`.
+        options: of `page_attention`, but for `mass`.
 
     Returns:
         o [T, N, Hv] and lse [T, N], both float32, k_pages and v_pages.

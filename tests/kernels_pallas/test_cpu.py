@@ -268,7 +268,7 @@ def test_paged_attention_any_page_size(page):
 
 @pytest.mark.parametrize("dtype", ["float32", "uint16"])
 @pytest.mark.parametrize("window", [0, 1, 16, 100])
-@pytest.mark.parametrize("soft_cap", [0.0, 1.5])
+@pytest.mark.parametrize("soft_cap", [0.0, 1.5, -1.5])  # cap * tanh(s / cap) knows no sign
 @pytest.mark.parametrize("sinks", [False, True])
 def test_paged_attention_options(dtype, window, soft_cap, sinks):
     batch = Paged(MIXED, 8, 2, 64, 64, dtype)

@@ -1,6 +1,7 @@
 """Native CPU kernels refuse operands that do not fit each other, and read past no end."""
 
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,13 @@ from jax import lax
 
 from jaxserve.engine import native_ops
 from kernels_pallas import cpu
+from kernels_pallas.cpu import ops
+from kernels_pallas.linear import linear as linear_reference
+from kernels_pallas.op import UnsupportedError
+from kernels_pallas.paged_attention.cases import batch as step_of
+from kernels_pallas.paged_attention.codec import empty
 from kernels_pallas.rope import rotate
+from kernels_pallas.target import CPU
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason="no C++ compiler")
 
@@ -134,3 +141,58 @@ def test_products_have_the_size_of_their_weights():
     assert "do not fit" in refusal(cpu.gated_linear, x, w, narrow)
     residual = jnp.ones((2, 16))
     assert "do not fit" in refusal(cpu.linear, x, (w,), shapes=[(16,)], residual=residual)
+
+
+HALF, HALVES = jnp.float16, jnp.ones((4, 8), jnp.float16)
+REFUSED_PAGES = {
+    "two kinds": ({"dtypes": (jnp.int8, jnp.float32)}, "Int8Pages and pages of float32"),
+    "two types": (
+        {"dtypes": (jnp.bfloat16, jnp.float32)},
+        "pages of bfloat16 and pages of float32",
+    ),
+    "halves": ({"dtypes": (HALF, HALF)}, "float16 and float16: .* take float32, bfloat16, uint16"),
+    "wide": ({"W": 64}, "rows of 32 lanes do not fit pages of 64"),
+    "a cut part": ({"dtypes": (jnp.int4, jnp.int4), "value_dim": 16}, "value_dim=16 .* end a part"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED_PAGES)
+def test_pages_that_native_kernels_do_not_read_are_left_to_the_reference(name):
+    given, message = REFUSED_PAGES[name]
+    given = {"dtypes": (jnp.float32,) * 2, "W": 32, "value_dim": None} | given
+    step, P = step_of((1, 3), (9, 5), 8)
+    rows = (jnp.ones((4, heads, 32)) for heads in (4, 2, 2))
+    cache = [empty(dtype, (1, P, 2, 8, given["W"])) for dtype in given["dtypes"]]
+    args = (*rows, *cache, 0, jax.tree.map(jnp.asarray, step))
+    run = partial(ops.paged_attention, target=CPU, scale=0.1, value_dim=given["value_dim"])
+    assert run(*args)[1].shape == (4, 4)
+    with pytest.raises(UnsupportedError, match=message):
+        run(*args, implementation="native")
+
+
+@pytest.mark.parametrize(
+    ("op", "args", "options"),
+    [
+        (ops.gated_linear, (jnp.ones((2, 8)), HALVES, HALVES), {"activation": "silu"}),
+        (ops.gated_linear, (HALVES, jnp.ones((3, 8)), jnp.ones((3, 8))), {"activation": "silu"}),
+        (ops.rms_norm, (jnp.ones((1, 2, 8)), jnp.ones(8, HALF)), {"eps": 1e-6}),
+    ],
+)
+def test_halves_are_left_to_the_reference(op, args, options):
+    run = partial(op, *args, target=CPU, **options)
+    np.testing.assert_array_equal(run(), op.reference(*args, **options))
+    with pytest.raises(UnsupportedError, match=r"float16.*: the C\+\+ kernels take float32"):
+        run(implementation="native")
+
+
+def test_products_of_halves_are_those_of_the_reference():
+    w = jnp.ones((3, 8))
+    found = ops.linear(HALVES, w, target=CPU)
+    np.testing.assert_array_equal(found, linear_reference(HALVES, w))
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (2, 0, 8)])
+def test_a_gate_of_no_rows(shape):
+    w = jnp.ones((4, 8))
+    found = ops.gated_linear(jnp.ones(shape), w, w, activation="silu", target=CPU)
+    assert found.shape == (*shape[:-1], 4)

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels_pallas.rms_norm import rms_norm
+from kernels_pallas.rms_norm_quantize import rms_norm_quantize
 from kernels_pallas.weight import StackedWeight
 
 
@@ -70,3 +71,12 @@ def test_a_scale_in_its_stack_and_gradients():
         atol=2e-2,
         rtol=2e-2,
     )
+
+
+@pytest.mark.parametrize("bad", [np.inf, np.nan])
+@pytest.mark.parametrize("scale", [0.0, 1.0])
+def test_a_row_that_is_not_finite_has_no_finite_scale_on_tpu(bad, scale):
+    """Nor where the scale of that lane is 0, by which an infinity becomes NaN."""
+    x, scales = jnp.ones((3, 256)).at[1, 3].set(bad), jnp.ones(256).at[3].set(scale)
+    _, steps = rms_norm_quantize.run("mosaic_tpu", x, scales, eps=1e-6, interpret=True)
+    np.testing.assert_array_equal(np.isfinite(steps), [True, False, True])
