@@ -37,7 +37,7 @@ class Times:
     """
 
     samples: Sequence[float]
-    hosts: Sequence[float] = ()
+    hosts: Sequence[float]
 
     @property
     def median(self) -> float:

@@ -37,9 +37,7 @@ def grouped_matmul(
     Raises:
         ValueError: shapes and types do not go together.
     """
-    check_call(
-        x, w, group_sizes, layer=layer, x_scale=x_scale, w_scale=w_scale, out_dtype=out_dtype
-    )
+    check(x, w, group_sizes, layer, x_scale, w_scale, out_dtype=out_dtype)
     (M, N), E = (x.shape[0], w.shape[-2]), group_sizes.shape[0]
     if M == 0:  # from which nothing can be gathered, not even for padding
         return jnp.zeros((M, N), out_dtype)
@@ -68,22 +66,13 @@ def _of(stack: Array, layer: Array | int | None, expert: Array) -> Array:
     return lax.dynamic_slice(stack, start, size).reshape(stack.shape[len(lead) :])
 
 
-def check_call(
-    x, w, group_sizes, *, layer=None, x_scale=None, w_scale=None, out_dtype: Any = jnp.bfloat16,
-    **options: Any,
+def check(
+    x, w, group_sizes, layer=None, x_scale=None, w_scale=None, *,
+    out_dtype: Any = jnp.bfloat16, **options: Any,
 ) -> None:  # fmt: skip
     """Raises ValueError where the arguments of `grouped_matmul` do not go together."""
     shapes.check("grouped_matmul", x=(x, "any M K"))
     shapes.check_result("grouped_matmul", out_dtype)
-    check(x, w, group_sizes, layer, x_scale, w_scale)
-
-
-def check(x, w, group_sizes, layer, x_scale, w_scale) -> None:
-    """Checks the arguments of `grouped_matmul`.
-
-    Raises:
-        ValueError: shapes and types do not go together.
-    """
     stacked = layer is not None
     if w.ndim != 3 + stacked or w.shape[-1] != x.shape[-1] or w.dtype != x.dtype:
         expected = "[L, E, N, K]" if stacked else "[E, N, K]"

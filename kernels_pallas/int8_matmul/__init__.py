@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kernels_pallas.int8_matmul import mosaic_gpu, mosaic_tpu
 from kernels_pallas.int8_matmul.cases import CASES
-from kernels_pallas.int8_matmul.reference import check_call
+from kernels_pallas.int8_matmul.reference import check
 from kernels_pallas.int8_matmul.reference import int8_matmul as reference
 from kernels_pallas.op import Body, Op
 from kernels_pallas.target import not_hopper
@@ -19,5 +19,5 @@ int8_matmul = Op(
         "mosaic_gpu": Body("gpu", mosaic_gpu.gpu, mosaic_gpu.Tile, declines=not_hopper),
     },
     CASES,
-    check=check_call,
+    check=check,
 )

@@ -39,9 +39,8 @@ def int8_matmul(
     Raises:
         ValueError: shapes, types or options do not go together.
     """
-    check_call(
-        x, x_scale, w, w_scale, layer=layer, bias=bias, up=up, up_scale=up_scale,
-        activation=activation, out_dtype=out_dtype,
+    check(
+        x, x_scale, w, w_scale, layer, bias, up, up_scale, activation, out_dtype=out_dtype
     )  # fmt: skip
     y = _scaled(x, x_scale, w, w_scale, layer)
     if activation and up is not None and up_scale is not None:
@@ -62,30 +61,24 @@ def _of_layer(stack: Array, layer: Array | int | None) -> Array:
     return stack if layer is None else lax.dynamic_index_in_dim(stack, layer, keepdims=False)
 
 
-def check_call(
-    x, x_scale, w, w_scale, *, layer=None, bias=None, up=None, up_scale=None, activation=None,
+def check(
+    x, x_scale, w, w_scale, layer=None, bias=None, up=None, up_scale=None, activation=None, *,
     out_dtype: Any = jnp.bfloat16, **options: Any,
-) -> None:  # fmt: skip
-    """Raises ValueError where the arguments of `int8_matmul` do not go together."""
-    shapes.check("int8_matmul", x=(x, "int8 T K"), x_scale=(x_scale, "float32 T"))
-    shapes.check_result("int8_matmul", out_dtype)
-    check(x, x_scale, w, w_scale, layer, bias, up, up_scale, activation)
-
-
-def check(x, x_scale, w, w_scale, layer, bias, up, up_scale, activation) -> bool:
+) -> bool:  # fmt: skip
     """Whether the product is gated.
 
     Raises:
-        ValueError: shapes, types or options do not go together.
+        ValueError: the arguments of `int8_matmul` do not go together.
     """
-    (T, K), lead = x.shape, () if layer is None else (w.shape[0],)
-    if w.ndim != 2 + len(lead) or w.shape[-1] != K:
+    shapes.check("int8_matmul", x=(x, "int8 T K"), x_scale=(x_scale, "float32 T"))
+    shapes.check_result("int8_matmul", out_dtype)
+    lead = () if layer is None else (w.shape[0],)
+    if w.ndim != 2 + len(lead) or w.shape[-1] != x.shape[1]:
         form = "[N, K]" if layer is None else "[L, N, K]"
         raise ValueError(f"w is {w.shape} with x {x.shape} and {layer=}: expected {form}")
     per_row = (*lead, w.shape[-2])
     gated = up is not None
     expected: list[tuple[str, Any, Any, Any]] = [
-        ("x", x, (T, K), jnp.int8), ("x_scale", x_scale, (T,), jnp.float32),
         ("w", w, w.shape, jnp.int8), ("w_scale", w_scale, per_row, jnp.float32),
     ]  # fmt: skip
     if gated:
