@@ -97,6 +97,23 @@ inline void store_as(bf16* to, F x) {
 #endif
 }
 
+// Two registers of floats as bf16, side by side in words.
+inline U join_bf16(F low, F high) {
+#if defined(__AVX512BF16__) && defined(__AVX512BW__)
+  alignas(64) static constexpr auto kPlaces = [] {
+    std::array<uint16_t, 32> places{};
+    for (int i = 0; i < 32; ++i) places[i] = uint16_t(i / 2 + i % 2 * 16);
+    return places;
+  }();
+  const auto apart = bitcast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
+  return bitcast<U>(_mm512_permutexvar_epi16(load<__m512i>(kPlaces.data()), apart));
+#else
+  U words;
+  for (int i = 0; i < kLanes; ++i) words[i] = to_bf16(low[i]).bits | to_bf16(high[i]).bits << 16;
+  return words;
+#endif
+}
+
 inline void convert(float* to, const float* from, int64_t n) {
   std::memcpy(to, from, n * sizeof(float));
 }
@@ -196,6 +213,17 @@ struct Vec<int8_t> {
 #endif
   }
 };
+
+// Whether any lane of a comparison holds.
+inline bool any(I holds) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask(bitcast<__m512i>(holds), bitcast<__m512i>(holds)) != 0;
+#else
+  int32_t found = 0;
+  for (int i = 0; i < kLanes; ++i) found |= holds[i];
+  return found != 0;
+#endif
+}
 
 // Of a NaN and something, the second; also in minimum().
 inline F maximum(F a, F b) {
@@ -297,6 +325,21 @@ inline F fold_lanes(const F (&v)[kLanes], const Op& op) {
 #endif
 }
 
+// Lane i: v[0][i], v[1][i] ... added by the tree by which fold_lanes() adds lanes.
+inline F add_registers(const F (&v)[kLanes]) {
+#if defined(__AVX512F__)
+  auto quarter = [&](int i) { return (v[i] + v[i + 2]) + (v[i + 1] + v[i + 3]); };
+  return (quarter(0) + quarter(4)) + (quarter(8) + quarter(12));
+#else
+  F sums[kLanes];
+  std::memcpy(sums, v, sizeof(sums));
+  for (int width = kLanes / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) sums[i] += sums[i + width];
+  }
+  return sums[0];
+#endif
+}
+
 constexpr float kRound = 12582912.0f;  // adding 1.5 * 2^23 rounds to a whole number
 
 // p * 2^n for whole n, down to 0 and up to infinity.
@@ -327,6 +370,22 @@ inline F exp_below(F x) {
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
   return scale_by_power(p, n);
+}
+
+// The same to eighteen bits, for what is rounded to bf16.
+inline F exp_coarse(F x) {
+#if defined(__AVX512F__) && defined(__AVX512DQ__)
+  constexpr int kBelow = 1;  // what is left above the next whole number below
+  const F t = x * 1.44269504f, r = _mm512_reduce_ps(t, kBelow);
+  F p = splat(0.01342671f);
+  p = p * r + 0.05224243f;
+  p = p * r + 0.24128023f;
+  p = p * r + 0.69304484f;
+  p = p * r + 1.0f;
+  return _mm512_scalef_ps(p, t);
+#else
+  return exp_below(x);
+#endif
 }
 
 inline F exp(F x) { return exp_below(minimum(splat(110.0f), x)); }

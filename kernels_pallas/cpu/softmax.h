@@ -2,6 +2,7 @@
 #pragma once
 
 #include <limits>
+#include <type_traits>
 
 #include "pages.h"
 
@@ -22,14 +23,15 @@ inline F lane_index() {
   return index;
 }
 
-// Scaled, capped scores, minus infinity outside keys [begin, end).
-inline F visible(F score, int64_t key, int64_t begin, int64_t end, const Scores& how) {
-  F x = score * how.scale;
-  if (how.soft_cap != 0) x = how.soft_cap * tanh(x * (1.0f / how.soft_cap));
-  if (key >= begin && key + kLanes <= end) return x;
-  F index = lane_index() + float(key);
-  x = index >= float(begin) ? x : splat(kMinusInfinity);
-  return index < float(end) ? x : splat(kMinusInfinity);
+inline F logits(F score, const Scores& how) {
+  const F x = score * how.scale;
+  return how.soft_cap == 0 ? x : how.soft_cap * tanh(x * (1.0f / how.soft_cap));
+}
+
+// Logits, minus infinity for keys outside [begin, end).
+inline F visible(F x, F key, F begin, F end) {
+  x = key >= begin ? x : splat(kMinusInfinity);
+  return key < end ? x : splat(kMinusInfinity);
 }
 
 // Keys of a block that a row sees.
@@ -42,16 +44,41 @@ inline F show(float* scores, const Span& seen, const Scores& how) {
   F most = splat(kMinusInfinity);
 #pragma GCC unroll 16
   for (int64_t i = 0; i < kBlockKeys; i += kLanes) {
-    const F x = visible(load<F>(scores + i), i, seen.begin, seen.end, how);
+    F x = logits(load<F>(scores + i), how);
+    if (i < seen.begin || i + kLanes > seen.end) {
+      x = visible(x, lane_index() + float(i), splat(float(seen.begin)), splat(float(seen.end)));
+    }
     store(scores + i, x);
     most = maximum(x, most);
   }
   return most;
 }
 
-// Running maxima and sums of exponentials of query rows, which go on in registers side by side.
+// Exponentials of a row are taken relative to its base, a maximum of earlier days: what is accumulated
+// need not shrink before scores rise above it by more than this.
+constexpr float kSlack = 8.0f;
+
+// A new base for each lane, and by which factor what was accumulated shrinks.
+struct Base {
+  F now, shrink;
+
+  Base(F before, F most)
+      : now(most > before + kSlack ? most : before),
+        shrink(before == now ? splat(1.0f) : exp(before - now)) {}
+
+  // What to take off scores. Rows that have seen nothing have no base.
+  F offset() const { return now == splat(kMinusInfinity) ? F{} : now; }
+};
+
+// e^x as a weight of T.
+template <class T>
+F weight_of(F x) {
+  return std::is_same_v<T, bf16> ? exp_coarse(x) : exp_below(x);
+}
+
+// Bases and sums of exponentials of query rows, which go on in registers side by side.
 struct Rows {
-  float *most, *sum;
+  float *base, *sum;
 
   // One block of keys for the first `count` rows, at most kLanes of them. Exponentials of their
   // scores become `weights`, and `shrink` factors by which everything accumulated so far must
@@ -64,27 +91,25 @@ struct Rows {
     std::fill(tops + count, tops + kLanes, splat(kMinusInfinity));
     std::fill(totals + count, totals + kLanes, F{});
     for (int64_t r = 0; r < count; ++r) tops[r] = show(scores + r * kBlockKeys, seen[r], how);
-    const F before = load<F>(most);
-    const F now = maximum(fold_lanes(tops, [](F a, F b) { return maximum(a, b); }), before);
-    const F base = now == splat(kMinusInfinity) ? F{} : now;
-    const F factors = before == now ? splat(1.0f) : exp(before - now);
+    const Base found(load<F>(base), fold_lanes(tops, [](F a, F b) { return maximum(a, b); }));
+    const F offset = found.offset();
     for (int64_t r = 0; r < count; ++r) {
-      totals[r] = weigh(scores + r * kBlockKeys, base[r], weights + r * kBlockKeys);
+      totals[r] = weigh(scores + r * kBlockKeys, offset[r], weights + r * kBlockKeys);
     }
     const F total = fold_lanes(totals, [](F a, F b) { return a + b; });
-    store(most, now);
-    store(shrink, factors);
-    store(sum, load<F>(sum) * factors + total);
+    store(base, found.now);
+    store(shrink, found.shrink);
+    store(sum, load<F>(sum) * found.shrink + total);
   }
 
  private:
   // Exponentials of a row's scores; returns their sum, lane by lane.
   template <class T>
-  static F weigh(const float* scores, float base, T* weights) {
+  static F weigh(const float* scores, float offset, T* weights) {
     F total{};
 #pragma GCC unroll 16
     for (int64_t i = 0; i < kBlockKeys; i += kLanes) {
-      const F x = exp_below(load<F>(scores + i) - base);
+      const F x = weight_of<T>(load<F>(scores + i) - offset);
       total += x;
       store_as(weights + i, x);
     }
@@ -92,21 +117,79 @@ struct Rows {
   }
 };
 
+// The same for kLanes rows, each of which has a lane of its own: scores are [keys][kLanes].
+struct Columns {
+  float *base, *sum;
+
+  // As Rows::add(), bit for bit, for the first `keys` of a block, whole registers of them.
+  // Exponentials become words of two keys each. Returns what is `shrink` there.
+  F add(const Span* seen, int64_t keys, const Scores& how, float* scores, bf16* weights) const {
+    const Base found(load<F>(base), show(seen, keys, how, scores));
+    const F total = weigh(scores, keys, found.offset(), weights);
+    store(base, found.now);
+    store(sum, load<F>(sum) * found.shrink + total);
+    return found.shrink;
+  }
+
+ private:
+  // Scores become what is visible of them; returns their maxima.
+  static F show(const Span* seen, int64_t keys, const Scores& how, float* scores) {
+    F begin, end;
+    bool all = true;
+    for (int i = 0; i < kLanes; ++i) all &= seen[i].begin <= 0 && seen[i].end >= keys;
+    for (int i = 0; i < kLanes && !all; ++i) {
+      begin[i] = float(seen[i].begin);
+      end[i] = float(seen[i].end);
+    }
+    constexpr int kChains = 4;  // a maximum takes longer than all the rest
+    F tops[kChains];
+    std::fill(tops, tops + kChains, splat(kMinusInfinity));
+    for (int64_t key = 0; key < keys; key += kChains) {
+#pragma GCC unroll 4
+      for (int i = 0; i < kChains; ++i, scores += kLanes) {
+        F x = logits(load<F>(scores), how);
+        if (!all) x = visible(x, splat(float(key + i)), begin, end);
+        store(scores, x);
+        tops[i] = maximum(x, tops[i]);
+      }
+    }
+    return maximum(maximum(tops[0], tops[1]), maximum(tops[2], tops[3]));
+  }
+
+  // Exponentials of all scores; returns their sums, as lanes of a row add up.
+  static F weigh(const float* scores, int64_t keys, F offset, bf16* weights) {
+    F totals[kLanes];
+    for (int64_t i = 0; i < kLanes; i += 2) {
+      F low{}, high{};
+      for (int64_t key = i; key < keys; key += kLanes) {
+        const F x = weight_of<bf16>(load<F>(scores + key * kLanes) - offset);
+        const F y = weight_of<bf16>(load<F>(scores + (key + 1) * kLanes) - offset);
+        low += x;
+        high += y;
+        store(weights + key * kLanes, join_bf16(x, y));
+      }
+      totals[i] = low;
+      totals[i + 1] = high;
+    }
+    return add_registers(totals);
+  }
+};
+
 // What has become of a row.
 struct Row {
-  float most, sum;
+  float base, sum;
 
   // One more logit in the denominator that no value belongs to; returns the factor by which what
   // was accumulated must shrink.
   float add_sink(float logit) {
-    const float before = most;
-    most = std::max(before, logit);
-    const float shrink = before == kMinusInfinity ? 0.0f : exp(before - most);
-    sum = sum * shrink + exp(logit - most);
+    const float before = base;
+    base = std::max(before, logit);
+    const float shrink = before == kMinusInfinity ? 0.0f : exp(before - base);
+    sum = sum * shrink + exp(logit - base);
     return shrink;
   }
 
-  float log_sum() const { return sum == 0 ? kMinusInfinity : most + std::log(sum); }
+  float log_sum() const { return sum == 0 ? kMinusInfinity : base + std::log(sum); }
 };
 
 }  // namespace jaxserve

@@ -12,8 +12,10 @@
 namespace jaxserve {
 
 // Enough rows (query tokens times the heads that share a kv head) to pay for packing a block of
-// keys, few enough that scores, keys, values and sums stay in L2.
+// keys, few enough that scores, keys, values and sums stay in L2. By tiles a row costs less, and
+// more of them pay, if threads have enough to do.
 constexpr int64_t kRowsPerTask = kTiles ? 4 * kTileRows : 11 * kOuterRows;
+constexpr int64_t kMostRowsPerTask = kTiles ? 4 * kRowsPerTask : kRowsPerTask;
 
 // Sequences firsts[g] to ends[g] begin with the same pages[g] pages, and write none of them.
 struct Groups {
@@ -60,6 +62,8 @@ class Tasks {
   // `heads` of queries share each of the kv heads. A `window` leaves nothing to share.
   Tasks(const Batch& batch, int64_t num_kv_heads, int64_t heads, int64_t window, int64_t page_size)
       : batch_(batch), num_kv_heads_(num_kv_heads), heads_(heads), window_(window) {
+    const int64_t even = even_rows(0, batch.num_seqs) / kRowsPerTask * kRowsPerTask;
+    rows_alone_ = std::clamp(even, kRowsPerTask, kMostRowsPerTask);
     int64_t seq = 0;
     const Groups& groups = batch.groups;
     for (int64_t g = 0; g < groups.count && window == 0; ++g) {
@@ -106,7 +110,7 @@ class Tasks {
   // Late queries see the most keys: they go first, so that the last chunk claimed is a small one.
   void alone(int64_t seq) {
     for (int64_t end = num_rows(seq); end > 0;) {
-      const int64_t begin = (end - 1) / kRowsPerTask * kRowsPerTask;
+      const int64_t begin = (end - 1) / rows_alone_ * rows_alone_;
       add(seq, 0, begin, end, 0);
       runs_.push_back({stretches_.size() - 1, stretches_.size()});
       end = begin;
@@ -132,12 +136,15 @@ class Tasks {
     }
   }
 
-  // Row limit: room for two decoding members, few enough that every thread gets tasks.
-  int64_t rows_per_task(int64_t first, int64_t end) const {
+  // Rows of a task if every thread gets some tasks of those sequences.
+  int64_t even_rows(int64_t first, int64_t end) const {
     const int64_t rows = (batch_.row_starts[end] - batch_.row_starts[first]) * heads_;
-    const int64_t num_tasks = Pool::shared().num_threads() * kTasksPerThread;
-    const int64_t even = ceil_div(rows * num_kv_heads_, num_tasks);
-    return std::min(kRowsPerTask, std::max(even, 2 * heads_));
+    return ceil_div(rows * num_kv_heads_, Pool::shared().num_threads() * kTasksPerThread);
+  }
+
+  // Row limit: room for two decoding members.
+  int64_t rows_per_task(int64_t first, int64_t end) const {
+    return std::min(kRowsPerTask, std::max(even_rows(first, end), 2 * heads_));
   }
 
   // Tasks of about as much work fall to a thread at a time.
@@ -175,6 +182,7 @@ class Tasks {
 
   const Batch& batch_;
   int64_t num_kv_heads_, heads_, window_;
+  int64_t rows_alone_;
   std::vector<Stretch> stretches_;
   std::vector<Run> runs_;
   std::vector<Task> tasks_;

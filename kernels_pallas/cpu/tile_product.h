@@ -176,10 +176,16 @@ template <int R, int C>
 void add_tiles(const bf16* a, int64_t a_stride, int64_t rows, const bf16* b, int64_t words,
                int64_t cols, const float* factors, float* out) {
   alignas(64) char sums[2][2][kTileBytes];
-  Tiles::zero<0>();
-  if constexpr (C > 1) Tiles::zero<1>();
-  if constexpr (R > 1) Tiles::zero<2>();
-  if constexpr (C > 1 && R > 1) Tiles::zero<3>();
+  auto part = [&](int64_t r, int c) { return sums[r / kTileRows][c] + r % kTileRows * 64; };
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int c = 0; c < C; ++c) {
+      store(part(r, c), load<F>(out + r * cols + c * kLanes) * factors[r]);
+    }
+  }
+  Tiles::load<0>(sums[0][0], 64);
+  if constexpr (C > 1) Tiles::load<1>(sums[0][1], 64);
+  if constexpr (R > 1) Tiles::load<2>(sums[1][0], 64);
+  if constexpr (C > 1 && R > 1) Tiles::load<3>(sums[1][1], 64);
   for (int64_t i = 0; i < words; i += kTileWords, a += 2 * kTileWords) {
     Tiles::load<4>(a, 2 * a_stride);
     Tiles::load<6>(b + 2 * i * cols, 4 * cols);
@@ -194,11 +200,8 @@ void add_tiles(const bf16* a, int64_t a_stride, int64_t rows, const bf16* b, int
   if constexpr (C > 1) Tiles::store<1>(sums[0][1]);
   if constexpr (R > 1) Tiles::store<2>(sums[1][0]);
   if constexpr (C > 1 && R > 1) Tiles::store<3>(sums[1][1]);
-  for (int64_t r = 0; r < rows; ++r, out += cols) {
-    for (int c = 0; c < C; ++c) {
-      const F sum = load<F>(sums[r / kTileRows][c] + r % kTileRows * 64);
-      store(out + c * kLanes, load<F>(out + c * kLanes) * factors[r] + sum);
-    }
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int c = 0; c < C; ++c) store(out + r * cols + c * kLanes, load<F>(part(r, c)));
   }
 }
 
@@ -218,6 +221,45 @@ inline void add_tile_product(const bf16* a, int64_t a_stride, int64_t rows, cons
           factors + r, out + r * cols + c);
     }
   }
+}
+
+// Tiles of rows, two of them or one, by two groups of columns, word by word.
+struct TileBlock {
+  const char* rows[2];
+  int64_t stride;  // bytes from one row to the next
+  const char* columns[2];
+  float* sums[2];  // of either group: a tile for every tile of rows, one behind the other
+};
+
+// sums[c][r] = rows[r] . columns[c] of bf16, or added to it where `onto`, in tiles all the way.
+template <int R, bool onto>
+void multiply_block(const TileBlock& x, int64_t words) {
+  constexpr int64_t kTileFloats = kTileBytes / 4;
+  if constexpr (onto) {
+    Tiles::load<0>(x.sums[0], 64);
+    Tiles::load<2>(x.sums[1], 64);
+    if constexpr (R > 1) Tiles::load<1>(x.sums[0] + kTileFloats, 64);
+    if constexpr (R > 1) Tiles::load<3>(x.sums[1] + kTileFloats, 64);
+  } else {
+    Tiles::zero<0>();
+    Tiles::zero<2>();
+    if constexpr (R > 1) Tiles::zero<1>();
+    if constexpr (R > 1) Tiles::zero<3>();
+  }
+  for (int64_t i = 0; i < words / kTileWords; ++i) {
+    Tiles::load<4>(x.rows[0] + i * 64, x.stride);
+    Tiles::load<6>(x.columns[0] + i * kTileBytes, 64);
+    Tiles::load<7>(x.columns[1] + i * kTileBytes, 64);
+    Tiles::dot<bf16, 0, 4, 6>();
+    Tiles::dot<bf16, 2, 4, 7>();
+    if constexpr (R > 1) Tiles::load<5>(x.rows[1] + i * 64, x.stride);
+    if constexpr (R > 1) Tiles::dot<bf16, 1, 5, 6>();
+    if constexpr (R > 1) Tiles::dot<bf16, 3, 5, 7>();
+  }
+  Tiles::store<0>(x.sums[0]);
+  Tiles::store<2>(x.sums[1]);
+  if constexpr (R > 1) Tiles::store<1>(x.sums[0] + kTileFloats);
+  if constexpr (R > 1) Tiles::store<3>(x.sums[1] + kTileFloats);
 }
 
 }  // namespace jaxserve
