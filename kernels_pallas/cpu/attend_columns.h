@@ -49,13 +49,20 @@ class RowPair {
         padded_(job.padded_values()) {}
 
   void attend(const Context<bf16>& now, const BlockTiles& block) const {
-    Span seen[kPairRows];
-    see(job_, stretch_, now, row_, num_rows_, seen);
-    std::fill(seen + num_rows_, seen + kPairRows, seen[num_rows_ - 1]);
-    const int64_t keys = round_up(seen[kPairRows - 1].end, kPairRows);  // later rows see more
+    Span first, last;  // from one to the other rows see later keys
+    see(job_, stretch_, now, row_, 1, &first);
+    see(job_, stretch_, now, row_ + num_rows_ - 1, 1, &last);
+    const int64_t keys = round_up(last.end, kPairRows);
     if (keys <= 0) return;
     score(block, keys);
-    for (int64_t i = 0; i < kPairRows; i += kTileRows) weigh(seen + i, keys, i);
+    if (last.begin <= 0 && first.end >= keys) {
+      for (int64_t i = 0; i < kPairRows; i += kTileRows) weigh(nullptr, keys, i);
+    } else {
+      Span seen[kPairRows];
+      see(job_, stretch_, now, row_, num_rows_, seen);
+      std::fill(seen + num_rows_, seen + kPairRows, last);
+      for (int64_t i = 0; i < kPairRows; i += kTileRows) weigh(seen + i, keys, i);
+    }
     add_values(keys);
   }
 

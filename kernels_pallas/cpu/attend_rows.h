@@ -9,23 +9,23 @@ namespace jaxserve {
 template <class T>
 void score_by_tiles(const Attention<T>& job, int64_t num_rows, const Work<T>& work,
                     const Context<T>& now, const Context<T>& next) {
-  constexpr int64_t kRows = TileProducts<T>::kRows;
   const int64_t width = job.keys.width, words = words_of<T>(width);
-  TileProducts<T> products;
-  for (int64_t key = 0; key < now.keys.count; key += TileProducts<T>::kCols) {
+  TileProducts<T, false> products;
+  for (int64_t key = 0; key < now.keys.count; key += kPairRows) {
     const Run<T> first = run_of(now.keys, key, width, work.spare);
     Run<T> second{nullptr, first.stride};
     if (key + kTileRows < now.keys.count) {
       second = run_of(now.keys, key + kTileRows, width, work.spare + kTileRows * width);
     }
     const auto* ahead = reinterpret_cast<const char*>(next.keys.rows[key]);
-    for (int64_t r = 0; r < num_rows; r += kRows) {
-      const int64_t lines = ahead && r == 0 ? TileProducts<T>::kCols : 0;
+    for (int64_t r = 0; r < num_rows; r += kPairRows) {
+      const int64_t lines = ahead && r == 0 ? kPairRows : 0;
       products.add(
           {reinterpret_cast<const char*>(first.rows), reinterpret_cast<const char*>(second.rows),
            first.stride * int64_t(sizeof(T)), ahead, lines},
-          work.groups + r / kTileRows * group_bytes(words), std::min(kRows, num_rows - r), words,
-          nullptr, work.scores + r * kBlockKeys + key, kBlockKeys);
+          work.groups + r / kTileRows * group_bytes(words), words,
+          {work.scores + r * kBlockKeys + key, kBlockKeys, std::min(kPairRows, num_rows - r),
+           second.rows ? kPairRows : kTileRows});
     }
   }
 }

@@ -14,8 +14,6 @@ namespace jaxserve {
 // would cost more than it saves.
 constexpr int64_t kFewRows = 2 * kOuterRows;
 
-constexpr int64_t kPairRows = 2 * kTileRows;
-
 template <class T>
 struct Attention {
   Batch batch;
@@ -140,7 +138,7 @@ template <class T>
 void regroup(const Attention<T>& job, const Work<T>& work, int64_t num_rows) {
   const int64_t words = words_of<T>(job.keys.width), stride = padded_keys<T>(job.keys.width);
   for (int64_t i = 0; i < round_up(num_rows, kPairRows); i += kTileRows) {
-    put_group(reinterpret_cast<const char*>(work.q + i * stride), 4 * words, words, nullptr, 0,
+    put_group(reinterpret_cast<const char*>(work.q + i * stride), 4 * words, words,
               work.groups + i / kTileRows * group_bytes(words));
   }
 }

@@ -48,14 +48,15 @@ struct Matrix {
 constexpr int64_t kSweepRows = 4;
 
 // Rows of x in the weights' type, zero-padded to whole quarters; for eight-bit weights every row is
-// divided by a step of its own. Where products go by tiles, once more as those take them. A view:
-// owns nothing.
+// divided by a step of its own. Where products go by tiles, either rows are there once more in
+// groups, or weights will be turned. A view: owns nothing.
 template <class T>
 struct Packed {
   T* data;
   int64_t num_rows, k;
   RowScale* scales = nullptr;  // of eight-bit rows
   char* groups = nullptr;      // of sixteen rows each
+  bool turns = false;          // weights
 
   static int64_t words(int64_t k) { return round_up(words_of<T>(k), kQuarter); }
   // One more line between rows: a power of two would put all of them into one set of L1.
@@ -71,6 +72,7 @@ struct Packed {
     return !std::is_same_v<T, float> && (!kIsInt8<T> || num_rows > kSweepRows) && k > 0 &&
            k % (kTileWords * Vec<T>::kPerLane) == 0 && have_tiles();
   }
+  bool by_tiles() const { return groups || turns; }
   static int64_t groups_bytes(int64_t num_groups, int64_t k) {
     return num_groups * group_bytes(words(k));
   }
@@ -80,7 +82,7 @@ struct Packed {
   void regroup(int64_t begin, int64_t end) const {
     for (int64_t i = begin; groups && i < end; i += kTileRows) {
       put_group(reinterpret_cast<const char*>(row(i)), stride(k) * int64_t(sizeof(T)), words(k),
-                kIsInt8<T> ? scales + i : nullptr, std::min(kTileRows, end - i), group(i));
+                group(i));
     }
   }
 
@@ -299,13 +301,18 @@ void multiply_odd(const Packed<T>& x, int64_t begin, int64_t end, const T* w, in
   }
 }
 
-// out = x . w, or out += x . w where `onto`, for rows of x that are in groups. Products of integers
-// come out scaled.
+// out = x . w, or out += x . w where `onto`, by tiles. Products of integers come out scaled.
 template <class T>
-void multiply_groups(const Packed<T>& x, int64_t begin, int64_t end, const Matrix<T>& w,
-                     int64_t cols, float* out, int64_t out_stride, bool onto = false) {
+void multiply_by_tiles(const Packed<T>& x, int64_t begin, int64_t end, const Matrix<T>& w,
+                       int64_t cols, float* out, int64_t out_stride, bool onto = false) {
   const Tiles tiles;
-  multiply_tiles(x.group(begin), end - begin, w.data, x.k, cols, w.scales, out, out_stride, onto);
+  const TileOut to{out, out_stride, end - begin, cols, x.scales + begin, w.scales, onto};
+  if (!x.turns) return multiply_tiles(x.group(begin), w.data, x.k, to);
+  thread_local Scratch scratch;
+  const int64_t bytes = TurnedWeights<T>::bytes(x.k, cols);
+  scratch.reset(Scratch::bytes<char>(bytes));
+  const TurnedWeights<T> turned(scratch.take<char>(bytes), w.data, x.k, cols);
+  turned.multiply(x.row(begin), Packed<T>::stride(x.k), to);
 }
 
 // Sums of integers, which lie where their floats shall be, times both scales.
@@ -332,8 +339,8 @@ void dot_block(const Packed<T>& x, int64_t begin, int64_t end, const Matrix<T>& 
   const bool odd = x.k % (kQuarter * Vec<T>::kPerLane) != 0;
   const int64_t whole = odd ? 0 : cols / kLanes * kLanes, rows = end - begin;
   int64_t unscaled = 0;  // the first column of sums of integers
-  if (whole > 0 && x.groups) {
-    multiply_groups(x, begin, end, matrix, whole, out, out_stride);
+  if (whole > 0 && x.by_tiles()) {
+    multiply_by_tiles(x, begin, end, matrix, whole, out, out_stride);
     unscaled = whole;
   } else if (whole > 0) {
     const Weights<T> weights{w, x.k, Packed<T>::words(x.k), whole};
@@ -359,8 +366,8 @@ void add_block(const Packed<T>& x, int64_t begin, int64_t end, const Matrix<T>& 
                float* out, int64_t out_stride) {
   thread_local Scratch scratch;
   const int64_t rows = end - begin;
-  const int64_t whole = x.groups ? cols / kLanes * kLanes : 0;
-  if (whole > 0) multiply_groups(x, begin, end, matrix, whole, out, out_stride, true);
+  const int64_t whole = x.by_tiles() ? cols / kLanes * kLanes : 0;
+  if (whole > 0) multiply_by_tiles(x, begin, end, matrix, whole, out, out_stride, true);
   if (whole == cols) return;
   scratch.reset(Scratch::bytes<float>(rows * kPanelCols));
   float* sums = scratch.take<float>(rows * kPanelCols);

@@ -39,6 +39,12 @@ struct Grouping {
 
 constexpr int64_t kRowsPerChunk = 192;  // a chunk's gate and up (192 KiB) stay in L2
 
+// Of chunks of one expert's rows, all of about a size.
+int64_t chunk_rows(int64_t num_rows) {
+  const int64_t count = std::max<int64_t>(1, ceil_div(num_rows, kRowsPerChunk));
+  return std::min(kRowsPerChunk, round_up(ceil_div(num_rows, count), kTileRows));
+}
+
 // Some of one expert's rows times some columns of its weights.
 struct Chunk {
   int64_t expert, begin, end, first_col, num_cols;
@@ -48,9 +54,9 @@ std::vector<Chunk> cut(const Grouping& groups, int64_t cols, int64_t width) {
   std::vector<Chunk> chunks;
   for (int64_t e = 0; e < groups.num_experts(); ++e) {
     for (int64_t c = 0; c < cols; c += width) {
-      for (int64_t r = 0; r < groups.size(e); r += kRowsPerChunk) {
-        chunks.push_back({e, r, std::min(groups.size(e), r + kRowsPerChunk), c,
-                          std::min(width, cols - c)});
+      const int64_t rows = chunk_rows(groups.size(e));
+      for (int64_t r = 0; r < groups.size(e); r += rows) {
+        chunks.push_back({e, r, std::min(groups.size(e), r + rows), c, std::min(width, cols - c)});
       }
     }
   }
@@ -86,8 +92,14 @@ struct PackedGroups {
 
   Packed<T> of(const Grouping& groups, int64_t expert) const {
     const int64_t first = groups.starts[expert], size = groups.size(expert);
-    return {data + first * Packed<T>::stride(k), size, k, scales + first,
-            Packed<T>::by_tiles(size, k) ? tiles + tile_bytes(groups, expert, k) : nullptr};
+    const bool by_tiles = Packed<T>::by_tiles(size, k);
+    const bool turns = by_tiles && TurnedWeights<T>::pay(chunk_rows(size), k);
+    return {data + first * Packed<T>::stride(k),
+            size,
+            k,
+            scales + first,
+            by_tiles && !turns ? tiles + tile_bytes(groups, expert, k) : nullptr,
+            turns};
   }
 
  private:

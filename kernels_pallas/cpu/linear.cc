@@ -24,9 +24,35 @@ struct Piece {
 template <class T>
 void cut(std::vector<Piece<T>>* pieces, Matrix<T> weight, Matrix<T> up, float* out,
          int64_t num_cols, int64_t width, bool onto = false) {
-  for (int64_t c = 0; c < num_cols; c += width) {
-    pieces->push_back({weight.from_row(c), up.data ? up.from_row(c) : up, out + c, num_cols,
-                       std::min(width, num_cols - c), onto});
+  for (int64_t c = 0, cols; c < num_cols; c += cols) {
+    cols = std::min(width, num_cols - c);
+    if (cols > kLanes) cols -= cols % kLanes;  // those that fill no register are a piece of their own
+    pieces->push_back(
+        {weight.from_row(c), up.data ? up.from_row(c) : up, out + c, num_cols, cols, onto});
+  }
+}
+
+// The same for rows that pass by both weights, which are turned.
+template <class T>
+void multiply_gated_turned(const Packed<T>& x, int64_t begin, int64_t end, const Piece<T>& piece,
+                           Activation activation, float* out) {
+  thread_local Scratch scratch;
+  const Tiles tiles;
+  const int64_t cols = piece.num_cols, bytes = TurnedWeights<T>::bytes(x.k, cols);
+  scratch.reset(2 * (Scratch::bytes<char>(bytes) + Scratch::bytes<float>(kPairRows * cols)));
+  const TurnedWeights<T> w_gate(scratch.take<char>(bytes), piece.weight.data, x.k, cols);
+  const TurnedWeights<T> w_up(scratch.take<char>(bytes), piece.up.data, x.k, cols);
+  float* gate = scratch.take<float>(kPairRows * cols);
+  float* up = scratch.take<float>(kPairRows * cols);
+  for (; begin < end; begin += kPairRows, out += kPairRows * piece.out_stride) {
+    const int64_t rows = std::min(kPairRows, end - begin);
+    const T* from = x.row(begin);
+    const RowScale* steps = x.scales + begin;
+    w_gate.multiply(from, Packed<T>::stride(x.k), {gate, cols, rows, cols, steps, piece.weight.scales});
+    w_up.multiply(from, Packed<T>::stride(x.k), {up, cols, rows, cols, steps, piece.up.scales});
+    for (int64_t i = 0; i < rows; ++i) {
+      apply_gate(activation, gate + i * cols, up + i * cols, cols, out + i * piece.out_stride);
+    }
   }
 }
 
@@ -38,10 +64,10 @@ void multiply_gated(const Packed<T>& x, int64_t begin, int64_t end, const Piece<
                     Activation activation, float* out) {
   thread_local Scratch scratch;
   const int64_t cols = piece.num_cols;
-  const int64_t most = x.groups ? TileProducts<T>::kRows : end - begin;
+  const int64_t most = x.by_tiles() ? kPairRows : end - begin;
   scratch.reset(2 * Scratch::bytes<float>(most * cols));
   float* up = scratch.take<float>(most * cols);
-  float* apart = x.groups ? scratch.take<float>(most * cols) : nullptr;
+  float* apart = x.by_tiles() ? scratch.take<float>(most * cols) : nullptr;
   for (; begin < end; begin += most, out += most * piece.out_stride) {
     const int64_t rows = std::min(most, end - begin);
     float* gate = apart ? apart : out;
@@ -58,14 +84,16 @@ void multiply_gated(const Packed<T>& x, int64_t begin, int64_t end, const Piece<
 template <class T>
 void multiply(const Packed<T>& x, int64_t first, const std::vector<Piece<T>>& pieces,
               Activation activation) {
-  const int64_t height = chunk_rows(x, int64_t(pieces.size()));
+  const int64_t height = chunk_rows<T>(x.num_rows, x.k, int64_t(pieces.size()));
   const int64_t slabs = ceil_div(x.num_rows, height);
   Pool::shared().run(int64_t(pieces.size()) * slabs, [&](int64_t chunk) {
     const Piece<T>& piece = pieces[chunk / slabs];
     const int64_t begin = chunk % slabs * height;
     const int64_t end = std::min(x.num_rows, begin + height);
     float* out = piece.out + (first + begin) * piece.out_stride;
-    if (piece.up.data) {
+    if (piece.up.data && x.turns && piece.num_cols % kTileRows == 0) {
+      multiply_gated_turned(x, begin, end, piece, activation, out);
+    } else if (piece.up.data) {
       multiply_gated(x, begin, end, piece, activation, out);
     } else if (piece.onto) {
       add_block(x, begin, end, piece.weight, piece.num_cols, out, piece.out_stride);
@@ -83,12 +111,15 @@ void multiply_all(const X* x, int64_t num_rows, int64_t k, const std::vector<Pie
   for (int64_t first = 0; first < num_rows; first += kRowsPerPass) {
     const int64_t rows = std::min(kRowsPerPass, num_rows - first);
     const int64_t count = Packed<T>::count(rows, k);
+    const int64_t height = chunk_rows<T>(rows, k, int64_t(pieces.size()));
     const bool tiles = Packed<T>::by_tiles(rows, k);
-    const int64_t bytes = tiles ? Packed<T>::groups_bytes(ceil_div(rows, kTileRows), k) : 0;
+    const bool turns = tiles && TurnedWeights<T>::pay(std::min(rows, height), k);
+    const bool grouped = tiles && !turns;
+    const int64_t bytes = grouped ? Packed<T>::groups_bytes(ceil_div(rows, kTileRows), k) : 0;
     scratch.reset(Scratch::bytes<T>(count) + Scratch::bytes<RowScale>(rows) +
                   Scratch::bytes<char>(bytes));
     const Packed<T> packed{scratch.take<T>(count), rows, k, scratch.take<RowScale>(rows),
-                           tiles ? scratch.take<char>(bytes) : nullptr};
+                           grouped ? scratch.take<char>(bytes) : nullptr, turns};
     pack_rows(packed, [&](int64_t i) { return x + (first + i) * k; });
     multiply(packed, first, pieces, activation);
   }

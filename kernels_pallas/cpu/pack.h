@@ -37,14 +37,16 @@ inline int64_t chunk_cols(int64_t cols) {
 }
 
 template <class T>
-int64_t chunk_rows(const Packed<T>& x, int64_t col_chunks) {
+int64_t chunk_rows(int64_t num_rows, int64_t k, int64_t col_chunks) {
   constexpr int64_t kStep = 8 * kOuterRows, kLowest = 2 * kStep;  // both whole groups of tiles
-  constexpr int64_t kMostBytes = 1 << 20;  // of groups, which all tiles of weights pass by, in L2
+  constexpr int64_t kMostBytes = 1 << 20;  // of rows, which all tiles of weights pass by, in L2
   const int64_t wanted = Pool::shared().num_threads() * kChunksPerThread / 2;
-  const int64_t slabs = ceil_div(wanted, std::max<int64_t>(1, col_chunks));
-  const int64_t rows = round_up(ceil_div(x.num_rows, slabs), kStep);
-  const int64_t most = x.groups ? kMostBytes / Packed<T>::groups_bytes(1, x.k) * kTileRows : rows;
-  return std::max(kLowest, std::min(rows, most / kStep * kStep));
+  int64_t slabs = ceil_div(wanted, std::max<int64_t>(1, col_chunks));
+  if (Packed<T>::by_tiles(num_rows, k)) {
+    const int64_t most = std::max(kStep, kMostBytes / Packed<T>::groups_bytes(1, k) * kTileRows);
+    slabs = std::max(slabs, ceil_div(num_rows, most));
+  }
+  return std::max(kLowest, round_up(ceil_div(num_rows, slabs), kStep));
 }
 
 constexpr int64_t kRowsPerPass = 1024;  // bounds the scratch memory

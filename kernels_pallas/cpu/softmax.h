@@ -121,7 +121,8 @@ struct Rows {
 struct Columns {
   float *base, *sum;
 
-  // As Rows::add(), bit for bit, for the first `keys` of a block, whole registers of them.
+  // As Rows::add(), bit for bit, for the first `keys` of a block, whole registers of them; null is
+  // `seen` where rows see them all.
   // Exponentials become words of two keys each. Returns what is `shrink` there.
   F add(const Span* seen, int64_t keys, const Scores& how, float* scores, bf16* weights) const {
     const Base found(load<F>(base), show(seen, keys, how, scores));
@@ -135,9 +136,7 @@ struct Columns {
   // Scores become what is visible of them; returns their maxima.
   static F show(const Span* seen, int64_t keys, const Scores& how, float* scores) {
     F begin, end;
-    bool all = true;
-    for (int i = 0; i < kLanes; ++i) all &= seen[i].begin <= 0 && seen[i].end >= keys;
-    for (int i = 0; i < kLanes && !all; ++i) {
+    for (int i = 0; seen && i < kLanes; ++i) {
       begin[i] = float(seen[i].begin);
       end[i] = float(seen[i].end);
     }
@@ -148,7 +147,7 @@ struct Columns {
 #pragma GCC unroll 4
       for (int i = 0; i < kChains; ++i, scores += kLanes) {
         F x = logits(load<F>(scores), how);
-        if (!all) x = visible(x, splat(float(key + i)), begin, end);
+        if (seen) x = visible(x, splat(float(key + i)), begin, end);
         store(scores, x);
         tops[i] = maximum(x, tops[i]);
       }

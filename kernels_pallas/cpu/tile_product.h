@@ -1,6 +1,7 @@
-// Matrix product by tiles: sixteen rows of weights, loaded as they lie, by sixteen rows of x, which
-// are transposed once for all weights. Few rows take no longer than memory does, and nothing of the
-// weights passes through registers of ours.
+// Matrix products by tiles: sixteen rows as they lie by sixteen others that are turned, word by word.
+// For few rows of x those are turned, once for all weights: these come as memory gives them, and
+// nothing of them passes through registers of ours. Sums then have to be turned on their way out. For
+// many rows of x that is more work than turning weights.
 #pragma once
 
 #include <algorithm>
@@ -11,165 +12,222 @@
 
 namespace jaxserve {
 
-// Sixteen rows of x, word by word, and behind them the step of each.
+// Sixteen rows, word by word. One more line behind them: a power of two would put all groups into one
+// set of L1.
 inline int64_t group_bytes(int64_t words) { return kTileRows * 4 * (words + 1); }
 
 static_assert(!kTiles || kLanes == kTileRows, "tiles are transposed in registers of 16 words");
 
-// Rows beyond `count` may hold anything: nobody keeps what is made of them.
-inline void put_group(const char* rows, int64_t stride, int64_t words, const RowScale* scales,
-                      int64_t count, char* group) {
+inline void put_group(const char* rows, int64_t stride, int64_t words, char* group) {
   for (int64_t i = 0; i < words; i += kTileWords, group += kTileBytes) {
     transpose_lines(rows + 4 * i, stride, [&](int j, U word) { store(group + 64 * j, word); });
   }
-  if (!scales) return;
-  F steps{};
-  for (int i = 0; i < count; ++i) steps[i] = scales[i].scale;
-  store(group, steps);
 }
 
-// Two tiles of rows of weights, or one: rows follow each other `stride` bytes apart. For every step of
+// Two tiles of rows as they lie, or one: rows follow each other `stride` bytes apart. For every step of
 // a product so many `lines` of memory from `ahead` on are brought into L2.
 struct TileRows {
   const char *first, *second;
   int64_t stride;
-  const char* ahead;
-  int64_t lines;
+  const char* ahead = nullptr;
+  int64_t lines = 0;
 };
 
-// What a product left in tiles, on its way to out[row][column]: a tile has sixteen columns of 16
-// rows, one behind the other. Sums of integers are scaled on that way, and added to what is there if
-// `onto` says so.
-template <class T>
-struct TileSums {
-  alignas(64) char tiles[2][2][kTileBytes];  // of rows, and of columns
-  const char* groups;
-  const float* scales;
+// Rows and columns of an output, at most two tiles of either. Sums of integers are scaled on their
+// way there, and added to what is there if `onto` says so.
+struct TileOut {
   float* out;
-  int64_t rows = 0, cols = 0, words, stride;
-  bool onto;
+  int64_t stride, rows, cols;
+  const RowScale* steps = nullptr;  // of rows
+  const float* scales = nullptr;    // of columns
+  bool onto = false;
+};
+
+// From that row and column on.
+inline TileOut part(const TileOut& to, int64_t row, int64_t col) {
+  constexpr int64_t kMost = 2 * kTileRows;
+  return {to.out + row * to.stride + col,
+          to.stride,
+          std::min(kMost, to.rows - row),
+          std::min(kMost, to.cols - col),
+          to.steps ? to.steps + row : nullptr,
+          to.scales ? to.scales + col : nullptr,
+          to.onto};
+}
+
+// What a product left in tiles: [groups][rows as they lie]. Columns of the output are groups where
+// weights were turned, rows of it otherwise.
+template <class T, bool kTurned>
+struct TileSums {
+  alignas(64) char tiles[2][2][kTileBytes];
+  TileOut to{nullptr, 0, 0, 0};
 
   // One of the four, if it is in use.
-  void put(int tile) const {
-    const int64_t row = tile / 2 * kTileRows, col = tile % 2 * kTileRows;
-    if (row >= rows || col >= cols) return;
-    const char* steps = groups + (tile / 2 + 1) * group_bytes(words) - kTileRows * 4;
-    float* to = out + row * stride + col;
-    transpose_lines(tiles[tile / 2][tile % 2], 64, [&](int64_t r, U sum) {
-      if (row + r >= rows) return;
-      F x = bitcast<F>(sum);
-      if constexpr (sizeof(T) == 1) {
-        x = __builtin_convertvector(bitcast<I>(sum), F);
-        x = rounded(x * reinterpret_cast<const float*>(steps)[r] * load<F>(scales + col));
+  void put(int i) const {
+    constexpr bool kScaled = sizeof(T) == 1;
+    const char* tile = tiles[i / 2][i % 2];
+    const TileOut to = part(this->to, (kTurned ? i % 2 : i / 2) * kTileRows,
+                            (kTurned ? i / 2 : i % 2) * kTileRows);
+    if (to.rows <= 0 || to.cols <= 0) return;
+    const F scales = kScaled ? load<F>(to.scales) : F{};
+    auto put = [&](int64_t row, U sums) {
+      F x = bitcast<F>(sums);
+      if constexpr (kScaled) {
+        x = __builtin_convertvector(bitcast<I>(sums), F);
+        x = rounded(x * to.steps[row].scale * scales);
       }
-      if (onto) x += load<F>(to + r * stride);
-      store(to + r * stride, x);
-    });
+      float* out = to.out + row * to.stride;
+      store(out, to.onto ? x + load<F>(out) : x);
+    };
+    if constexpr (kTurned) {
+      const int64_t rows = std::min(kTileRows, to.rows);
+      for (int64_t row = 0; row < rows; ++row) put(row, load<U>(tile + row * 64));
+    } else {
+      transpose_lines(tile, 64, [&](int64_t row, U sums) {
+        if (row < to.rows) put(row, sums);
+      });
+    }
   }
 };
 
-// Sums of C tiles of rows of weights by R groups of x. Those of the product before are put away
-// meanwhile: vectors have nothing else to do.
-template <class T, int C, int R>
-void sum_tiles(TileRows w, const char* x, TileSums<T>& sums, const TileSums<T>& before) {
-  const int64_t bytes = 4 * sums.words;
-  const char* y = x + group_bytes(sums.words);
+// Sums of R tiles of rows by G groups of so many words. Those of the product before are put away
+// meanwhile: vectors have nothing else to do. Where groups are many they pass by the nearest cache,
+// in which rows stay.
+template <class T, int R, int G, bool kTurned>
+inline __attribute__((always_inline)) void sum_tiles(TileRows a, const char* group, int64_t words,
+                                                     TileSums<T, kTurned>& sums,
+                                                     const TileSums<T, kTurned>& before) {
+  const int64_t bytes = 4 * words;
+  const char* other = group + group_bytes(words);
   Tiles::zero<0>();
-  if constexpr (C > 1) Tiles::zero<1>();
-  if constexpr (R > 1) Tiles::zero<2>();
-  if constexpr (C > 1 && R > 1) Tiles::zero<3>();
+  if constexpr (R > 1) Tiles::zero<1>();
+  if constexpr (G > 1) Tiles::zero<2>();
+  if constexpr (R > 1 && G > 1) Tiles::zero<3>();
   for (int64_t i = 0, part = 0; part < 4; before.put(part++)) {
     for (const int64_t end = (part + 1) * bytes / 4; i < end; i += 64) {
-      Tiles::load<4>(w.first + i, w.stride);
-      Tiles::load<6>(x + i * kTileRows, 64);
-      if constexpr (C > 1) Tiles::load<5>(w.second + i, w.stride);
-      if constexpr (R > 1) Tiles::load<7>(y + i * kTileRows, 64);
-      for (int64_t line = 0; line < w.lines; ++line, w.ahead += 64) {
-        __builtin_prefetch(w.ahead, 0, 2);
+      Tiles::load<4>(a.first + i, a.stride);
+      Tiles::load<6, kTurned>(group + i * kTileRows, 64);
+      if constexpr (R > 1) Tiles::load<5>(a.second + i, a.stride);
+      if constexpr (G > 1) Tiles::load<7, kTurned>(other + i * kTileRows, 64);
+      for (int64_t line = 0; line < a.lines; ++line, a.ahead += 64) {
+        __builtin_prefetch(a.ahead, 0, 2);
       }
       Tiles::dot<T, 0, 4, 6>();
-      if constexpr (C > 1) Tiles::dot<T, 1, 5, 6>();
-      if constexpr (R > 1) Tiles::dot<T, 2, 4, 7>();
-      if constexpr (C > 1 && R > 1) Tiles::dot<T, 3, 5, 7>();
+      if constexpr (R > 1) Tiles::dot<T, 1, 5, 6>();
+      if constexpr (G > 1) Tiles::dot<T, 2, 4, 7>();
+      if constexpr (R > 1 && G > 1) Tiles::dot<T, 3, 5, 7>();
     }
   }
   Tiles::store<0>(sums.tiles[0][0]);
-  if constexpr (C > 1) Tiles::store<1>(sums.tiles[0][1]);
-  if constexpr (R > 1) Tiles::store<2>(sums.tiles[1][0]);
-  if constexpr (C > 1 && R > 1) Tiles::store<3>(sums.tiles[1][1]);
+  if constexpr (R > 1) Tiles::store<1>(sums.tiles[0][1]);
+  if constexpr (G > 1) Tiles::store<2>(sums.tiles[1][0]);
+  if constexpr (R > 1 && G > 1) Tiles::store<3>(sums.tiles[1][1]);
 }
 
-// Products one after the other, which may be added to what is there. The thread has its Tiles.
-template <class T>
+// Products one after the other. The thread has its Tiles.
+template <class T, bool kTurned>
 class TileProducts {
  public:
-  static constexpr int64_t kRows = 2 * kTileRows, kCols = 2 * kTileRows;  // of one, at most
-
-  explicit TileProducts(bool onto = false) { sums_[0].onto = sums_[1].onto = onto; }
+  TileProducts() = default;
   TileProducts(const TileProducts&) = delete;
-  ~TileProducts() { put_all(sums_[turn_]); }
+  ~TileProducts() {
+    for (int tile = 0; tile < 4; ++tile) sums_[turn_].put(tile);
+  }
 
-  // out[r][c] = x[r] . w[c] for `rows` rows of x, in groups of so many words, some time before this
-  // is destroyed.
-  void add(const TileRows& w, const char* x, int64_t rows, int64_t words, const float* scales,
-           float* out, int64_t out_stride) {
-    using Sum = void (*)(TileRows, const char*, TileSums<T>&, const TileSums<T>&);
-    static constexpr Sum kSums[2][2] = {{&sum_tiles<T, 1, 1>, &sum_tiles<T, 1, 2>},
-                                        {&sum_tiles<T, 2, 1>, &sum_tiles<T, 2, 2>}};
-    const TileSums<T>& before = sums_[turn_];
-    TileSums<T>& now = sums_[turn_ ^= 1];
-    now.groups = x;
-    now.scales = scales;
-    now.out = out;
-    now.rows = rows;
-    now.cols = w.second ? kCols : kTileRows;
-    now.words = words;
-    now.stride = out_stride;
-    kSums[w.second != nullptr][rows > kTileRows](w, x, now, before);
+  // Rows times groups of so many words, which reach `to` some time before this is destroyed.
+  void add(const TileRows& rows, const char* groups, int64_t words, const TileOut& to) {
+    const TileSums<T, kTurned>& before = sums_[turn_];
+    TileSums<T, kTurned>& now = sums_[turn_ ^= 1];
+    now.to = to;
+    const bool two = (kTurned ? to.cols : to.rows) > kTileRows;
+    if (rows.second) {
+      two ? sum_tiles<T, 2, 2>(rows, groups, words, now, before)
+          : sum_tiles<T, 2, 1>(rows, groups, words, now, before);
+    } else {
+      two ? sum_tiles<T, 1, 2>(rows, groups, words, now, before)
+          : sum_tiles<T, 1, 1>(rows, groups, words, now, before);
+    }
   }
 
  private:
-  static void put_all(const TileSums<T>& sums) {
-    for (int tile = 0; tile < 4; ++tile) sums.put(tile);
-  }
-
-  TileSums<T> sums_[2];
+  TileSums<T, kTurned> sums_[2];
   int turn_ = 0;
 };
+
+constexpr int64_t kPairRows = 2 * kTileRows;
 
 // Up to here all rows of x take their turn with some columns of weights, which come from memory
 // evenly. For more, output that lies together is written together instead.
 constexpr int64_t kFewTurns = 8;
 
-// out[r][c] = x[r] . w[c] for rows of x in groups, and whole tiles of rows of w; `onto`: added to it.
+// to.out[r][c] = x[r] . w[c] for rows of x in groups, and whole tiles of rows of w.
 template <class T>
-void multiply_tiles(const char* x, int64_t rows, const T* w, int64_t k, int64_t cols,
-                    const float* scales, float* out, int64_t out_stride, bool onto = false) {
-  constexpr int64_t kRows = TileProducts<T>::kRows, kCols = TileProducts<T>::kCols;
+void multiply_tiles(const char* x, const T* w, int64_t k, const TileOut& to) {
   const int64_t stride = k * int64_t(sizeof(T)), words = stride / 4;
-  TileProducts<T> products(onto);
+  TileProducts<T, false> products;
   // While some columns of weights are multiplied for the first time, or `turns` times, those behind
   // them come.
   auto multiply = [&](int64_t r, int64_t c, int64_t turns) {
-    const int64_t lines = r / kRows < turns ? ceil_div(kCols, turns) : 0;
+    const int64_t lines = r / kPairRows < turns ? ceil_div(kPairRows, turns) : 0;
     const char* first = reinterpret_cast<const char*>(w) + c * stride;
-    const char* second = cols - c > kTileRows ? first + kTileRows * stride : nullptr;
-    const char* ahead = first + kCols * stride + r / kRows * lines * stride;
+    const char* second = to.cols - c > kTileRows ? first + kTileRows * stride : nullptr;
+    const char* ahead = first + kPairRows * stride + r / kPairRows * lines * stride;
     products.add({first, second, stride, ahead, lines}, x + r / kTileRows * group_bytes(words),
-                 std::min(kRows, rows - r), words, scales ? scales + c : nullptr,
-                 out + r * out_stride + c, out_stride);
+                 words, part(to, r, c));
   };
-  if (rows <= kFewTurns * kRows) {
-    const int64_t turns = ceil_div(rows, kRows);
-    for (int64_t c = 0; c < cols; c += kCols) {
-      for (int64_t r = 0; r < rows; r += kRows) multiply(r, c, turns);
+  if (to.rows <= kFewTurns * kPairRows) {
+    const int64_t turns = ceil_div(to.rows, kPairRows);
+    for (int64_t c = 0; c < to.cols; c += kPairRows) {
+      for (int64_t r = 0; r < to.rows; r += kPairRows) multiply(r, c, turns);
     }
   } else {
-    for (int64_t r = 0; r < rows; r += kRows) {
-      for (int64_t c = 0; c < cols; c += kCols) multiply(r, c, 1);
+    for (int64_t r = 0; r < to.rows; r += kPairRows) {
+      for (int64_t c = 0; c < to.cols; c += kPairRows) multiply(r, c, 1);
     }
   }
 }
+
+// Whole tiles of rows of w, turned.
+template <class T>
+class TurnedWeights {
+ public:
+  // Whether so many rows of x are worth it.
+  static bool pay(int64_t rows, int64_t k) { return 8 * rows >= k * int64_t(sizeof(T)); }
+  static int64_t bytes(int64_t k, int64_t cols) {
+    return cols / kTileRows * group_bytes(k * int64_t(sizeof(T)) / 4);
+  }
+
+  TurnedWeights(char* memory, const T* w, int64_t k, int64_t cols)
+      : groups_(memory), words_(k * int64_t(sizeof(T)) / 4) {
+    for (int64_t c = 0; c < cols; c += kTileRows) {
+      const char* rows = reinterpret_cast<const char*>(w + c * k);
+      const char* ahead = rows + kTileRows * 4 * words_;
+      for (int64_t i = 0; i < kTileRows * 4 * words_; i += 64) __builtin_prefetch(ahead + i, 0, 2);
+      put_group(rows, 4 * words_, words_, group(c));
+    }
+  }
+
+  // to.out[r][c] = x[r] . w[c]. While some rows of x are multiplied, those behind them come.
+  void multiply(const T* x, int64_t x_stride, const TileOut& to) const {
+    TileProducts<T, true> products;
+    const int64_t stride = x_stride * int64_t(sizeof(T)), turns = ceil_div(to.cols, kPairRows);
+    const int64_t lines = ceil_div(kPairRows, turns);
+    for (int64_t r = 0; r < to.rows; r += kPairRows) {
+      const char* first = reinterpret_cast<const char*>(x) + r * stride;
+      const char* second = to.rows - r > kTileRows ? first + kTileRows * stride : nullptr;
+      for (int64_t c = 0; c < to.cols; c += kPairRows) {
+        const char* ahead = first + (kPairRows + c / kPairRows * lines) * stride;
+        products.add({first, second, stride, ahead, lines}, group(c), words_, part(to, r, c));
+      }
+    }
+  }
+
+ private:
+  char* group(int64_t c) const { return groups_ + c / kTileRows * group_bytes(words_); }
+
+  char* groups_;
+  int64_t words_;
+};
 
 // Some rows of a by C tiles of columns of b, each at most two tiles of sixteen.
 template <int R, int C>

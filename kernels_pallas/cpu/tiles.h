@@ -42,7 +42,7 @@ struct Tiles {
   static void zero() {
     std::memset(data[tile], 0, kTileBytes);
   }
-  template <int tile>
+  template <int tile, bool passing = false>
   static void load(const void* from, int64_t stride) {
     for (int i = 0; i < kTileRows; ++i) {
       std::memcpy(data[tile] + 64 * i, static_cast<const char*>(from) + i * stride, 64);
@@ -114,9 +114,14 @@ class Tiles {
   static void zero() {
     asm volatile("tilezero %%tmm%c0" ::"i"(tile));
   }
-  template <int tile>
+  // `passing`: what is not looked at again before much else is.
+  template <int tile, bool passing = false>
   static void load(const void* from, int64_t stride) {
-    asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(tile) : "memory");
+    if constexpr (passing) {
+      asm volatile("tileloaddt1 (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(tile) : "memory");
+    } else {
+      asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(tile) : "memory");
+    }
   }
   template <int tile>
   static void store(void* to) {
@@ -152,7 +157,7 @@ struct Tiles {
 
   template <int>
   static void zero() {}
-  template <int>
+  template <int, bool = false>
   static void load(const void*, int64_t) {}
   template <int>
   static void store(void*) {}

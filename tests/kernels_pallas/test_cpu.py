@@ -79,8 +79,8 @@ def test_linear_takes_bfloat16_rows():
 
 
 @pytest.mark.parametrize(
-    ("dtype", "k"),  # 1056 goes by tiles, where there are some
-    [*((dtype, k) for dtype in DTYPES for k in (2500, 90)), ("bfloat16", 1056)],
+    ("dtype", "k"),  # 1056 goes by tiles, where there are some; 128 turns weights for many rows
+    [*((dtype, k) for dtype in DTYPES for k in (2500, 90)), ("bfloat16", 1056), ("bfloat16", 128)],
 )
 def test_linear_rows_do_not_depend_on_their_neighbours(dtype, k):
     x = normal(0, 70, k)
@@ -114,9 +114,10 @@ def activate(name, x):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
 @pytest.mark.parametrize("rows", [1, 19, 140])
-def test_gated_linear(dtype, activation, rows):
-    x = normal(0, rows + 2, 72)
-    (w_gate, gate), (w_up, up) = (stored(normal(s, 2, 101, 72), dtype) for s in (1, 2))
+@pytest.mark.parametrize("k", [72, 128])
+def test_gated_linear(dtype, activation, rows, k):
+    x = normal(0, rows + 2, k)
+    (w_gate, gate), (w_up, up) = (stored(normal(s, 2, 101, k), dtype) for s in (1, 2))
     run = jax.jit(lambda x: cpu.gated_linear(x, w_gate, w_up, layer=1, num_rows=rows,
                                              activation=activation))  # fmt: skip
     exact = rounded_like(x[:rows], dtype)

@@ -25,7 +25,7 @@ if sys.argv[2] == "refused":  # Linux gives no tiles where they do not fit a sta
 assert cpu.has_tiles() == (sys.argv[2] == "tiles"), cpu.has_tiles()
 normal = lambda seed, *shape: jax.random.normal(jax.random.key(seed), shape)
 out = {}
-for rows in (1, 5, 16, 33, 150):
+for rows in (1, 5, 16, 33, 150, 330):
     x = normal(rows, rows, 320)
     ids = jax.random.randint(jax.random.key(rows), (rows, 2), 0, 5)
     share = jnp.full((rows, 2), 0.5)
@@ -42,11 +42,14 @@ for rows in (1, 5, 16, 33, 150):
         residual = normal(rows + 1, rows, 96)
         added = cpu.linear(x, (m[0][0],), scales=one, residual=residual)[0]
         out[name + "added"] = added
+        pair = tuple(s[0] for s in scales[:2])
+        gated = cpu.gated_linear(x, m[0][0], m[1][0], scales=pair, activation="silu")
+        out[name + "gated"] = gated
         out[name + "experts"] = cpu.experts(x, ids, share, *m, scales=tuple(scales))
-    shape = 1, 8, 2, 32, 64
+    shape = 1, 16, 2, 32, 64
     k, v = (normal(i, rows, 2, 64) for i in (7, 8))
     pages = [jnp.zeros(shape, jnp.bfloat16)] * 2
-    args = jnp.array([0, rows]), jnp.array([rows]), jnp.arange(8)[None], 1
+    args = jnp.array([0, rows]), jnp.array([rows]), jnp.arange(16)[None], 1
     attended = cpu.paged_attention(normal(9, rows, 4, 64), k, v, *pages, 0, *args, scale=0.125)
     out[f"bfloat16-{rows}-attention"], out[f"bfloat16-{rows}-lse"] = attended[:2]
 np.savez(sys.argv[1], **{k: np.asarray(v, np.float32) for k, v in out.items()})
