@@ -1,6 +1,6 @@
-// One block of keys for many rows of queries, by tiles all the way. Sixteen queries are the columns of
-// every tile: softmax goes down them, register by register, and what it leaves is an operand of the
-// next product as it lies.
+// One block of keys for many rows of queries, by tiles all the way. Sixteen queries are the columns
+// of every tile: softmax goes down them, register by register, and what it leaves is an operand of
+// the next product as it lies.
 #pragma once
 
 #include "attention.h"
@@ -34,10 +34,10 @@ struct BlockTiles {
   }
 };
 
-// Two groups of sixteen rows of a stretch and one block of keys: first all scores by tiles, then all
-// softmax by registers, then all values by tiles. Tiles and registers share what multiplies: for 500
-// cycles after an instruction for tiles registers have half of it. A pause of 2,000 sends tiles to
-// sleep, and waking them takes 800. Hence this many rows between one and the other.
+// Two groups of sixteen rows of a stretch and one block of keys: first all scores by tiles, then
+// softmax by registers, then values by tiles. The two share what multiplies: for 500 cycles after an
+// instruction for tiles registers have half of it. A pause of 2,000 sends tiles to sleep, and waking
+// them takes 800. Hence this many rows between one and the other.
 class RowPair {
  public:
   RowPair(const Attention<bf16>& job, const Stretch& stretch, const Work<bf16>& work, int64_t row)

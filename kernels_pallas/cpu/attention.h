@@ -50,15 +50,15 @@ struct Work {
   char* groups;  // of the rows of q that a stretch has, where products go by tiles
 
   Work(Scratch& scratch, const Attention<T>& job, int64_t num_rows) {
-    const int64_t q_count = (round_up(num_rows, kPairRows) + kStripRows) * padded_keys<T>(job.keys.width);
+    const int64_t all_rows = round_up(num_rows, kPairRows);  // a tile may look past the last one
+    const int64_t q_count = (all_rows + kStripRows) * padded_keys<T>(job.keys.width);
     const int64_t group_words = job.by_tiles() ? words_of<T>(job.keys.width) : 0;
-    const int64_t group_count = ceil_div(num_rows, kPairRows) * 2 * group_bytes(group_words);
+    const int64_t group_count = all_rows / kTileRows * group_bytes(group_words);
     const int64_t spare_count = 2 * kLanes * padded_keys<T>(job.keys.width);
     const int64_t key_count = kBlockKeys * padded_keys<T>(job.keys.width);
     const int64_t value_count = kBlockKeys * job.padded_values();
-    // a tile may look at rows past the last one
-    const int64_t score_count = (round_up(num_rows, kPairRows) + kPairRows) * kBlockKeys;
-    const int64_t sum_count = round_up(num_rows, kPairRows) * job.padded_values();
+    const int64_t score_count = (all_rows + kPairRows) * kBlockKeys;
+    const int64_t sum_count = all_rows * job.padded_values();
     const int64_t turned_count = job.by_tiles() ? value_count : 0;
     const int64_t widest = std::max(job.keys.width, job.values.width);
     const int64_t decoded_count = job.coded_keys ? 2 * kBlockKeys * widest : 0;

@@ -37,7 +37,7 @@ struct Grouping {
   int64_t size(int64_t expert) const { return starts[expert + 1] - starts[expert]; }
 };
 
-constexpr int64_t kRowsPerChunk = 192;  // a chunk's gate and up (192 KiB) stay in L2
+constexpr int64_t kRowsPerChunk = 288;  // a chunk's gate and up (288 KiB) stay in L2
 
 // Of chunks of one expert's rows, all of about a size.
 int64_t chunk_rows(int64_t num_rows) {

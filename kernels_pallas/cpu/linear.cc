@@ -2,8 +2,8 @@
 
 #include <vector>
 
-#include "activation.h"
 #include "buffers.h"
+#include "gate.h"
 #include "pack.h"
 #include "scratch.h"
 
@@ -24,59 +24,9 @@ struct Piece {
 template <class T>
 void cut(std::vector<Piece<T>>* pieces, Matrix<T> weight, Matrix<T> up, float* out,
          int64_t num_cols, int64_t width, bool onto = false) {
-  for (int64_t c = 0, cols; c < num_cols; c += cols) {
-    cols = std::min(width, num_cols - c);
-    if (cols > kLanes) cols -= cols % kLanes;  // those that fill no register are a piece of their own
-    pieces->push_back(
-        {weight.from_row(c), up.data ? up.from_row(c) : up, out + c, num_cols, cols, onto});
-  }
-}
-
-// The same for rows that pass by both weights, which are turned.
-template <class T>
-void multiply_gated_turned(const Packed<T>& x, int64_t begin, int64_t end, const Piece<T>& piece,
-                           Activation activation, float* out) {
-  thread_local Scratch scratch;
-  const Tiles tiles;
-  const int64_t cols = piece.num_cols, bytes = TurnedWeights<T>::bytes(x.k, cols);
-  scratch.reset(2 * (Scratch::bytes<char>(bytes) + Scratch::bytes<float>(kPairRows * cols)));
-  const TurnedWeights<T> w_gate(scratch.take<char>(bytes), piece.weight.data, x.k, cols);
-  const TurnedWeights<T> w_up(scratch.take<char>(bytes), piece.up.data, x.k, cols);
-  float* gate = scratch.take<float>(kPairRows * cols);
-  float* up = scratch.take<float>(kPairRows * cols);
-  for (; begin < end; begin += kPairRows, out += kPairRows * piece.out_stride) {
-    const int64_t rows = std::min(kPairRows, end - begin);
-    const T* from = x.row(begin);
-    const RowScale* steps = x.scales + begin;
-    w_gate.multiply(from, Packed<T>::stride(x.k), {gate, cols, rows, cols, steps, piece.weight.scales});
-    w_up.multiply(from, Packed<T>::stride(x.k), {up, cols, rows, cols, steps, piece.up.scales});
-    for (int64_t i = 0; i < rows; ++i) {
-      apply_gate(activation, gate + i * cols, up + i * cols, cols, out + i * piece.out_stride);
-    }
-  }
-}
-
-// act(gate product) * up product. By tiles, few rows at a time: then both stay in L1, and a page of
-// the output is written once and not with every tile. Otherwise all rows share a panel of weights,
-// and gates wait where the output will be.
-template <class T>
-void multiply_gated(const Packed<T>& x, int64_t begin, int64_t end, const Piece<T>& piece,
-                    Activation activation, float* out) {
-  thread_local Scratch scratch;
-  const int64_t cols = piece.num_cols;
-  const int64_t most = x.by_tiles() ? kPairRows : end - begin;
-  scratch.reset(2 * Scratch::bytes<float>(most * cols));
-  float* up = scratch.take<float>(most * cols);
-  float* apart = x.by_tiles() ? scratch.take<float>(most * cols) : nullptr;
-  for (; begin < end; begin += most, out += most * piece.out_stride) {
-    const int64_t rows = std::min(most, end - begin);
-    float* gate = apart ? apart : out;
-    const int64_t stride = apart ? cols : piece.out_stride;
-    dot_block(x, begin, begin + rows, piece.weight, cols, gate, stride);
-    dot_block(x, begin, begin + rows, piece.up, cols, up, cols);
-    for (int64_t i = 0; i < rows; ++i) {
-      apply_gate(activation, gate + i * stride, up + i * cols, cols, out + i * piece.out_stride);
-    }
+  for (int64_t c = 0; c < num_cols; c += width) {
+    pieces->push_back({weight.from_row(c), up.data ? up.from_row(c) : up, out + c, num_cols,
+                       std::min(width, num_cols - c), onto});
   }
 }
 
@@ -91,10 +41,9 @@ void multiply(const Packed<T>& x, int64_t first, const std::vector<Piece<T>>& pi
     const int64_t begin = chunk % slabs * height;
     const int64_t end = std::min(x.num_rows, begin + height);
     float* out = piece.out + (first + begin) * piece.out_stride;
-    if (piece.up.data && x.turns && piece.num_cols % kTileRows == 0) {
-      multiply_gated_turned(x, begin, end, piece, activation, out);
-    } else if (piece.up.data) {
-      multiply_gated(x, begin, end, piece, activation, out);
+    if (piece.up.data) {
+      gate_block(x, begin, end, {piece.weight, piece.up, activation}, piece.num_cols, out,
+                 piece.out_stride);
     } else if (piece.onto) {
       add_block(x, begin, end, piece.weight, piece.num_cols, out, piece.out_stride);
     } else {

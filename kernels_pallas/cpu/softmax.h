@@ -54,8 +54,8 @@ inline F show(float* scores, const Span& seen, const Scores& how) {
   return most;
 }
 
-// Exponentials of a row are taken relative to its base, a maximum of earlier days: what is accumulated
-// need not shrink before scores rise above it by more than this.
+// Exponentials of a row are taken relative to its base, a maximum of earlier blocks: what is
+// accumulated need not shrink before scores rise above it by more than this (FlashAttention-4).
 constexpr float kSlack = 8.0f;
 
 // A new base for each lane, and by which factor what was accumulated shrinks.

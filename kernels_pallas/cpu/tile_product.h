@@ -1,7 +1,7 @@
-// Matrix products by tiles: sixteen rows as they lie by sixteen others that are turned, word by word.
-// For few rows of x those are turned, once for all weights: these come as memory gives them, and
-// nothing of them passes through registers of ours. Sums then have to be turned on their way out. For
-// many rows of x that is more work than turning weights.
+// Matrix products by tiles: sixteen rows as they lie by sixteen others that are turned, word by
+// word. For few rows of x those are turned, once for all weights: these come as memory gives them,
+// and nothing of them passes through registers of ours. Sums then have to be turned on their way
+// out. For many rows of x that is more work than turning weights.
 #pragma once
 
 #include <algorithm>
@@ -12,8 +12,8 @@
 
 namespace jaxserve {
 
-// Sixteen rows, word by word. One more line behind them: a power of two would put all groups into one
-// set of L1.
+// Sixteen rows, word by word. One more line behind them: a power of two would put all groups into
+// one set of L1.
 inline int64_t group_bytes(int64_t words) { return kTileRows * 4 * (words + 1); }
 
 static_assert(!kTiles || kLanes == kTileRows, "tiles are transposed in registers of 16 words");
@@ -24,8 +24,8 @@ inline void put_group(const char* rows, int64_t stride, int64_t words, char* gro
   }
 }
 
-// Two tiles of rows as they lie, or one: rows follow each other `stride` bytes apart. For every step of
-// a product so many `lines` of memory from `ahead` on are brought into L2.
+// Two tiles of rows as they lie, or one: rows follow each other `stride` bytes apart. For every step
+// of a product so many `lines` of memory from `ahead` on are brought into L2.
 struct TileRows {
   const char *first, *second;
   int64_t stride;

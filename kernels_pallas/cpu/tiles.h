@@ -118,7 +118,10 @@ class Tiles {
   template <int tile, bool passing = false>
   static void load(const void* from, int64_t stride) {
     if constexpr (passing) {
-      asm volatile("tileloaddt1 (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(tile) : "memory");
+      asm volatile("tileloaddt1 (%0,%1,1), %%tmm%c2"
+                   :
+                   : "r"(from), "r"(stride), "i"(tile)
+                   : "memory");
     } else {
       asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(tile) : "memory");
     }
