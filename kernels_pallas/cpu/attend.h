@@ -12,7 +12,7 @@ void finish(const Attention<T>& job, int64_t kv_head, const Stretch& stretch,
   const int64_t padded = job.padded_values();
   for (int64_t i = 0; i < stretch.num_rows; ++i) {
     const int64_t query = query_of(job, kv_head, stretch, i);
-    Row row{work.most[i], work.total[i]};
+    Row row{work.base[i], work.total[i]};
     float shrink = 1.0f;
     if (job.sinks) shrink = row.add_sink(job.sinks[query % job.num_heads]);
     const float factor = row.sum == 0 ? 0.0f : shrink / row.sum;

@@ -88,7 +88,7 @@ class RowPair {
 
   // Scores of sixteen rows from the i-th on become weights; sums shrink as they have to.
   void weigh(const Span* seen, int64_t keys, int64_t i) const {
-    const Columns columns{work_.most + row_ + i, work_.total + row_ + i};
+    const Columns columns{work_.base + row_ + i, work_.total + row_ + i};
     const F shrink = columns.add(seen, keys, job_.scores, scores(i), weights(i));
     if (!any(shrink != splat(1.0f))) return;
     float* to = sums(i);

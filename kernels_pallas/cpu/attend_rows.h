@@ -130,7 +130,7 @@ void attend_rows(const Attention<T>& job, const Stretch& stretch, const Work<T>&
     const int64_t count = std::min<int64_t>(kLanes, num_rows - i);
     Span seen[kLanes];
     see(job, stretch, now, i, count, seen);
-    Rows{work.most + i, work.total + i}.add(seen, count, job.scores, work.scores + i * kBlockKeys,
+    Rows{work.base + i, work.total + i}.add(seen, count, job.scores, work.scores + i * kBlockKeys,
                                             work.weights + i * kBlockKeys, work.shrink + i);
   }
   weigh(job, num_rows, work, now, next);

@@ -46,7 +46,7 @@ struct Attention {
 template <class T>
 struct Work {
   T *q, *spare, *zeros, *keys, *values, *turned, *weights, *decoded;
-  float *scores, *sums, *shrink, *most, *total, *floats;
+  float *scores, *sums, *shrink, *base, *total, *floats;
   char* groups;  // of the rows of q that a stretch has, where products go by tiles
 
   Work(Scratch& scratch, const Attention<T>& job, int64_t num_rows) {
@@ -83,12 +83,12 @@ struct Work {
     scores = scratch.take<float>(score_count);
     sums = scratch.take<float>(sum_count);
     shrink = scratch.take<float>(num_rows + kPairRows);  // the three are written by whole registers
-    most = scratch.take<float>(num_rows + kPairRows);
+    base = scratch.take<float>(num_rows + kPairRows);
     total = scratch.take<float>(num_rows + kPairRows);
     groups = scratch.take<char>(group_count);
     std::memset(zeros, 0, job.padded_values() * sizeof(T));
     std::memset(sums, 0, sum_count * sizeof(float));
-    std::fill(most, most + num_rows + kPairRows, kMinusInfinity);
+    std::fill(base, base + num_rows + kPairRows, kMinusInfinity);
     std::memset(total, 0, (num_rows + kPairRows) * sizeof(float));
   }
 
@@ -100,7 +100,7 @@ struct Work {
     work.scores += row * kBlockKeys;
     work.sums += row * job.padded_values();
     work.shrink += row;
-    work.most += row;
+    work.base += row;
     work.total += row;
     return work;
   }

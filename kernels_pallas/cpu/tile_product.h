@@ -12,6 +12,8 @@
 
 namespace jaxserve {
 
+constexpr int64_t kPairRows = 2 * kTileRows;
+
 // Sixteen rows, word by word. One more line behind them: a power of two would put all groups into
 // one set of L1.
 inline int64_t group_bytes(int64_t words) { return kTileRows * 4 * (words + 1); }
@@ -45,11 +47,10 @@ struct TileOut {
 
 // From that row and column on.
 inline TileOut part(const TileOut& to, int64_t row, int64_t col) {
-  constexpr int64_t kMost = 2 * kTileRows;
   return {to.out + row * to.stride + col,
           to.stride,
-          std::min(kMost, to.rows - row),
-          std::min(kMost, to.cols - col),
+          std::min(kPairRows, to.rows - row),
+          std::min(kPairRows, to.cols - col),
           to.steps ? to.steps + row : nullptr,
           to.scales ? to.scales + col : nullptr,
           to.onto};
@@ -153,8 +154,6 @@ class TileProducts {
   TileSums<T, kTurned> sums_[2];
   int turn_ = 0;
 };
-
-constexpr int64_t kPairRows = 2 * kTileRows;
 
 // Up to here all rows of x take their turn with some columns of weights, which come from memory
 // evenly. For more, output that lies together is written together instead.
@@ -267,15 +266,14 @@ void add_tiles(const bf16* a, int64_t a_stride, int64_t rows, const bf16* b, int
 // b [words, cols]: bf16 in pairs. Rows up to the next sixteen are looked at, and not kept.
 inline void add_tile_product(const bf16* a, int64_t a_stride, int64_t rows, const bf16* b,
                              int64_t words, int64_t cols, const float* factors, float* out) {
-  constexpr int64_t kRows = 2 * kTileRows, kCols = 2 * kTileWords;
   using Add = void (*)(const bf16*, int64_t, int64_t, const bf16*, int64_t, int64_t, const float*,
                        float*);
   static constexpr Add kAdd[2][2] = {{&add_tiles<1, 1>, &add_tiles<1, 2>},
                                      {&add_tiles<2, 1>, &add_tiles<2, 2>}};
-  for (int64_t r = 0; r < rows; r += kRows) {
-    for (int64_t c = 0; c < cols; c += kCols) {
+  for (int64_t r = 0; r < rows; r += kPairRows) {
+    for (int64_t c = 0; c < cols; c += kPairRows) {
       kAdd[rows - r > kTileRows][cols - c > kTileWords](
-          a + r * a_stride, a_stride, std::min(kRows, rows - r), b + 2 * c, words, cols,
+          a + r * a_stride, a_stride, std::min(kPairRows, rows - r), b + 2 * c, words, cols,
           factors + r, out + r * cols + c);
     }
   }
